@@ -28,7 +28,7 @@ from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S
 from loraweave.hub.stores.kept_files import digests
 from loraweave.hub.stores.open_stores import open_stores
-from loraweave.hub.tables import filtering, quarantine, rows, versions
+from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.fields import card_with_outputs, checked_fields, split_pairs
 from loraweave.hub.tables.filtering import Filters
 from loraweave.types import BaseKey, Candidate, Record
@@ -133,8 +133,7 @@ class Hub(CompositionShelf):
         AdapterSuspicious, "off" does not look, and a mapping chooses by kind.
         """
         from loraweave.hub.health.anomalies import examine
-        from loraweave.hub.intake.adding import Addition, prepare
-        from loraweave.hub.intake.mixtures import keep_mixture
+        from loraweave.hub.intake.adding import Addition, keep_mixture, prepare
         from loraweave.hub.stores.storing import store
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
@@ -187,7 +186,7 @@ class Hub(CompositionShelf):
         def find() -> rows.Row:
             row = self._row(name) if version is None else self._version_row(name, version)
             if not quarantined:
-                quarantine.require_released(row.record)
+                rows.require_released(row.record)
             return row
 
         return self._open(find)
@@ -246,7 +245,7 @@ class Hub(CompositionShelf):
         Only adapters that share a layer are compared. A damaged one is left out with a warning. Raises RetrievalError unless
         k is a whole number of 0 or more.
         """
-        from loraweave.hub.search.similar import most_similar
+        from loraweave.hub.search.search import most_similar
 
         return Candidates(most_similar(self[name], self.records(), self.get, k), self)
 
@@ -402,7 +401,7 @@ class Hub(CompositionShelf):
 
         def find() -> rows.Row:
             row = self._version_row(name, version)
-            quarantine.require_released(row.record)
+            rows.require_released(row.record)
             if row.record.hash != content_hash:
                 raise AdapterNotFound(
                     f"version {version} of adapter {name!r} had the hash {content_hash[:12]} when the pool was made, and "

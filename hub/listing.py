@@ -11,7 +11,7 @@ from loraweave.common.names import checked_name, near_misses
 from loraweave.errors import AdapterNotFound, InvalidName
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.protocols import CatalogueStore, Connection, VectorSearch
-from loraweave.hub.tables import quarantine, rows, versions
+from loraweave.hub.tables import rows, versions
 from loraweave.hub.tables.filtering import Filters, bases, matching
 from loraweave.hub.tables.vectors import Changes, read_changes, read_vectors, write_vectors
 from loraweave.types import BaseKey, Candidate, Record
@@ -53,7 +53,7 @@ class Listing:
         """Return the number of adapters that are not in quarantine."""
         with self._catalogue.reading() as connection:
             (num_adapters,) = state_row(connection, "num_adapters", self._catalogue.where)
-            return int(num_adapters) - quarantine.count(connection)
+            return int(num_adapters) - rows.num_quarantined(connection)
 
     def __iter__(self) -> Iterator[Record]:
         """Return an iterator of the current records, in order of addition."""
@@ -76,7 +76,7 @@ class Listing:
         filters = Filters(base_model, license, tags)
         with self._catalogue.reading() as connection:
             if quarantined:
-                held = [row.record for row in rows.stored_rows(connection, quarantine.seqs(connection))]
+                held = [row.record for row in rows.stored_rows(connection, rows.quarantined_seqs(connection))]
                 return [record for record in held if filters.passes(record)]
             if filters.pass_all:
                 return [row.record for row in rows.every(connection) if not row.record.quarantined]

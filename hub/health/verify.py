@@ -13,7 +13,7 @@ from loraweave.errors import HubError
 from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.kept_files import blob_fault, file_problems
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
-from loraweave.hub.tables import compositions, quarantine, rows, vectors, versions
+from loraweave.hub.tables import compositions, rows, vectors, versions
 from loraweave.types import Record
 
 
@@ -68,7 +68,7 @@ def verify(
                 older += _older(connection, seq, version, problems)
             problems += _vector_problems(connection)
             problems += _count_problems(connection)
-            problems += quarantine.problems(connection, [(row.seq, row.record.quarantined) for row in newest])
+            problems += rows.quarantine_problems(connection, [(row.seq, row.record.quarantined) for row in newest])
     except HubError as error:
         problems.append(str(error))
     kept: list[compositions.CompositionRow] = []
@@ -117,7 +117,8 @@ def _row(connection: Connection, seq: int, problems: list[str]) -> list[rows.Row
     if row is None:
         problems.append(f"row {seq} is listed by an index of the catalogue, but cannot be found")
         return []
-    if rows.stored_labels(connection, seq) != rows.labels(row.record):
+    stored = connection.execute("SELECT kind, value FROM labels WHERE seq = ?", (seq,)).fetchall()
+    if set(stored) != rows.labels(row.record):
         problems.append(f"row {seq}: the labels of adapter {row.record.name!r}, which filters ask for, are not its record's")
     return [row]
 

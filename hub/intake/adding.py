@@ -1,4 +1,9 @@
-"""Adding many adapters in batches: the same checks with fewer waits for the disk; refusals are reported, not raised."""
+"""Adding adapters, one, or many in batches: the same checks with fewer waits for the disk, and refusals that are reported.
+
+Mixtures of adapters that other libraries saved are stored as compositions with their adapters. Extensions know their
+layouts: a file `router_files.py` has FILES, the patterns of what is downloaded; `is_router(folder)`; `is_mixture(folder)`,
+false for what is an adapter, too; and `read(folder, pool, model)`, which returns the router.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +11,21 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from operator import length_hint
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from loraweave.common.display import progress_bar, tracked
 from loraweave.common.names import checked_name, now
 from loraweave.common.rows import GivenRows
-from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, LoraweaveError, WorkersFailed
+from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, HubError, LoraweaveError, WorkersFailed
 from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._contents import require_numbers
 from loraweave.hub.health.anomalies import checked_policy, examine
 from loraweave.hub.sources.discover import Found
-from loraweave.hub.sources.sources import without_secrets
+from loraweave.hub.sources.sources import name_of, without_secrets
 from loraweave.hub.stores.blobs import content_hash
 from loraweave.hub.stores.kept_files import with_files
 from loraweave.hub.stores.packing import take_apart
@@ -37,7 +43,11 @@ from loraweave.hub.tables.fields import (
 from loraweave.hub.tables.figures import figures_of
 from loraweave.hub.targets._target import module_names
 from loraweave.lowrank import algebra
+from loraweave.registry import brought
 from loraweave.types import Factors, Record, Source
+
+if TYPE_CHECKING:
+    from loraweave.hub.compositions import CompositionShelf, StoredComposition
 
 # a batch ends at either limit: it is in memory until then, and lost if the process is killed
 MAX_BATCH = 256
@@ -294,3 +304,31 @@ def _source(card: Mapping[str, Any], place: str | None) -> Source | None:
         case {"repository": str() as repository} if place in (None, repository):
             return Source(repository, None)
     return None if place is None else Source(without_secrets(place))
+
+
+def layouts() -> list[Any]:
+    """Return the modules that know layouts of routers."""
+    return [import_module(module) for module in brought("router_files").values()]
+
+
+def layout_of(folder: Path) -> Any | None:
+    """Return the module that knows the router in a folder, or None."""
+    return next((layout for layout in layouts() if layout.is_router(folder)), None)
+
+
+def keep_mixture(hub: CompositionShelf, addition: Addition, *, replace: bool, model: Any) -> StoredComposition | None:
+    """Open the mixture, for the base `model` if given, and store it under its name or the folder's; None for an adapter.
+
+    Raises HubError for fields that a composition does not have, and the errors of opening and of `save_composition`.
+    """
+    if not isinstance(addition.source, str | Path) or not (folder := Path(addition.source)).is_dir():
+        return None
+    if (layout := layout_of(folder)) is None or not layout.is_mixture(folder):
+        return None
+    if fields := [name for name in (*OWN_FIELDS, "base_model") if getattr(addition, name)]:
+        raise HubError(
+            f"{folder} is a mixture of adapters, kept as a composition, which has no {fields[0]}: leave it out, or add the "
+            "adapters in it by their own paths"
+        )
+    name = name_of(folder.absolute()) if addition.name is None else addition.name
+    return hub.save_composition(name, layout.read(folder, None, model), replace=replace)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 import operator
+import warnings
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from loraweave.common.checks import is_number
 from loraweave.common.process import lock_of
-from loraweave.errors import HubError, RetrievalError
+from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterQuarantined, HubError, RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, embed_checked, embedder_of, excerpt
 from loraweave.hub.indexes._vectors import index_choice
 from loraweave.hub.listing import Listing
@@ -30,6 +31,9 @@ from loraweave.hub.stores.protocols import VectorSearch
 from loraweave.hub.tables.filtering import Filters
 from loraweave.hub.tables.rows import Said
 from loraweave.types import Candidate, Record
+
+if TYPE_CHECKING:
+    from loraweave.hub.adapter import Adapter
 
 # the number of adapters whose texts stay embedded for the evidence: 50 x 384 x 4 bytes = 77 kB each at most
 NUM_EVIDENCE_CACHED = 1024
@@ -167,8 +171,7 @@ class SearchIndex:
     def samples(self, record: Record) -> np.ndarray:
         """Return the embedded sample inputs of the record (M, D), which its key and its evidence share."""
         kinds, texts = zip(*texts_of(record), strict=True)
-        rows_ND: np.ndarray = self._embedded(texts)[[kind == "sample input" for kind in kinds]]
-        return rows_ND
+        return self._embedded(texts)[[kind == "sample input" for kind in kinds]]
 
     def _near(
         self, database: VectorSearch, query_QD: np.ndarray, k: int, seqs: Sequence[int] | None
@@ -370,6 +373,28 @@ def _own_texts(hub: Listing, embedder: Embedder) -> Embed:
 
 def _reaching(hits: list[Hit], min_score: float | None) -> list[Hit]:
     return hits if min_score is None else [hit for hit in hits if hit.score >= min_score]
+
+
+def most_similar(own: Adapter, records: Iterable[Record], read: Callable[[str], Adapter], k: int) -> list[Candidate]:
+    """Return the k adapters opened by `read` whose updates have the largest cosine with `own`'s; see `Hub.similar`."""
+    # imports torch, which a search by texts can do without
+    from loraweave.hub.adapter import cosine
+
+    count = checked_count(k)
+    candidates = []
+    for record in records:
+        if record.name == own.name:
+            continue
+        try:
+            other = read(record.name)
+        except (AdapterCorrupt, AdapterNotFound, AdapterQuarantined) as error:
+            warnings.warn(f"left out of the comparison with {own.name!r}: {error}", stacklevel=3)
+            continue
+        score, num_shared = cosine(own, other)
+        if num_shared:
+            evidence = f"updates {num_shared} of the {len(own.layers)} layers of {own.name!r}"
+            candidates.append(Candidate(record.name, score, evidence, record))
+    return sorted(candidates, key=lambda candidate: -candidate.score)[:count]
 
 
 def checked_count(k: Any, name: str = "k", least: int = 0) -> int:

@@ -34,14 +34,7 @@ class Fields:
 
     def as_card(self) -> dict[str, Any]:
         """Return the fields that are not empty, as a card has them."""
-        values = {
-            "description": self.description,
-            "examples": list(self.examples),
-            "tags": list(self.tags),
-            "license": self.license,
-            "language": list(self.language),
-        }
-        return {key: value for key, value in values.items() if value}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items() if value}
 
 
 def checked_fields(name: str, given: Mapping[str, Any]) -> Fields:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from loraweave.common.checks import one_or_many
 from loraweave.hub.licenses import is_accepted
 from loraweave.hub.stores.protocols import Connection
-from loraweave.hub.tables import quarantine, rows
+from loraweave.hub.tables import rows
 from loraweave.hub.tables.rows import storable
 from loraweave.types import BaseKey, Fingerprint, Record
 
@@ -73,7 +73,9 @@ def matching(connection: Connection, filters: Filters) -> list[int]:
     if filters.language is not None:
         passing.append(rows.labelled(connection, "language", *sorted(rows.languages(filters.language))))
     if filters.max_rank is not None:
-        passing.append(rows.within_rank(connection, filters.max_rank))
+        ranked = "SELECT seq FROM labels WHERE kind = 'rank' AND value <= ?"
+        within = connection.execute(ranked, (rows.rank_label(filters.max_rank),)).fetchall()
+        passing.append({seq for (seq,) in within})
     if filters.max_size_bytes is not None:
         # the size is that of the blob, which may be rewritten in another form
         statement = "SELECT adapters.seq FROM blobs JOIN adapters ON adapters.hash = blobs.hash WHERE blobs.size_bytes <= ?"
@@ -81,12 +83,12 @@ def matching(connection: Connection, filters: Filters) -> list[int]:
         passing.append({seq for (seq,) in sized})
     if not passing:
         passing.append({seq for (seq,) in connection.execute("SELECT seq FROM adapters").fetchall()})
-    return sorted(set.intersection(*passing) - set(quarantine.seqs(connection)))
+    return sorted(set.intersection(*passing) - set(rows.quarantined_seqs(connection)))
 
 
 def bases(connection: Connection) -> list[tuple[Record, int]]:
     """Return the first record of each different base model and the number of its adapters, without those in quarantine."""
-    held = set(quarantine.seqs(connection))
+    held = set(rows.quarantined_seqs(connection))
     listed = [rows.labelled(connection, "base", value) - held for value in rows.label_values(connection, "base")]
     counts = {min(seqs): len(seqs) for seqs in listed if seqs}
     return [(row.record, counts[row.seq]) for row in rows.stored_rows(connection, list(counts))]

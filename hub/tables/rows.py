@@ -1,17 +1,20 @@
-"""Rows of the catalogue and their contents: canonical JSON that carries its own sha256."""
+"""Rows of the catalogue and their contents: canonical JSON that carries its own sha256.
+
+An adapter in quarantine stays stored and its name taken, but nothing finds or reads it until it is released. Its record has
+the flag; the table `quarantine` repeats it, so that counting need not read every record.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from loraweave.common.checks import one_or_many
 from loraweave.common.names import text_digest
-from loraweave.errors import AdapterUnsupported, HubCorrupt
+from loraweave.errors import AdapterQuarantined, AdapterUnsupported, HubCorrupt
 from loraweave.hub.stores.protocols import Connection
-from loraweave.hub.tables import quarantine
 from loraweave.hub.tables.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields
 from loraweave.types import Anomaly, Fingerprint, Record, Source
 
@@ -148,8 +151,8 @@ def insert(connection: Connection, record: Record) -> Record:
     )
     connection.execute("UPDATE state SET num_adapters = num_adapters + 1")
     if record.quarantined:
-        quarantine.mark(connection, record)
-    return _note_change(connection, find(connection, record.name), record.name)
+        _mark_quarantine(connection, record)
+    return _note_change(connection, record.name)
 
 
 def change(connection: Connection, row: Row, record: Record) -> Record:
@@ -162,8 +165,8 @@ def change(connection: Connection, row: Row, record: Record) -> Record:
         (record.name, record.hash, text, text_digest(text), row.seq),
     )
     if record.quarantined != row.record.quarantined:
-        quarantine.mark(connection, record)
-    return _note_change(connection, find(connection, record.name), record.name)
+        _mark_quarantine(connection, record)
+    return _note_change(connection, record.name)
 
 
 def delete(connection: Connection, row: Row) -> None:
@@ -221,7 +224,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def _note_change(connection: Connection, row: Row | None, name: str) -> Record:
+def _note_change(connection: Connection, name: str) -> Record:
+    row = find(connection, name)
     if row is None:
         raise HubCorrupt(f"the catalogue is damaged: the row of adapter {name!r}, just written, cannot be found")
     note(connection, row.seq)
@@ -312,11 +316,6 @@ def put_labels(connection: Connection, seq: int, record: Record) -> None:
         connection.execute("INSERT INTO labels (kind, value, seq) VALUES (?, ?, ?)", (kind, value, seq))
 
 
-def stored_labels(connection: Connection, seq: int) -> set[tuple[str, str]]:
-    """Return the stored labels of a row as (kind, value)."""
-    return set(connection.execute("SELECT kind, value FROM labels WHERE seq = ?", (seq,)).fetchall())
-
-
 def labels(record: Record) -> set[tuple[str, str]]:
     """Return the labels of a record: tags, license, languages, rank, and a digest of all that is known of its base."""
     pairs = {("base", base_digest(record)), ("rank", rank_label(record.rank))}
@@ -343,12 +342,6 @@ def labelled(connection: Connection, kind: str, *wanted: str) -> set[int]:
 def first_labelled(connection: Connection, kind: str, value: str) -> int:
     """Return the number of the first row that has the label, which at least one must have."""
     return int(connection.execute("SELECT min(seq) FROM labels WHERE kind = ? AND value = ?", (kind, value)).fetchone()[0])
-
-
-def within_rank(connection: Connection, max_rank: int) -> set[int]:
-    """Return the numbers of the rows whose rank is at most `max_rank`."""
-    statement = "SELECT seq FROM labels WHERE kind = 'rank' AND value <= ?"
-    return {seq for (seq,) in connection.execute(statement, (rank_label(max_rank),)).fetchall()}
 
 
 def base_digest(record: Record) -> str:
@@ -379,3 +372,38 @@ def note(connection: Connection, seq: int) -> None:
         "ON CONFLICT (seq) DO UPDATE SET generation = excluded.generation",
         (seq,),
     )
+
+
+def _mark_quarantine(connection: Connection, record: Record) -> None:
+    """Write the quarantine flag of the record, whose row is there, to the table."""
+    chosen = "(SELECT seq FROM adapters WHERE name = ?)"
+    connection.execute(f"DELETE FROM quarantine WHERE seq = {chosen}", (record.name,))
+    if record.quarantined:
+        connection.execute("INSERT INTO quarantine (seq) SELECT seq FROM adapters WHERE name = ?", (record.name,))
+
+
+def num_quarantined(connection: Connection) -> int:
+    return int(connection.execute("SELECT count(*) FROM quarantine").fetchone()[0])
+
+
+def quarantined_seqs(connection: Connection) -> list[int]:
+    """Return the numbers of the adapters in quarantine, in the order of addition."""
+    return [seq for (seq,) in connection.execute("SELECT seq FROM quarantine ORDER BY seq").fetchall()]
+
+
+def require_released(record: Record) -> None:
+    """Raise AdapterQuarantined, with the record's anomalies, if the adapter is in quarantine."""
+    if record.quarantined:
+        reasons = "; ".join(anomaly.detail for anomaly in record.anomalies) or "it was put there by hand"
+        raise AdapterQuarantined(
+            f"adapter {record.name!r} is in quarantine: {reasons}; look at it with hub.get({record.name!r}, "
+            f"quarantined=True), and hub.release({record.name!r}) if it is sound"
+        )
+
+
+def quarantine_problems(connection: Connection, seqs: Iterable[tuple[int, bool]]) -> Iterator[str]:
+    """Yield a sentence for each disagreement of the table with the records, given as (seq, whether in quarantine)."""
+    marked = set(quarantined_seqs(connection))
+    for seq, quarantined in seqs:
+        if quarantined != (seq in marked):
+            yield f"row {seq} {'is' if quarantined else 'is not'} in quarantine, and the table of those says the opposite"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from loraweave.errors import DimensionMismatch
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.protocols import Connection
-from loraweave.hub.tables import quarantine, rows
+from loraweave.hub.tables import rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,9 +89,6 @@ def row_sha256(embedder: str, seq: int, text_digest: str, vector: bytes) -> str:
     return digest.hexdigest()
 
 
-if TYPE_CHECKING:
-    import numpy as np
-
 # the plus keeps SQLite from scanning all rows in order of seq instead of using the index of generations
 CHANGED = "SELECT seq FROM changes WHERE generation > ? AND +seq > ? ORDER BY +seq LIMIT ?"
 
@@ -132,4 +129,4 @@ def read_changes(connection: Connection, embedder: str, *, since: int, after: in
     said = rows.said(connection, seqs)
     stored = vectors_at(connection, embedder, list(said))
     page = [Change(seq, said.get(seq), stored.get(seq)) for seq in seqs]
-    return Changes(str(identity), int(generation), int(num_adapters) - quarantine.count(connection), tuple(page))
+    return Changes(str(identity), int(generation), int(num_adapters) - rows.num_quarantined(connection), tuple(page))

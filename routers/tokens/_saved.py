@@ -18,7 +18,7 @@ from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._files import folder_within, listing, present, read_json
 from loraweave.hub.formats._safetensors import hashed_tensors
-from loraweave.hub.intake.mixtures import layout_of, layouts
+from loraweave.hub.intake.adding import layout_of, layouts
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.sources.sources import ADAPTER_FILES, find_folder
 from loraweave.lowrank.algebra import all_finite
