@@ -307,15 +307,10 @@ def require_model(model: Any) -> None:
 
     The message names the part of a pipeline that is a module, and how to take peft's adapters out.
     """
-    if isinstance(model, nn.Module):
-        _require_without_peft(model)
-        return
-    part = next((name for name in PARTS if isinstance(getattr(model, name, None), nn.Module)), None)
-    way_out = "load it first, as lw.load_base() does" if part is None else f"pass its .{part}"
-    raise CompositionError(f"adapters go onto a model, a torch.nn.Module, and {model!r:.60} is none: {way_out}")
-
-
-def _require_without_peft(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        part = next((name for name in PARTS if isinstance(getattr(model, name, None), nn.Module)), None)
+        way_out = "load it first, as lw.load_base() does" if part is None else f"pass its .{part}"
+        raise CompositionError(f"adapters go onto a model, a torch.nn.Module, and {model!r:.60} is none: {way_out}")
     # recognised by the module of its classes, since peft itself need not be installed
     of_peft = (
         (path, module)

@@ -83,8 +83,7 @@ class StoredComposition:
     @property
     def report(self) -> Mapping[str, Any] | None:
         """The report of the candidates compared when it was composed, as JSON; None for a formula."""
-        report: Mapping[str, Any] | None = self.recipe.get("report")
-        return report
+        return self.recipe.get("report")
 
     def read(self, path: str) -> bytes:
         """Return the bytes of one of its files. Raises AdapterCorrupt if it is damaged or missing, KeyError if unknown."""

@@ -121,7 +121,9 @@ def extract(
         if change is not None:
             layer, part = places.get(parameter, (None, ""))
             if layer is None:
-                left[parameter] = _relative(change, base[parameter])
+                size = float(base[parameter].detach().double().norm())
+                # JSON has no infinity
+                left[parameter] = float(change.norm()) / size if size else None
                 if others == "heads":
                     heads[parameter] = tensor.detach().cpu().float().clone()
             elif part == "bias":
@@ -217,12 +219,6 @@ def _change(parameter: str, before: Tensor, after: Tensor) -> Tensor | None:
     change = after.detach().cpu().double() - before.detach().cpu().double()
     require_finite(change, f"parameter {parameter!r}", "the difference")
     return change if bool(change.any()) else None
-
-
-def _relative(change: Tensor, before: Tensor) -> float | None:
-    """Return the change's norm relative to the base's, or None (JSON has no infinity) if the base's is zero."""
-    size = float(before.detach().double().norm())
-    return float(change.norm()) / size if size else None
 
 
 def _refusal(left: Mapping[str, Any], layers: Sequence[str] | None) -> str:

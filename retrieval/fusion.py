@@ -104,8 +104,7 @@ class Fusion:
 def _mask_unknown(parts: Mapping[str, np.ndarray], fused_N: np.ndarray) -> np.ndarray:
     """Return the fused scores with NaN where no key has an opinion."""
     silent_N = np.all([np.isnan(scores_N) for scores_N in parts.values()], axis=0)
-    known_N: np.ndarray = np.where(silent_N, np.nan, fused_N)
-    return known_N
+    return np.where(silent_N, np.nan, fused_N)
 
 
 def standardise(parts: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -128,8 +127,7 @@ def _ranks(scores_N: np.ndarray) -> np.ndarray:
     """Return (RANK_CONSTANT + 1) / (RANK_CONSTANT + rank), the best at rank 1; equal scores share their best rank."""
     filled_N = _fill(scores_N)
     better_N = len(filled_N) - np.searchsorted(np.sort(filled_N), filled_N, side="right")
-    shares_N: np.ndarray = (RANK_CONSTANT + 1) / (RANK_CONSTANT + 1 + better_N)
-    return shares_N
+    return (RANK_CONSTANT + 1) / (RANK_CONSTANT + 1 + better_N)
 
 
 @dataclass(frozen=True)

@@ -141,5 +141,4 @@ def _targets(labels_N: np.ndarray) -> np.ndarray:
 
 def _norms(squares_C: np.ndarray, whole_C: np.ndarray) -> np.ndarray:
     """Return the square roots; infinite where nothing is left of `whole_C`, so that every cosine with the class is 0."""
-    norms_C: np.ndarray = np.where(squares_C > _NOTHING * whole_C, np.sqrt(np.maximum(squares_C, 0.0)), np.inf)
-    return norms_C
+    return np.where(squares_C > _NOTHING * whole_C, np.sqrt(np.maximum(squares_C, 0.0)), np.inf)

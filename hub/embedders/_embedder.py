@@ -82,15 +82,13 @@ def embed_in_batches(
         batch = order[start : start + batch_texts]
         rows_ND[batch] = encode([distinct[row] for row in batch])
     position = {text: row for row, text in enumerate(distinct)}
-    embeddings: np.ndarray = rows_ND[[position[text] for text in texts]]
-    return embeddings
+    return rows_ND[[position[text] for text in texts]]
 
 
 def unit(vector_D: np.ndarray) -> np.ndarray:
     """Return the vector at norm 1. A zero vector stays zero: it scores 0 with everything."""
     norm = float(np.linalg.norm(vector_D))
-    scaled: np.ndarray = (vector_D / norm if norm else vector_D).astype(np.float32)
-    return scaled
+    return (vector_D / norm if norm else vector_D).astype(np.float32)
 
 
 def excerpt(text: str, limit: int = 60) -> str:

@@ -30,5 +30,4 @@ class SentenceForm:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return embeddings (N, 428), fp32, unit norm; equal texts get equal rows."""
         halves = [self._sentence.embed(texts), self._form.embed(texts)]
-        joined_ND: np.ndarray = (np.concatenate(halves, axis=1) * np.float32(0.5**0.5)).astype(np.float32)
-        return joined_ND
+        return (np.concatenate(halves, axis=1) * np.float32(0.5**0.5)).astype(np.float32)

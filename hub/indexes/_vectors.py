@@ -139,8 +139,7 @@ def _score(query_D: np.ndarray, vectors_ND: np.ndarray, positions_R: np.ndarray 
         part = slice(start, start + step)
         rows_BD = vectors_ND[part] if positions_R is None else vectors_ND[positions_R[part]]
         scores_N[part] = rows_BD.astype(np.float64) @ query_D
-    rounded: np.ndarray = np.round(scores_N, SCORE_DECIMALS)
-    return rounded
+    return np.round(scores_N, SCORE_DECIMALS)
 
 
 # an unsure scan is repeated with this many times more rows

@@ -130,7 +130,11 @@ class FaissIvf(HeldVectors):
             self._all, self._lists = FaissHalf.from_arrays(self.dim, {"vectors": self._vectors_ND}), None
             return
         # with this many lists, finding the nearest ones and searching them cost about the same
-        centres_CD = _find_centres(self._vectors_ND, round(2 * math.sqrt(len(self))))
+        count = round(2 * math.sqrt(len(self)))
+        # from a sample drawn by one seed: the same vectors give the same centres
+        rng = np.random.default_rng(0)
+        chosen = np.sort(rng.permutation(len(self))[: count * _SAMPLES_PER_CENTRE])
+        centres_CD = _gathered(_unit(self._vectors_ND[chosen]), count, rng)
         rows_N, starts = _by_list(nearest(self._vectors_ND, centres_CD), len(centres_CD))
         codes_ND = np.empty(self._vectors_ND.shape, np.float16)
         for start in range(0, len(self), _BLOCK_ROWS):
@@ -153,18 +157,8 @@ _NEAR_GROUPS = 6
 _NUM_PROBED, _LEAST_RIGHT = 1024, 0.95
 
 
-def _find_centres(vectors_ND: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Return `count` unit vectors (count, D) that vectors gather around, by spherical k-means (Dhillon and Modha 2001).
-
-    They come from a sample drawn by the seed: the same vectors give the same centres.
-    """
-    rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.permutation(len(vectors_ND))[: count * _SAMPLES_PER_CENTRE])
-    sample_SD = _unit(vectors_ND[chosen])
-    return _gathered(sample_SD, count, rng)
-
-
 def _gathered(sample_SD: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return `count` unit vectors (count, D) that vectors gather around, by spherical k-means (Dhillon and Modha 2001)."""
     centres_CD = sample_SD[np.sort(rng.permutation(len(sample_SD))[:count])]
     for _ in range(_NUM_ROUNDS):
         rows_S, starts = _by_list(nearest(sample_SD, centres_CD), count)
@@ -230,5 +224,4 @@ def nearest_of_all(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray
 
 def _unit(vectors_ND: np.ndarray) -> np.ndarray:
     norm_N = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
-    scaled: np.ndarray = vectors_ND / np.where(norm_N > 0, norm_N, 1)
-    return scaled
+    return vectors_ND / np.where(norm_N > 0, norm_N, 1)

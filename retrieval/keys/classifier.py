@@ -141,8 +141,7 @@ class Classifier(DeclaredKey):
         NaN for a query without inputs.
         """
         logits_N = self._judge(query, records, space)[1]
-        probable_N: np.ndarray = np.exp(kernel_ridge.log_softmax(logits_N)) if len(records) else logits_N
-        return probable_N
+        return np.exp(kernel_ridge.log_softmax(logits_N)) if len(records) else logits_N
 
     def held_out(self, records: Sequence[Record], space: KeySpace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the adapter of each sample input (N,), as a place in order of names, and its cosines (N, C) by two fits.
@@ -235,8 +234,7 @@ def _folds(labels_N: np.ndarray) -> np.ndarray:
 
     Held out alone, a sample meets its own class one smaller than the others, and looks less like it than a query does.
     """
-    folds_N: np.ndarray = np.arange(len(labels_N)) - np.searchsorted(labels_N, labels_N)
-    return folds_N
+    return np.arange(len(labels_N)) - np.searchsorted(labels_N, labels_N)
 
 
 def _relation(pairs: Sequence[_Pair]) -> np.ndarray:
@@ -250,5 +248,4 @@ def _kernels(looks: list[_Look], relation_NF: np.ndarray, others: list[_Look], r
 
 
 def _mix(shares_P: np.ndarray, kernels_PNM: np.ndarray) -> np.ndarray:
-    mixed_NM: np.ndarray = np.tensordot(shares_P, kernels_PNM, axes=1)
-    return mixed_NM
+    return np.tensordot(shares_P, kernels_PNM, axes=1)

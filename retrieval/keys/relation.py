@@ -28,8 +28,7 @@ class Relation:
 def _mean(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     total_F = np.sum([relation_of(text, answer) for text, answer in pairs], axis=0) if pairs else np.zeros(1)
     norm = float(np.linalg.norm(total_F))
-    unit_F: np.ndarray = total_F / norm if norm else total_F
-    return unit_F
+    return total_F / norm if norm else total_F
 
 
 def relation_of(given: str, answer: str) -> np.ndarray:
@@ -53,5 +52,4 @@ def relation_of(given: str, answer: str) -> np.ndarray:
         len(answer_words) < len(words),
     ]
     row_F = 2.0 * np.array(features, dtype=np.float64) - 1.0
-    unit_F: np.ndarray = row_F / np.linalg.norm(row_F)
-    return unit_F
+    return row_F / np.linalg.norm(row_F)

@@ -50,5 +50,4 @@ def sketch(adapter: Adapter) -> np.ndarray:
 def _random(name: str, width: int) -> np.ndarray:
     """Draw the Gaussian matrix (SIDE, width) that belongs to one side of one layer, always the same."""
     seed = int.from_bytes(hashlib.sha256(f"{name}/{width}".encode()).digest()[:16], "little")
-    rows_MW: np.ndarray = np.random.Generator(np.random.Philox(key=seed)).standard_normal((SIDE, width), dtype=np.float32)
-    return rows_MW
+    return np.random.Generator(np.random.Philox(key=seed)).standard_normal((SIDE, width), dtype=np.float32)
