@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import loraweave.registry as registry
 from loraweave.common.process import holding
 from loraweave.composer.experts.forms._form import Form, Weigh
-from loraweave.composer.experts.like_base import LikeBase
 from loraweave.composer.experts.parts import READER, Parts, Starts, make_parts, shapes_of
-from loraweave.composer.experts.running import RUNNING, Hook, Running, require_same_call, same_call
+from loraweave.composer.experts.running import RUNNING, Hook, LikeBase, Running, require_same_call, same_call
 from loraweave.composer.experts.saving import (
     as_adapter,
     experts_as_files,
