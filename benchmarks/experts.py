@@ -34,8 +34,8 @@ from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
 from benchmarks._expert_kinds import KINDS, ONE, RATES, THEN, Kind, report, without_rate
 from benchmarks._run import Run, pairs
 from loraweave.common.randomness import seeded
-from loraweave.composer.experts.exchange import put_expert
 from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.experts.make import put_expert
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
 from loraweave.composer.train.schedule import call_labelled

@@ -58,10 +58,10 @@ _MODULES = {
     "routers.tokens._text": "Examples TextRouter labelled_tasks",
     "routers.tokens.logistic": "Logistic",
     # recipes and their experts
-    "composer.experts.exchange": "has_expert layers_with put_expert",
     "composer.experts.expert_model": "ExpertModel require_expert_model",
     "composer.experts.forms._form": "Args Form Seen Weigh fitting",
     "composer.experts.forms.sum_of_experts": "SumOfExperts",
+    "composer.experts.make": "has_expert layers_with put_expert",
     "composer.experts.parts": "is_named layer_sites numbered_blocks require_all_named shapes_of",
     "composer.experts.running": "Running",
     "composer.experts.together": "ExpertJob",

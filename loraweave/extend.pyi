@@ -93,9 +93,6 @@ from loraweave.composer.ensembles.ensemble import member_passes as member_passes
 from loraweave.composer.ensembles.ensemble import rows_of as rows_of
 from loraweave.composer.ensembles.ensemble import rows_that_fit as rows_that_fit
 from loraweave.composer.ensembles.ensemble import without_cache as without_cache
-from loraweave.composer.experts.exchange import has_expert as has_expert
-from loraweave.composer.experts.exchange import layers_with as layers_with
-from loraweave.composer.experts.exchange import put_expert as put_expert
 from loraweave.composer.experts.expert_model import ExpertModel as ExpertModel
 from loraweave.composer.experts.expert_model import require_expert_model as require_expert_model
 from loraweave.composer.experts.forms._form import Args as Args
@@ -104,6 +101,9 @@ from loraweave.composer.experts.forms._form import Seen as Seen
 from loraweave.composer.experts.forms._form import Weigh as Weigh
 from loraweave.composer.experts.forms._form import fitting as fitting
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts as SumOfExperts
+from loraweave.composer.experts.make import has_expert as has_expert
+from loraweave.composer.experts.make import layers_with as layers_with
+from loraweave.composer.experts.make import put_expert as put_expert
 from loraweave.composer.experts.parts import is_named as is_named
 from loraweave.composer.experts.parts import layer_sites as layer_sites
 from loraweave.composer.experts.parts import numbered_blocks as numbered_blocks

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from loraweave.composer.live.call import arguments_of
 from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, tensors_in
@@ -178,19 +177,6 @@ def add_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequ
     )
     added: Tensor = _RowProducts.apply(writable_y, x, tuple(ranges), *(tensor for pair in factors for tensor in pair))  # type: ignore[no-untyped-call]
     return added
-
-
-def naive_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the result of `add_products`, computed product by product."""
-    x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    parts, end = [], 0
-    for part, (a_RI, b_OR) in zip(ranges, factors, strict=True):
-        x_MI = x_NI[part.start : part.stop]
-        hidden_MR = functional.linear(x_MI, a_RI.to(x.dtype))
-        update_MO = functional.linear(hidden_MR, part.scale * b_OR.to(x.dtype))
-        parts += [y_NO[end : part.start], y_NO[part.start : part.stop] + update_MO.to(y.dtype)]
-        end = part.stop
-    return torch.cat([*parts, y_NO[end:]]).view_as(y)
 
 
 class _RowProducts(torch.autograd.Function):

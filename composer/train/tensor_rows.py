@@ -190,7 +190,6 @@ class TensorFeed(Feed):
         return {**stacked, "task": torch.tensor([row.expert for row in rows], device=device)}
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """Return the output and mean loss of `Feed`."""
         columns = {name: value for name, value in inputs.items() if name != "task"}
         task_B, tasks = inputs["task"], self._model.tasks
         task = None if bool((task_B < 0).all()) else task_B
@@ -206,7 +205,6 @@ class TensorFeed(Feed):
         return output, loss
 
     def size(self, inputs: Mapping[str, Any]) -> int:
-        """Return the number of rows."""
         return len(inputs["task"])
 
 
@@ -283,13 +281,10 @@ class TokenFeed(Feed):
         self._labelled = partial(label_rows, base, NO_TOKENIZER if tokenizer is None else tokenizer, whole=whole)
 
     def inputs_of(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
-        """Return the batch of `Feed`."""
         return {**self._labelled(rows)}
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """Return the output and mean loss of `Feed`."""
         return self._own_loss(call_labelled(model, inputs, two_sequences=self._two_sequences))
 
     def size(self, inputs: Mapping[str, Any]) -> int:
-        """Return the number of tokens without padding."""
         return int(inputs["attention_mask"].sum())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.experts.exchange import put_expert
+from loraweave.composer.experts.make import put_expert
 from loraweave.errors import LayerMismatch, ScopeError, UnknownName, WeightingError
 
 IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])

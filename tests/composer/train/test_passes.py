@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from loraweave.composer.model.batches import batch, encode, token_losses
 from loraweave.composer.train.jobs import LoraJob
-from loraweave.composer.train.passes import RowRange, SharedPass, add_products, naive_products
+from loraweave.composer.train.passes import RowRange, SharedPass, add_products
 
 LAYER, OTHER = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 ROWS = [("a", "A"), ("abc", "B"), ("c d e", "CC"), ("d", "D"), ("e", "E"), ("hello", "H")]
@@ -154,6 +154,19 @@ def made(ranks, *, dtype=torch.float64):
 
     factors = [(random(rank, 5), random(6, rank)) for rank in ranks]
     return random(2, 7, 5), random(2, 7, 6), factors
+
+
+def naive_products(y, x, ranges, factors):
+    """Return the result of `add_products`, computed product by product."""
+    x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    parts, end = [], 0
+    for part, (a_RI, b_OR) in zip(ranges, factors, strict=True):
+        x_MI = x_NI[part.start : part.stop]
+        hidden_MR = functional.linear(x_MI, a_RI.to(x.dtype))
+        update_MO = functional.linear(hidden_MR, part.scale * b_OR.to(x.dtype))
+        parts += [y_NO[end : part.start], y_NO[part.start : part.stop] + update_MO.to(y.dtype)]
+        end = part.stop
+    return torch.cat([*parts, y_NO[end:]]).view_as(y)
 
 
 @pytest.mark.parametrize("case", CASES)
