@@ -21,9 +21,9 @@ import loraweave as lw
 from loraweave import errors, extend, registry
 
 LIMITS = {
-    "files of the core": 342,
-    "lines of the core": 56_519,
-    "lines of the product": 84_781,
+    "files of the core": 337,
+    "lines of the core": 56_396,
+    "lines of the product": 84_544,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 37,

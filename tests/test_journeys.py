@@ -18,7 +18,7 @@ import loraweave as lw
 from loraweave import registry
 
 # (files, functions)
-LIMITS = {"merge": (29, 226), "live, cold": (28, 154), "live, warm": (13, 40), "compose": (184, 1809), "serve": (88, 704)}
+LIMITS = {"merge": (14, 130), "live, cold": (16, 81), "live, warm": (6, 15), "compose": (152, 1714), "serve": (85, 704)}
 
 
 class Journey:
