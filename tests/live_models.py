@@ -2,14 +2,12 @@
 
 import threading
 
-import pytest
 import torch
-
-from loraweave import registry
+from installed import needs_entry
 
 IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
 # without a hook that traces mixtures, torch.compile leaves them outside its graphs
-in_whole_graphs = pytest.mark.skipif("compiled" not in registry.names("hooks"), reason="no hook traces mixtures")
+in_whole_graphs = needs_entry("hooks", "compiled")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

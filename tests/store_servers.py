@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from loraweave import registry
+from installed import require_entry
 
 POSTGRES_BIN = Path("/usr/lib/postgresql/17/bin")
 START_S = 60.0
@@ -126,12 +125,6 @@ def s3_server(tmp_path_factory) -> Iterator[str]:
             yield address
     finally:
         end(process, signal.SIGTERM)
-
-
-def require_entry(folder: str, name: str) -> None:
-    """Skip the test where the extension with this entry has been taken away."""
-    if name not in registry.names(folder):
-        pytest.skip(f"no entry {name!r} of {folder} is installed")
 
 
 def absent(reason: str) -> None:

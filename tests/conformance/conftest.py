@@ -1,8 +1,8 @@
 """A hub on every pair of a catalogue and a place for blobs."""
 
 import pytest
+from installed import require_entry
 from store_places import STORES, new_place, opened
-from store_servers import require_entry
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from installed import needs_entry
 from served_rows import MIXTURES, PROMPTS, Heard, alone, averaged, heard_rows, served
 
 import loraweave as lw
-from loraweave import registry
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.serving.memory import Memory
 from loraweave.serving.metrics import Metrics, StepTimes
 from loraweave.serving.row import Member, Row, Sampling, Served
 from loraweave.serving.scheduler import MOST_PASSED, Scheduler
 
-batch_invariant = pytest.mark.skipif("fixed_shape" not in registry.names("kernels"), reason="no kernel fixes shapes")
+batch_invariant = needs_entry("kernels", "fixed_shape")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from installed import needs_entry
 from tiny_pipelines import PROMPTS, latents, pipeline, save_trained
 
 import loraweave as lw
@@ -25,7 +26,7 @@ def linear_alone(adapter):
     return lw.Adapter(adapter.name, adapter.base_model, layers, adapter.fingerprint)
 
 
-@pytest.mark.skipif("least_squares" not in lw.names("methods"), reason="the extension statistics is not there")
+@needs_entry("methods", "least_squares")
 def test_fusion_is_the_least_squares_of_both_concepts_on_the_inputs_that_diffusers_gives_the_layers(tmp_path):
     pipe, theirs = pipeline("sd1"), pipeline("sd1")
     folders = [save_trained("sd1", tmp_path / name, seed, 2) for seed, name in enumerate(NAMES)]

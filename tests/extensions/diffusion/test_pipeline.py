@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from installed import needs_entry
 from tiny_pipelines import PROMPTS, latents, pipeline, save_trained
 
 import loraweave as lw
@@ -270,7 +271,7 @@ def renamed(adapter, change):
 
 @sd1
 class TestPlacing:
-    @pytest.mark.skipif("kohya" not in lw.names("targets"), reason="the extension that writes such files is missing")
+    @needs_entry("targets", "kohya")
     def test_a_file_that_names_no_model_is_routed_by_its_paths_with_a_warning(self, both, tmp_path):
         report = both.adapters[0].export(tmp_path / "out", target="kohya")
         adapter = lw.Adapter.from_pretrained(report.folder)
@@ -281,7 +282,7 @@ class TestPlacing:
             found = latents(both.ours)
         near(found, both.of({"one": 1.0}))
 
-    @pytest.mark.skipif("kohya" not in lw.names("targets"), reason="the extension that writes such files is missing")
+    @needs_entry("targets", "kohya")
     def test_a_hub_binds_such_a_file_to_the_pipeline_so_that_nothing_is_left_to_warn_of(self, both, tmp_path):
         report = both.adapters[0].export(tmp_path / "out", target="kohya")
         with lw.Hub(tmp_path / "hub") as hub:

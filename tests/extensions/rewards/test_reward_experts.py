@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from installed import needs_entry
 
 import loraweave as lw
-from loraweave import registry
 from loraweave.errors import CompositionError, InvalidTask, TrainingError, UnknownName
 from loraweave.extensions.rewards.reward_mixture import expert_rewards, train_reward_experts
 
-pytestmark = pytest.mark.skipif("reward_ensemble" not in registry.names("experts"), reason="its recipe is not installed")
+pytestmark = needs_entry("experts", "reward_ensemble")
 
 MEMBERS = ("first", "second", "third")
 PAIRS = [("good a", "bad a"), ("good be", "bad be"), ("good c", "bad c"), ("good dog", "bad dog")]

@@ -6,7 +6,7 @@ import json
 import sqlite3
 
 import pytest
-from store_servers import require_entry
+from installed import require_entry
 from tiny_hubs import adapter
 
 from loraweave.errors import HubCorrupt, HubError
