@@ -146,11 +146,6 @@ def test_the_traits_of_a_registry_are_the_declared_ones_with_a_meaning(folder_na
     assert all(words.values())
 
 
-def test_a_conformance_suite_asks_for_each_trait():
-    suites = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("conformance/test_*.py"))
-    assert [word for words in registry.TRAITS.values() for word in words if f'"{word}"' not in suites] == []
-
-
 def test_a_trait_that_is_not_declared_is_answered_with_the_nearest():
     with pytest.raises(UnknownName, match="no trait 'lossi', did you mean 'lossy'"):
         registry.traits("lossi")

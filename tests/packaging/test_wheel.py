@@ -54,7 +54,7 @@ def run_with(unpacked, code, folder, *arguments):
 
 def test_the_wheel_has_every_source_file_under_loraweave_and_no_other_package(wheel):
     # the rooms are links there, which rglob does not follow
-    front = (ROOT / "loraweave").rglob("*.py")
+    front = (path for path in (ROOT / "loraweave").rglob("*") if path.suffix in (".py", ".pyi"))
     expected = {path.relative_to(ROOT).as_posix() for path in front} | {"loraweave/py.typed"}
     for room in ROOMS:
         expected |= {
