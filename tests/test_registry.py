@@ -4,7 +4,6 @@ import difflib
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
 
 import pytest
 
