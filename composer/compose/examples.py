@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, repeat
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -89,9 +88,9 @@ class EncodedExamples:
         self.right_N = torch.tensor(kind.right)
         tasks = in_turn(task) if turned else [task] * len(task.examples)
         prompts = [example_task.prompt(text) for example_task, (text, _) in zip(tasks, task.examples, strict=True)]
-        targets = list(chain.from_iterable(kind.targets))
-        repeated = chain.from_iterable(map(repeat, prompts, map(len, kind.targets)))
-        self._rows = encode(model, tokenizer, list(repeated), targets, ends=[task.answer_end] * len(targets))
+        pairs = [(prompt, text) for prompt, texts in zip(prompts, kind.targets, strict=True) for text in texts]
+        asked, targets = [prompt for prompt, _ in pairs], [text for _, text in pairs]
+        self._rows = encode(model, tokenizer, asked, targets, ends=[task.answer_end] * len(pairs))
         self._by_example = in_chunks(self._rows, self.num_texts)
         # the number of target tokens of each row
         self._count_NR = torch.tensor([len(row.target) for row in self._rows]).view(-1, self.num_texts)
@@ -139,8 +138,8 @@ class EncodedExamples:
         """Return all jobs as one batch."""
         if self._trees_of(jobs[0]):
             return self._as_trees([self._trees_of(job) for job in jobs])
-        places = in_chunks(list(range(len(self._rows))), self.num_texts)
-        chosen = self._plain.rows(list(chain.from_iterable(map(places.__getitem__, chain.from_iterable(jobs)))))
+        width = self.num_texts
+        chosen = self._plain.rows([example * width + at for job in jobs for example in job for at in range(width)])
         target_BRK = chosen.targets_BK[:, None]
         num_kept, device = target_BRK.shape[2], target_BRK.device
         slot_BRK = torch.arange(-num_kept, 0, device=device).expand(target_BRK.shape)
@@ -191,7 +190,7 @@ class EncodedExamples:
         return num_rows * length * (6 * int(self._model.config.get_text_config().hidden_size) + length)
 
     def _rows_of(self, examples: Sequence[int]) -> list[EncodedRow]:
-        return list(chain.from_iterable(map(self._by_example.__getitem__, examples)))
+        return [row for example in examples for row in self._by_example[example]]
 
 
 @dataclass(frozen=True, eq=False)
