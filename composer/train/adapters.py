@@ -30,7 +30,7 @@ from loraweave.composer.train.passes import lora_job
 from loraweave.composer.train.processes import Processes
 from loraweave.composer.train.rows import HeldOut, Judging, Texts, can_be_packed, pack_task
 from loraweave.composer.train.schedule import WARMUP_STEPS, groups
-from loraweave.composer.train.settings import LoraSettings, read_endings, read_tasks
+from loraweave.composer.train.settings import LoraSettings, read_tasks
 from loraweave.composer.train.shared import SharedPasses
 from loraweave.composer.train.state import JobReport, SharedReport, TrainedAdapters, load_adapter, save_adapter
 from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
@@ -121,13 +121,11 @@ def _settings(
     target_modules: Sequence[str], kind: JobKind, alpha: float | None, others: Mapping[str, Any], **lora: Any
 ) -> LoraSettings:
     """Return the settings of the adapters. Raises TrainingError for a setting out of range, among the others, too."""
-    endings = read_endings(target_modules)
     if not isinstance(kind, JobKind):
         raise TrainingError(f"kind is {kind!r:.60}; leave it out, or pass a kind of jobs, Linearized() say")
     options = {**lora, **others, "alpha": alpha}
     check_options("train_adapters()", options, options_of(train_adapters), error=TrainingError)
-    scale = 2.0 * lora["rank"] if alpha is None else alpha
-    return LoraSettings(**lora, alpha=scale, target_modules=endings, linearized=kind.linearized)
+    return LoraSettings.of(target_modules, alpha, **lora, linearized=kind.linearized)
 
 
 # the arguments of a group's training by task, and the keys of what its adapters depend on

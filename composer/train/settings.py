@@ -141,6 +141,12 @@ class LoraSettings(Pace):
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     linearized: bool = False
 
+    @classmethod
+    def of(cls, target_modules: Sequence[str], alpha: float | None, *, rank: int, **others: Any) -> Self:
+        """Return the settings; `alpha` None is twice the rank. Raises what `read_endings` does."""
+        scale = 2.0 * rank if alpha is None else alpha
+        return cls(target_modules=read_endings(target_modules), alpha=scale, rank=rank, **others)
+
 
 def read_endings(target_modules: Sequence[str]) -> tuple[str, ...]:
     """Return endings of module paths for LoraSettings. Raises TrainingError for none, and for other than a collection."""

@@ -23,7 +23,6 @@ from loraweave.extend import (
     launched_processes,
     options_of,
     progress_bar,
-    read_endings,
     read_tasks,
     require_startable,
     target_layers,
@@ -49,7 +48,7 @@ def train_in_order(
     batch_size: Count = 8,
     target_modules: Sequence[str] = ("q_proj", "v_proj"),
     start: Mapping[str, Adapter] | None = None,
-    warmup: Whole = 10,
+    warmup: Whole = LoraSettings.warmup,
     checkpoint: str | Path | None = None,
     progress: bool | Progress = True,
 ) -> dict[str, Adapter]:
@@ -64,16 +63,15 @@ def train_in_order(
     `train_adapters` raises for examples and for a start that cannot be used.
     """
     way_options, begins = dict(options or {}), start or {}
-    endings = read_endings(target_modules)
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     known = options_of(train_in_order)
     check_options("train_in_order()", {**lora, "alpha": alpha, "jobs_per_batch": jobs_per_batch}, known, error=TrainingError)
-    settings = LoraSettings(**lora, alpha=2.0 * rank if alpha is None else alpha, target_modules=endings)
+    settings = LoraSettings.of(target_modules, alpha, **lora)
     prepared = read_tasks(tasks)
     train: Callable[..., dict[str, Adapter]] = get("continual", way)
     _require_sense(way, way_options, options_of(train, after=1), prepared, begins)
     begin = require_startable(model, tasks, begins).get(next(iter(prepared)))
-    layers = target_layers(model, endings)
+    layers = target_layers(model, settings.target_modules)
     rows = {name: training_rows(model, tokenizer, parts, seed) for name, parts in prepared.items()}
     alone, base = {name: parts[0] for name, parts in prepared.items()}, fingerprint(model)
     with untouched(model), progress_bar(progress, field="loss") as bar:
