@@ -26,7 +26,6 @@ from loraweave.extend import (
     nearest,
     options_of,
     progress_bar,
-    read_endings,
     read_tasks,
     require_model,
     target_layers,
@@ -125,14 +124,12 @@ def federate(
     backend needs a package that is not there, CompositionError for a value that is not a model.
     """
     require_model(model)
-    endings = read_endings(target_modules)
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     round_by: dict[str, Any] = {"participation": participation, "min_clients": min_clients, "backend": backend}
     options = {**lora, **round_by, "rounds": rounds, "alpha": alpha}
     check_options("federate()", options, options_of(federate), error=TrainingError)
     chosen = _strategy(strategy, strategy_options or {})
-    lora["alpha"] = 2.0 * rank if alpha is None else alpha
-    settings = LoraSettings(**lora, target_modules=endings)
+    settings = LoraSettings.of(target_modules, alpha, **lora)
     tasks = read_tasks(clients)
     if min_clients > len(tasks):
         raise TrainingError(f"min_clients is {min_clients}, but there are {len(tasks)} clients: lower it")
