@@ -16,6 +16,7 @@ from loraweave.common.chat import prompt_json
 from loraweave.common.display import progress_bar
 from loraweave.common.names import text_digest
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
+from loraweave.common.process import launched_processes
 from loraweave.common.rows import GivenRows
 from loraweave.common.spread import processes_here, require_all, spread
 from loraweave.common.state import checkpoint_folder
@@ -27,7 +28,6 @@ from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.train.jobs import LORA, JobKind, LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.memory import MemoryModel, step_budget
 from loraweave.composer.train.passes import lora_job
-from loraweave.composer.train.processes import Processes
 from loraweave.composer.train.rows import HeldOut, Judging, Texts, can_be_packed, pack_task
 from loraweave.composer.train.schedule import WARMUP_STEPS, groups
 from loraweave.composer.train.settings import LoraSettings, read_tasks
@@ -105,7 +105,7 @@ def train_adapters(
     settings = _settings(target_modules, kind, alpha, {**shared_by, **judged}, **lora)
     prepared, judging = read_tasks(tasks), Judging(held_out, evaluate_every, patience)
     judging.require({name: sum(len(task.examples) for task in parts) for name, parts in prepared.items()})
-    _require_sense(model, hub, n_jobs)
+    _require_sense(hub, n_jobs)
     kind.require(model, start or ())
     begins = require_startable(model, tasks, start or {})
     layers = target_layers(model, settings.target_modules) if len(begins) < len(tasks) else {}
@@ -232,13 +232,13 @@ def training_rows(
     return rows
 
 
-def _require_sense(model: Any, hub: Hub | None, n_jobs: int | None) -> None:
+def _require_sense(hub: Hub | None, n_jobs: int | None) -> None:
     """Raise TrainingError for a hub that is none and for arguments that exclude each other."""
     if not isinstance(hub, Hub | None):
         raise TrainingError(f"hub is {hub!r:.60}; pass a Hub that takes the adapters, or None")
     whole = {"hub": hub, "n_jobs": processes_here(n_jobs)}
     alone = [option for option, value in whole.items() if value is not None]
-    if alone and (count := Processes.launched(next(model.parameters()).device).count) > 1:
+    if alone and (count := launched_processes()) > 1:
         raise TrainingError(f"{count} processes were launched, which share the rows of each step, and {alone[0]} is for one")
 
 
