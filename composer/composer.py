@@ -95,7 +95,7 @@ class Composer:
         return self._bound
 
     def bound(self, name: str) -> Adapter:
-        """Return an expert as it is mixed, to be looked at; what is kept is made of `bound_pool`. Raises UnknownExpert."""
+        """Return an expert as it is mixed, to look at; take what is kept from `bound_pool`. Raises UnknownExpert."""
         return self._bound[name]
 
     @property

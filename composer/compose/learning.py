@@ -221,8 +221,8 @@ class InContextAdapter(Trial):
 class FewShot(Trial):
     """The trial of a LoRA that is trained on a split's examples; it begins as the bench's `start`, or as a new adapter.
 
-    Under demonstrations each example is learned under the others (arXiv 2110.15943). `targets` returns what the paths of a
-    new adapter's layers end in, of an engine.
+    Under demonstrations each example is learned under the others (arXiv 2110.15943). For an engine,
+    `targets` returns the endings of the paths of the layers that a new adapter gets.
     """
 
     def __init__(self, name: str, bench: Bench, tuning: Tuning, targets: Callable[[Composer], Sequence[str]]) -> None:

@@ -130,7 +130,7 @@ class Settings:
         return smooth and self.meaning in (None, "linear")
 
     def solver(self, experts: Sequence[str], supplied: Mapping[str, Any]) -> Solver:
-        """Return the method's solver with its limits and options. What it takes of `supplied` goes before these."""
+        """Return the method's solver with its limits and options. What it takes of `supplied` overrides these."""
         solver_type = solver_class(self.name)
         arguments = {**supplied, "budget": self.budget, "seconds": self.seconds, "seed": self.seed}
         known = options_of(solver_type)

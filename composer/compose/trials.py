@@ -231,7 +231,7 @@ class Trial(ABC):
         return 0
 
     def count(self, made: int) -> None:
-        """Count evaluations, and tell of them."""
+        """Count evaluations, and report them as progress."""
         self.evaluations += made
         self.bench.on_progress(made)
 

@@ -73,7 +73,7 @@ class Outcome:
 
 
 def calibrated(task: Task, settings: Settings) -> Task:
-    """Return the task; with labels "auto" calibrates them, lest one win that the prompts make likely whatever follows."""
+    """Return the task; "auto" calibrates its labels, if any, so that none wins because the prompts make it likely anyway."""
     if settings.method != "auto" or not task.labels:
         return task
     return replace(task, calibrated=(settings.inputs or task.examples)[:CALIBRATING])
@@ -101,7 +101,7 @@ def _plain(bench: Bench, requested: set[str]) -> list[Trial]:
 def _learning(bench: Bench, settings: Settings) -> list[Trial]:
     """Return what was asked for, beyond the plain trials; for "auto" what it may average."""
     if settings.routes:
-        # loaded for routers alone, which bring what is saved of them and of peft's
+        # only routers need it, and it loads the reader of saved ones, with a hub's intake
         from loraweave.composer.compose.routed import routed
 
         return [routed(bench, settings)]
@@ -188,7 +188,7 @@ def _auto(ways: Ways, bench: Bench, settings: Settings, folds: Sequence[Split]) 
 
 
 def _that_run(trials: Iterable[Trial], run: Callable[[Trial], object], remarks: list[str]) -> list[Trial]:
-    """Run the trials, and return those that could be run; of the others the remarks say why."""
+    """Run the trials; return those that ran, and add the reasons why others did not to `remarks`."""
     ran = []
     for trial in trials:
         try:
@@ -201,7 +201,7 @@ def _that_run(trials: Iterable[Trial], run: Callable[[Trial], object], remarks: 
 
 
 def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split], remarks: list[str]) -> Outcome:
-    """Run the average of the members, which is then asked for; one member alone is asked for itself."""
+    """Run the average of the members; return all trials, of which the average, or the only member, is the one to return."""
     average: list[Trial] = [Averaged(members)] if len(members) > 1 else []
     for trial in average:
         trial.run(folds)

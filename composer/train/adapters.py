@@ -85,19 +85,18 @@ def train_adapters(
     steps and after the last; the best factors are kept, and `patience` evaluations without better ones end a task.
 
     A task named in `start` begins as that adapter and keeps its layers and ranks, whatever `rank` and `target_modules` are;
-    `alpha / rank` is the scale of all. `kind` makes jobs of another class than LoRA: `Linearized()` trains to first order,
-    and `Beside(adapter)` what an adapter leaves of the inputs, both of the extension `continual`.
+    `alpha / rank` is the scale of all. `kind` is another kind of job than LoRA: in the extension `continual`, `Linearized()`
+    trains to first order, and `Beside(adapter)` on what that adapter leaves of a layer's inputs.
 
     With `n_jobs` workers (-1: all cores), or those that `joblib.parallel_config` names, processes of this machine, Ray or
     Dask train groups of jobs, to the same bits for any number of workers (docs/howto/many_machines.md). Each loads the model
     by its name. A `hub` gets a group's adapters when it ends; what it has of the same training is not trained again.
     Processes of `torchrun` or `accelerate launch` share the rows of each step; their number divides `batch_size`.
 
-    Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a
-    name in `start` or `held_out`, BudgetExceeded for a task that alone exceeds the memory, TrainingError for settings out of
-    range, a checkpoint that cannot be written and a loss that is not finite, WorkersFailed for lost workers, AdapterExists
-    for a name that the hub has, BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start
-    from.
+    Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a name in `start`
+    or `held_out`, BudgetExceeded for a task that alone exceeds the memory, TrainingError for settings out of range, a
+    checkpoint that cannot be written and a loss that is not finite, WorkersFailed for lost workers, AdapterExists for a name
+    that the hub has, BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start from.
     """
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
@@ -122,7 +121,7 @@ def _settings(
 ) -> LoraSettings:
     """Return the settings of the adapters. Raises TrainingError for a setting out of range, among the others, too."""
     if not isinstance(kind, JobKind):
-        raise TrainingError(f"kind is {kind!r:.60}; leave it out, or pass a kind of jobs, Linearized() say")
+        raise TrainingError(f"kind is {kind!r:.60}; leave it out, or pass a kind of jobs, such as Linearized()")
     options = {**lora, **others, "alpha": alpha}
     check_options("train_adapters()", options, options_of(train_adapters), error=TrainingError)
     return LoraSettings.of(target_modules, alpha, **lora, linearized=kind.linearized)

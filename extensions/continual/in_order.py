@@ -89,7 +89,7 @@ def _require_sense(
 ) -> None:
     """Raise TrainingError for options that the way does not take, lists of tasks, later starts, and launched processes."""
     if (count := launched_processes()) > 1:
-        raise TrainingError(f"{count} processes were launched, which share the rows of each step, and one trains in order")
+        raise TrainingError(f"{count} processes were launched, but tasks are trained in order in one: start it alone")
     if several := [name for name, parts in tasks.items() if len(parts) > 1]:
         raise TrainingError(f"way={way!r} trains on one task at a time, and {several[0]!r} is a list of tasks")
     check_options(f"continual {way!r}", options, known, error=TrainingError)

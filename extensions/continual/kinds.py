@@ -39,7 +39,7 @@ class Beside(JobKind):
     adapter: Adapter
 
     def require(self, model: Any, start: Collection[str]) -> None:
-        """Raise TrainingError for other than an adapter and for a start, and as a start that cannot be trained does."""
+        """Raise TrainingError for a start and for anything but an adapter, and as for a start that cannot be trained."""
         if start:
             raise TrainingError("beside is for new adapters that are trained apart, so start must be left out")
         if not isinstance(self.adapter, Adapter):
