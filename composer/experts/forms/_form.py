@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,12 @@ Args = tuple[Any, ...]
 Seen = dict[str, Any]
 
 
-class Form(nn.Module):
+class Form(nn.Module, ABC):
     """The class of a file of this folder: the experts of one place.
 
     For sites with parts, `before` and `after` run around each part, where `module` is that of the whole place and `seen` the
-    same mapping until the last part has run; for other sites `forward` runs.
+    same mapping until the last part has run; for other sites `forward` runs. A form defines those that run for its sites,
+    and `factors` if it `is_update`; nothing calls the others.
     """
 
     # whether the sum of its experts at constant weights is an update of the layer, as factors
@@ -41,11 +43,13 @@ class Form(nn.Module):
         self.dropout = recipe.dropout
 
     @staticmethod
+    @abstractmethod
     def sites(model: nn.Module, recipe: Recipe) -> list[Site]:
         """Return the places that the recipe's target modules name, in the model's order.
 
         Raises UnknownName for a target that names no place, LayerMismatch for a place that cannot have experts of this form.
         """
+        # the class is asked before a form is made
         raise NotImplementedError
 
     @classmethod
@@ -74,9 +78,9 @@ class Form(nn.Module):
         """Return the block's output instead of `output`; None to keep it."""
         return None
 
+    @abstractmethod
     def reset(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Set each expert to its start (a_RI, b_RO); starts are ordered by part of the site, then by expert."""
-        raise NotImplementedError
 
     @property
     def moved(self) -> list[nn.Parameter]:
