@@ -216,9 +216,6 @@ class _PartForward(StandIn):
             return self._forward(*args, **kwargs)
         return activation.plan.by_call.run(self._name, self._forward, args, kwargs)
 
-    def own(self, name: str) -> Any:
-        return self._own
-
     def remove(self) -> None:
         """Give the part its own forward back."""
         give_back(self._part, "forward", self._own, self)
