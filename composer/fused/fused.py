@@ -86,6 +86,8 @@ class Fused:
         if max_loss not in (None, math.inf) and not is_number(max_loss, 0):
             raise CompositionError(f"max_loss={max_loss!r} is not a share of 0 or more of an update that may be lost")
         self._max_loss = max_loss
+        # for weights that are no plain ones
+        self._writers = () if max_loss is None else lossy_writers()
         self._originals = Originals(originals)
         self.model = model
         self._make = make
@@ -220,7 +222,7 @@ class Fused:
         plain: list[str] = []
         if not isinstance(update, Factors) or update.rank or update.gain_O is not None:
             parts.append("weight")
-        # of a tied weight with a writer of its own, the other use keeps the old object
+        # a lossy writer puts another object in place of a weight, so that the other use of a tied one keeps its own
         if parts and self._lossy(layer) is None:
             layer.dense_weight_OI()
             weight = layer.module._parameters.get(layer.key("weight"))
@@ -252,9 +254,7 @@ class Fused:
 
     def _lossy(self, layer: TargetLayer) -> Any:
         """Return the writer for a weight that is no plain one, if a loss is allowed and there is such a writer."""
-        if self._max_loss is None:
-            return None
-        return next((writer for writer in lossy_writers() if writer.takes(layer)), None)
+        return next((writer for writer in self._writers if writer.takes(layer)), None)
 
     def _restore(self) -> None:
         for kept in self._kept.values():

@@ -116,9 +116,9 @@ class WeightWriter(ABC):
         return nullcontext()
 
 
-def lossy_writers() -> list[Any]:
+def lossy_writers() -> tuple[type[Any], ...]:
     """Return the writers of the registry, subclasses of WeightWriter."""
-    return [registry.get("writers", name) for name in registry.names("writers")]
+    return tuple(registry.get("writers", name) for name in registry.names("writers"))
 
 
 class Overwritten(WeightWriter):
