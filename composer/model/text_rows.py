@@ -16,21 +16,22 @@ from loraweave.errors import InvalidTask
 def text_rows(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
     """Return the texts' token ids, cut to `max_tokens` (each side of an encoder-decoder).
 
-    Raises InvalidTask for no text and for an empty one.
+    Raises InvalidTask for no text, for an empty one, for targets in some rows only, and for texts without a target where the
+    model is an encoder-decoder.
     """
-    text_rows = read_rows(texts, noun="text", targets="any")
-    if not text_rows:
-        raise InvalidTask("statistics are of a list of texts, or of rows with input and target, but there is none")
-    pairs = [(row.asked, row.targets[0]) for row in text_rows if row.targets]
-    if len(pairs) not in (0, len(text_rows)):
-        raise InvalidTask("statistics are of texts, or of rows with input and target, not of a mixture")
+    samples = read_rows(texts, noun="text", targets="any")
+    if not samples:
+        raise InvalidTask("there is no text: give a list of texts, or of rows with input and target")
+    pairs = [(row.asked, row.targets[0]) for row in samples if row.targets]
+    if len(pairs) not in (0, len(samples)):
+        raise InvalidTask("some rows have a target and some have none: give texts, or rows with input and target")
     both = model.config.is_encoder_decoder
     if both and not pairs:
         raise InvalidTask("an encoder-decoder reads one text and writes another: give pairs (input, target), not texts")
     if pairs:
         rows = encode(model, tokenizer, [text for text, _ in pairs], [target for _, target in pairs])
     else:
-        rows = [EncodedRow(tuple(ids), ()) for ids in prompt_ids(tokenizer, [row.asked for row in text_rows])]
+        rows = [EncodedRow(tuple(ids), ()) for ids in prompt_ids(tokenizer, [row.asked for row in samples])]
     if both:
         cut = [EncodedRow(row.prompt[:max_tokens], row.target[:max_tokens]) for row in rows]
     else:
@@ -38,7 +39,7 @@ def text_rows(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> 
         cut = [EncodedRow((row.prompt + row.target)[:most], ()) for row in rows]
     for number, row in enumerate(cut, start=1):
         if not len(row):
-            raise InvalidTask(f"text {number} ({text_rows[number - 1].input!r:.60}) has no token; leave it out")
+            raise InvalidTask(f"text {number} ({samples[number - 1].input!r:.60}) has no token; leave it out")
     return cut
 
 
