@@ -15,17 +15,13 @@ from torch import Tensor
 
 from loraweave.extend import Part, RowKernel
 
-# the types of devices that Triton's kernels run on if it is installed
+# the types of devices that Triton's kernels run on if it is installed: GPUs, and the CPU in its interpreter
 DEVICES = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
 
 def triton_runs(device: str, itemsize: int) -> bool:
-    """Return whether Triton kernels, with sums in fp32, run on this type of device for floats of at most so many bytes.
-
-    They do on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1).
-    """
-    available = device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return available and itemsize in (2, 4) and _is_installed()
+    """Return whether Triton's kernels, with sums in fp32, run on this type of device for floats of this many bytes."""
+    return device in DEVICES and itemsize in (2, 4) and _is_installed()
 
 
 @cache

@@ -124,7 +124,8 @@ class Arena(LiveHook):
         Returns None where an expert has more than factors, where the place of a layer is not known or has no Triton, and
         while experts of a model that has moved since are in use.
         """
-        if not triton_runs(self.devices[-1], 4):
+        # asked before each call of a model: without Triton, not even one expert has to be looked at
+        if not triton_runs("cuda", 4):
             return None
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if lease.moves != self._moves:
