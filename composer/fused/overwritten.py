@@ -52,7 +52,7 @@ class LayerLoss:
 
 
 class WeightWriter(ABC):
-    """What puts mixtures into one parameter of a layer, and its own values back; `slot` is memory for it.
+    """A writer of mixtures into one parameter of a layer, which can restore the original values; `slot` is its memory.
 
     A subclass in the registry `writers` writes into weights that are no plain floats, where a loss is allowed: it is made of
     the model, a layer that it `takes`, and the largest loss.
@@ -70,7 +70,7 @@ class WeightWriter(ABC):
 
     @classmethod
     def warnings(cls, adapters: Mapping[str, Adapter], layers: Mapping[str, TargetLayer]) -> list[str]:
-        """Return what adapters lose that are written into the model's own weights, a sentence for each that loses."""
+        """Return a sentence for each adapter that loses something when it is written into the model's own weights."""
         return []
 
     @property

@@ -1,4 +1,4 @@
-"""What a hook may do for live mixtures; the defaults leave everything to the core's own ways.
+"""The base class of hooks into live mixtures; its defaults leave everything to the core.
 
     a mixture by row   on `devices`: prepare -> kernel for each layer .. release           else kernels of the registry
     torch.compile      traced: a function that the graph of a layer has                      else mixed outside the graph
@@ -29,7 +29,7 @@ from loraweave.types import Router
 
 
 class Prepared(Protocol):
-    """What a hook has for one mixture's activations, until it is released; `remembered` is what was made for its layers."""
+    """The state that a hook prepares for one mixture's activations; `remembered` has what was made for layers since."""
 
     @property
     def remembered(self) -> dict[str, Any]: ...
@@ -91,9 +91,9 @@ class LiveHook:
         return 0
 
     def prepare(self, mixture: MixtureWeights, lease: Lease, layers: Mapping[str, TargetLayer]) -> Prepared | None:
-        """Return what the mixture's activations take instead of the registry's kernels, until `release`; None: nothing.
+        """Return what the mixture's activations take instead of the registry's kernels, until `release`.
 
-        The mixture has rows of its own, which all layers share, in fp32.
+        None leaves them the registry's kernels. The mixture has rows of its own, which all layers share, in fp32.
         """
         return None
 
@@ -112,9 +112,10 @@ class LiveHook:
     def calls(
         self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
     ) -> tuple[MixtureWeights | Router, Any] | None:
-        """Return an activation's weights and what finds the mixture of each call (None: all share it); None: not mine.
+        """Return an activation's weights and what finds the mixture of each call, which is None if all calls share one.
 
-        `resolve` makes weights of a mixture, `activate` opens an activation of them.
+        Returns None for a model whose calls the hook does not know. `resolve` makes weights of a mixture, `activate` opens
+        an activation of them.
         """
         return None
 

@@ -144,7 +144,7 @@ class Plan:
             require_multiple(self.num_mixtures, main_input.shape[0], "batch")
         if main_input.device != self._device:
             self._device, self._remembered = main_input.device, self._own
-            self._is_hooked = isinstance(self._weights, RowWeights) and self._weights.is_served(self._device)
+            self._is_hooked = isinstance(self._weights, RowWeights) and self._weights.find_serving(self._device)
         if self._is_hooked and isinstance(self._weights, RowWeights):
             prepared = self._weights.begin_call()
             self._remembered = self._own if prepared is None else prepared.remembered
@@ -204,7 +204,7 @@ class Plan:
         by_shape = self._remembered.get(layer.name)
         warm = by_shape.get(x.shape) if by_shape and layer.fresh else None
         if warm is not None and warm.fits(x, y) and not CALL.get().beside:
-            # as `usage.saw`, without a call of Python's
+            # the short form of `usage.saw`, which saves a Python call for each layer
             usage.notes[layer.name] = warm.note
             if STATE.get() is not usage.quiet:
                 usage.tell(layer.name, warm.note)

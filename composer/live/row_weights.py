@@ -109,8 +109,8 @@ class RowWeights:
                 hook.release(prepared)
                 self._prepared = None
 
-    def is_served(self, device: torch.device) -> bool:
-        """Return whether a hook may have something for calls with inputs on a device, which begin now."""
+    def find_serving(self, device: torch.device) -> bool:
+        """Find the hooks that may have something for calls with inputs on this device; return whether there are any."""
         self._serving = tuple(hook for hook in self._hooks if device.type in hook.devices)
         return bool(self._serving)
 

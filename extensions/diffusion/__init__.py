@@ -1,8 +1,8 @@
 """How do two styles, or several characters, get into one image? For diffusers' pipelines, which `lw.Composer` takes itself.
 
-A mixture may differ by prompt and by step: `switch`, `composite` and `k_lora` make such ones. `zip_lora` learns one adapter
-from two (ZipLoRA), `inputs_of` records what Mix-of-Show's fusion must know, and `regions` gives parts of an image prompts of
-their own. It needs diffusers, and for each of the latter some runs of the pipeline.
+A mixture may differ by prompt and by step: `switch`, `composite` and `k_lora` make such mixtures. `zip_lora` learns one
+adapter from two (ZipLoRA), `inputs_of` records what Mix-of-Show's fusion must know, and `regions` gives parts of an image
+prompts of their own. It needs diffusers, and the last three some runs of the pipeline.
 """
 
 from typing import TYPE_CHECKING

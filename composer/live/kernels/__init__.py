@@ -14,5 +14,6 @@
 
 Each file with a name says for which mixtures its path is, and what it costs; `_choice.choose` takes the cheapest. A new
 path is one more file, tested by `tests/composer/live/kernels/test_naive.py`, which compares each with the formula.
-`test_weighted_product.py` and `test_expert_product.py` are for paths that learn. Extensions bring more, as a GPU's.
+`test_weighted_product.py` and `test_expert_product.py` are for paths that learn. Extensions bring more, such as
+those for a GPU.
 """

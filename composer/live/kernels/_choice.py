@@ -62,7 +62,7 @@ def costs(work: Workload) -> dict[str, Cost]:
     return costs
 
 
-# the name of the kernel that this context takes alone
+# the name of the only kernel that this context takes; None if it may take any
 ONLY: ContextVar[str | None] = ContextVar("loraweave_only_kernel", default=None)
 
 

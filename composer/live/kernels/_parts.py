@@ -179,7 +179,7 @@ class RowKernel(AddsInPlace):
 
     # whether it may run in fp32 for a layer in half precision
     widens: ClassVar[bool] = True
-    # whether it may be chosen where it is not the only one
+    # whether it competes with the others; False for one that runs only where it is the only one
     is_chosen: ClassVar[bool] = True
     # the types of devices that it runs on; None for all
     devices: ClassVar[tuple[str, ...] | None] = None
