@@ -130,10 +130,9 @@ class RowWeights:
         """Return what a layer adds. Raises ScopeError, with both counts, for rows that are no multiple of the mixture's."""
         num_rows, num_tokens = x_BTI.shape[:2]
         require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
-        if (held := self._prepared) is not None:
-            by_hook = self._by_hook(*held, layer, x_BTI, device, dtype)
-            if by_hook is not None:
-                return by_hook
+        held = self._prepared
+        if held is not None and (by_hook := self._by_hook(held, layer, x_BTI, device, dtype)) is not None:
+            return by_hook
         layer_rows = self._layers.get(layer.name)
         with torch.inference_mode(False), torch.no_grad():
             if layer_rows is None or layer_rows.device != device or layer_rows.dtype != dtype:
@@ -144,17 +143,12 @@ class RowWeights:
         return LayerMixture(kernel, layer_rows.affine, lasts=self._prepared is None)
 
     def _by_hook(
-        self,
-        hook: LiveHook,
-        prepared: Prepared,
-        layer: TargetLayer,
-        x_BTI: Tensor,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, held: tuple[LiveHook, Prepared], layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype
     ) -> LayerMixture | None:
         """Return what the layer adds by what a hook has prepared, which no gradient may outlive; None for the other ways."""
         if (torch.is_grad_enabled() and x_BTI.requires_grad) or torch._C._are_functorch_transforms_active():
             return None
+        hook, prepared = held
         if not prepared.reaches(layer.name):
             return LayerMixture(None, None)
         one = x_BTI.shape[0] * x_BTI.shape[1] == self.num_mixtures
