@@ -81,7 +81,7 @@ RESERVED: dict[str, dict[str, str]] = {
     "methods": {
         "seeds": "a seed for each expert, of the merge's `seed`, the expert's content and the layer",
         "statistics": "each expert's statistics in the layer; a merge without any is refused",
-        "survey": "what the file's function `survey` returned of all layers; `needs_survey` there says when it is called",
+        "survey": "what the survey that `@surveys` declares returned of all layers; its `where` says whether it is needed",
         "rank": "the rank that the merge was asked for, or None; what else is returned is cut to it",
     },
     "routers": {

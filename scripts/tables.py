@@ -43,19 +43,29 @@ The groups are `loraweave.` with the names below, and `loraweave.recipes` for `e
 ours cannot be taken; a file that cannot be imported raises `PluginFailed` when it is asked for, and only then. What such a
 file is made from (`TokenRouter`, `Recipe`, `Solver`, kinds of options, `traits`) is in `loraweave.extend`.
 
-Two registries have entries of extensions alone: `hooks`, whose `LiveHook` may serve live mixtures in a way of its own
-(kernels for batches by row, what `torch.compile` traces, a mixture for each call of a pipeline), and `writers`, whose
-`WeightWriter` writes into weights that are no plain floats.
+Six registries have no entries in the core:
 
-Five groups are no registries. An entry point `loraweave.commands` names a module with a `typer.Typer` called `app`,
-whose commands stand beside ours in the shell, or one called `hub`, whose commands are those of `loraweave hub`. An entry
-point NAME of `loraweave.pages` names a package that has the Markdown page NAME.md, which becomes a page of the site.
-An entry point `loraweave.merge_files` names a module whose `read(path, keys)` returns, for a YAML file that it knows, what
-`loraweave merge FILE.yaml` follows: an object with `merge(find, seed=, **rules)` and `dtype`; `READS` says what it knows. An
-entry point `loraweave.panel` names a module whose `panel(engine, prompt, router, new_tokens)` draws a router's weights for
-the page over a hub ([ui](extensions/ui.md)). An entry point `loraweave.router_files` names a module that opens routers which
-others saved: `is_router(folder)`, `is_mixture(folder)` (false for what is an adapter, too), `read(folder, pool, model)`, and
-`FILES`, patterns of its files.
+- `hooks`: a `LiveHook` may serve live mixtures in a way of its own (kernels for batches by row, what `torch.compile` traces,
+  a mixture for each call of a pipeline);
+- `writers`: a `WeightWriter` writes into weights that are not plain floats;
+- `pipelines`: a subclass of `Parts` presents a pipeline of several models as one module;
+- `checks`: a function returns a check of all records for `Hub.verify(also=)`; the command line knows `signed_by`;
+- `catalogues` and `blobs`: stores of a hub's rows and files outside a folder, named for the scheme of the hub's URL.
+
+These groups are not registries. An entry point of theirs names
+
+- `loraweave.commands`: a module with a `typer.Typer` called `app`, whose commands stand beside ours in the shell, or one
+  called `hub`, whose commands are those of `loraweave hub`;
+- `loraweave.pages`: by NAME, a package that has the Markdown page NAME.md, which becomes a page of the site;
+- `loraweave.merge_files`: a module that reads YAML files for `loraweave merge FILE.yaml`. Its `read(path, keys)` returns an
+  object with `merge(find, seed=, **rules)` and `dtype`, or None for another kind of file; `READS` names the keys of its own;
+- `loraweave.router_files`: a module that opens routers which others saved, with `is_router(folder)`, `is_mixture(folder)`
+  (false for what is an adapter, too), `read(folder, pool, model)`, and `FILES`, patterns of its files;
+- `loraweave.harness`: a module whose `evaluate_harness` scores for `loraweave eval --harness`
+  ([study](extensions/study.md));
+- `loraweave.panel`: a module whose `panel(engine, prompt, router, new_tokens)` draws a router's weights for the page over a
+  hub ([ui](extensions/ui.md));
+- `loraweave.collecting`: a module with `collect_statistics` and `record_inputs` ([statistics](extensions/statistics.md)).
 """
 
 
