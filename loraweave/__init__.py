@@ -50,12 +50,7 @@ if TYPE_CHECKING:
     from loraweave.composer.experts.make import experts
     from loraweave.composer.experts.together import train_experts
     from loraweave.composer.formula.formula import Formula, parse
-    from loraweave.composer.merge.arithmetic import (
-        byom,
-        clusters,
-        compeft,
-        twin_merging,
-    )
+    from loraweave.composer.merge.arithmetic import byom, clusters, compeft, twin_merging
     from loraweave.composer.merge.merge import merge
     from loraweave.composer.programs.program import order
     from loraweave.composer.train.adapters import train_adapters
