@@ -22,7 +22,7 @@ from torch import Tensor
 import loraweave.registry as registry
 from loraweave.common.options import check_options, options_of
 from loraweave.errors import AdapterUnsupported, CompositionError, LayerMismatch, LoraweaveError, UnknownName, WeightingError
-from loraweave.lowrank.algebra import all_finite, signature
+from loraweave.lowrank.algebra import all_finite, signature, weighted_sum
 from loraweave.types import Factors, Kind
 
 # one layer's update of each expert, None for an expert without the layer; a method gets at least one of weight other than 0
@@ -77,8 +77,7 @@ def terms_of_one_rank(experts: Experts, weights: Weights, *, twin: str) -> list[
 
 def weighted_bias(found: Sequence[Term]) -> Tensor | None:
     """Return the sum of w_e bias_e over the terms that have one, fp32; None when no term has."""
-    parts = [term.factors.bias_O.double() * term.weight for term in found if term.factors.bias_O is not None]
-    return torch.stack(parts).sum(dim=0).float() if parts else None
+    return weighted_sum([term.factors.bias_O for term in found], [term.weight for term in found])
 
 
 @dataclass(frozen=True, eq=False)

@@ -316,8 +316,8 @@ def compress_sum(updates: Sequence[Factors], weights: Sequence[float], rank: int
         start += update.rank
     summed = replace(
         first,
-        gain_O=_weighted([update.gain_O for update in updates], weights),
-        bias_O=_weighted([update.bias_O for update in updates], weights),
+        gain_O=weighted_sum([update.gain_O for update in updates], weights),
+        bias_O=weighted_sum([update.bias_O for update in updates], weights),
     )
     if total >= min(num_out, num_in):
         return CutSum(*_compressed(summed, a_SI, b_OS, rank), None)
@@ -424,7 +424,8 @@ def _numpy(tensor: Tensor) -> NDArray[Any]:
     return values.numpy() if values.dtype == torch.float32 else values.double().numpy()
 
 
-def _weighted(parts: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
+def weighted_sum(parts: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
+    """Return the sum of w_e part_e over the parts that are there, fp32; None when none is."""
     present = [part.double() * weight for part, weight in zip(parts, weights, strict=True) if part is not None]
     return torch.stack(present).sum(dim=0).float() if present else None
 
