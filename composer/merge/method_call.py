@@ -129,14 +129,11 @@ class AdapterStatistics(Protocol):
         """Raise WeightingError unless this was recorded of the adapter with that name and hash."""
 
 
-Survey = Callable[..., Any]
+def surveys(survey: Callable[..., Any], *, where: Callable[..., bool] | None = None) -> Callable[[_Method], _Method]:
+    """Declare that a method looks at all layers before it combines the first one: it gets the result as `survey`.
 
-
-def surveys(survey: Survey, *, where: Callable[..., bool] | None = None) -> Callable[[_Method], _Method]:
-    """Declare that a method has to know something of all layers before it combines the first, which it gets as `survey`.
-
-    That is what `survey(layers, weights, **options)` returns, each layer being the experts' factors; options are those of
-    the method that are parameters there, too. `where(**options)` returns whether it needs it with these options.
+    `survey(layers, weights, **options)` is called with each layer as the experts' factors, and with those of the method's
+    options that it takes. `where(**options)` returns whether the method needs the result; without it, it always does.
     """
 
     def declared(method: _Method) -> _Method:
