@@ -6,7 +6,6 @@ a row of the catalogue lists them: a name never becomes a path, and a row is com
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -16,7 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from loraweave.common.files import replacing
+from loraweave.common.files import file_digest, replacing
 from loraweave.common.names import checked_name, near_misses, now
 from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, HubCorrupt, HubError, InvalidName
@@ -222,8 +221,7 @@ def _files(folder: Path) -> dict[str, tuple[Path, str, int]]:
             if name in names:
                 path = place.relative_to(folder).as_posix()
                 _parts(path)
-                with place.open("rb") as file:
-                    files[path] = place, hashlib.file_digest(file, "sha256").hexdigest(), place.stat().st_size
+                files[path] = place, file_digest(place), place.stat().st_size
         if len(files) > MAX_FILES:
             raise HubError(f"{folder} has more than {MAX_FILES} files; a composition has fewer")
     return files
