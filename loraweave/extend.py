@@ -123,7 +123,6 @@ _MODULES = {
     "hub.licenses": "stated_license",
     "hub.merge_report": "mixture_interference",
     "hub.parts": "PIPELINE_PARTS Parts",
-    "hub.pool": "require_everywhere",
     "hub.same_base": "require_same_base says_nothing",
     "hub.stores.catalogue": "state_row",
     "hub.stores.folder_blobs": "FolderBlobs STALE_TMP_S",
