@@ -10,9 +10,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from itertools import repeat
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -62,9 +61,18 @@ class Expert(ctypes.Structure):
 class Merge(ctypes.Structure):
     """The struct `Merge` of entries.c."""
 
-    _fields_: ClassVar[Any] = (
-        *zip(("num_experts", "num_outputs", "num_inputs", "elects", "weighted", "counts", "divides"), repeat(_int)),
-        *zip(("scale", "tie", "cancelled", "balance"), (_float, _float, _int, _int), strict=True),
+    _fields_ = (
+        ("num_experts", _int),
+        ("num_outputs", _int),
+        ("num_inputs", _int),
+        ("elects", _int),
+        ("weighted", _int),
+        ("counts", _int),
+        ("divides", _int),
+        ("scale", _float),
+        ("tie", _float),
+        ("cancelled", _int),
+        ("balance", _int),
     )
 
 
