@@ -179,7 +179,7 @@ def layer_calls(
         survey = call.survey([list(updates.values()) for updates in by_layer.values()], list(map(float, shared.values())))
     for layer, updates in by_layer.items():
         of_layer = weights[layer]
-        if {*updates.values()} <= {None}:
+        if not any(updates.values()):
             continue
         supplied: dict[str, Any] = {"survey": survey, "rank": rank}
         if call.takes("seeds"):
@@ -267,7 +267,8 @@ def _parents(
 ) -> list[Parent]:
     """Return the adapters that count, in the order given; all that can be wrong with the arguments is found here."""
     listed = isinstance(adapters, Collection) and not isinstance(adapters, Mapping | str | bytes)
-    if strange := [item for item in adapters if not isinstance(item, Adapter)] if listed else [adapters]:
+    strange = [item for item in adapters if not isinstance(item, Adapter)] if listed else [adapters]
+    if strange:
         shown = repr(strange[0]) if isinstance(strange[0], str | int | float | None) else type(strange[0]).__name__
         raise WeightingError(
             f"merge takes a list of adapters, and {shown:.80} is none: of a pool pass list(pool.adapters.values()), of a "
