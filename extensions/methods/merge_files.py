@@ -1,4 +1,4 @@
-"""Files of mergekit's, which `loraweave merge FILE.yaml` follows where they mean the same for adapters.
+"""mergekit's files, which `loraweave merge FILE.yaml` follows where they mean the same for adapters as for models.
 
 mergekit's merges of task vectors run on the updates of adapters: what remains of each has a density of its own. They are
 `GeneralizedTaskArithmetic` (mergekit 0.1.5) with W + B A for the fine-tuned weights: thin out each update, weigh it,
@@ -326,13 +326,13 @@ class Recipe:
                 raise WeightingError(f"{self.whose}: density is {density:g}; it is above 0 and at most 1{bounds}")
 
 
-# what a file has that is read here, for the error about one that nobody reads
+# the keys of the files that are read here, for the error about a file that no module reads
 READS = "mergekit's 'merge_method' and 'models'"
 
 
 def read(path: Path, said: Mapping[str, Any]) -> Recipe | None:
     """Return the recipe of a file with these keys, or None for a file that is not mergekit's.
 
-    Raises WeightingError, by name, for what a merge of adapters cannot mean.
+    Raises WeightingError, which names the key, for what a merge of adapters cannot mean.
     """
     return Recipe.of(path, said) if "merge_method" in said else None

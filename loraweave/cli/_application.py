@@ -1,8 +1,7 @@
 """The parts that commands share: errors as one line and an exit status, `--debug` wherever it is written, flags, output.
 
-Tables and JSON go to stdout, notes and progress to stderr.
-
-The root group also takes in the verbs of extensions and of other packages.
+Tables and JSON go to stdout, notes and progress to stderr. The root group also takes in the verbs of extensions and of
+other packages.
 """
 
 from __future__ import annotations

@@ -207,8 +207,8 @@ def is_recipe(sources: Sequence[str]) -> bool:
 def merge_recipe(path: Path, hub: str, seed: int, rules: Mapping[str, Any]) -> tuple[lw.Adapter, str]:
     """Merge by a recipe; return the adapter, and the dtype to write it in. Given flags take precedence over its keys.
 
-    A formula is over the recipe's `pool`, its `hub`, or else `hub`; the adapters of another's file are folders beside it, or
-    those of `hub`.
+    A formula is over the recipe's `pool`, its `hub`, or else `hub`. The adapters of a file that an extension reads are
+    folders beside it, or those of `hub`.
     """
     import loraweave as lw
 
@@ -233,10 +233,10 @@ def merge_recipe(path: Path, hub: str, seed: int, rules: Mapping[str, Any]) -> t
 
 
 def read_merge_file(path: Path) -> Any:
-    """Return the keys of a recipe of ours, with a formula, or what an extension's `merge_files` makes of another's file.
+    """Return the keys of a file with a formula, or the recipe that an extension's `merge_files` reads from another file.
 
-    That has `merge(find, seed=, **rules)`, which returns the adapter, `find` giving one by its name, and the `dtype` of the
-    result. Raises WeightingError for anything else.
+    A recipe has `merge(find, seed=, **rules)`, which returns the merged adapter and calls `find(name)` for each parent, and
+    the `dtype` to write it in. Raises WeightingError for a file that nothing reads.
     """
     said = read_yaml(path, WeightingError)
     if "formula" not in said:
