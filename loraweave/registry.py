@@ -39,7 +39,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "indexes": ("loraweave.hub.indexes",),
     "formats": ("loraweave.hub.formats",),
     "targets": ("loraweave.hub.targets",),
-    # for a hub whose rows or files are elsewhere, the scheme of their URL (`open_stores`); the core knows folders alone
+    # of extensions alone, too, by the scheme of a hub's URL (`open_stores`): the core keeps hubs in folders
     "catalogues": (),
     "blobs": (),
 }
@@ -51,7 +51,7 @@ WITHDRAWN = {
     ("routers", "hilora"): f"it did not route as the published HiLoRA does; make 'similarity' or 'logistic' {_SAVED}",
 }
 
-# what `traits` may say of an entry, by registry: what its conformance suite has to know. docs/registries.md is made of it
+# the words that `traits` takes, by registry, for its conformance suite; docs/registries.md lists them
 TRAITS: dict[str, dict[str, str]] = {
     "methods": {
         "lossy": "an adapter comes back only in part, by the formula, however the weights are set",
@@ -76,7 +76,7 @@ TRAITS: dict[str, dict[str, str]] = {
     },
 }
 
-# parameters that are no options of a user's: an entry that has one gets its value from what calls it
+# parameters that are not a user's options: the caller of an entry gives their values
 RESERVED: dict[str, dict[str, str]] = {
     "methods": {
         "seeds": "a seed for each expert, of the merge's `seed`, the expert's content and the layer",
@@ -95,10 +95,10 @@ RESERVED: dict[str, dict[str, str]] = {
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-# the modules of the entries that were got
+# the module of each entry that `get` has returned
 _got: dict[tuple[tuple[str, ...], str, str], str] = {}
 
-# what folders of extensions and entry points are called, where it is not the registry's name
+# the name of a registry in folders of extensions and in entry points, where it is another
 CALLED = {"experts": "recipes"}
 
 # whose folders are the extensions; no other file of the core names one

@@ -1,9 +1,9 @@
-"""How small pieces of arithmetic become fast: on threads, of which each does a whole piece, and in libraries of C files.
+"""Two ways to make small pieces of arithmetic fast: threads that each take a whole piece, and libraries of C files.
 
 A library is compiled for this processor at first use, kept in the cache folder and loaded once a process. Any C compiler
-does (`CC`, else cc, gcc or clang), in about a second; without one, or with LORAWEAVE_NATIVE=0, what needs it takes the way
-of PyTorch, which makes the same. LORAWEAVE_NATIVE may name an older processor as the compiler's -march does: x86-64 has
-what every such processor has.
+does (`CC`, else cc, gcc or clang), in about a second; without one, or with LORAWEAVE_NATIVE=0, callers compute the same in
+PyTorch. LORAWEAVE_NATIVE may name an older processor as the compiler's -march does: x86-64 has what every such processor
+has.
 """
 
 from __future__ import annotations

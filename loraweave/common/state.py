@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 # the subfolder of a checkpoint for states of unfinished jobs
 RUNNING = "running"
-# the tensor of a file that has the bytes of JSON
+# the tensor of a file that holds `about`, as the bytes of JSON
 REPORT = "report"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The parameters and AdamW moments after `step` steps, and what is said `about` the training, as JSON, if anything."""
+    """The parameters and AdamW moments after `step` steps; `about` is any JSON that is kept with them."""
 
     step: int
     tensors: dict[str, Tensor]
