@@ -1,4 +1,4 @@
-"""What is made of adapters as vectors without a model: few bits, lower ranks, common parts, and groups of like ones.
+"""Adapters made of adapters without a model: in few bits, of lower rank, without a common part; and groups of similar ones.
 
 All raise WeightingError for numbers out of range, and LayerMismatch for adapters that do not fit together. Nothing that is
 given changes.

@@ -119,11 +119,11 @@ SUPPLIED = tuple(registry.RESERVED["methods"])
 
 @runtime_checkable
 class AdapterStatistics(Protocol):
-    """What was recorded of one adapter, for methods that take `statistics`: what they know of each layer, by its name."""
+    """What was recorded of one adapter, by layer, for methods that take `statistics`."""
 
     @property
     def layers(self) -> Mapping[str, Any]:
-        """Return {layer: what the method gets of this adapter there}."""
+        """Return {layer: what a method is given of this adapter in that layer}."""
 
     def require_of(self, name: str, content_hash: str) -> None:
         """Raise WeightingError unless this was recorded of the adapter with that name and hash."""
