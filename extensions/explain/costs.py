@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from loraweave import Composer, Factors
-from loraweave.extend import ShownTable, TargetLayer, UsedLayer, UsedWeights
+from loraweave.extend import ShownTable, TargetLayer, UsedLayer, UsedWeights, is_floating
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _layer_cost(layer: TargetLayer, used: UsedLayer, parts: list[_Part | None]) 
     chosen_BTE = used.w_BTE != 0
     tokens_E = (chosen_BTE.sum(dim=(0, 1)) * times).tolist()
     weight, bias = layer.parameter("weight"), layer.parameter("bias")
-    itemsize = weight.dtype.itemsize if weight is not None and _calculates(weight) else 4
+    itemsize = weight.dtype.itemsize if weight is not None and is_floating(weight.dtype) else 4
     flops = num_out * int(chosen_BTE.any(dim=-1).sum()) * times
     num_values = 0
     for tokens, part in zip(tokens_E, parts, strict=True):
@@ -124,11 +124,6 @@ def _layer_cost(layer: TargetLayer, used: UsedLayer, parts: list[_Part | None]) 
         added_bytes=num_values * itemsize,
         kernel=used.kernel,
     )
-
-
-def _calculates(weight: Tensor) -> bool:
-    """Return whether the layer calculates in the dtype of its weight; 8-bit floats only store."""
-    return weight.is_floating_point() and weight.dtype.itemsize >= 2
 
 
 def _module_name(layer: str) -> str:
