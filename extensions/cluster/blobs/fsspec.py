@@ -16,6 +16,7 @@ from loraweave.extend import (
     STALE_TMP_S,
     BlobStore,
     FolderBlobs,
+    one_or_many,
     remote_errors,
     storage_errors,
     without_credentials,
@@ -204,5 +205,4 @@ def _path(root: str, content_hash: str) -> str:
 
 
 def _uploads_whole(store: Any) -> bool:
-    names = [store.protocol] if isinstance(store.protocol, str) else store.protocol
-    return not _WHOLE_UPLOADS.isdisjoint(names)
+    return not _WHOLE_UPLOADS.isdisjoint(one_or_many(store.protocol))
