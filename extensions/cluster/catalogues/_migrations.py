@@ -1,4 +1,4 @@
-"""The schema of a catalogue on PostgreSQL as numbered steps, kept in step with those of SQLite in `migrations.py`.
+"""The schema of a catalogue on PostgreSQL as numbered steps, kept in step with SQLite's in `hub/stores/migrations.py`.
 
 A step that has been released is never edited: a change is a new step there and one here.
 """

@@ -1,4 +1,4 @@
-"""The catalogue on PostgreSQL: the rows of `catalogue.py`, for hubs that several machines share.
+"""The catalogue on PostgreSQL: the rows of `hub/stores/catalogue.py`, for hubs that several machines share.
 
 Writers take an advisory lock, which the server gives back when their session ends, however it ends. The transaction runs in
 the session that holds the lock: without the lock there is no commit. Readers take no lock and see one moment.
