@@ -1,1 +1,1 @@
-"""What `Hub.verify` may look at beside: checks of the records of all adapters."""
+"""Further checks that `Hub.verify` may make, of the records of all adapters."""

@@ -1,4 +1,4 @@
-"""The check that adapters are as one of some keys has signed them."""
+"""The check that each adapter is as one of the given keys signed it."""
 
 from __future__ import annotations
 
