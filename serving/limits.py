@@ -47,10 +47,10 @@ class Limits:
     `prefix_bytes`, which may be 0. A request has at most `body_bytes`, asks for `choices` answers of `new_tokens`, and is
     over after `seconds`, with whatever it is then; its model has `formula_characters` and `adapters`. `loaded` adapters
     stay in the engine after use, and the adapters of as many formulas in memory. `merges` says whether merges by a method
-    are made, `batch_invariant` whether an answer has the same bits whatever runs beside it, which takes the
-    extension accelerators. A step that gives every running row a token is to take `token_seconds` at most: rows that would
-    make it longer wait, and others pass them a few times. `memory_bytes` are for keys and values, beginnings and adapters
-    together (`Memory`).
+    are made, `batch_invariant` whether an answer has the same bits whatever runs beside it, which needs the extension
+    `accelerators`. A step that gives every running row a token is to take `token_seconds` at most: rows that would make it
+    longer wait, and others pass them a few times. `memory_bytes` are for keys and values, beginnings and adapters together
+    (`Memory`).
     """
 
     rows: int = 8
