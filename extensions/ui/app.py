@@ -170,7 +170,7 @@ class Threads:
 
         async def handle(request: Request) -> Response:
             fields = await self._read(kind, request)
-            return act(self._modeller, lambda tell: work(fields, tell), refusal)
+            return act(self._modeller, lambda tell: work(fields, tell))
 
         return Route(f"/api/{path}", _telling(handle), methods=["POST"])
 
@@ -192,10 +192,10 @@ class Left(BaseException):
     """The end of work that nobody listens to any longer. No `except Exception` on the way takes it for a failure."""
 
 
-def act(thread: Executor, work: Callable[[Tell], None], refused: Callable[[BaseException], Refusal]) -> EventStream:
+def act(thread: Executor, work: Callable[[Tell], None]) -> EventStream:
     """Return a stream of what `work(tell)` tells; if the client goes first, the next `tell` raises Left in the work.
 
-    What the work raises is told last, as `refused` puts it. Acts of one thread run one after another; one whose client has
+    What the work raises is told last, as a `refusal`. Acts of one thread run one after another; one whose client has
     gone before its turn does nothing.
     """
     loop = asyncio.get_running_loop()
@@ -219,7 +219,7 @@ def act(thread: Executor, work: Callable[[Tell], None], refused: Callable[[BaseE
         except Left:
             pass
         except Exception as error:
-            put(refused(error).body)
+            put(refusal(error).body)
         finally:
             put(None)
 
