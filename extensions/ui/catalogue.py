@@ -6,7 +6,7 @@ Everything comes from the hub's public calls; nothing here computes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,6 +45,10 @@ class Filtered(Query):
     @property
     def options(self) -> dict[str, Any]:
         return {"base_model": self.base or None, "license": self.license or None, "tags": self.tag or ()}
+
+    @property
+    def filters(self) -> Filters:
+        return Filters(**self.options)
 
 
 class Listed(Filtered):
@@ -104,8 +108,7 @@ class Catalogue:
             records = self._hub.records(**asked.options, quarantined=True)
             total, page = len(records), records[asked.start : asked.start + asked.count]
         else:
-            options = asked.options
-            seqs = self._hub.seqs(Filters(options["base_model"], options["license"], options["tags"]))
+            seqs = self._hub.seqs(asked.filters)
             ordered = in_order(self._overview.newest, seqs, asked.sort, asked.descending)
             total, wanted = len(ordered), ordered[asked.start : asked.start + asked.count]
             by_seq = self._hub.records_at(wanted)
@@ -120,14 +123,15 @@ class Catalogue:
         else:
             hits = self._retriever.for_task([asked.q], evidence=False, k=asked.count, **asked.options)
         rows = {hit.name: hit_of(hit) for hit in hits}
-        options = asked.options
-        filters = Filters(options["base_model"], options["license"], options["tags"])
         named: dict[str, dict[str, Any]] = {}
         snapshot, wanted = self._overview.newest, asked.q.strip()
-        names = [wanted] * (wanted in self._hub) if snapshot is None else snapshot.named(wanted, NUM_NAMED)
-        for name in names if len(wanted) > 1 else ():
+        names: Sequence[str] = ()
+        # a single letter is in most names
+        if len(wanted) > 1:
+            names = [wanted] * (wanted in self._hub) if snapshot is None else snapshot.named(wanted, NUM_NAMED)
+        for name in names:
             record = self._record(name)
-            if record is not None and filters.passes(record) and not record.quarantined:
+            if record is not None and asked.filters.passes(record) and not record.quarantined:
                 row = rows.pop(name, {**row_of(record), "score": None, "evidence": ""})
                 named[name] = {**row, "evidence": "; ".join(filter(None, ["its name", row["evidence"]]))}
         return {"more": len(hits) == asked.count, "rows": [*named.values(), *rows.values()]}
