@@ -63,8 +63,8 @@ These groups are not registries. An entry point of theirs names
   (false for what is an adapter, too), `read(folder, pool, model)`, and `FILES`, patterns of its files;
 - `loraweave.harness`: a module whose `evaluate_harness` scores for `loraweave eval --harness`
   ([study](extensions/study.md));
-- `loraweave.panel`: a module whose `panel(engine, prompt, router, max_new_tokens=, title=)` draws a router's weights for the page over a
-  hub ([ui](extensions/ui.md));
+- `loraweave.panel`: a module whose `panel(engine, prompt, router, max_new_tokens=, title=)` draws a router's weights for the
+  page over a hub ([ui](extensions/ui.md));
 - `loraweave.collecting`: a module with `collect_statistics` and `record_inputs` ([statistics](extensions/statistics.md)).
 """
 
