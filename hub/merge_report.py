@@ -193,9 +193,9 @@ class MergeReport(Mapping[str, LayerReport]):
         return list(self.values())
 
 
-def by_number(layer: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts layer 2 before layer 10: of parts that are numbers, the shorter is smaller."""
-    return [(len(part) if part.isdecimal() else 0, part) for part in layer.split(".")]
+def by_number(path: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts layer or block 2 before 10: of parts that are numbers, the shorter is smaller."""
+    return [(len(part) if part.isdecimal() else 0, part) for part in path.split(".")]
 
 
 def _span(values: Sequence[int]) -> str:

@@ -12,7 +12,8 @@ from loraweave.common.lazy import lazy
 _MODULES = {
     # entries of any registry, and their options
     "common.options": (
-        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of require_known"
+        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of "
+        "require_known"
     ),
     "registry": "brought get nearest traits traits_of",
     # merge methods
@@ -121,7 +122,7 @@ _MODULES = {
     "hub.indexes._vectors": "Index",
     "hub.intake.adding": "Addition",
     "hub.licenses": "stated_license",
-    "hub.merge_report": "mixture_interference",
+    "hub.merge_report": "by_number mixture_interference",
     "hub.parts": "PIPELINE_PARTS Parts",
     "hub.same_base": "require_same_base says_nothing",
     "hub.stores.catalogue": "state_row",

@@ -284,6 +284,7 @@ from loraweave.hub.formats._safetensors import require_finite as require_finite
 from loraweave.hub.indexes._vectors import Index as Index
 from loraweave.hub.intake.adding import Addition as Addition
 from loraweave.hub.licenses import stated_license as stated_license
+from loraweave.hub.merge_report import by_number as by_number
 from loraweave.hub.merge_report import mixture_interference as mixture_interference
 from loraweave.hub.parts import PIPELINE_PARTS as PIPELINE_PARTS
 from loraweave.hub.parts import Parts as Parts

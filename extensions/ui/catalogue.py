@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraweave import AdapterNotFound, Candidate, Hub, Record, Retriever
-from loraweave.extend import Filters, algebra, block_of, entry
+from loraweave.extend import Filters, algebra, block_of, by_number, entry
 from loraweave.extensions.ui.overview import Overview, in_order
 
 # adapters whose name has the query in it, before those that a search finds
@@ -263,11 +263,6 @@ def block_and_kind(layer: str) -> tuple[str, str]:
     """Return (path up to the first number, the rest) of a layer; a layer outside blocks is its own block and kind."""
     block = block_of(layer)
     return (layer, layer) if block is None else (block, layer[len(block) + 1 :])
-
-
-def by_number(block: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts block 2 before block 10: of parts that are numbers, the shorter is smaller."""
-    return [(len(part) if part.isdecimal() else 0, part) for part in block.split(".")]
 
 
 def grid(values: Mapping[str, float]) -> dict[str, Any]:

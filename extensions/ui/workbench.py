@@ -42,11 +42,12 @@ from loraweave.extend import (
     Stored,
     TokenRouter,
     brought,
+    by_number,
     mixture_interference,
     router_class,
     router_names,
 )
-from loraweave.extensions.ui.catalogue import Name, Query, block_and_kind, by_number, grid
+from loraweave.extensions.ui.catalogue import Name, Query, block_and_kind, grid
 
 MAX_PICKED = 8
 # the part by which extensions bring what shows the weights of tokens
