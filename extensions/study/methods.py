@@ -49,9 +49,9 @@ from loraweave.extend import (
 )
 
 OWN = ("lora", "oracle", "ensemble")
-# what of compose()'s a method may have of its own
+# the arguments of compose() that a method may set for itself
 LIMITS = ("k", "budget", "seconds", "weights")
-# what is `said` of a method beside its options
+# the keys of a method, in `said`, that are not its options
 SAID = ("adapters", *LIMITS, "fit", "shown", "calibrated")
 KEYS = ("name", "method", "formula", "members", *SAID)
 # of a LoRA on the examples alone: about the processor time of a search of 40 evaluations
@@ -59,9 +59,9 @@ LORA = {"steps": 20, "lr": 1e-3, "warmup": 3}
 # of a router on the pool's own rows, and what of its options is for its training
 FIT_STEPS = 20
 TRAINING = {"steps": Count, "lr": Positive}
-# what merge() gives a method that asks for it, or takes itself
+# the parameters of a merge method that merge() fills in, or takes itself
 SUPPLIED = ("seeds", "statistics", "survey", "rank")
-# what compose() and the trainings get from the study itself
+# the arguments of compose() and of trainings that the study itself sets
 FIXED = ("model", "tokenizer", "hub_or_pool", "task", "tasks", "seed", "progress", "checkpoint", "inputs", "allow_licenses")
 
 
@@ -156,7 +156,7 @@ class Method:
         return hashes
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells it from other methods, its name left out."""
+        """Return what sets it apart from other methods, its name left out."""
         members = [member.identity() for member in self.members]
         text = self.method if self.formula is None else self.formula.canonical
         return {"method": text, "said": dict(self.said), "options": dict(self.options), "members": members}
@@ -179,7 +179,7 @@ class Method:
             member.check(hub, task, limits)
 
     def arguments(self, limits: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
-        """Return those of compose(). Without `folds` nothing is held out: a row of a table is the method and no stand-in."""
+        """Return the arguments of compose(). Nothing is held out (`folds`): a row of a table is the method, no stand-in."""
         kept = {key: self.said[key] for key in LIMITS if key in self.said}
         shared = {key: value for key, value in limits.items() if key != "seconds" or not _routes(self.method)}
         return {"method": self.method, "folds": 0, **shared, **kept, **self.options, "seed": seed}

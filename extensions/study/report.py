@@ -60,7 +60,7 @@ def latex(results: StudyResults) -> str:
     """Return the same as LaTeX tables for booktabs; the best value of each column is bold."""
     parts = ["% \\usepackage{booktabs}"]
     for title, columns, rows in results.tables():
-        best = _best(results, columns, rows, lower=title.startswith("perplexity"))
+        best = _best(columns, rows, lower=title.startswith("perplexity"))
         lines = []
         for number, row in enumerate(rows):
             cells = [_tex(cell) for cell in row]
@@ -209,7 +209,7 @@ def _shown_answers(results: StudyResults) -> list[str]:
     return parts
 
 
-def _best(results: StudyResults, columns: Sequence[str], rows: Sequence[Sequence[str]], *, lower: bool) -> dict[int, int]:
+def _best(columns: Sequence[str], rows: Sequence[Sequence[str]], *, lower: bool) -> dict[int, int]:
     """Return {column: row} of the best value, for the columns of values."""
     best = {}
     for place in range(1, len(columns) - 2):

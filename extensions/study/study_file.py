@@ -16,7 +16,7 @@ from loraweave.extensions.study.metrics import Metric, metric_of
 
 NUM_TEST = 100
 DTYPES = ("float32", "bfloat16", "float16")
-# what of a Task's fields a task of the file may have
+# fields of a Task that a task of the file may have
 TASK_FIELDS = ("instruction", "labels", "template", "stop", "chat", "system")
 TASK_KEYS = ("name", "file", "test", "dataset", "columns", "oracle", "metrics", *TASK_FIELDS)
 DATASET_KEYS = ("path", "name", "train", "test")
