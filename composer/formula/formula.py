@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -242,8 +242,7 @@ class Formula:
         source = source_of(hub_or_pool)
         known = self.expand(source)
         known._require_adapters("be one adapter")
-        settings: dict[str, Any] = {"heads": heads, "progress": progress}
-        settings |= {"allow_licenses": allow_licenses, "interference": interference}
+        combine = partial(merge, heads=heads, progress=progress, allow_licenses=allow_licenses, interference=interference)
 
         def merged(node: Argument, rank: int | None, name: str) -> Adapter:
             match node:
@@ -263,7 +262,7 @@ class Formula:
                 case _:
                     raise TypeError(f"{node} is the content of an adapter, and for identities only")
             adapters = [merged(part, None, _short(str(part))) for part in parts]
-            return merge(adapters, weights, method=method, name=name, **settings, **options)
+            return combine(adapters, weights, method=method, name=name, **options)
 
         return merged(cast(Sum, known.root), rank, name or _short(known.canonical))
 
