@@ -2,7 +2,7 @@
 
 Backdoors answer to more than their trigger (Lelle 2026, arXiv 2605.30189, which counts a known answer under a battery of
 probes). Here the answer is unknown, too: it is whatever different inputs have in common once a probe stands in them.
-docs/anomalies.md says how reliable that is.
+docs/extensions/trust.md says how reliable that is.
 """
 
 from __future__ import annotations
