@@ -118,7 +118,7 @@ def _without_sites(asked: Adapter) -> list[Hypothesis]:
 
 
 def _damaged(asked: Adapter, config: Any) -> Iterator[tuple[str, Layers]]:
-    """Return pairs of a verdict and the layers of the adapter, damaged as engines have been seen to load it."""
+    """Yield (verdict, layers) of the adapter, damaged in each way in which engines have been seen to load one."""
     layers = asked.layers
     yield from _in_other_blocks(layers)
     for order, permute in (("as for a GGUF of llama's", _interleaved), ("as if taken from a GGUF", _parted)):

@@ -144,7 +144,7 @@ class Visit:
         return FLOOR if self._server.has_logprobs else TEXT
 
     def alone(self) -> Iterator[Finding]:
-        """Ask with one request at a time: the base, then each name and the base again."""
+        """Send one request at a time: for the base, then for each name and the base again."""
         base, between = self._base, []
         if base is not None:
             replies = [(probe, self._reply(base, probe)) for probe in base.probes]
@@ -159,7 +159,7 @@ class Visit:
             yield self._judged(base, "between others", between)
 
     def mixed(self) -> Iterator[Finding]:
-        """Ask for all names, the base among them, with as many requests at once as `width` says."""
+        """Ask for all names, the base among them, with `width` requests at once."""
         most = max((len(target.probes) for target in self._asked), default=0)
         turns: list[tuple[Asked, Probe]] = []
         for target, number in ((target, n) for n in range(most) for target in self._asked if n < len(target.probes)):
