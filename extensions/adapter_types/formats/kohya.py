@@ -10,7 +10,7 @@ from typing import ClassVar
 import loraweave.extensions.adapter_types.formats._known_modules as modules
 from loraweave import AdapterUnsupported
 from loraweave.extensions.adapter_types.formats._lora_file import MATRICES, LoraFile
-from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement, Rules, only
+from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement, Rules, only, turned
 
 # the prefix of a module: (the part of the pipeline that it belongs to, the rules of the architectures it may be of)
 PREFIXES = {
@@ -44,6 +44,7 @@ class Kohya(LoraFile):
 
     # the rules of transformers whose modules join several layers, by the first letters of diffusers' classes
     family_rules: ClassVar[dict[str, list[modules.Rule]]] = {"Flux": modules.ORIGINAL_FLUX, "SD3": modules.ORIGINAL_SD3}
+    turned = staticmethod(turned)
     example = (
         "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
         "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight",

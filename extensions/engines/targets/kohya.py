@@ -144,7 +144,8 @@ def _joined(module: str, joined: _Module, contents: Contents, name: str) -> Fact
     known = [part for part in parts if part is not None]
     first = known[0]
     if len(parts) == 1:
-        return _turned(first) if joined.rule.turned else first
+        factors: Factors = _reader().turned(first) if joined.rule.turned else first
+        return factors
     shares = joined.rule.shares
     unit = max(len(part.b_OR) // share for part, share in zip(parts, shares, strict=True) if part is not None)
     if any(part is not None and len(part.b_OR) != unit * share for part, share in zip(parts, shares, strict=True)):
@@ -157,10 +158,3 @@ def _joined(module: str, joined: _Module, contents: Contents, name: str) -> Fact
         return replace(first, b_OR=torch.cat([part.b_OR for part in known]))
     blocks = [torch.zeros(unit * share, 0) if part is None else part.b_OR for part, share in zip(parts, shares, strict=True)]
     return replace(first, a_RI=torch.cat([part.a_RI for part in known]), b_OR=torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
-
-
-def _turned(factors: Factors) -> Factors:
-    """Return the update with the halves of its outputs swapped, if each half is as large as the inputs."""
-    if len(factors.b_OR) != 2 * factors.a_RI.shape[1]:
-        return factors
-    return replace(factors, b_OR=torch.cat(factors.b_OR.chunk(2)[::-1]))

@@ -16,9 +16,7 @@ from loraweave.extend import Contents, Target, base_config
 from loraweave.extensions.engines.targets._experts import require_known, stacked
 from loraweave.extensions.engines.targets._writing import place, require_plain, require_untied, tensors_file
 
-CONFIG = "adapter_config.json"
-
-WEIGHTS = "adapters.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 # the model types of transformers whose modules mlx-lm names as transformers does
 SAME_NAMES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
 # mlx-lm's name of `mlp.experts` by model type; it names their other modules as transformers does
