@@ -221,7 +221,7 @@ def license_of_work(parents: Iterable[tuple[str, Mapping[str, Any]]], *, allowed
     Raises InvalidLicense, unless `allowed`, if their licenses exclude each other or one permits no derived work.
     """
     licenses = [(name, stated_license(card.get("license"))) for name, card in parents]
-    if not [license for _, license in licenses if license is not None]:
+    if all(license is None for _, license in licenses):
         return None
     if not allowed:
         require_one_work(licenses)
