@@ -325,8 +325,8 @@ class Hub(CompositionShelf):
     def annotate(self, key: str, value: Callable[[Record], Any], names: Iterable[str] | None = None) -> list[Record]:
         """Put value(record) under `key` into the cards of adapters, all by default; return their new records.
 
-        The version stays the same, and so does what the hub itself reads of a card: take a key of your own. Raises
-        AdapterNotFound for an unknown name; then nothing has changed.
+        The version stays the same. Use a key of your own, not one that the hub reads. Raises AdapterNotFound for an unknown
+        name; then nothing has changed.
         """
         with self._catalogue.writing(f"writing {key!r} into cards") as connection:
             chosen = rows.every(connection) if names is None else [self._require_row(connection, name) for name in names]

@@ -1,6 +1,6 @@
 """The report of a merge, layer by layer: ranks, the error of the cut, and how far the merged adapters agree.
 
-How far they agree is found from their factors; no dense update is formed.
+Their agreement is computed from their factors, without a dense update.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-# entries looked at for the sign conflict are the crossings of at most so many rows and columns, evenly spaced
+# the sign conflict is sampled where at most this many rows and columns cross, evenly spaced
 MAX_SIDE = 128
 
 
@@ -35,8 +35,8 @@ class LayerReport:
     `rank_in` is the rank of what the method's formula gives, `rank_out` that of the adapter, `relative_error` the Frobenius
     norm of the difference between both updates over that of the first. `norms` has |w_e D_e| for each parent, 0 for one
     without the layer; without `norms`, the merge did not compare its parents. `cosines` are <D_i, D_j> / (|D_i| |D_j|) with
-    the weights' signs, for the pairs (0, 1), (0, 2), ..., (1, 2), ... `sign_conflict` is the share of entries in which two
-    parents have opposite signs, 0 to 1, of those where any is not zero; it is exact for layers of at most 128 x 128 and
+    the weights' signs, for the pairs (0, 1), (0, 2), ..., (1, 2), ... `sign_conflict` is, of the entries where a
+    parent is not zero, the share in which two have opposite signs, 0 to 1; it is exact for layers of at most 128 x 128 and
     sampled evenly above.
     """
 

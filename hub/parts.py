@@ -1,4 +1,4 @@
-"""Several models that adapters know as one, such as the text encoders and the denoiser of a pipeline of images."""
+"""Several models that adapters treat as one, such as the text encoders and the denoiser of an image pipeline."""
 
 from __future__ import annotations
 

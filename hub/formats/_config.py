@@ -27,7 +27,7 @@ CONFIG = "adapter_config.json"
 MAX_TEXT = 4_096
 MAX_NAMES = 1_000
 MAX_COUNT = 2**31 - 1
-# the extension with the forms of adapters that few hubs hold; it is named in errors alone
+# the extension that reads the rarer forms of adapters; only errors name it
 MORE_FORMATS = "adapter_types"
 
 
@@ -150,7 +150,7 @@ def resolve_patterns(
 
 
 def missing_extension() -> str:
-    """Return what an error about an adapter of an unread form adds where the extension that reads most is missing."""
+    """Return the end of an error about a form that nothing reads: the extension to install, or "" if it is installed."""
     return "" if MORE_FORMATS in extensions() else f"; the extension {MORE_FORMATS!r}, which reads more, is not installed"
 
 

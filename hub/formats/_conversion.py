@@ -87,7 +87,7 @@ def _lower(factors: Factors, bound: Bound, where: str) -> tuple[Factors, float]:
 
 
 def _refusal(update: Factors | Dense, bound: Bound, error: float, where: str) -> str:
-    """Return the text of the error, with the smallest rank within `max_error` and the error, rounded up, of the rank."""
+    """Return the error's text: which rank would keep within `max_error`, and which `max_error` would allow this rank."""
     max_error = bound.max_error or 0.0
     if isinstance(update, Factors):
         # never the dense update, which can be far larger than its factors

@@ -1,4 +1,4 @@
-"""The interface of layouts of one file without a config, alone or in a folder, and what reading any of them takes."""
+"""The interface of layouts that are one file without a config, alone or in a folder, and the reading that they share."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ Held = dict[str, dict[str, Tensor]]
 
 
 class FileFormat(Reader):
-    """A layout of one file of tensors, alone or in a folder, told by their names."""
+    """A layout of one file of tensors, alone or in a folder, recognised by the tensors' names."""
 
     # the names of one layer's factors in such a file
     example: ClassVar[tuple[str, str]]
-    # the names that its program gives to such files, for downloads, and to pickles, which in a folder count by these alone
+    # the names that its program gives such files, to download them, and pickles, which count in a folder only by these
     files: ClassVar[tuple[str, ...]] = ()
     pickles: ClassVar[tuple[str, ...]] = ()
 
@@ -175,12 +175,12 @@ def _formats_on(path: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def known_names(attribute: str) -> tuple[str, ...]:
-    """Return the names of files that formats declare by `files` or by `pickles`."""
+    """Return the names of files that the formats declare; `attribute` is "files" or "pickles"."""
     return tuple(name for layout in formats() for name in getattr(layout, attribute, ()))
 
 
 def names_in(folder: Path, name: str) -> list[str]:
-    """Return the names of the tensors in a file, of a pickle all its texts; none is loaded."""
+    """Return the names of a file's tensors, or all texts in a pickle; nothing is loaded."""
     return texts_in_pickle(folder, name) if is_pickle(name) else tensor_names(folder, name)
 
 

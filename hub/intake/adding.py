@@ -1,8 +1,8 @@
-"""Adding adapters, one, or many in batches: the same checks with fewer waits for the disk, and refusals that are reported.
+"""The addition of one adapter, or of many in batches: the same checks, fewer waits for the disk, and reported refusals.
 
-Mixtures of adapters that other libraries saved are stored as compositions with their adapters. Extensions know their
-layouts: a file `router_files.py` has FILES, the patterns of what is downloaded; `is_router(folder)`; `is_mixture(folder)`,
-false for what is an adapter, too; and `read(folder, pool, model)`, which returns the router.
+A mixture of adapters that another library saved is stored as a composition with its adapters. Extensions know the layouts:
+a file `router_files.py` has FILES, the patterns of the files to download; `is_router(folder)`; `is_mixture(folder)`, false
+if the folder is also an adapter; and `read(folder, pool, model)`, which returns the router.
 """
 
 from __future__ import annotations
