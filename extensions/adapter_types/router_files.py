@@ -1,4 +1,4 @@
-"""What PEFT saves of a POLY, which `lw.router` opens and, if it has several tasks, `Hub.add` keeps."""
+"""The folders of a POLY that PEFT saved: `lw.router` opens them, and `Hub.add` keeps one of several tasks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def is_router(folder: Path) -> bool:
-    """Return whether PEFT saved a POLY there; says nothing about its state."""
+    """Return whether the folder is a POLY that PEFT saved; its state is not checked."""
     return config_fields(folder).get("peft_type") == "POLY"
 
 
 def is_mixture(folder: Path) -> bool:
-    """Return whether it has several tasks; a POLY of one is an adapter."""
+    """Return whether the folder is a POLY of several tasks; a POLY of one is an adapter."""
     return is_router(folder) and config_fields(folder).get("n_tasks", 1) != 1
 
 
 def read(folder: Path, pool: ExpertPool | None, model: Any) -> TokenRouter:
-    """Return the router with a pool that makes the adapter of each task when it is used."""
+    """Return the router, with a pool that reads the adapter of each task when it is used."""
     from loraweave.extensions.adapter_types.formats.poly import Poly as Format
     from loraweave.extensions.adapter_types.routers.poly import Poly
 

@@ -23,7 +23,7 @@ def load(
     max_rank: Annotated[int, typer.Option(min=1, help="The server's largest rank.")] = 64,
     max_error: Annotated[float, typer.Option(min=0, help="What a cut to that rank may change of the update.")] = 1e-3,
 ) -> None:
-    """Write a formula as a folder, load it into a running server, and tell what requests for it say, as JSON."""
+    """Write a formula as a folder, load it into a running server, and print the fields of requests for it as JSON."""
     from loraweave.extensions.engines import loading
     from loraweave.extensions.engines.folders import Folders
 

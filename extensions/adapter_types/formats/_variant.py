@@ -1,4 +1,4 @@
-"""Variants of LoRA: folders whose config is a LoRA's with one field more, which changes what the tensors mean."""
+"""The base class of LoRA's variants, and the block-diagonal matrices of two of them."""
 
 from __future__ import annotations
 
