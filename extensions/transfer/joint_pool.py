@@ -41,6 +41,7 @@ from loraweave import (
 from loraweave.extend import (
     TargetLayer,
     algebra,
+    by_row,
     claimed,
     is_number,
     json_text,
@@ -357,7 +358,7 @@ class _JointHook:
                     "give one mixture for all rows, or as many rows as the batch"
                 )
             middles_BRR = self._middles_BRR if copies == 1 else self._middles_BRR.repeat_interleave(copies, dim=0)
-            hidden = (hidden.reshape(len(hidden), x.shape[1:-1].numel(), -1).float() @ middles_BRR).view(*x.shape[:-1], -1)
+            hidden = (by_row(hidden).float() @ middles_BRR).view(*x.shape[:-1], -1)
         return y + functional.linear(hidden.to(y.dtype), self._u_OR)
 
 

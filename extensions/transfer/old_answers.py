@@ -15,6 +15,8 @@ from loraweave.extend import (
     LoraSettings,
     end_tokens,
     generation_call,
+    has_two_sequences,
+    in_chunks,
     read_prompt,
     tracked,
     train_further,
@@ -45,15 +47,16 @@ def answers(
     With `taught` they are TaughtRows, with the model's predictions of the answers.
     """
     read_prompts = [read_prompt(prompt, number) for number, prompt in enumerate(prompts)]
-    parts = [read_prompts[start : start + BATCH_SIZE] for start in range(0, len(read_prompts), BATCH_SIZE)]
+    parts = in_chunks(read_prompts, BATCH_SIZE)
     ends = set(end_tokens(model) or ())
     answered: list[EncodedRow] = []
+    # what an encoder-decoder generates begins with the token that starts its decoder
+    first = 1 if has_two_sequences(model) else 0
     with untouched(model), Composer(model, [adapter], tokenizer=tokenizer).activate({adapter.name: 1.0}):
         for part in tracked(parts, f"answering in {model.name_or_path}", total=len(parts), shown=progress):
             settings = {"do_sample": False, "max_new_tokens": MAX_ANSWER}
             call = generation_call(model, tokenizer, part, None, settings)
-            # what an encoder-decoder generates begins with the token that starts its decoder
-            said = call.new_tokens(call.output(model))[:, 0 if call.start else 1 :].tolist()
+            said = call.new_tokens(call.output(model))[:, first:].tolist()
             read = zip(call.arguments["input_ids"], call.arguments["attention_mask"].bool(), strict=True)
             rows = [
                 EncodedRow(tuple(ids_T[mask_T].tolist()), _ended(tokens, ends))

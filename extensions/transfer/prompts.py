@@ -15,10 +15,11 @@ from loraweave.extend import (
     Positive,
     Prompt,
     base_loader,
+    in_chunks,
     predict,
     progress_bar,
     prompt_ids,
-    read_rows,
+    read_asked,
     require_all,
     spread,
 )
@@ -65,7 +66,7 @@ def distil_prompt(
     bare = replace(
         teacher, examples=(), instruction="", demonstrations=(), system=None, orders=1, template=template, calibrated=False
     )
-    prompts = [row.asked for row in read_rows(inputs, noun="input", targets="none")]
+    prompts = read_asked(inputs)
     told = bare if student is None else student
     if not prompts or teacher.prompt(prompts[0]) == told.prompt(prompts[0]):
         raise InvalidTask(
@@ -107,7 +108,7 @@ def _answers(
     """Return the base's answers, from pieces of like length, which are the same for any number of workers."""
     lengths = [len(ids) for ids in prompt_ids(tokenizer, [teacher.prompt(text) for text in asked])]
     order = sorted(range(len(asked)), key=lengths.__getitem__)
-    parts = [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
+    parts = in_chunks(order, BATCH_SIZE)
     pieces = {f"{number} of {len(parts)}": [asked[place] for place in part] for number, part in enumerate(parts, start=1)}
     work = partial(_answered, base_loader(model, tokenizer, n_jobs), teacher, max_new_tokens)
     with progress_bar(progress) as bar:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.extend import IGNORED, EncodedRow, TargetBatch, batch, target_logits
+from loraweave.extend import IGNORED, EncodedRow, TargetBatch, batch, in_chunks, target_logits
 
 # tokens whose probabilities are kept at each place
 LIKELIEST = 64
@@ -45,8 +45,7 @@ class TaughtRow(EncodedRow):
 def taught_by(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[TaughtRow]:
     """Return the rows with the model's predictions for their targets."""
     taught: list[TaughtRow] = []
-    for start in range(0, len(rows), BATCH_SIZE):
-        part = rows[start : start + BATCH_SIZE]
+    for part in in_chunks(list(rows), BATCH_SIZE):
         stacked = batch(model, tokenizer, part)
         logits_NV = target_logits(model, stacked)[stacked.targets_BK != IGNORED]
         ids_NM = logits_NV.topk(min(LIKELIEST, logits_NV.shape[1]), dim=1).indices
