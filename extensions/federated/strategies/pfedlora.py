@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar
@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from loraweave import Adapter, Factors, TrainingError, UnknownName
-from loraweave.extend import EncodedRow, LoraJob, Range, algebra, factorise, new_factors, target_layers
+from loraweave import Adapter, Factors, TrainingError
+from loraweave.extend import EncodedRow, LoraJob, Range, algebra, factorise, linear, new_factors
 from loraweave.extensions.federated.strategies._strategy import (
     Client,
     Course,
@@ -52,23 +52,23 @@ class Pfedlora(Strategy):
     own_models: ClassVar[bool] = True
 
     def require(self, course: Course) -> None:
-        shape = _shape(course)
+        _, shape = _output_layer(course)
         for name in course.clients:
             own_course = course.of(name)
-            if (head := _head(own_course)) in own_course.layers:
+            head, own_shape = _output_layer(own_course)
+            if head in own_course.layers:
                 raise TrainingError(f"strategy 'pfedlora' puts the adapter on {head!r}: leave it out of target_modules")
-            if _shape(own_course) != shape:
+            if own_shape != shape:
                 raise TrainingError(
                     f"strategy 'pfedlora' has one adapter for all clients, but the output layer of client {name!r} has the "
-                    f"shape {_shape(own_course)} (vocabulary, hidden size), and the model's {shape}: give models with "
-                    "both alike"
+                    f"shape {own_shape} (vocabulary, hidden size), and the model's {shape}: give models with both alike"
                 )
 
     def first(self, course: Course) -> Tensors:
         cpu, seed = torch.device("cpu"), course.settings.seed
-        layers = {_head(course): _shape(course)}
-        (pair,) = new_factors("federation", layers, rank=course.rank, seed=seed, device=cpu).values()
-        return tensors_of({_head(course): Factors(*pair)})
+        head, shape = _output_layer(course)
+        (pair,) = new_factors("federation", {head: shape}, rank=course.rank, seed=seed, device=cpu).values()
+        return tensors_of({head: Factors(*pair)})
 
     def train(self, course: Course, order: Order) -> Trained:
         own_course = course.of(order.client)
@@ -77,9 +77,10 @@ class Pfedlora(Strategy):
         network = MatrixJob(order.client, begun, own_course.layers)
         adapter = LoraJob(order.client, start_of(own_course, order.received), own_course.scale)
         (head,) = adapter.layers
+        output_layer = own_course.model.get_submodule(_output_layer(own_course)[0])
 
         def of_adapter(rows: Sequence[EncodedRow]) -> Tensor:
-            with _instead(own_course.model.get_submodule(_head(own_course)), partial(_output, adapter, head)):
+            with _instead(output_layer, partial(_output, adapter, head)):
                 return plain_loss(own_course, network, rows)
 
         def of_both(rows: Sequence[EncodedRow]) -> Tensor:
@@ -96,27 +97,18 @@ class Pfedlora(Strategy):
         course = course.of(client.name)
         (shared,) = layers_of(server).values()
         local: Layers = {layer: Factors(*factorise(delta_OI)[:2]) for layer, delta_OI in own.items()}
-        return course.adapter(client.name, {**local, _head(course): algebra.scale(shared, self.mu)}, card)
+        head, _ = _output_layer(course)
+        return course.adapter(client.name, {**local, head: algebra.scale(shared, self.mu)}, card)
 
 
-def _head(course: Course) -> str:
-    """Return the path of the output layer. Raises TrainingError for a model without a linear one."""
-    return next(iter(_output_layer(course)))
-
-
-def _shape(course: Course) -> tuple[int, int]:
-    """Return (O, I) of the output layer: the vocabulary and the hidden size."""
-    return next(iter(_output_layer(course).values()))
-
-
-def _output_layer(course: Course) -> dict[str, tuple[int, int]]:
-    """Return {path: (O, I)} of the output layer. Raises TrainingError for a model without a linear one."""
+def _output_layer(course: Course) -> tuple[str, tuple[int, int]]:
+    """Return the path and (O, I) of the output layer. Raises TrainingError for a model without a linear one."""
     head = course.model.get_output_embeddings() if hasattr(course.model, "get_output_embeddings") else None
-    path = next((name for name, module in course.model.named_modules() if module is head), "")
-    with suppress(UnknownName):
-        if head is not None:
-            return {path: target_layers(course.model, [path])[path]}
-    raise TrainingError("strategy 'pfedlora' needs a model with a linear output layer, beside which the adapter lies")
+    shape = None if head is None else linear.shape(head)
+    if shape is None:
+        raise TrainingError("strategy 'pfedlora' needs a model with a linear output layer, beside which the adapter lies")
+    path = next(name for name, module in course.model.named_modules() if module is head)
+    return path, shape[:2]
 
 
 def _output(adapter: LoraJob, head: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
