@@ -1,4 +1,4 @@
-"""A gate for each token that chooses in more ways, and some of whose experts are left out in training."""
+"""A gate for each token with more ways to choose its experts, and with limits on them in training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ MUCH, WINDOW = 0.2, 20
 
 
 class LimitedGate(TokenGate):
-    """A `TokenGate` with `top_p`, the fewest experts whose probabilities sum to that, and limits in training.
+    """A `TokenGate` that can choose by `top_p`, and whose experts have limits in training.
 
-    The best k of the softmax over all, divided by their sum, are those of the softmax over the best; with `sums_to_one`
-    False they are not divided. `expert_dropout` is the probability with which a token does without an expert in training;
-    at least `top_k` always stay. `capacity` lets each expert have, of a row, that many times its even share of tokens, and
-    gives all others exactly 0 of it: it has the first ones, or with `prioritised` those that it weighs most.
+    `top_p` takes the fewest experts whose probabilities sum to at least that. With `sums_to_one` False the weights are the
+    chosen experts' probabilities in the softmax over all, not divided by their sum.
+
+    In training, `expert_dropout` is the probability with which a token does without an expert; at least `top_k` always stay.
+    With `capacity` each expert takes at most that many times its even share of a row's tokens: the first that chose it, or
+    with `prioritised` those that it weighs most. All others get exactly 0 of it.
     """
 
     def __init__(
@@ -97,10 +99,7 @@ def heaviest_within_capacity(w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor 
     They may be anywhere in the row, the earlier of equal ones (Batch Prioritized Routing, Riquelme et al. 2021, arXiv
     2106.05974, within a row). A token depends on others in its row, so this is for training alone.
     """
-    chosen_BTE = w_BTE.detach() != 0
-    if real_BT is not None:
-        chosen_BTE = chosen_BTE & real_BT[..., None]
-    falling_BTE = (w_BTE.detach() * chosen_BTE).argsort(dim=1, descending=True, stable=True)
+    falling_BTE = (w_BTE.detach() * _chosen(w_BTE, real_BT)).argsort(dim=1, descending=True, stable=True)
     return w_BTE * (falling_BTE.argsort(dim=1) + 1 <= capacity_B[:, None, None])
 
 
@@ -109,10 +108,13 @@ def within_capacity(w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor | None = 
 
     Weights that stay are as they were. A token depends on others in its row, so this is for training alone.
     """
+    return w_BTE * (_chosen(w_BTE, real_BT).cumsum(dim=1) <= capacity_B[:, None, None])
+
+
+def _chosen(w_BTE: Tensor, real_BT: Tensor | None) -> Tensor:
+    """Return True where a real token chose an expert."""
     chosen_BTE = w_BTE.detach() != 0
-    if real_BT is not None:
-        chosen_BTE = chosen_BTE & real_BT[..., None]
-    return w_BTE * (chosen_BTE.cumsum(dim=1) <= capacity_B[:, None, None])
+    return chosen_BTE if real_BT is None else chosen_BTE & real_BT[..., None]
 
 
 def even_share(real_BT: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:
