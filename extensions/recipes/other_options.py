@@ -77,9 +77,9 @@ def _expert_shape(site: str, model: ExpertModel, before: ExpertShape | None, oth
 
 @torch.no_grad()
 def _take_over(model: ExpertModel, made: ExpertModel) -> None:
-    known, by_expert = model.expert_state(), []
+    known, old_layers, by_expert = model.expert_state(), dict(model.layers.items()), []
     for key, layer in made.layers.items():
-        old = dict(model.layers.items()).get(key)
+        old = old_layers.get(key)
         if isinstance(layer, SumOfExperts) and isinstance(old, SumOfExperts):
             by_expert += [f"layers.{key}.{name}" for name in layer.of_starts]
             old_starts = dict(zip(model.recipe.roles(old.site, old.shape), old.starts(), strict=True))
