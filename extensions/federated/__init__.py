@@ -1,8 +1,8 @@
-"""How do many owners of data train one adapter, and none shows it? Rounds of clients, by strategies from FedAvg to privacy.
+"""How do many owners train one adapter and keep their data to themselves? In rounds of clients, from FedAvg to privacy.
 
 `federate` runs the rounds, here or in flower's processes; `flexlora_clients` merges what clients have trained already.
-`serve_base` and `PrivateDevice` answer with an adapter whose core and tokens stay on a device. It needs no package
-but for differential privacy (opacus) and flower (flwr, ray).
+`serve_base` and `PrivateDevice` answer with an adapter whose core and tokens stay on a device. It needs no other package,
+except for differential privacy (opacus) and flower (flwr, ray).
 """
 
 from typing import TYPE_CHECKING

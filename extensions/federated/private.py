@@ -254,7 +254,7 @@ def _answer(model: Any, body: Any, public: Adapter, line: _Line) -> None:
 class PrivateDevice:
     """The device's half: a context manager whose `logits` and `generate` are those of the base with the adapter.
 
-    `public` and `cores` are of one `split_adapter`; `embeddings` and `head` are the base's own, which also run here. Rows
+    `public` and `cores` come from one `split_adapter`; `embeddings` and `head` are the base's own, which also run here. Rows
     have no padding: all are of one length. `traffic` counts what went over the connection.
     Raises SourceUnavailable where no base answers or it dies, LayerMismatch where it serves another adapter or sends other
     shapes than this one's.

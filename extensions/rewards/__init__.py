@@ -1,8 +1,8 @@
 """How good is a text, and how sure is an answer? Rewards of several mixtures, and the posterior of a trained adapter.
 
 It adds heads that read each member of an ensemble (`rewards`, `train_reward_heads`), one head or several over all members
-(DMoERM), and Laplace-LoRA (`laplace`). Rewards cost a pass of every text under each member, once; a posterior a pass with
-gradients of every example with every label.
+(DMoERM), and Laplace-LoRA (`laplace`). Rewards cost one pass of every text under each member; a posterior costs a pass with
+gradients for each example and label.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What gates learn from rows that name the expert whose task they are."""
+"""The scores of rows whose own expert is known, from which gates learn."""
 
 from __future__ import annotations
 

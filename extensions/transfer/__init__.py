@@ -1,4 +1,4 @@
-"""How does an adapter outlive its base? By being carried to another; and a thousand of one base share their bases.
+"""How does an adapter outlive its base, and how do a thousand fit in memory? It is carried to another; they share factors.
 
 `transfer` carries an adapter to another base, layer by layer, teaches it the old answers if you ask, and predicts what
 arrives; `distil_prompt` makes an adapter of a prompt. `JointPool` keeps many adapters as bases that all share and small

@@ -74,7 +74,7 @@ def transfer(
     seed: Seed = 0,
     progress: bool = True,
 ) -> Adapter:
-    """Return the adapter of the model `old` for the model `new`, with the predicted share of its effect that it keeps.
+    """Return an adapter of the model `old` carried to `new`, with the predicted share of its effect that it keeps.
 
     Both models read `samples`, texts or rows with input and target, up to `max_tokens` tokens of each; no label is learned
     from. Every second sample fits, the others are held out. "auto" is "restore" where that is exact, which shows that

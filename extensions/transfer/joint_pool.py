@@ -267,7 +267,10 @@ class JointPool:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> JointPool:
-        """Read what save_pretrained wrote, to the bit. Raises AdapterCorrupt for damage, CompositionError for a newer."""
+        """Read what save_pretrained wrote, to the bit.
+
+        Raises AdapterCorrupt for damage, CompositionError for another format.
+        """
         folder = Path(folder)
         said = read_json(folder, FILE)
         try:

@@ -52,7 +52,7 @@ class Gate(nn.Module):
 
     @property
     def moved(self) -> list[nn.Parameter]:
-        """The parameters without a gradient that a watcher of the recipe's changes in training."""
+        """The parameters that have no gradient, and that one of the recipe's watchers changes in training."""
         return []
 
 

@@ -61,7 +61,7 @@ class Watcher(Protocol):
     """A watcher of the steps of a training, which may warn, or change what no gradient changes."""
 
     def see(self, step: Step, labels_BK: Tensor | None) -> None:
-        """Look at a pass of the running step; the labels are those of its last tokens, None where they are of no tokens."""
+        """Look at a pass of the running step. `labels_BK` labels its last K tokens; None where labels are not for tokens."""
 
     def end_step(self, summed: Callable[[Tensor], Tensor]) -> str:
         """End the step, and return what to show of it. `summed` adds up over processes."""

@@ -49,7 +49,7 @@ class ConvolutionBlock(SumOfExperts):
             self.d_EO = nn.Parameter(torch.zeros(shape.num_experts, site.num_outputs))
 
     def gate_input(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return what the gate sees: the channels at each position, which a convolution has in the middle of its kernel."""
+        """Return what the gate sees: the channels at each position, for a convolution those in the middle of its kernel."""
         return conv.middle(module, x, self.a_SI) if self.site.kernel else super().gate_input(module, x)
 
     @property
