@@ -1,4 +1,4 @@
-"""Routers that PEFT saved: the folder of its X-LoRA, and that of `create_arrow_model` (Arrow and GenKnowSub).
+"""Routers that PEFT saved: the folder of its X-LoRA, that of `create_arrow_model` (Arrow and GenKnowSub), and POLY.
 
 An X-LoRA's adapter_config.json names its adapters by paths of the machine that saved it. No such path is opened: the
 adapters are those in the folders 0, 1, ... within, or the pool that is given, by the names there or in their order.
@@ -27,8 +27,7 @@ from loraweave.extend import (
     stored_tensors,
     words,
 )
-from loraweave.extensions.routers.router_files import ARROW
-from loraweave.extensions.routers.to_peft import FLAGS
+from loraweave.extensions.routers.to_peft import ARROW, FLAGS
 
 MAX_EXPERTS, MAX_DEPTH = 10_000, 1_000
 _CLASSIFIER = re.compile(r"internal_xlora_classifier\.layers\.(\d+)\.(weight|bias)")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from loraweave import Adapter, AdapterUnsupported, ExpertPool
 from loraweave.extend import as_path, find_names, replacing, require_replaceable, save_tensors
-from loraweave.extensions.routers.router_files import ARROW, CONFIG, WEIGHTS
 
+CONFIG, WEIGHTS, ARROW = "adapter_config.json", "adapter_model.safetensors", "arrow_router"
 CLASSIFIER = "base_model.internal_xlora_classifier.layers"
 
 # (enable_softmax, enable_softmax_topk) of PEFT, by our softmax
@@ -25,9 +25,9 @@ def save_as_peft(router: Any, folder: str | Path, pool: ExpertPool, *, model: nn
 
     `peft.PeftModel.from_pretrained(base, folder)` opens an X-LoRA there, since its config has the adapters' paths;
     `create_arrow_model` takes the folders of the adapters. `model` is the base, whose order of modules PEFT's layerwise
-    weights have. Raises AdapterUnsupported for another router, and for what PEFT's does not support: adapters of different
-    layers; a temperature in the softmax of `top_k` alone; an Arrow of exact directions, unit inputs, different ranks or more
-    than two factors.
+    weights have. Raises AdapterUnsupported for another router, and for what PEFT's has not: adapters of different layers; a
+    temperature in the softmax of `top_k` alone; an Arrow of exact directions, unit inputs, other ranks or more than two
+    factors.
     """
     target = as_path(folder, "the folder of a router")
     if router.name == "xlora":
