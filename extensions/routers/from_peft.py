@@ -1,4 +1,4 @@
-"""Routers that PEFT saved: the folder of its X-LoRA, that of `create_arrow_model` (Arrow and GenKnowSub), and POLY.
+"""Routers that PEFT saved: the folder of its X-LoRA, and that of `create_arrow_model` (Arrow and GenKnowSub).
 
 An X-LoRA's adapter_config.json names its adapters by paths of the machine that saved it. No such path is opened: the
 adapters are those in the folders 0, 1, ... within, or the pool that is given, by the names there or in their order.

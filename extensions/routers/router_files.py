@@ -7,8 +7,9 @@ from typing import Any
 
 from loraweave import ExpertPool
 from loraweave.extend import TokenRouter, config_fields
+from loraweave.extensions.routers.to_peft import ARROW, CONFIG, WEIGHTS
 
-FILES = tuple(f"{place}{name}" for place in ("", "*/") for name in ("adapter_config.json", "adapter_model.safetensors"))
+FILES = tuple(f"{place}{name}" for place in ("", "*/") for name in (CONFIG, WEIGHTS))
 
 
 def is_router(folder: Path) -> bool:
@@ -20,11 +21,11 @@ is_mixture = is_router
 
 
 def _is_arrow(folder: Path) -> bool:
-    return (folder / "arrow_router" / "adapter_config.json").is_file()
+    return (folder / ARROW / CONFIG).is_file()
 
 
 def read(folder: Path, pool: ExpertPool | None, model: Any) -> TokenRouter:
-    """Return the router (`from_peft`)."""
+    """Return the router, with its adapters as `pool`. `model` is the base, for an X-LoRA whose layers have own weights."""
     from loraweave.extensions.routers.from_peft import read_arrow, read_xlora
 
     return read_arrow(folder) if _is_arrow(folder) else read_xlora(folder, pool, model)
