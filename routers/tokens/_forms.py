@@ -91,6 +91,12 @@ def output_factors(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[T
     return torch.cat(cores), torch.cat(bases), torch.tensor(owners, dtype=torch.long)
 
 
+def draw_gates(num_experts: int, num_inputs: int) -> Tensor:
+    """Draw g_EI as torch draws a linear layer, uniformly between -1/sqrt(I) and 1/sqrt(I)."""
+    bound = num_inputs**-0.5
+    return torch.empty(num_experts, num_inputs).uniform_(-bound, bound)
+
+
 class InputGates(LearnedRouter):
     """A router with scores = g x and a matrix g_EI for each layer, or a `shared` one for all layers of I inputs.
 
@@ -98,10 +104,9 @@ class InputGates(LearnedRouter):
     """
 
     def __init__(
-        self, pool: ExpertPool | Members, start: Callable[[int, int], Tensor] | None = None, *, shared: bool = False
+        self, pool: ExpertPool | Members, start: Callable[[int, int], Tensor] = draw_gates, *, shared: bool = False
     ) -> None:
         super().__init__(pool)
-        start = draw_gates if start is None else start
         self.shared = shared
         self.gates_ = LayerTensors({}, learned=True)
         for layer, routed in self.members.layers.items():
@@ -124,9 +129,3 @@ class InputGates(LearnedRouter):
         else:
             scores_BTE = x_BTI.new_zeros(*x_BTI.shape[:2], len(self.experts), dtype=torch.float32)
         return without(scores_BTE, self.members.layers[layer].experts)
-
-
-def draw_gates(num_experts: int, num_inputs: int) -> Tensor:
-    """Draw g_EI as torch draws a linear layer, uniformly between -1/sqrt(I) and 1/sqrt(I)."""
-    bound = num_inputs**-0.5
-    return torch.empty(num_experts, num_inputs).uniform_(-bound, bound)
