@@ -12,8 +12,7 @@ from loraweave.common.lazy import lazy
 _MODULES = {
     # entries of any registry, and their options
     "common.options": (
-        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of "
-        "require_known"
+        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of require_known"
     ),
     "registry": "brought get nearest traits traits_of",
     # merge methods
