@@ -128,7 +128,7 @@ class _Walk:
     known: Mapping[str, Noted]
     n_jobs: int | None
     progress: bool
-    given: dict[str, str] = field(default_factory=dict)
+    path_of: dict[str, str] = field(default_factory=dict)
     # sources whose names are new, until their batch is added; each with its line of the report
     waiting: list[tuple[Path, Noted]] = field(default_factory=list)
 
@@ -139,8 +139,8 @@ class _Walk:
     def find(self, source: Path) -> Noted:
         path = self._path(source)
         name, other = self._names(path)
-        name = other if name in self.given else name
-        self.given[name] = path
+        name = other if name in self.path_of else name
+        self.path_of[name] = path
         return Noted(path, "", "found", name)
 
     def take(self, source: Path) -> list[Noted]:
@@ -154,7 +154,7 @@ class _Walk:
         if before is not None and before.stamp == now:
             refused = before.state == "refused"
             if refused or ((record := self._record(before.name)) is not None and record.hash == before.hash):
-                self.given[before.name] = path
+                self.path_of[before.name] = path
                 return [replace(before, state="refused" if refused else "present")]
         try:
             done = self._read(source, path, now, before)
@@ -188,18 +188,18 @@ class _Walk:
         adapter: Adapter | None = None
         for name in self._names(path):
             record = self._record(name)
-            if self.given.get(name, path) != path:
+            if self.path_of.get(name, path) != path:
                 continue
             if record is None:
-                self.given[name] = path
+                self.path_of[name] = path
                 self.waiting.append((source, Noted(path, now, "added", name)))
                 return []
             adapter = adapter or Adapter.from_pretrained(source)
             if record.hash == adapter.hash:
-                self.given[name] = path
+                self.path_of[name] = path
                 return [Noted(path, now, "present", name, adapter.hash)]
             if before is not None and (before.name, before.hash) == (name, record.hash):
-                self.given[name] = path
+                self.path_of[name] = path
                 tags, license, anomalies = (self.options[key] for key in ("tags", "license", "anomalies"))
                 added = self.hub.add(adapter, name=name, tags=tags, license=license, replace=True, anomalies=anomalies)
                 assert isinstance(added, Record)

@@ -89,8 +89,8 @@ class EncodedExamples:
         tasks = in_turn(task) if turned else [task] * len(task.examples)
         prompts = [example_task.prompt(text) for example_task, (text, _) in zip(tasks, task.examples, strict=True)]
         pairs = [(prompt, text) for prompt, texts in zip(prompts, kind.targets, strict=True) for text in texts]
-        asked, targets = [prompt for prompt, _ in pairs], [text for _, text in pairs]
-        self._rows = encode(model, tokenizer, asked, targets, ends=[task.answer_end] * len(pairs))
+        prompts, targets = [prompt for prompt, _ in pairs], [text for _, text in pairs]
+        self._rows = encode(model, tokenizer, prompts, targets, ends=[task.answer_end] * len(pairs))
         self._by_example = in_chunks(self._rows, self.num_texts)
         # the number of target tokens of each row
         self._count_NR = torch.tensor([len(row.target) for row in self._rows]).view(-1, self.num_texts)
