@@ -11,6 +11,9 @@ import loraweave.hub.stores.folder_blobs
 from loraweave.errors import AdapterNotFound
 from loraweave.hub.hub import Hub
 
+# what a writer waits for twenty others, whose renames are slow, on cores that do other work
+PATIENCE_S = 600.0
+
 
 class SlowRename:
     """The module `os` as folder_blobs sees it on a network's file system, where a rename takes its time."""
@@ -41,7 +44,7 @@ def forked(work, telling):
 
 def write(path, number, count):
     """Adds `count` adapters, removes one of them, and changes another and one that all change."""
-    with Hub(path) as hub:
+    with Hub(path, timeout_s=PATIENCE_S) as hub:
         for seed in range(number * count, (number + 1) * count):
             hub.add(worlds.adapter(seed))
         hub.update(f"adapter {number * count}", description=f"by {number}")
@@ -53,7 +56,7 @@ def write(path, number, count):
 
 def read(path, done, parent):
     """Yield a sentence on what a reader must never see, until the file `done` is there or the process `parent` is gone."""
-    with Hub(path) as hub:
+    with Hub(path, timeout_s=PATIENCE_S) as hub:
         while not done.exists() and os.getppid() == parent:
             records = hub.records()
             if len({record.name for record in records}) != len(records):
@@ -76,7 +79,7 @@ def report(folder, num_writers, count):
 
 def crowd(folder, num_writers, count):
     path, done = folder / "hub", folder / "done"
-    with Hub(path) as hub:
+    with Hub(path, timeout_s=PATIENCE_S) as hub:
         hub.add(worlds.adapter(10**6), name="everyone's")
         hub.add(worlds.adapter(10**6 + 1), name="held")
         held = hub["held"]
@@ -85,7 +88,7 @@ def crowd(folder, num_writers, count):
     driver = os.getpid()
     readers = [forked(lambda: read(path, done, driver), telling) for _ in range(2)]
     writers = [forked(lambda number=number: write(path, number, count), telling) for number in range(num_writers)]
-    with Hub(path) as hub, hub._catalogue.reading() as connection:
+    with Hub(path, timeout_s=PATIENCE_S) as hub, hub._catalogue.reading() as connection:
         # one moment of the hub, which lasts while everything else happens
         before = connection.execute("SELECT count(*) FROM adapters").fetchone()[0]
         while any(os.waitid(os.P_PID, writer, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for writer in writers):
@@ -98,7 +101,7 @@ def crowd(folder, num_writers, count):
     os.close(telling)
     with os.fdopen(reading) as pipe:
         said = pipe.read().splitlines()
-    with Hub(path) as hub:
+    with Hub(path, timeout_s=PATIENCE_S) as hub:
         names = sorted(record.name for record in hub)
         numbers = range(num_writers)
         wanted = {"everyone's", *(f"renamed {number}" for number in numbers)}
