@@ -27,9 +27,7 @@ from loraweave.hub.formats.peft import Peft
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.merge_report import MergeReport
 from loraweave.hub.parts import model_of
-from loraweave.hub.sources.discover import Found
-from loraweave.hub.sources.model_hub import push
-from loraweave.hub.sources.sources import ADAPTER_FILES, README, name_of, open_source
+from loraweave.hub.sources import ADAPTER_FILES, README, Repository, name_of, open_source, push
 from loraweave.lowrank import algebra
 from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory
 
@@ -80,7 +78,7 @@ class Adapter:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path | Found,
+        source: str | Path | Repository,
         *,
         name: str | None = None,
         revision: str | None = None,

@@ -37,7 +37,7 @@ from loraweave.hub.formats.peft import Peft
 from loraweave.hub.health.anomalies import checked_policy
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake.adding import MAX_BATCH, Addition
-from loraweave.hub.sources.archives import archive_suffix
+from loraweave.hub.sources import packed_suffix
 from loraweave.types import Record
 
 # a fault of the hub, not of one adapter, ends the walk; the next call resumes there
@@ -217,7 +217,7 @@ class _Walk:
     def _names(self, path: str) -> tuple[str, str]:
         """Return the name of a path, and the name to use if another adapter has that."""
         stem = (
-            self.root.resolve().name if path == "." else path.removesuffix(archive_suffix(path)).removesuffix(".safetensors")
+            self.root.resolve().name if path == "." else path.removesuffix(packed_suffix(path)).removesuffix(".safetensors")
         )
         shown = "".join("_" if unicodedata.category(letter)[0] == "C" else letter for letter in f"{self.prefix}{stem}")
         tag = f"~{text_digest(path)[:_TAG_CHARACTERS]}"
@@ -311,7 +311,7 @@ def tree_sources(root: Path, unread: Callable[[OSError], None]) -> list[Path]:
             sources += loras
         elif is_adapter(here):
             sources.append(here)
-        sources += [here / name for name in files if archive_suffix(name) and _is_plain(here / name)]
+        sources += [here / name for name in files if packed_suffix(name) and _is_plain(here / name)]
     return sorted(sources, key=lambda source: source.relative_to(root).parts)
 
 

@@ -14,7 +14,7 @@ import torch
 from loraweave.errors import AdapterUnsupported, UnknownName, WeightingError
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.licenses import stated_license
-from loraweave.hub.sources.model_hub import upload
+from loraweave.hub.sources import upload
 from loraweave.hub.targets._target import Target, module_names
 from loraweave.lowrank import algebra
 from loraweave.registry import get, names, nearest

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from loraweave.hub.health.verify import Asked, Check, Verification
     from loraweave.hub.intake.adding import Added, Addition, Read
     from loraweave.hub.pool import ExpertPool
-    from loraweave.hub.sources.discover import Found
+    from loraweave.hub.sources import Repository
 
 # the number of rows shown of a hub in a notebook
 SHOWN = 20
@@ -72,34 +72,9 @@ class Hub(CompositionShelf):
         # a hub is pickled as its address; a process opens each once
         return _opened, self._address
 
-    def discover(
-        self,
-        base: Any,
-        *,
-        query: str | None = None,
-        license: Collection[str] | str | None = None,
-        max_bytes: int | None = None,
-        min_downloads: int = 0,
-        min_likes: int = 0,
-        limit: int = 20,
-        token: str | None = None,
-        progress: bool = False,
-    ) -> list[Found]:
-        """Return the adapters on the model hub for a base model (an id or a model), most downloads first; `add` takes each.
-
-        They are those whose cards name it as their base (`base_model:adapter:`), that have safetensors under a name of
-        adapters, and whose id contains `query`. `license` lists what is accepted, as in `records`; `max_bytes` bounds their
-        safetensors. Nothing is downloaded. Each is pinned to one commit, which `add` reads, under all its rules for foreign
-        files. Raises AdapterNotFound for a base without an id, SourceUnavailable if the model hub does not answer.
-        """
-        from loraweave.hub.sources.discover import discover
-
-        at_least = {"min_downloads": min_downloads, "min_likes": min_likes, "max_bytes": max_bytes, "limit": limit}
-        return discover(base, query=query, license=license, **at_least, token=token, progress=progress)  # type: ignore[arg-type]
-
     def add(
         self,
-        source: str | Path | Adapter | Found,
+        source: str | Path | Adapter | Repository,
         *,
         name: str | None = None,
         description: str = "",
@@ -114,7 +89,7 @@ class Hub(CompositionShelf):
         anomalies: str | Mapping[str, str] = "report",
         model: nn.Module | None = None,
     ) -> Record | StoredComposition:
-        """Store an adapter, folder, archive or model hub repository; fields not given come from the adapter and its card.
+        """Store an adapter, folder, file or model hub repository; fields not given come from the adapter and its card.
 
         The folder of a mixture that an extension opens (docs/extensions/routers.md) is stored with its adapters, by
         `save_composition`. If the name has the same content already, its record is returned as it is, and a damaged blob
@@ -148,7 +123,7 @@ class Hub(CompositionShelf):
 
     def add_many(
         self,
-        sources: Iterable[str | Path | Adapter | Found | Addition],
+        sources: Iterable[str | Path | Adapter | Repository | Addition],
         *,
         stored_as: str = "factors",
         allow_pickle: bool = False,

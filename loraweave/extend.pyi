@@ -252,6 +252,7 @@ from loraweave.hub.formats._base_layer import expert_matrix as expert_matrix
 from loraweave.hub.formats._base_layer import head_size as head_size
 from loraweave.hub.formats._base_layer import missing_layer as missing_layer
 from loraweave.hub.formats._card import json_text as json_text
+from loraweave.hub.formats._card import license_of_fields as license_of_fields
 from loraweave.hub.formats._card import model_id as model_id
 from loraweave.hub.formats._card import read_card as read_card
 from loraweave.hub.formats._card import readme_text as readme_text
@@ -283,6 +284,8 @@ from loraweave.hub.formats._safetensors import read_tensors as read_tensors
 from loraweave.hub.formats._safetensors import require_finite as require_finite
 from loraweave.hub.indexes._vectors import Index as Index
 from loraweave.hub.intake.adding import Addition as Addition
+from loraweave.hub.licenses import canonical as canonical
+from loraweave.hub.licenses import is_accepted as is_accepted
 from loraweave.hub.licenses import stated_license as stated_license
 from loraweave.hub.merge_report import by_number as by_number
 from loraweave.hub.merge_report import mixture_interference as mixture_interference
@@ -290,6 +293,8 @@ from loraweave.hub.parts import PIPELINE_PARTS as PIPELINE_PARTS
 from loraweave.hub.parts import Parts as Parts
 from loraweave.hub.same_base import require_same_base as require_same_base
 from loraweave.hub.same_base import says_nothing as says_nothing
+from loraweave.hub.sources import Repository as Repository
+from loraweave.hub.sources import model_hub_client as model_hub_client
 from loraweave.hub.stores.catalogue import state_row as state_row
 from loraweave.hub.stores.folder_blobs import FolderBlobs as FolderBlobs
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S as STALE_TMP_S

@@ -29,6 +29,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "pipelines": (),
     "checks": (),
     "writers": (),
+    "sources": (),
     "objectives": ("loraweave.composer.compose.objectives",),
     "routers": ("loraweave.routers.searches", "loraweave.routers.tokens"),
     "experts": ("loraweave.routers.recipes",),

@@ -338,7 +338,7 @@ def routers(folder):
 
 
 def shared(root):
-    """What of each kind comes back once it was pushed, and what a hub finds."""
+    """What of each kind comes back once it was pushed."""
     import torch
 
     import loraweave as lw
@@ -380,12 +380,25 @@ def shared(root):
         "no composition": _outcome(lambda: again("mine/lora")),
         "no experts": _outcome(lambda: lw.experts("mine/lora", llama()[0])),
     }
-    hub = lw.Hub(root / "hub")
+    json.dump(found, sys.stdout)
+
+
+def listed(root):
+    """What the model hub has for a base, by what it is filtered by, and the record of one that is added."""
+    import loraweave as lw
+    from loraweave.extensions.sources import discover
 
     def names(**filters):
-        return [str(each) for each in hub.discover("tiny/llama", **filters)]
+        return [str(each) for each in discover("tiny/llama", **filters)]
 
-    found |= {
+    def add():
+        [one] = discover("tiny/llama", query="second")
+        (Path.cwd() / one.repository).mkdir(parents=True)
+        record = lw.Hub(root / "hub").add(one)
+        figures = [one.license, one.likes, one.downloads, one.size_bytes, one.commit]
+        return [record.name, record.hash, figures, record.source.location, record.source.revision]
+
+    filtered = {
         "all": _outcome(names),
         "one": _outcome(lambda: names(limit=1)),
         "named": _outcome(lambda: names(query="second")),
@@ -393,18 +406,10 @@ def shared(root):
         "liked": _outcome(lambda: names(min_likes=5)),
         "loaded": _outcome(lambda: names(min_downloads=50)),
         "small": _outcome(lambda: names(max_bytes=10)),
-        "folder": _outcome(lambda: hub.discover(root / "tiny" / "llama")),
+        "folder": _outcome(lambda: discover(root / "tiny" / "llama")),
+        "added": _outcome(add),
     }
-
-    def add():
-        [one] = hub.discover("tiny/llama", query="second")
-        (Path.cwd() / one.repository).mkdir(parents=True)
-        record = hub.add(one)
-        figures = [one.license, one.likes, one.downloads, one.size_bytes, one.commit]
-        return [record.name, record.hash, figures, record.source.location, record.source.revision]
-
-    found["added"] = _outcome(add)
-    json.dump(found, sys.stdout)
+    json.dump(filtered, sys.stdout)
 
 
 def loaded_from(address, home, *arguments, cwd=None, **variables):
@@ -423,6 +428,8 @@ if __name__ == "__main__":
         troubles(Path(sys.argv[2]))
     elif sys.argv[1] == "shared":
         shared(Path(sys.argv[2]))
+    elif sys.argv[1] == "listed":
+        listed(Path(sys.argv[2]))
     elif sys.argv[1] == "routers":
         routers(Path(sys.argv[2]))
     else:

@@ -17,7 +17,6 @@ from loraweave import errors, registry
 from loraweave.common.chat import prompt_ids
 from loraweave.hub.formats._reading import REFUSED
 from loraweave.hub.health import anomalies
-from loraweave.hub.sources import archives
 from loraweave.routers.tokens._saved import router_class
 
 ROOT = Path(__file__).parents[1]
@@ -62,11 +61,6 @@ def test_a_page_names_every_entry(name, entries, form):
 def test_the_page_on_anomalies_has_the_thresholds():
     assert f"beyond {anomalies.THRESHOLD} of them" in page("anomalies.md")
     assert f"Below {anomalies.MIN_REFERENCE} adapters" in page("anomalies.md")
-
-
-def test_the_page_on_adding_names_every_kind_of_archive():
-    suffixes = {*archives.ZIP_SUFFIXES, *archives.TAR_SUFFIXES} - {".tgz", ".tbz2", ".txz"}
-    assert [suffix for suffix in suffixes if f"`{suffix}`" not in page("adding.md")] == []
 
 
 # rows of the table of adapter types: the names in their first column, and what the second says

@@ -38,8 +38,7 @@ from loraweave.hub.export import ExportReport
 from loraweave.hub.formats._card import shared_card
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.pool import ExpertPool
-from loraweave.hub.sources.model_hub import push
-from loraweave.hub.sources.sources import ADAPTER_FILES, README, find_folder
+from loraweave.hub.sources import ADAPTER_FILES, README, find_folder, push
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task

@@ -36,7 +36,7 @@ from loraweave.errors import CompositionError, ScopeError, TrainingError, Weight
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_id
 from loraweave.hub.formats._card import README, shared_card
-from loraweave.hub.sources.model_hub import push
+from loraweave.hub.sources import push
 from loraweave.routers.recipes._gate import Call, Gate, Weighing
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.tokens._call import prompted, with_tokenizer

@@ -25,7 +25,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import require_model
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool, require_everywhere
-from loraweave.hub.sources.sources import find_folder
+from loraweave.hub.sources import find_folder
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe
 from loraweave.types import Candidate
 

@@ -24,8 +24,7 @@ from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._contents import require_numbers
 from loraweave.hub.health.anomalies import checked_policy, examine
-from loraweave.hub.sources.discover import Found
-from loraweave.hub.sources.sources import name_of, without_secrets
+from loraweave.hub.sources import Repository, name_of, without_secrets
 from loraweave.hub.stores.blobs import content_hash
 from loraweave.hub.stores.kept_files import with_files
 from loraweave.hub.stores.packing import take_apart
@@ -62,7 +61,7 @@ Read = Prepared | LoraweaveError
 class Addition:
     """The arguments of `Hub.add` for one of many adapters."""
 
-    source: str | Path | Adapter | Found
+    source: str | Path | Adapter | Repository
     name: str | None = None
     description: str = ""
     examples: GivenRows = ()
@@ -88,7 +87,7 @@ class Added:
 def add_many(
     catalogue: CatalogueStore,
     blobs: BlobStore,
-    sources: Iterable[str | Path | Adapter | Found | Addition],
+    sources: Iterable[str | Path | Adapter | Repository | Addition],
     *,
     stored_as: str,
     allow_pickle: bool,
@@ -209,7 +208,7 @@ def _from_workers(
                 yield from zip(pieces[name], ended.pop(name), strict=True)
 
 
-def _addition(source: str | Path | Adapter | Found | Addition) -> Addition:
+def _addition(source: str | Path | Adapter | Repository | Addition) -> Addition:
     return source if isinstance(source, Addition) else Addition(source)
 
 

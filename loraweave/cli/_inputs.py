@@ -257,7 +257,7 @@ def read_merge_file(path: Path) -> Any:
 def read_pool(folder: Path) -> lw.ExpertPool:
     """Open the adapter folders directly in `folder`, in order of their names. Raises WeightingError if there is none."""
     import loraweave as lw
-    from loraweave.hub.sources.sources import adapter_folders
+    from loraweave.hub.sources import adapter_folders
 
     folders = adapter_folders(folder)
     if not folders:

@@ -15,8 +15,7 @@ from loraweave.common.options import Declared, options_of
 from loraweave.errors import BaseModelMismatch, ScopeError, TrainingError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
-from loraweave.hub.sources.model_hub import push
-from loraweave.hub.sources.sources import README
+from loraweave.hub.sources import README, push
 from loraweave.routers.combined import begin, derive, known_as, needs_call
 from loraweave.routers.tokens._members import LayerTensors, Members, find_names
 from loraweave.routers.tokens._written import router_card, write_router

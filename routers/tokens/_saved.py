@@ -20,7 +20,7 @@ from loraweave.hub.formats._files import folder_within, listing, present, read_j
 from loraweave.hub.formats._safetensors import hashed_tensors
 from loraweave.hub.intake.adding import layout_of, layouts
 from loraweave.hub.pool import ExpertPool
-from loraweave.hub.sources.sources import ADAPTER_FILES, find_folder
+from loraweave.hub.sources import ADAPTER_FILES, find_folder
 from loraweave.lowrank.algebra import all_finite
 from loraweave.routers.tokens._members import LayerTensors, Members
 from loraweave.routers.tokens._router import TokenRouter, option_names

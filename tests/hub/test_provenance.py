@@ -6,9 +6,9 @@ import pytest
 import tiny_hubs
 
 import loraweave as lw
+from loraweave.hub import sources as model_hub
 from loraweave.hub.hub import Hub
-from loraweave.hub.sources import model_hub
-from loraweave.hub.sources.sources import without_secrets
+from loraweave.hub.sources import without_secrets
 from loraweave.types import Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -8,10 +8,10 @@ from command_line import call
 from safetensors.torch import save_file
 
 from loraweave.errors import AdapterUnsupported
+from loraweave.hub import sources as model_hub
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.add_tree import add_tree
 from loraweave.hub.hub import Hub
-from loraweave.hub.sources import model_hub
 
 
 def test_a_folder_of_lora_files_holds_one_adapter_in_each(tmp_path):

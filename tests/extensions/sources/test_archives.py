@@ -19,10 +19,10 @@ import pytest
 import tiny_hubs
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, HubError, HubFull
+from loraweave.extensions.sources.sources import archives
+from loraweave.extensions.sources.sources.archives import archive_suffix, unpack
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.hub.sources import archives
-from loraweave.hub.sources.archives import archive_suffix, unpack
 
 
 def adapter(seed=0):

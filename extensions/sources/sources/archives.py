@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported, HubError, HubFull
+from loraweave import AdapterCorrupt, AdapterUnsupported, HubError, HubFull
 
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -147,6 +147,13 @@ def _kind_in_tar(member: tarfile.TarInfo) -> str:
     if member.issparse():
         return "a sparse file"
     return "file" if member.isreg() else "a device or another special file"
+
+
+class Archives:
+    """Zip and tar files: `suffix` tells one by its name, `unpack` gives its files in a temporary folder."""
+
+    suffix = staticmethod(archive_suffix)
+    unpack = staticmethod(unpack)
 
 
 @dataclass

@@ -6,9 +6,9 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from loraweave.errors import AdapterNotFound, AdapterUnsupported, SourceUnavailable
+from loraweave.hub import sources as model_hub
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.sources import model_hub
-from loraweave.hub.sources.sources import open_source
+from loraweave.hub.sources import open_source
 
 
 def local_folder(source, **options):

@@ -10,9 +10,9 @@ import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from loraweave.errors import AdapterNotFound, HubFull, SourceUnavailable
+from loraweave.hub import sources as client
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.sources import model_hub as client
-from loraweave.hub.sources.sources import open_source
+from loraweave.hub.sources import open_source
 from loraweave.types import Factors
 
 

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from huggingface_hub import HfApi
-
-from loraweave.common.display import tracked
-from loraweave.errors import AdapterNotFound, InvalidLicense, WeightingError
-from loraweave.hub.formats._card import license_of_fields
-from loraweave.hub.licenses import canonical, is_accepted
-from loraweave.hub.same_base import says_nothing
-from loraweave.hub.sources.model_hub import ERRORS, listing_error
+from loraweave import AdapterNotFound, InvalidLicense, WeightingError
+from loraweave.extend import (
+    Repository,
+    canonical,
+    is_accepted,
+    license_of_fields,
+    model_hub_client,
+    says_nothing,
+    tracked,
+)
 
 # the number of listed repositories that are looked at
 MAX_LISTED = 10_000
@@ -27,14 +29,12 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Repository):
     """An adapter on the model hub at one commit, which `Hub.add` takes; `size_bytes` is that of its safetensors.
 
     All fields are as its owner or the model hub states them: nothing was downloaded. `license` is SPDX, None if unknown.
     """
 
-    repository: str
-    commit: str
     base_model: str
     license: str | None
     downloads: int
@@ -42,23 +42,26 @@ class Found:
     size_bytes: int
     tags: tuple[str, ...]
 
-    def __str__(self) -> str:
-        return self.repository
-
 
 def discover(
     base: Any,
     *,
-    query: str | None,
-    license: Collection[str] | str | None,
-    max_bytes: int | None,
-    min_downloads: int,
-    min_likes: int,
-    limit: int,
-    token: str | None,
-    progress: bool,
+    query: str | None = None,
+    license: Collection[str] | str | None = None,
+    max_bytes: int | None = None,
+    min_downloads: int = 0,
+    min_likes: int = 0,
+    limit: int = 20,
+    token: str | None = None,
+    progress: bool = False,
 ) -> list[Found]:
-    """Return the adapters as `Hub.discover` documents."""
+    """Return the adapters on the model hub for a base model (an id or a model), most downloads first; `Hub.add` takes each.
+
+    They are those whose cards name it as their base (`base_model:adapter:`), that have safetensors under a name of
+    adapters, and whose id contains `query`. `license` lists what is accepted, as in `Hub.records`; `max_bytes` bounds their
+    safetensors. Nothing is downloaded. Each is pinned to one commit, which `add` reads, under all its rules for foreign
+    files. Raises AdapterNotFound for a base without an id, SourceUnavailable if the model hub does not answer.
+    """
     model_id = base if isinstance(base, str) else str(getattr(base, "name_or_path", "") or "")
     if says_nothing(model_id):
         raise AdapterNotFound(
@@ -68,9 +71,8 @@ def discover(
     for name, value in (("limit", limit), ("max_bytes", 1 if max_bytes is None else max_bytes)):
         if value < 1:
             raise WeightingError(f"{name} is {value}: give at least 1")
-    api = HfApi(token=token)
     adapters: list[Found] = []
-    try:
+    with model_hub_client(model_id, token) as api:
         for info in tracked(_listed(api, model_id, query), "asking the model hub", total=None, shown=progress):
             if (info.downloads or 0) < min_downloads or (info.likes or 0) < min_likes:
                 continue
@@ -86,12 +88,10 @@ def discover(
             adapters.append(Found(info.id, info.sha, model_id, stated, *figures))
             if len(adapters) == limit:
                 break
-    except ERRORS as error:
-        raise listing_error(error, model_id, token) from error
     return adapters
 
 
-def _listed(api: HfApi, model_id: str, query: str | None) -> Iterator[Any]:
+def _listed(api: Any, model_id: str, query: str | None) -> Iterator[Any]:
     """Yield the repositories that the model hub lists, most downloads first, with safetensors, a valid id and a commit."""
     listed = api.list_models(filter=f"base_model:adapter:{model_id}", search=query, sort="downloads", full=True)
     for info in islice(listed, MAX_LISTED):
