@@ -1,18 +1,25 @@
-"""A composition as text: which adapters, how much of each, and how they are put together."""
+"""A composition as text: which adapters, how much of each, and how they are put together.
+
+Its adapters are those of a hub, which is read by name and version, compositions included, or of a pool, by name.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 from loraweave.common.files import as_path, replacing
-from loraweave.common.names import MAX_NAME_CHARACTERS, text_digest
+from loraweave.common.names import MAX_NAME_CHARACTERS, text_digest, unknown_expert
+from loraweave.composer.compose.saved import FILE as COMPOSITION
+from loraweave.composer.compose.saved import FORMAT_WITH_ROUTER, PARTS, SavedRecipe
 from loraweave.composer.formula.nodes import (
+    AROUND,
     MAX_CHARACTERS,
     Argument,
     Auto,
@@ -25,28 +32,32 @@ from loraweave.composer.formula.nodes import (
     Routed,
     Stored,
     Sum,
-    Token,
     as_sum,
     ensemble_of,
     exact,
     leaves,
     misplaced,
-    normal,
     plain,
     replaced,
     tokens,
 )
-from loraweave.composer.formula.parser import Parser
-from loraweave.composer.formula.source import Expansion, Given, Source, has_parts, has_router, router_of, source_of
+from loraweave.composer.formula.parser import Expansion, Parser
 from loraweave.composer.merge.merge import merge
 from loraweave.errors import AdapterNotFound, FormulaError, ScopeError, UnknownExpert, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.compositions import StoredComposition
+from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.tokens._saved import router as make_router
+from loraweave.routers.tokens._written import FILE as ROUTER
 
 FILE, FORMAT = "formula.json", 1
+HubOrPool = Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]
+
+# {hash of a stored composition: hash of its adapter}, since a server asks at every request; emptied when it is full
+_CONTENTS: dict[str, str] = {}
+_MAX_CONTENTS = 4096
 
 
 def parse(text: str) -> Formula:
@@ -61,7 +72,12 @@ def parse(text: str) -> Formula:
     methods, routers and options, numbers that are not finite, and above the limits: 4096 characters, 64 adapters, brackets
     8 deep. Whether the adapters exist is asked when they are used.
     """
-    whole = normal(text)
+    if not isinstance(text, str):
+        raise FormulaError(f"a formula is text such as '0.7*a + 0.3*b', not {type(text).__name__} {text!r:.60}")
+    if len(text) > MAX_CHARACTERS:
+        raise FormulaError(f"a formula has at most {MAX_CHARACTERS} characters, not {len(text)}: {text[:AROUND]!a} ...")
+    # as names are
+    whole = unicodedata.normalize("NFC", text)
     return _within_limits(Formula(Parser(whole).root(), whole))
 
 
@@ -97,50 +113,58 @@ class Formula:
         """True if the formula is the base model with nothing added; False for a stored composition before `expand`."""
         return self.root == Sum(())
 
-    def expand(self, hub_or_pool: Given | Source) -> Formula:
+    def expand(self, hub_or_pool: HubOrPool) -> Formula:
         """Return the formula with its stored formulas written out, and without stored compositions that are the base.
 
         Other stored compositions stay as they are. Raises FormulaError, whose cause is AdapterNotFound, for an unknown one,
         and FormulaError for formulas that name each other in a circle, and above the limits.
         """
-        source = source_of(hub_or_pool)
+        source = _source(hub_or_pool)
         if not any(isinstance(leaf, Stored) for leaf in leaves(self.root)):
             return self
 
-        def find(leaf: Stored) -> StoredComposition | None:
+        def read(leaf: Stored) -> Root | None:
             with self._at(leaf):
-                return source.stored(leaf)
+                stored = _stored(source, leaf)
+            if stored is None:
+                return None
+            if stored.formula is not None:
+                return parse(stored.formula).root
+            folders = ("adapter/", "router/", "member-0/")
+            is_base = COMPOSITION in stored.files and not any(path.startswith(folders) for path in stored.files)
+            return Sum(()) if is_base else None
 
-        return _within_limits(Formula(Expansion(find, lambda text: parse(text).root).of(self.root), self.text))
+        return _within_limits(Formula(Expansion(read).of(self.root), self.text))
 
-    def adapters(self, hub_or_pool: Given | None = None) -> tuple[str, ...]:
+    def adapters(self, hub_or_pool: HubOrPool | None = None) -> tuple[str, ...]:
         """Return the sorted names of the adapters that the formula needs; with a hub or pool also those of stored formulas.
 
         Raises FormulaError for one that is not there. What a stored composition has of its own does not count.
         """
         known = self
         if hub_or_pool is not None:
-            source = source_of(hub_or_pool)
+            source = _source(hub_or_pool)
             known = self.expand(source)
             for leaf in leaves(known.root):
                 with self._at(leaf):
-                    source.require(leaf)
+                    if isinstance(leaf, Named) or _stored(source, leaf) is None:
+                        _content(source, leaf)
         return tuple(sorted({leaf.name for leaf in leaves(known.root) if isinstance(leaf, Named)}))
 
-    def identity(self, hub_or_pool: Given) -> str:
+    def identity(self, hub_or_pool: HubOrPool) -> str:
         """Return the SHA-256 of the canonical form with the content hash of every adapter in place of its name.
 
         Formulas of one identity have the same effect on one base model; an adapter whose content has changed makes it
         another. Raises ScopeError for `auto`, which differs for each request.
         """
-        source = source_of(hub_or_pool)
+        source = _source(hub_or_pool)
         known = self.expand(source)
         if (stored := known.stored(source)) is not None:
             return text_digest(f"{'router' if has_router(stored) else 'average'} {stored.hash}")
 
         def content(leaf: Leaf) -> Content:
             with self._at(leaf):
-                return Content(source.content(leaf))
+                return Content(_content(source, leaf))
 
         match known.root:
             case Auto():
@@ -153,33 +177,32 @@ class Formula:
                 said = as_sum(replaced(root, content))
         return text_digest(str(said))
 
-    def pool(self, hub_or_pool: Given) -> ExpertPool:
+    def pool(self, hub_or_pool: HubOrPool) -> ExpertPool:
         """Return the adapters that the formula needs as experts, each opened once, as `a`, `a@3` or `@name`.
 
         The formula's methods, given this pool, use these very adapters, whatever becomes of the hub. Raises ScopeError for
         `auto` and for the base model, which have no adapters.
         """
-        source = source_of(hub_or_pool)
+        source = _source(hub_or_pool)
         known = self.expand(source)
         if (stored := known.stored(source)) is not None and has_router(stored):
             return cast(ExpertPool, router_of(stored).pool)
         known._require_adapters("be a pool")
         return ExpertPool({leaf.key: self._adapter(source, leaf) for leaf in dict.fromkeys(leaves(known.root))})
 
-    def mixture(self, hub_or_pool: Given | None = None) -> dict[str, float] | TokenRouter:
+    def mixture(self, hub_or_pool: HubOrPool | None = None) -> dict[str, float] | TokenRouter:
         """Return what `Composer.activate` takes: {expert of `pool`: weight} for a plain sum, or the router.
 
         Routers and stored compositions need the hub or pool. The base model is {}. Raises ScopeError, which names the way
         out, for `auto`, for ensembles and for merges by a method.
         """
         known = self if hub_or_pool is None else self.expand(hub_or_pool)
-        if self.is_auto:
+        if known.is_auto:
             raise ScopeError(_AUTO.format("be a mixture"))
-        if hub_or_pool is None and (
-            isinstance(known.root, Routed) or any(isinstance(leaf, Stored) for leaf in leaves(known.root))
-        ):
-            raise ScopeError(f"the mixture of {self} needs its adapters: pass the hub or the pool")
-        if hub_or_pool is not None and (stored := known.stored(hub_or_pool)) is not None and has_router(stored):
+        if hub_or_pool is None:
+            if isinstance(known.root, Routed) or any(isinstance(leaf, Stored) for leaf in leaves(known.root)):
+                raise ScopeError(f"the mixture of {self} needs its adapters: pass the hub or the pool")
+        elif (stored := known.stored(hub_or_pool)) is not None and has_router(stored):
             return router_of(stored)
         weights: dict[str, float] = {}
         match known.root:
@@ -190,17 +213,14 @@ class Formula:
                 raise ScopeError(_ENSEMBLE.format("be one mixture"))
             case Sum(terms):
                 for weight, term in terms:
-                    match term:
-                        case Merge():
-                            raise ScopeError(
-                                f"{term} is no weighted sum of adapters: make one of it by formula.merge(hub), "
-                                "and activate that"
-                            )
-                        case Named() | Stored():
-                            weights[term.key] = weight
+                    if not isinstance(term, Leaf):
+                        raise ScopeError(
+                            f"{term} is no weighted sum of adapters: make one of it by formula.merge(hub), and activate that"
+                        )
+                    weights[term.key] = weight
         return weights
 
-    def members(self, hub_or_pool: Given | None = None) -> tuple[tuple[float, Formula], ...]:
+    def members(self, hub_or_pool: HubOrPool | None = None) -> tuple[tuple[float, Formula], ...]:
         """Return (share, formula) for each member of an ensemble, where shares sum to 1; (1, itself) for other formulas."""
         known = self if hub_or_pool is None else self.expand(hub_or_pool)
         match known.root:
@@ -212,17 +232,17 @@ class Formula:
                 )
         return ((1.0, known),)
 
-    def stored(self, hub_or_pool: Given | Source) -> StoredComposition | None:
+    def stored(self, hub_or_pool: HubOrPool) -> StoredComposition | None:
         """Return the stored composition that the formula is, if that has a router or parts that answer apart; else None."""
         match self.root:
             case Sum(terms=((1.0, Stored() as leaf),)):
-                stored = source_of(hub_or_pool).stored(leaf)
+                stored = _stored(_source(hub_or_pool), leaf)
                 return stored if stored is not None and (has_router(stored) or has_parts(stored)) else None
         return None
 
     def merge(
         self,
-        hub_or_pool: Given,
+        hub_or_pool: HubOrPool,
         *,
         rank: int | None = None,
         name: str | None = None,
@@ -239,7 +259,7 @@ class Formula:
         """
         if heads == "first":
             raise WeightingError("a formula has no first adapter, since a + b is b + a; use heads='average', or lw.merge")
-        source = source_of(hub_or_pool)
+        source = _source(hub_or_pool)
         known = self.expand(source)
         known._require_adapters("be one adapter")
         combine = partial(merge, heads=heads, progress=progress, allow_licenses=allow_licenses, interference=interference)
@@ -290,9 +310,11 @@ class Formula:
                     "Composer(model, formula.pool(hub)).activate(formula.mixture(hub))"
                 )
 
-    def _adapter(self, source: Source, leaf: Named | Stored) -> Adapter:
+    def _adapter(self, source: Hub | ExpertPool, leaf: Named | Stored) -> Adapter:
+        """Return the adapter under the name that the formula has for it."""
         with self._at(leaf):
-            return source.adapter(leaf)
+            adapter = _open(source, leaf)
+        return adapter if adapter.name == leaf.key else replace(adapter, name=leaf.key)
 
     @contextmanager
     def _at(self, leaf: Named | Stored) -> Iterator[None]:
@@ -302,12 +324,15 @@ class Formula:
         except (AdapterNotFound, UnknownExpert) as error:
             dashed = isinstance(leaf, Named) and "-" in leaf.name and str(leaf) == leaf.name
             hint = "; a difference has spaces around its '-'" if dashed else ""
-            places = [
+            pieces = tokens(self.text) if self.text else []
+            places = (
                 piece
-                for before, piece in _pairs(self.text)
-                if piece.value == leaf.name and (before == "@") == isinstance(leaf, Stored)
-            ]
-            raise misplaced(f"{error}{hint}", self.text, places[0] if places else None) from error
+                for before, piece in zip([None, *pieces], pieces, strict=False)
+                if piece.kind in ("word", "quoted")
+                and piece.value == leaf.name
+                and (before is not None and before.kind == "@") == isinstance(leaf, Stored)
+            )
+            raise misplaced(f"{error}{hint}", self.text, next(places, None)) from error
 
 
 _ENSEMBLE = "an ensemble cannot {}: its members answer apart. formula.members(hub) has them, and lw.ensemble averages"
@@ -325,13 +350,98 @@ def _within_limits(formula: Formula) -> Formula:
     return formula
 
 
-def _pairs(text: str) -> list[tuple[str, Token]]:
-    """Return (kind of the piece before, piece) for each word and quoted name."""
-    pieces = tokens(text) if text else []
-    kinds = ["", *(piece.kind for piece in pieces)]
-    return [(kind, piece) for kind, piece in zip(kinds, pieces, strict=False) if piece.kind in ("word", "quoted")]
-
-
 def _short(text: str) -> str:
     """Return a formula's text as the name of an adapter; a long one is cut and ends in its digest."""
     return text if len(text) <= MAX_NAME_CHARACTERS else f"{text[: MAX_NAME_CHARACTERS - 16]}... {text_digest(text)[:12]}"
+
+
+def _source(hub_or_pool: HubOrPool) -> Hub | ExpertPool:
+    """Return where to look. Raises WeightingError for anything but a hub, a pool, a list or mapping of adapters."""
+    return hub_or_pool if isinstance(hub_or_pool, Hub) else ExpertPool.of(hub_or_pool)
+
+
+def _stored(source: Hub | ExpertPool, leaf: Stored) -> StoredComposition | None:
+    """Return the composition that a hub keeps under the leaf's name; None of a pool, which has adapters alone."""
+    return source.composition(leaf.name) if isinstance(source, Hub) else None
+
+
+def _open(source: Hub | ExpertPool, leaf: Leaf) -> Adapter:
+    """Return an adapter of a hub or pool. Raises ScopeError for a stored composition that is none."""
+    if isinstance(source, ExpertPool):
+        return _expert(source, leaf)
+    if isinstance(leaf, Named):
+        return source.get(leaf.name, version=leaf.version)
+    return _adapter_of(source.composition(leaf.name), leaf)
+
+
+def _content(source: Hub | ExpertPool, leaf: Leaf) -> str:
+    """Return the hash of an adapter's content. Only a stored composition's adapter is opened for that, and once."""
+    if isinstance(source, ExpertPool):
+        return _expert(source, leaf).hash
+    if isinstance(leaf, Stored):
+        stored = source.composition(leaf.name).hash
+        if stored not in _CONTENTS:
+            digest = _open(source, leaf).hash
+            if len(_CONTENTS) >= _MAX_CONTENTS:
+                _CONTENTS.clear()
+            _CONTENTS[stored] = digest
+        return _CONTENTS[stored]
+    if leaf.version is None:
+        return source.record(leaf.name).hash
+    versions = {record.version: record.hash for record in source.history(leaf.name)}
+    if leaf.version not in versions:
+        listed = ", ".join(map(str, versions))
+        raise AdapterNotFound(f"adapter {leaf.name!r} has no version {leaf.version}; it has {listed}")
+    return versions[leaf.version]
+
+
+def _expert(pool: ExpertPool, leaf: Leaf) -> Adapter:
+    """Return an expert. Raises UnknownExpert, which names near misses; AdapterNotFound for `a@3` and `@name`."""
+    if leaf.key in pool.names:
+        return pool[leaf.key]
+    if leaf.key != leaf.name:
+        raise AdapterNotFound(
+            f"the pool has no expert {leaf.key!r}, and versions and compositions are a hub's: pass the hub, or the "
+            "formula's own pool, formula.pool(hub)"
+        )
+    raise unknown_expert(leaf.key, pool.names)
+
+
+def has_router(stored: StoredComposition) -> bool:
+    """Return whether a router weighs in a stored composition, or is all of it."""
+    return ROUTER in stored.files or (COMPOSITION in stored.files and stored.recipe.get("format") == FORMAT_WITH_ROUTER)
+
+
+def has_parts(stored: StoredComposition) -> bool:
+    """Return whether a stored composition is an average of members, or steps one after the other."""
+    return COMPOSITION in stored.files and stored.recipe.get("format") in PARTS
+
+
+def router_of(stored: StoredComposition) -> TokenRouter:
+    """Return a stored composition's router, with its adapters as `pool`. Raises ScopeError for one saved without them."""
+    with stored.unpacked() as folder:
+        router = make_router(folder if ROUTER in stored.files else folder / "router")
+    if router.pool is None:
+        raise ScopeError(
+            f"@{stored.name} is a router that was saved without its adapters: save the folder of "
+            "router.save_pretrained(folder, pool=pool)"
+        )
+    return router
+
+
+def _adapter_of(stored: StoredComposition, leaf: Stored) -> Adapter:
+    if has_router(stored):
+        raise ScopeError(f"{leaf} is a router, not an adapter, and stands alone: activate formula.mixture(hub)")
+    if COMPOSITION not in stored.files:
+        raise ScopeError(
+            f"{leaf} is a pool in shared bases, not an adapter: read it by JointPool.from_pretrained, from the folder of "
+            "hub.composition(name).write(folder)"
+        )
+    with stored.unpacked() as folder:
+        recipe = SavedRecipe.read(folder)
+        if names := recipe.part_names:
+            raise ScopeError(
+                f"{leaf} has the {recipe.parts} {' and '.join(names)}, which answer apart: write it to a folder by "
+                "hub.composition(name).write(folder), and read it by Composition.from_pretrained"
+            )
+        return Adapter.from_pretrained(folder / "adapter", name=leaf.key)

@@ -1,13 +1,10 @@
-"""The parts of a formula: immutable values, built in one form only, and that form as text; and the pieces of a text.
-
-A piece is a word, a number, a quoted name or a symbol, with its place; an error shows the place.
-"""
+"""The parts of a formula: immutable values, built in one form only, and that form as text; and the pieces of a text."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -17,19 +14,24 @@ from loraweave.errors import FormulaError, WeightingError
 
 # the most characters of a formula, digits of one number in it, and brackets inside each other
 MAX_CHARACTERS, MAX_DIGITS, MAX_DEPTH = 4096, 40, 8
-
 # the characters on either side of the place that an error shows of a long formula
 AROUND = 60
 
 # a hyphen, dot or slash inside a name belongs to it; a minus has a space before it
-_WORD = re.compile(r"[^\W\d](?:\w|[-./](?=\w))*")
-_NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-_SYMBOLS = "+-*(),;=@[]{}"
-_OPENING, _CLOSING = "([{", ")]}"
+_WORD = r"[^\W\d](?:\w|[-./](?=\w))*"
 # words that mean something else than an adapter of that name, which is then quoted
 RESERVED = ("auto", "base", "true", "false", "none")
 # the name that a formula has for the average of probabilities
 ENSEMBLE = "ensemble"
+
+_PIECE = re.compile(
+    rf"""(?P<word>{_WORD})
+    |(?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)
+    |(?P<mark>['"])(?P<quoted>(?:\\['"\\]|(?!(?P=mark))[^\\])*)
+    |(?P<symbol>[-+*(),;=@\[\]{{}}])
+    |\Z""",
+    re.VERBOSE,
+)
 
 
 @dataclass(frozen=True)
@@ -158,29 +160,27 @@ Root = Sum | Routed | Ensemble | Auto
 Value = bool | int | float | str | None | Listed | Mapped
 
 
-def sum_of(terms: Mapping[Term, Fraction]) -> Sum:
-    """Return the sum of these terms, without those of weight 0. Raises WeightingError for a weight that no float holds."""
-    weights = [(rounded(weight), term) for term, weight in terms.items() if weight]
-    return Sum(tuple(sorted(weights, key=lambda pair: (pair[0] < 0, str(pair[1])))))
+def sum_of(parts: Iterable[tuple[Fraction, Argument]]) -> Sum:
+    """Return the weighted sum of terms and sums: equal terms added up exactly, and those of weight 0 left out.
 
-
-def added(parts: Iterable[tuple[Fraction, Argument]]) -> dict[Term, Fraction]:
-    """Return the terms of a weighted sum of terms and sums, with equal ones added up; exact."""
+    Raises WeightingError for a weight that no float holds.
+    """
     total: dict[Term, Fraction] = {}
     for weight, part in parts:
         for factor, term in as_sum(part).terms:
             total[term] = total.get(term, Fraction(0)) + weight * exact(factor)
-    return {term: weight for term, weight in total.items() if weight}
+    weights = [(rounded(weight), term) for term, weight in total.items() if weight]
+    return Sum(tuple(sorted(weights, key=lambda pair: (pair[0] < 0, str(pair[1])))))
 
 
-def as_argument(found: Sum) -> Argument:
+def as_argument(whole: Sum) -> Argument:
     """Return a sum as an argument: its only term where that has weight 1, else the sum."""
-    return found.terms[0][1] if len(found.terms) == 1 and found.terms[0][0] == 1.0 else found
+    return whole.terms[0][1] if len(whole.terms) == 1 and whole.terms[0][0] == 1.0 else whole
 
 
-def as_sum(found: Argument) -> Sum:
+def as_sum(argument: Argument) -> Sum:
     """Return an argument as a whole formula: a sum, of one term if it is not a sum."""
-    return found if isinstance(found, Sum) else Sum(((1.0, found),))
+    return argument if isinstance(argument, Sum) else Sum(((1.0, argument),))
 
 
 def merge_of(
@@ -214,7 +214,7 @@ def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
                 raise WeightingError(f"{method!r} merges adapters, and one of its arguments is the base model")
             return merge_of(method, inner, weights, options)
         case Sum(terms):
-            return as_argument(sum_of(added((exact(weight), replaced(term, leaf)) for weight, term in terms)))
+            return as_argument(sum_of((exact(weight), replaced(term, leaf)) for weight, term in terms))
         case Content():
             return node
     return leaf(node)
@@ -255,6 +255,13 @@ def rounded(number: Fraction) -> float:
 def number_text(number: float) -> str:
     """Return the shortest text that reads as the number."""
     return repr(number).removesuffix(".0")
+
+
+def quoted(name: str) -> str:
+    """Return a name as a formula writes it: bare if it is a word and not reserved, else in quotes."""
+    if re.fullmatch(_WORD, name) and name not in RESERVED:
+        return name
+    return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def plain(value: Value) -> Any:
@@ -310,10 +317,15 @@ class Token:
 
 def tokens(text: str) -> list[Token]:
     """Return the pieces of a formula, "end" last. Raises FormulaError for text that has none, and above the limits."""
-    pieces = list(_pieces(text))
-    depth = 0
+    pieces: list[Token] = []
+    position = depth = 0
+    while not pieces or pieces[-1].kind != "end":
+        while text[position : position + 1].isspace():
+            position += 1
+        pieces.append(_piece(text, position))
+        position = pieces[-1].end
     for token in pieces:
-        depth += (token.kind in _OPENING) - (token.kind in _CLOSING)
+        depth += (token.kind in ("(", "[", "{")) - (token.kind in (")", "]", "}"))
         if depth > MAX_DEPTH:
             raise misplaced(
                 f"brackets are more than {MAX_DEPTH} deep; merge a part of it, and add that to the hub", text, token
@@ -321,20 +333,28 @@ def tokens(text: str) -> list[Token]:
     return pieces
 
 
-def normal(text: Any) -> str:
-    """Return a formula's text in Unicode form NFC, as names are. Raises FormulaError for other types and above the limit."""
-    if not isinstance(text, str):
-        raise FormulaError(f"a formula is text such as '0.7*a + 0.3*b', not {type(text).__name__} {text!r:.60}")
-    if len(text) > MAX_CHARACTERS:
-        raise FormulaError(f"a formula has at most {MAX_CHARACTERS} characters, not {len(text)}: {text[:AROUND]!a} ...")
-    return unicodedata.normalize("NFC", text)
-
-
-def quoted(name: str) -> str:
-    """Return a name as a formula writes it: bare if it is a word and not reserved, else in quotes."""
-    if _WORD.fullmatch(name) and name not in RESERVED:
-        return name
-    return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def _piece(text: str, start: int) -> Token:
+    """Return the piece at a place. In quotes a backslash stands before a quote or another backslash."""
+    piece = _PIECE.match(text, start)
+    if piece is None:
+        here = Token(text[start], text[start], start, start + 1)
+        way_out = "write 0.5*(...) to divide" if here.value == "/" else "quote a name that has it, as in 'my adapter: v2'"
+        raise misplaced(f"a formula has no {here.value!a} here; {way_out}", text, here)
+    end, following = piece.end(), text[piece.end() : piece.end() + 1]
+    if piece["mark"]:
+        if not following:
+            raise misplaced("this quote is not closed", text, Token(piece["mark"], piece["mark"], start, start + 1))
+        if following == "\\":
+            raise misplaced("in quotes a backslash is written twice", text, Token("\\", "\\", end, end + 1))
+        return Token("quoted", re.sub(r"\\(.)", r"\1", piece["quoted"]), start, end + 1)
+    token = Token(piece["symbol"] or piece.lastgroup or "end", piece[0], start, max(end, start + (not piece[0])))
+    if token.kind == "word" and following == "-":
+        raise misplaced(f"put a space before '-' to subtract from {token.value!r}, or quote the whole name", text, token)
+    if token.kind == "number" and re.match(r"[\w.]", following):
+        raise misplaced("this is no number; a name that begins with a digit is quoted, as in '3rd'", text, token)
+    if token.kind == "number" and end - start > MAX_DIGITS:
+        raise misplaced(f"a number has at most {MAX_DIGITS} characters", text, token)
+    return token
 
 
 def misplaced(problem: str, text: str, place: Token | None) -> FormulaError:
@@ -347,61 +367,6 @@ def misplaced(problem: str, text: str, place: Token | None) -> FormulaError:
     rest = printable(text[place.start : end]) + (" ..." if end < len(text) else "")
     marked = _width(printable(text[place.start : min(place.end, end)]))
     return FormulaError(f"{problem}\n  {before}{rest}\n  {' ' * _width(before)}^{'~' * (marked - 1)}")
-
-
-def _pieces(text: str) -> Iterator[Token]:
-    position = 0
-    while True:
-        while position < len(text) and text[position].isspace():
-            position += 1
-        if position == len(text):
-            yield Token("end", "", position, position + 1)
-            return
-        token = _piece(text, position)
-        yield token
-        position = token.end
-
-
-def _piece(text: str, start: int) -> Token:
-    character = text[start]
-    if character in "'\"":
-        return _quoted(text, start)
-    if match := _WORD.match(text, start):
-        word = Token("word", match[0], start, match.end())
-        if text[word.end : word.end + 1] == "-":
-            raise misplaced(f"put a space before '-' to subtract from {word.value!r}, or quote the whole name", text, word)
-        return word
-    if match := _NUMBER.match(text, start):
-        number = Token("number", match[0], start, match.end())
-        if re.match(r"[\w.]", text[number.end : number.end + 1]):
-            raise misplaced("this is no number; a name that begins with a digit is quoted, as in '3rd'", text, number)
-        if number.end - start > MAX_DIGITS:
-            raise misplaced(f"a number has at most {MAX_DIGITS} characters", text, number)
-        return number
-    here = Token(character, character, start, start + 1)
-    if character in _SYMBOLS:
-        return here
-    way_out = "write 0.5*(...) to divide" if character == "/" else "quote a name that has it, as in 'my adapter: v2'"
-    raise misplaced(f"a formula has no {character!a} here; {way_out}", text, here)
-
-
-def _quoted(text: str, start: int) -> Token:
-    """Read a name between quotes, in which a backslash stands before a quote or another backslash."""
-    mark, position = text[start], start + 1
-    value: list[str] = []
-    while position < len(text):
-        character = text[position]
-        if character == mark:
-            return Token("quoted", "".join(value), start, position + 1)
-        if character == "\\":
-            character = text[position + 1 : position + 2]
-            if character not in ("\\", "'", '"'):
-                place = Token("\\", "\\", position, position + 1)
-                raise misplaced("in quotes a backslash is written twice", text, place)
-            position += 1
-        value.append(character)
-        position += 1
-    raise misplaced("this quote is not closed", text, Token(mark, mark, start, start + 1))
 
 
 def _width(text: str) -> int:
