@@ -29,6 +29,7 @@ from benchmarks._run import RESAMPLES, Run, Table, interval
 from benchmarks._timing import Way, compare
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.demo import DemoTask, load_task
+from loraweave.extensions.reranking import rerank
 
 KS = (1, 3, 5, 10)
 SHORT_LIST = 10
@@ -95,11 +96,11 @@ def _scores(model: Any, tokenizer: Any, hub: lw.Hub, retriever: lw.Retriever, un
         "retrieval, inputs + definition": retriever.for_task(inputs, description=task.instruction, k=count),
     }
     for way, asked in ASKED.items():
-        found[way] = lw.rerank(model, tokenizer, hub, task, bare, **asked)
-    found[ONE] = lw.rerank(model, tokenizer, hub, replace(task, examples=task.examples[:1]), bare, by="probe")
+        found[way] = rerank(model, tokenizer, hub, task, bare, **asked)
+    found[ONE] = rerank(model, tokenizer, hub, replace(task, examples=task.examples[:1]), bare, by="probe")
     first = found["first order at uniform"]
     # the rest keeps its order below the short list
-    found[SHORT] = [*lw.rerank(model, tokenizer, hub, task, first[:SHORT_LIST], by="probe"), *first[SHORT_LIST:]]
+    found[SHORT] = [*rerank(model, tokenizer, hub, task, first[:SHORT_LIST], by="probe"), *first[SHORT_LIST:]]
     return {way: {c.name: -place for place, c in enumerate(listed)} for way, listed in found.items()}
 
 
@@ -153,7 +154,7 @@ def speed(context: typer.Context, task: Annotated[str | None, typer.Option(help=
         ways = {"one forward pass of the base": Way(lambda: alone([lw.MixtureWeights.of({}, pool.names)]))}
         for count in (1, len(found)):
             some = found[:count]
-            ways[f"first_order, {count} adapters"] = Way(lambda some=some: lw.rerank(model, tokenizer, pool, asked, some))
-        ways[f"probe, {len(found)} adapters"] = Way(lambda: lw.rerank(model, tokenizer, pool, asked, found, by="probe"))
+            ways[f"first_order, {count} adapters"] = Way(lambda some=some: rerank(model, tokenizer, pool, asked, some))
+        ways[f"probe, {len(found)} adapters"] = Way(lambda: rerank(model, tokenizer, pool, asked, found, by="probe"))
         tables = {"times a forward pass": (next(iter(ways)), False)}
         compare(run, "five examples", ways, tables, rounds=5, seconds=900.0)

@@ -24,6 +24,7 @@ from benchmarks._run import Run, Table, console
 from benchmarks.spread import WORKERS, Backends, Counting, killing, tiny_base, workers
 from loraweave.composer.compose.asked import Step
 from loraweave.composer.programs.program import OrderReport, Program, pool_of
+from loraweave.extensions.reranking import rerank
 from loraweave.extensions.statistics import pool_statistics
 from loraweave.hub.add_tree import add_tree
 
@@ -85,7 +86,7 @@ def _calls(folder: Path, seed: int) -> Iterator[dict[str, Call]]:
 
         def ranked() -> str:
             candidates = [lw.Candidate(name, 0.0, "", hub.record(name)) for name in names]
-            found = lw.rerank(model, tokenizer, hub, few, candidates, by="probe", **quiet)
+            found = rerank(model, tokenizer, hub, few, candidates, by="probe", **quiet)
             return str([(each.name, each.score) for each in found])
 
         def distilled() -> str:

@@ -44,7 +44,6 @@ from loraweave.types import Anomaly, BaseKey, Candidate, Factors, Fingerprint, R
 if TYPE_CHECKING:
     from loraweave.composer.compose.compose import compose
     from loraweave.composer.compose.composition import Composition
-    from loraweave.composer.compose.rerank import rerank
     from loraweave.composer.composer import Composer
     from loraweave.composer.ensembles.ensemble import ensemble
     from loraweave.composer.experts.make import experts
@@ -81,7 +80,6 @@ _MODULES = {
     "composer.merge.merge": "merge",
     "composer.ensembles.ensemble": "ensemble",
     "composer.experts.make": "experts",
-    "composer.compose.rerank": "rerank",
     "composer.programs.program": "order",
     "routers.tokens._saved": "router",
     "composer.train.adapters": "train_adapters",
@@ -168,7 +166,6 @@ __all__ = [
     "names",
     "order",
     "parse",
-    "rerank",
     "router",
     "to_lora",
     "train_adapters",

@@ -12,7 +12,8 @@ from loraweave.common.lazy import lazy
 _MODULES = {
     # entries of any registry, and their options
     "common.options": (
-        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of require_known"
+        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of "
+        "require_known"
     ),
     "registry": "brought get nearest traits traits_of",
     # merge methods
@@ -123,6 +124,7 @@ _MODULES = {
     "hub.licenses": "canonical is_accepted stated_license",
     "hub.merge_report": "by_number mixture_interference",
     "hub.parts": "PIPELINE_PARTS Parts",
+    "hub.pool": "StackedFactors require_everywhere",
     "hub.same_base": "require_same_base says_nothing",
     "hub.sources": "Repository model_hub_client",
     "hub.stores.catalogue": "state_row",

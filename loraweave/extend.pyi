@@ -291,6 +291,8 @@ from loraweave.hub.merge_report import by_number as by_number
 from loraweave.hub.merge_report import mixture_interference as mixture_interference
 from loraweave.hub.parts import PIPELINE_PARTS as PIPELINE_PARTS
 from loraweave.hub.parts import Parts as Parts
+from loraweave.hub.pool import StackedFactors as StackedFactors
+from loraweave.hub.pool import require_everywhere as require_everywhere
 from loraweave.hub.same_base import require_same_base as require_same_base
 from loraweave.hub.same_base import says_nothing as says_nothing
 from loraweave.hub.sources import Repository as Repository

@@ -20,7 +20,7 @@ EmptyIndex ExpertPool Factors Fingerprint Formula FormulaError Hub HubCorrupt Hu
 InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record
 RetrievalError Retriever Router ScopeError SearchFailed SourceUnavailable Task TrainingError UnknownExpert
 UnknownName WeightingError add_tree base_key byom clusters compeft compose ensemble experts
-extract load_base merge names order parse rerank router to_lora
+extract load_base merge names order parse router to_lora
 train_adapters train_encoder train_experts twin_merging
 """
 

@@ -249,9 +249,6 @@ BASES = {
     "train_adapters": lambda w, base: lw.train_adapters(base, w.tokenizer, {"t": w.task}, steps=1, progress=False),
     "experts": lambda w, base: lw.experts("mola", base),
     "order": lambda w, base: lw.order(base, w.tokenizer, w.hub, w.task, progress=False),
-    "rerank": lambda w, base: lw.rerank(
-        base, w.tokenizer, w.hub, w.task, [lw.Candidate(record.name, 1.0, "", record) for record in w.hub]
-    ),
     "hub.bind": lambda w, base: w.hub.bind("a", base),
     "to_lora": lambda w, base: lw.to_lora(w.adapters[0], base),
     "base_key": lambda w, base: lw.base_key(base),

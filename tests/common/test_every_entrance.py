@@ -16,7 +16,6 @@ from loraweave.composer.ensembles.ensemble import answers
 from loraweave.composer.model.text_rows import text_rows
 from loraweave.errors import InvalidTask
 from loraweave.routers.tokens._text import labelled_tasks
-from loraweave.types import Candidate, Record
 
 PAIRS = [("one", "1"), ("two", "2"), ("three", "3")]
 OTHERS = [("four of them", "9"), ("five", "8"), ("s", "66")]
@@ -94,7 +93,7 @@ class Entrances:
     # those that know no task, whose template would make prompts
     WHOLE_PROMPTS = ("router", "experts", "train_experts", "labelled")
     # those that apply the chat template to messages; in the others the texts of messages count, or a task says so
-    TEMPLATE = (*WHOLE_PROMPTS, "leave_one_out", "rerank", "train_adapters", "text_rows")
+    TEMPLATE = (*WHOLE_PROMPTS, "leave_one_out", "train_adapters", "text_rows")
 
     def __init__(self, model, tokenizer, adapters, folder):
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
@@ -121,10 +120,6 @@ class Entrances:
     def inputs(self, rows):
         settings = {"method": "gradient", "objective": "entropy", "inputs": rows, "budget": 9, "folds": 0, "progress": False}
         return lw.compose(self.model, self.tokenizer, self.pool, self.composition.task, **settings).mean_weights
-
-    def rerank(self, rows):
-        found = [Candidate("a", 0.0, "", Record("a", "", "", 3, (), None, (), "", 0, ""))]
-        return lw.rerank(self.model, self.tokenizer, self.pool, rows, found)[0].score
 
     def train_adapters(self, rows):
         settings = {"rank": 1, "steps": 1, "batch_size": 2, "progress": False}

@@ -13,7 +13,6 @@ from written_out import written_out as written_out
 import loraweave as lw
 from loraweave.composer.compose import population
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
-from loraweave.composer.compose.rerank import first_order
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.routers.searches.gradient import Gradient
 from loraweave.routers.searches.lorahub import Lorahub
@@ -73,15 +72,6 @@ def test_gradients_of_weights_by_layer_are_the_slopes_of_the_loss(objective):
     _, (gradient,) = loss.gradients([each])
     assert gradient.shape == (1, 1, 3, 3)
     assert torch.allclose(gradient, by_differences(loss, each, 1e-5), rtol=1e-6, atol=1e-6)
-
-
-def test_gradients_at_zero_are_those_of_the_first_order_model(objective, tokenizer):
-    loss = objective(l1=0.0)
-    (value,), (gradient,) = loss.gradients([lw.MixtureWeights(torch.zeros(1, 1, 1, 3), ("a", "b", "c"))])
-    found = first_order(loss.engine, tokenizer, TASK)
-    # which takes its losses in fp32
-    assert value == pytest.approx(found.loss, rel=1e-5)
-    assert gradient.flatten().tolist() == pytest.approx([found.slopes[name] for name in "abc"], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,13 +22,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rounding import assert_near, num_terms, rounding
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraweave.composer.compose.rerank import first_order
 from loraweave.composer.composer import Composer
 from loraweave.errors import CompositionError, LayerMismatch, ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Factors, Task
+from loraweave.types import Factors
 
 pytestmark = WARNINGS
 
@@ -306,12 +305,6 @@ def test_parts_that_are_not_low_rank_and_weights_without_values_are_refused():
         Composer(inside, [Adapter("x", "tiny", {name: update})])
     with pytest.raises(CompositionError, match="meta device"):
         Composer(make().to("meta"), [Adapter("x", "tiny", {name: update})])
-
-
-def test_slopes_say_that_they_know_no_fused_experts(saved, tokenizer):
-    _, ours = saved("mixtral")
-    with pytest.raises(CompositionError, match="an expert of a fused parameter, whose slopes"):
-        first_order(Composer(make(), ours), tokenizer, Task([("a", "b")]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

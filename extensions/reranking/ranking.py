@@ -19,27 +19,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.common.display import progress_bar
-from loraweave.common.options import Count, check_options
-from loraweave.common.rows import GivenRows
-from loraweave.common.spread import require_all, spread
-from loraweave.composer.compose.candidates import experts_of
-from loraweave.composer.compose.loss import ExampleLoss
-from loraweave.composer.composer import Composer
-from loraweave.composer.model.batches import batch, mean_losses, untouched
-from loraweave.composer.model.gradient_tap import GradientTap
-from loraweave.composer.model.kinds import linear
-from loraweave.composer.model.layers import TargetLayer
-from loraweave.composer.model.scoring import encode_pairs, in_chunks
-from loraweave.errors import CompositionError, InvalidTask, SearchFailed, UnknownName, WeightingError
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.base_reference import base_loader
-from loraweave.hub.hub import Hub
-from loraweave.hub.pool import ExpertPool, StackedFactors, require_everywhere
-from loraweave.lowrank import algebra
-from loraweave.registry import nearest
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Candidate, Factors, Task
+from loraweave import (
+    Adapter,
+    Candidate,
+    Composer,
+    CompositionError,
+    ExpertPool,
+    Factors,
+    Hub,
+    InvalidTask,
+    MixtureWeights,
+    SearchFailed,
+    Task,
+    UnknownName,
+    WeightingError,
+)
+from loraweave.extend import (
+    Count,
+    ExampleLoss,
+    GivenRows,
+    GradientTap,
+    StackedFactors,
+    TargetLayer,
+    algebra,
+    base_loader,
+    batch,
+    check_options,
+    encode_pairs,
+    experts_of,
+    in_chunks,
+    linear,
+    mean_losses,
+    nearest,
+    progress_bar,
+    require_all,
+    require_everywhere,
+    spread,
+    untouched,
+)
 
 # score (higher is better) and evidence of every expert
 _Ranking = dict[str, tuple[float, str]]

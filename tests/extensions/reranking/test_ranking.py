@@ -9,9 +9,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.compose import rerank as module
 from loraweave.composer.compose.loss import ExampleLoss
-from loraweave.composer.compose.rerank import first_order, update_norm
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import IGNORED, batch, encode, mean_losses, target_logits
 from loraweave.errors import (
@@ -24,6 +22,7 @@ from loraweave.errors import (
     UnknownName,
     WeightingError,
 )
+from loraweave.extensions.reranking import first_order, ranking, rerank, update_norm
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Candidate, Factors, Record, Task
@@ -46,7 +45,7 @@ def candidates(pool):
 
 def test_first_order_scores_are_the_falls_that_the_slopes_promise(tiny_llama, tokenizer, pool, candidates):
     slopes = first_order(lw.Composer(tiny_llama, pool), tokenizer, lw.Task(EXAMPLES)).slopes
-    found = lw.rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, weight=0.5, around="base")
+    found = rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, weight=0.5, around="base")
     assert [c.name for c in found] == sorted(slopes, key=lambda name: slopes[name])
     assert [c.score for c in found] == [pytest.approx(-0.5 * slopes[c.name]) for c in found]
 
@@ -54,7 +53,7 @@ def test_first_order_scores_are_the_falls_that_the_slopes_promise(tiny_llama, to
 def test_by_default_the_slopes_are_those_at_the_uniform_mixture(tiny_llama, tokenizer, pool, candidates):
     uniform = dict.fromkeys(pool.names, 0.6 / 3)
     there = first_order(lw.Composer(tiny_llama, pool), tokenizer, lw.Task(EXAMPLES), mixture=uniform)
-    found = lw.rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, weight=0.6)
+    found = rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, weight=0.6)
     assert {c.name: c.score for c in found} == {name: pytest.approx(-0.6 * s) for name, s in there.slopes.items()}
     assert found[0].evidence.startswith(f"loss {there.loss:.3f} of the uniform mixture begins to change by ")
 
@@ -63,7 +62,7 @@ def test_gradient_similarity_is_the_slope_by_the_norm_of_the_update(tiny_llama, 
     engine = lw.Composer(tiny_llama, pool)
     slopes = first_order(engine, tokenizer, lw.Task(EXAMPLES)).slopes
     want = {name: -slope / update_norm(engine, name) for name, slope in slopes.items()}
-    found = lw.rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, by="gradient_similarity", around="base")
+    found = rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, by="gradient_similarity", around="base")
     assert {c.name: c.score for c in found} == pytest.approx(want)
     assert [c.name for c in found] == sorted(want, key=lambda name: -want[name])
 
@@ -71,7 +70,7 @@ def test_gradient_similarity_is_the_slope_by_the_norm_of_the_update(tiny_llama, 
 def test_gradient_similarity_does_not_see_the_length_of_an_update(tiny_llama, tokenizer, pool, candidates):
     longer = lw.ExpertPool({name: lw.merge([pool[name]], [3.0]) for name in pool.names})
     short, long = (
-        lw.rerank(tiny_llama, tokenizer, p, EXAMPLES, candidates, by="gradient_similarity", around="base")
+        rerank(tiny_llama, tokenizer, p, EXAMPLES, candidates, by="gradient_similarity", around="base")
         for p in (pool, longer)
     )
     assert [c.score for c in long] == pytest.approx([c.score for c in short], rel=1e-5)
@@ -81,7 +80,7 @@ def test_a_probe_scores_by_the_measured_fall_of_the_loss(tiny_llama, tokenizer, 
     objective = ExampleLoss(lw.Composer(tiny_llama, pool), tokenizer, lw.Task(EXAMPLES), l1=0.0)
     mixtures = [{}, *({name: 0.1} for name in pool.names)]
     base, *losses = (objective([MixtureWeights.of(mixture, pool.names)])[0] for mixture in mixtures)
-    found = lw.rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, by="probe", weight=0.1)
+    found = rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, by="probe", weight=0.1)
     assert {c.name: c.score for c in found} == pytest.approx(
         {name: base - loss for name, loss in zip(pool.names, losses, strict=True)}, abs=1e-5
     )
@@ -98,11 +97,11 @@ def test_pieces_on_workers_score_as_one_process_does(by, make_model, make_adapte
     asked = {"by": by, "around": "base", "weight": 0.5, "progress": False}
     with lw.Hub(tmp_path / "hub") as hub:
         hub.add_many(adapters)
-        whole = lw.rerank(model, tokenizer, hub, EXAMPLES, listed, **asked)
-        monkeypatch.setattr(module, "PIECE", 2)
-        alone = lw.rerank(model, tokenizer, hub, EXAMPLES, listed, **asked)
+        whole = rerank(model, tokenizer, hub, EXAMPLES, listed, **asked)
+        monkeypatch.setattr(ranking, "PIECE", 2)
+        alone = rerank(model, tokenizer, hub, EXAMPLES, listed, **asked)
         # processes take seconds to start
-        spread = lw.rerank(model, tokenizer, hub, EXAMPLES, listed, n_jobs=2 if by == "probe" else 1, **asked)
+        spread = rerank(model, tokenizer, hub, EXAMPLES, listed, n_jobs=2 if by == "probe" else 1, **asked)
     assert spread == alone
     assert [each.name for each in alone] == [each.name for each in whole]
     assert [each.score for each in alone] == pytest.approx([each.score for each in whole], abs=1e-5)
@@ -113,7 +112,7 @@ def test_near_weight_zero_the_first_order_is_the_probe(make_model, make_adapters
     pool = lw.ExpertPool(make_adapters(model, "llama"))
     known = candidates_for(pool.names)
     promised, measured = (
-        {c.name: c.score for c in lw.rerank(model, tokenizer, pool, EXAMPLES, known, by=by, weight=1e-4, around="base")}
+        {c.name: c.score for c in rerank(model, tokenizer, pool, EXAMPLES, known, by=by, weight=1e-4, around="base")}
         for by in ("first_order", "probe")
     )
     # the losses are taken in fp32, so that a difference of 1e-4 has two digits
@@ -122,7 +121,7 @@ def test_near_weight_zero_the_first_order_is_the_probe(make_model, make_adapters
 
 @pytest.mark.parametrize("by", WAYS)
 def test_evidence_says_what_was_measured_and_keeps_what_the_search_said(tiny_llama, tokenizer, pool, candidates, by):
-    for found in lw.rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, by=by):
+    for found in rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, by=by):
         assert found.evidence.startswith("loss ")
         assert found.evidence.endswith(f"; description {found.name!r} (0.50)")
 
@@ -133,30 +132,30 @@ def test_a_hub_s_own_candidates_are_reranked(tiny_llama, tokenizer, pool, tmp_pa
         for adapter in pool.adapters.values():
             hub.add(adapter, description=f"does {adapter.name}")
         hits = lw.Retriever(hub, embedder="hashing").candidates("does b", k=2)
-        found = lw.rerank(tiny_llama, tokenizer, hub, EXAMPLES, hits)
+        found = rerank(tiny_llama, tokenizer, hub, EXAMPLES, hits)
     assert sorted(c.name for c in found) == sorted(c.name for c in hits)
     assert {c.name: c.record for c in found} == {c.name: c.record for c in hits}
 
 
 def test_equal_scores_keep_the_order_of_the_search(tiny_llama, tokenizer, pool):
     same = lw.ExpertPool(dict.fromkeys(("z", "y", "x"), pool["a"]))
-    found = lw.rerank(tiny_llama, tokenizer, same, EXAMPLES, candidates_for(["y", "z", "x"]))
+    found = rerank(tiny_llama, tokenizer, same, EXAMPLES, candidates_for(["y", "z", "x"]))
     assert [c.name for c in found] == ["y", "z", "x"]
 
 
 def test_no_candidates_stay_none_and_load_nothing(tokenizer):
-    assert lw.rerank(None, tokenizer, None, EXAMPLES, []) == []
+    assert rerank(None, tokenizer, None, EXAMPLES, []) == []
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_a_candidate_that_breaks_the_model_is_last(tiny_llama, tokenizer, pool):
     broken = {name: replace(f, b_OR=torch.full_like(f.b_OR, 1e38)) for name, f in pool["a"].layers.items()}
     both = lw.ExpertPool({"broken": replace(pool["a"], layers=broken), "a": pool["a"]})
-    found = lw.rerank(tiny_llama, tokenizer, both, EXAMPLES, candidates_for(both.names), by="probe")
+    found = rerank(tiny_llama, tokenizer, both, EXAMPLES, candidates_for(both.names), by="probe")
     assert [(c.name, c.score == float("-inf")) for c in found] == [("a", False), ("broken", True)]
     only = both.subset(["broken"])
     with pytest.raises(SearchFailed, match="none of the 1 candidates"):
-        lw.rerank(tiny_llama, tokenizer, only, EXAMPLES, candidates_for(["broken"]), by="probe")
+        rerank(tiny_llama, tokenizer, only, EXAMPLES, candidates_for(["broken"]), by="probe")
 
 
 @pytest.mark.parametrize(
@@ -171,25 +170,25 @@ def test_a_candidate_that_breaks_the_model_is_last(tiny_llama, tokenizer, pool):
 )
 def test_settings_that_cannot_be_used_are_named_before_anything_runs(tokenizer, options, error, said):
     with pytest.raises(error, match=said):
-        lw.rerank(None, tokenizer, None, EXAMPLES, candidates_for(["a"]), **options)
+        rerank(None, tokenizer, None, EXAMPLES, candidates_for(["a"]), **options)
 
 
 def test_a_task_without_examples_and_a_name_that_the_pool_has_not_are_refused(tiny_llama, tokenizer, pool):
     with pytest.raises(InvalidTask, match="no examples to rerank by"):
-        lw.rerank(tiny_llama, tokenizer, pool, [], candidates_for(["a"]))
+        rerank(tiny_llama, tokenizer, pool, [], candidates_for(["a"]))
     with pytest.raises(UnknownExpert, match="no expert 'q'"):
-        lw.rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates_for(["a", "q"]))
+        rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates_for(["a", "q"]))
 
 
 def test_an_adapter_with_a_trained_head_is_refused_by_name(tiny_llama, tokenizer, pool):
     headed = lw.ExpertPool({"headed": replace(pool["a"], heads={"lm_head.weight": torch.ones(61, 16)})})
     with pytest.raises(AdapterUnsupported, match="'headed' has a trained head"):
-        lw.rerank(tiny_llama, tokenizer, headed, EXAMPLES, candidates_for(["headed"]))
+        rerank(tiny_llama, tokenizer, headed, EXAMPLES, candidates_for(["headed"]))
 
 
 @pytest.mark.slow
 def test_the_code_of_the_page_runs(run_page):
-    names = run_page("docs/reranking.md")
+    names = run_page("docs/extensions/reranking.md")
     assert {c.name for c in names["exact"]} == {"passive", "negation", "antonym", "past_tense", "plural"}
     assert names["exact"][0].name == "passive"
     assert names["exact"][0].evidence.count("loss ") == 2
@@ -268,6 +267,17 @@ def test_slopes_of_an_embedding_are_those_of_autograd(make_model, tokenizer):
     assert_slopes_are_those_of_autograd(engine, tokenizer, batch_size=3)
 
 
+def test_slopes_at_the_base_are_the_gradients_of_the_loss_at_weight_zero(make_model, make_adapters, tokenizer):
+    model = make_model("llama", dtype=torch.float64)
+    engine = Composer(model, make_adapters(model, "llama"))
+    loss = ExampleLoss(engine, tokenizer, TASK, l1=0.0)
+    (value,), (gradient,) = loss.gradients([MixtureWeights(torch.zeros(1, 1, 1, 3), ("a", "b", "c"))])
+    begun = first_order(engine, tokenizer, TASK)
+    # which takes its losses in fp32
+    assert value == pytest.approx(begun.loss, rel=1e-5)
+    assert gradient.flatten().tolist() == pytest.approx([begun.slopes[name] for name in "abc"], rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_slopes_are_the_difference_quotients_of_the_dense_model(
     make_model, make_adapters, with_dense_update, tokenizer, kind
@@ -340,7 +350,7 @@ def test_the_model_is_left_as_it_was(make_model, make_adapters, tokenizer, kind)
 
 def test_an_error_in_the_backward_pass_leaves_the_model_as_it_was(tiny_llama, make_adapter, tokenizer, monkeypatch):
     engine = Composer(tiny_llama, [make_adapter(tiny_llama, "a")])
-    monkeypatch.setattr("loraweave.composer.compose.rerank._Slopes.receive", lambda self, gradient, x: 1 / 0)
+    monkeypatch.setattr("loraweave.extensions.reranking.ranking._Slopes.receive", lambda self, gradient, x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         first_order(engine, tokenizer, TASK)
     assert not engine.active

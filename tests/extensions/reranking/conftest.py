@@ -1,0 +1,3 @@
+"""Workers that are warm."""
+
+from warm_workers import warm_workers as warm_workers
