@@ -25,8 +25,8 @@ from benchmarks.spread import WORKERS, Backends, Counting, killing, tiny_base, w
 from loraweave.composer.compose.asked import Step
 from loraweave.composer.programs.program import OrderReport, Program, pool_of
 from loraweave.extensions.reranking import rerank
+from loraweave.extensions.sources import add_tree
 from loraweave.extensions.statistics import pool_statistics
-from loraweave.hub.add_tree import add_tree
 
 app = typer.Typer()
 

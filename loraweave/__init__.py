@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from loraweave.composer.programs.program import order
     from loraweave.composer.train.adapters import train_adapters
     from loraweave.hub.adapter import Adapter
-    from loraweave.hub.add_tree import add_tree
     from loraweave.hub.base import base_key, load_base
     from loraweave.hub.conversion import extract, to_lora
     from loraweave.hub.hub import Hub
@@ -86,7 +85,6 @@ _MODULES = {
     "composer.experts.together": "train_experts",
     "retrieval.training": "train_encoder",
     "hub.conversion": "extract to_lora",
-    "hub.add_tree": "add_tree",
 }
 _LAZY = {name: f"loraweave.{module}" for module, held in _MODULES.items() for name in held.split()}
 
@@ -152,7 +150,6 @@ __all__ = [
     "UnknownExpert",
     "UnknownName",
     "WeightingError",
-    "add_tree",
     "base_key",
     "byom",
     "clusters",

@@ -36,6 +36,7 @@ _MODULES = {
     "hub.formats._files": "entry folder_within parse_json present read_bytes read_json",
     "hub.formats._foreign": "ForeignFormat PeftReader StoredLayer check_size",
     "hub.formats._peft_config": "parse_lora stored_names stored_tensors",
+    "hub.formats._reading": "is_adapter",
     "hub.formats._safetensors": "read_tensors require_finite",
     "hub.stores.packing": "put_together take_apart",
     "hub.targets._target": "TIED_MODULES Target module_names",
@@ -119,6 +120,7 @@ _MODULES = {
     "hub.base": "EMBEDDED base_config base_id fingerprint require_model stored_base",
     "hub.base_reference": "base_loader",
     "hub.embedders._embedder": "Embedder embedder_of",
+    "hub.health.anomalies": "checked_policy",
     "hub.indexes._vectors": "Index",
     "hub.intake.adding": "Addition",
     "hub.licenses": "canonical is_accepted stated_license",
@@ -142,7 +144,10 @@ _MODULES = {
     "serving.limits": "Limits Refusal refusal_of",
     "serving.scheduler": "too_busy",
     # the command line
-    "cli._application": "BaseOption DEFAULT_HUB DtypeOption HubOption JsonOption SeedOption note print_json print_table",
+    "cli._application": (
+        "AnomaliesOption BaseOption BlobsOption DEFAULT_HUB DtypeOption HubOption JsonOption ManyTagsOption "
+        "SeedOption WorkersOption note print_json print_rows print_table"
+    ),
     "cli._inputs": "load_model open_hub recorded_base require_dtype require_one_adapter",
     # factors, files, rows and what is shown
     "common.chat": "Prompt prompt_ids prompt_texts",
@@ -153,11 +158,11 @@ _MODULES = {
     "common.names": "MAX_NAME_CHARACTERS checked_name printable text_digest unknown_expert",
     "common.process": "launched_processes lock_of",
     "common.rows": "GivenRows Row read_asked read_rows",
-    "common.spread": "Failed require_all spread",
+    "common.spread": "Failed processes_here require_all spread",
     "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors",
     "common.storage_errors": "remote_errors storage_errors without_credentials",
     "common.yaml_file": "read_yaml",
-    "errors": "BudgetExceeded",
+    "errors": "BudgetExceeded WorkersFailed",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",
     "types": "DEFAULT_TEMPLATE",

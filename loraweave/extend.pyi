@@ -1,11 +1,16 @@
+from loraweave.cli._application import AnomaliesOption as AnomaliesOption
 from loraweave.cli._application import BaseOption as BaseOption
+from loraweave.cli._application import BlobsOption as BlobsOption
 from loraweave.cli._application import DEFAULT_HUB as DEFAULT_HUB
 from loraweave.cli._application import DtypeOption as DtypeOption
 from loraweave.cli._application import HubOption as HubOption
 from loraweave.cli._application import JsonOption as JsonOption
+from loraweave.cli._application import ManyTagsOption as ManyTagsOption
 from loraweave.cli._application import SeedOption as SeedOption
+from loraweave.cli._application import WorkersOption as WorkersOption
 from loraweave.cli._application import note as note
 from loraweave.cli._application import print_json as print_json
+from loraweave.cli._application import print_rows as print_rows
 from loraweave.cli._application import print_table as print_table
 from loraweave.cli._inputs import load_model as load_model
 from loraweave.cli._inputs import open_hub as open_hub
@@ -64,6 +69,7 @@ from loraweave.common.rows import Row as Row
 from loraweave.common.rows import read_asked as read_asked
 from loraweave.common.rows import read_rows as read_rows
 from loraweave.common.spread import Failed as Failed
+from loraweave.common.spread import processes_here as processes_here
 from loraweave.common.spread import require_all as require_all
 from loraweave.common.spread import spread as spread
 from loraweave.common.state import RUNNING as RUNNING
@@ -235,6 +241,7 @@ from loraweave.composer.train.settings import read_tasks as read_tasks
 from loraweave.composer.train.state import load_adapter as load_adapter
 from loraweave.composer.train.state import save_adapter as save_adapter
 from loraweave.errors import BudgetExceeded as BudgetExceeded
+from loraweave.errors import WorkersFailed as WorkersFailed
 from loraweave.hub.base import EMBEDDED as EMBEDDED
 from loraweave.hub.base import base_config as base_config
 from loraweave.hub.base import base_id as base_id
@@ -280,8 +287,10 @@ from loraweave.hub.formats._foreign import check_size as check_size
 from loraweave.hub.formats._peft_config import parse_lora as parse_lora
 from loraweave.hub.formats._peft_config import stored_names as stored_names
 from loraweave.hub.formats._peft_config import stored_tensors as stored_tensors
+from loraweave.hub.formats._reading import is_adapter as is_adapter
 from loraweave.hub.formats._safetensors import read_tensors as read_tensors
 from loraweave.hub.formats._safetensors import require_finite as require_finite
+from loraweave.hub.health.anomalies import checked_policy as checked_policy
 from loraweave.hub.indexes._vectors import Index as Index
 from loraweave.hub.intake.adding import Addition as Addition
 from loraweave.hub.licenses import canonical as canonical

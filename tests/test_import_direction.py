@@ -25,7 +25,7 @@ HUB_FLOORS = (
     {"compositions", "listing", "stores", "tables"},
     {"health", "intake"},
     {"embedders", "indexes", "search"},
-    {"add_tree", "hub"},
+    {"hub"},
 )
 
 

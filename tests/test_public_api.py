@@ -19,7 +19,7 @@ AlreadyActive Anomaly BaseKey BaseModelMismatch Candidate Composer Composition C
 EmptyIndex ExpertPool Factors Fingerprint Formula FormulaError Hub HubCorrupt HubError HubFull HubLocked HubReadOnly
 InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record
 RetrievalError Retriever Router ScopeError SearchFailed SourceUnavailable Task TrainingError UnknownExpert
-UnknownName WeightingError add_tree base_key byom clusters compeft compose ensemble experts
+UnknownName WeightingError base_key byom clusters compeft compose ensemble experts
 extract load_base merge names order parse router to_lora
 train_adapters train_encoder train_experts twin_merging
 """

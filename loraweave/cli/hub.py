@@ -1,4 +1,4 @@
-"""`loraweave hub`: adapters on disk, under names. Only add, add-tree, search, verify, bind and train-encoder need torch."""
+"""`loraweave hub`: adapters on disk, under names. Only add, search, verify, bind and train-encoder need torch."""
 
 from __future__ import annotations
 
@@ -112,48 +112,6 @@ def add(
                 note(f"{record.name!r} is in quarantine; `loraweave hub release` takes it out")
     if as_json:
         print_json(stored)
-
-
-@hub.command("add-tree", epilog="Example: loraweave hub add-tree examples/pool --tag pool --report added.json")
-def add_tree(
-    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Searched with all folders below it.")],
-    prefix: Annotated[str, typer.Option(help="What names begin with; the path below FOLDER follows.")] = "",
-    tag: ManyTagsOption = None,
-    license: Annotated[str | None, typer.Option(help="SPDX id, for those whose card has none.")] = None,
-    anomalies: AnomaliesOption = "report",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only find and name them.")] = False,
-    report: Annotated[Path | None, typer.Option(metavar="JSON", dir_okay=False, help="Write the report here too.")] = None,
-    workers: WorkersOption = None,
-    hub: HubOption = DEFAULT_HUB,
-    blobs: BlobsOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Store every adapter below a folder; run again, it goes on, and reads only what was changed."""
-    import loraweave as lw
-    from loraweave.hub.add_tree import add_tree
-
-    with lw.Hub(hub, blobs=blobs) as opened:
-        tree_report = add_tree(
-            opened,
-            folder,
-            prefix=prefix,
-            tags=tag or (),
-            license=license,
-            anomalies=anomalies,
-            dry_run=dry_run,
-            n_jobs=workers,
-            progress=sys.stderr.isatty(),
-        )
-    if report is not None:
-        report.write_text(json.dumps(plain(tree_report.to_json()), indent=1) + "\n", encoding="utf-8")
-    if as_json:
-        print_json(tree_report.to_json())
-        return
-    # what is there already is no news
-    rows = [(entry.path, entry.state, entry.name, entry.why) for entry in tree_report.entries if entry.state != "present"]
-    if rows:
-        print_rows(("path", "state", "name", "why"), rows)
-    note(", ".join(f"{count} {state}" for state, count in tree_report.counts().items()))
 
 
 @hub.command("list", epilog="Example: loraweave hub list --tag pool --json")

@@ -304,49 +304,6 @@ def test_a_misspelt_name_changes_nothing(pair):
         assert len(opened) == 2
 
 
-@pytest.fixture
-def tree(here):
-    for seed, name in enumerate(("one", "below/two")):
-        layers = {"q": Factors(torch.full((1, 3), seed + 1.0), torch.ones(2, 1))}
-        lw.Adapter("x", "org/base", layers).save_pretrained(Path("tree", name))
-    Path("tree", "broken").mkdir()
-    Path("tree", "broken", "adapter_config.json").write_text("{")
-
-
-def test_a_tree_is_added_with_a_report(tree):
-    done = call("hub", "add-tree", "tree", "--tag", "bulk", "--report", "report.json", "--json")
-    assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["counts"] == {"added": 2, "refused": 1}
-    assert json.loads(Path("report.json").read_text()) == told
-    with lw.Hub("adapters") as opened:
-        assert [(record.name, record.tags) for record in opened] == [("below/two", ("bulk",)), ("one", ("bulk",))]
-
-
-def test_the_table_has_what_is_new_and_the_reasons(tree):
-    first = call("hub", "add-tree", "tree")
-    assert "below/two" in first.stdout
-    assert "AdapterCorrupt" in first.stdout
-    assert "2 added, 1 refused" in first.stderr
-    second = call("hub", "add-tree", "tree")
-    assert "below/two" not in second.stdout
-    assert "AdapterCorrupt" in second.stdout
-    assert "2 present, 1 refused" in second.stderr
-
-
-def test_a_dry_run_adds_nothing(tree):
-    done = call("hub", "add-tree", "tree", "--dry-run", "--json")
-    assert json.loads(done.stdout)["counts"] == {"found": 3}
-    with lw.Hub("adapters") as opened:
-        assert len(opened) == 0
-
-
-def test_a_tree_without_adapters_is_an_error(here):
-    Path("empty").mkdir()
-    done = call("hub", "add-tree", "empty")
-    assert (done.exit_code, "AdapterNotFound" in done.stderr) == (1, True)
-
-
 INPUTS = {"count": ["1 2 3", "4 5 6", "7 8 9"], "vowels": ["a e i", "o u a", "e i o"]}
 
 

@@ -8,9 +8,9 @@ from command_line import call
 from safetensors.torch import save_file
 
 from loraweave.errors import AdapterUnsupported
+from loraweave.extensions.sources import add_tree
 from loraweave.hub import sources as model_hub
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.add_tree import add_tree
 from loraweave.hub.hub import Hub
 
 

@@ -14,14 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loraweave.common.display import tracked
-from loraweave.common.names import MAX_NAME_CHARACTERS, checked_name, text_digest
-from loraweave.common.spread import processes_here
-from loraweave.common.storage_errors import storage_errors
-from loraweave.errors import (
+from loraweave import (
+    Adapter,
     AdapterExists,
     AdapterNotFound,
     AdapterSuspicious,
+    Hub,
     HubCorrupt,
     HubError,
     HubFull,
@@ -29,20 +27,28 @@ from loraweave.errors import (
     HubReadOnly,
     InvalidName,
     LoraweaveError,
-    WorkersFailed,
+    Record,
 )
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._reading import is_adapter
-from loraweave.hub.formats.peft import Peft
-from loraweave.hub.health.anomalies import checked_policy
-from loraweave.hub.hub import Hub
-from loraweave.hub.intake.adding import MAX_BATCH, Addition
-from loraweave.hub.sources import packed_suffix
-from loraweave.types import Record
+from loraweave.extend import (
+    MAX_NAME_CHARACTERS,
+    Addition,
+    WorkersFailed,
+    checked_name,
+    checked_policy,
+    get,
+    is_adapter,
+    processes_here,
+    storage_errors,
+    text_digest,
+    tracked,
+)
+from loraweave.extensions.sources.sources.archives import archive_suffix
 
 # a fault of the hub, not of one adapter, ends the walk; the next call resumes there
 _ENDING = (HubFull, HubLocked, HubReadOnly, HubCorrupt)
 _TAG_CHARACTERS = 8
+# as many as `Hub.add_many` stores at once
+MAX_BATCH = 256
 # how many sources workers get at once; the journal lists them only when all are added
 MAX_SPREAD = 4096
 
@@ -217,7 +223,7 @@ class _Walk:
     def _names(self, path: str) -> tuple[str, str]:
         """Return the name of a path, and the name to use if another adapter has that."""
         stem = (
-            self.root.resolve().name if path == "." else path.removesuffix(packed_suffix(path)).removesuffix(".safetensors")
+            self.root.resolve().name if path == "." else path.removesuffix(archive_suffix(path)).removesuffix(".safetensors")
         )
         shown = "".join("_" if unicodedata.category(letter)[0] == "C" else letter for letter in f"{self.prefix}{stem}")
         tag = f"~{text_digest(path)[:_TAG_CHARACTERS]}"
@@ -299,19 +305,19 @@ def tree_sources(root: Path, unread: Callable[[OSError], None]) -> list[Path]:
 
     `unread` is called with the error of a folder that cannot be listed.
     """
-    sources = []
+    sources, peft = [], get("formats", "peft")
     for path, folders, files in os.walk(root, onerror=unread):
         # version control has thousands of folders and no adapters
         folders[:] = [name for name in folders if name != ".git"]
         here = Path(path)
         files_of_weights = [here / name for name in files if name.endswith(".safetensors")]
         # each LoRA file in a folder is an adapter, and keeps its name when another file is added
-        loras = [] if Peft.recognises(here) else [file for file in files_of_weights if _is_plain(file) and is_adapter(file)]
+        loras = [] if peft.recognises(here) else [file for file in files_of_weights if _is_plain(file) and is_adapter(file)]
         if loras:
             sources += loras
         elif is_adapter(here):
             sources.append(here)
-        sources += [here / name for name in files if packed_suffix(name) and _is_plain(here / name)]
+        sources += [here / name for name in files if archive_suffix(name) and _is_plain(here / name)]
     return sorted(sources, key=lambda source: source.relative_to(root).parts)
 
 

@@ -12,10 +12,16 @@ import pytest
 from tiny_hubs import adapter
 
 from loraweave.errors import AdapterNotFound, HubFull
-from loraweave.hub import add_tree as module
+from loraweave.extensions.sources import add_tree
+from loraweave.extensions.sources import trees as module
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.add_tree import add_tree
 from loraweave.hub.hub import Hub
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with Hub(tmp_path / "hub") as opened:
+        yield opened
 
 
 @pytest.fixture
