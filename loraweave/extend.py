@@ -38,7 +38,6 @@ _MODULES = {
     "hub.formats._peft_config": "parse_lora stored_names stored_tensors",
     "hub.formats._reading": "is_adapter",
     "hub.formats._safetensors": "read_tensors require_finite",
-    "hub.stores.packing": "put_together take_apart",
     "hub.targets._target": "TIED_MODULES Target module_names",
     # routers and searches
     "composer.compose.objectives._row_sums": "RowSums",
@@ -129,6 +128,7 @@ _MODULES = {
     "hub.pool": "StackedFactors require_everywhere",
     "hub.same_base": "require_same_base says_nothing",
     "hub.sources": "Repository model_hub_client",
+    "hub.stores.blobs": "put_together take_apart",
     "hub.stores.catalogue": "state_row",
     "hub.stores.folder_blobs": "FolderBlobs STALE_TMP_S",
     "hub.stores.kept_files": "listed",

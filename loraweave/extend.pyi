@@ -306,13 +306,13 @@ from loraweave.hub.same_base import require_same_base as require_same_base
 from loraweave.hub.same_base import says_nothing as says_nothing
 from loraweave.hub.sources import Repository as Repository
 from loraweave.hub.sources import model_hub_client as model_hub_client
+from loraweave.hub.stores.blobs import put_together as put_together
+from loraweave.hub.stores.blobs import take_apart as take_apart
 from loraweave.hub.stores.catalogue import state_row as state_row
 from loraweave.hub.stores.folder_blobs import FolderBlobs as FolderBlobs
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S as STALE_TMP_S
 from loraweave.hub.stores.kept_files import listed as listed
 from loraweave.hub.stores.migrations import run_step as run_step
-from loraweave.hub.stores.packing import put_together as put_together
-from loraweave.hub.stores.packing import take_apart as take_apart
 from loraweave.hub.stores.protocols import BlobStore as BlobStore
 from loraweave.hub.stores.protocols import CatalogueStore as CatalogueStore
 from loraweave.hub.stores.protocols import Connection as Connection

@@ -30,6 +30,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "checks": (),
     "writers": (),
     "sources": (),
+    "packings": (),
     "objectives": ("loraweave.composer.compose.objectives",),
     "routers": ("loraweave.routers.searches", "loraweave.routers.tokens"),
     "experts": ("loraweave.routers.recipes",),

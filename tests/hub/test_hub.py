@@ -355,26 +355,7 @@ def test_a_head_that_is_not_finite_is_refused(hub):
     assert not files(hub)
 
 
-def test_a_ternary_adapter_in_few_bits_is_read_verified_collected_and_rebuilt_like_any_other(hub):
-    signs = adapter(0).layers["layer"]
-    given = Adapter("ternary", "org/base", {"layer": Factors(signs.a_RI.sign() * 0.37, signs.b_OR.sign() * 0.37)})
-    record = hub.add(given, stored_as="compeft")
-    assert record.hash == given.hash
-    assert hub["ternary"].hash == given.hash
-    assert hub.verify().ok
-    assert hub.add(given) == record
-    hub.close()
-    (hub.path / "catalogue.sqlite").unlink()
-    assert rebuild(hub.path) == ["ternary"]
-    with Hub(hub.path) as rebuilt:
-        assert rebuilt["ternary"].hash == given.hash
-        rebuilt.remove("ternary")
-        assert rebuilt.gc() == record.size_bytes
-
-
-def test_what_is_not_ternary_is_refused_in_that_form_and_nothing_is_written(hub):
-    with pytest.raises(AdapterUnsupported, match=r"lw\.compeft"):
-        hub.add(adapter(0), stored_as="compeft")
+def test_an_unknown_form_of_storing_is_refused_and_nothing_is_written(hub):
     with pytest.raises(AdapterUnsupported, match="not as 'zip'"):
         hub.add(adapter(0), stored_as="zip")
     assert len(hub) == 0

@@ -1,6 +1,6 @@
 """Ternary adapters in few bits: compeft.safetensors and compeft.json (ComPEFT, Yadav et al. 2023, arXiv 2311.13171).
 
-The layout is this library's own: the paper's authors defined none. See `hub/stores/ternary.py` for the stream.
+The layout is this library's own: the paper's authors defined none. `packings/compeft.py` has the stream.
 """
 
 from __future__ import annotations

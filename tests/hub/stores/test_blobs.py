@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny_models import random_factors
 
 from loraweave.common import files
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.errors import AdapterCorrupt
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.stores.blobs import blob_bytes, content_hash, examine_blob, read_blob
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs, blob_path, require_digest
@@ -195,34 +195,3 @@ def test_a_table_of_places_that_does_not_fit_the_packed_tensor_is_corrupt(tmp_pa
     save_file({"packed": flat}, damaged, metadata={"loraweave": json.dumps(header)})
     with pytest.raises(AdapterCorrupt, match=r"adapter 'x': blob .*begins at 1, but the one before it ends at 0"):
         read_blob(damaged, "adapter 'x'")
-
-
-TERNARY = {
-    "q": Factors(factors(7).a_RI.sign() * 0.37, factors(7).b_OR.sign() * 0.02, bias_O=torch.randn(5)),
-    "v": Factors(torch.zeros(3, 7), factors(8).b_OR.sign() * 0.37),
-}
-
-
-def test_ternary_factors_come_back_bit_for_bit_from_few_bits(tmp_path):
-    path, _ = write(tmp_path, TERNARY, heads=HEADS, stored_as="compeft")
-    with safe_open(path, framework="pt") as file:
-        assert set(file.keys()) == {"signs", "scales", "packed"}
-    assert read_blob(path, "x").content_hash() == path.stem
-
-
-def test_factors_that_are_not_ternary_leave_no_file_in_that_form(tmp_path):
-    with pytest.raises(AdapterUnsupported, match=r"a_RI of layer 'conv'.*lw\.compeft"):
-        write(tmp_path, stored_as="compeft")
-    with pytest.raises(AdapterUnsupported, match="'factors' or 'compeft', not as 'zip'"):
-        write(tmp_path, stored_as="zip")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_damaged_ternary_stream_is_corrupt_by_the_name_of_its_file(tmp_path):
-    tensors = {"signs": torch.tensor([1, 2, 3], dtype=torch.uint8), "scales": torch.ones(1)}
-    entry = {"path": "q", "kind": "linear", "kernel": [], "parts": [], "shape": [5, 3, 7]}
-    header = {"version": 2, "layers": [entry], "stored_as": "compeft", "origin": {}}
-    path = tmp_path / "x.safetensors"
-    save_file(tensors, path, metadata={"loraweave": json.dumps(header)})
-    with pytest.raises(AdapterCorrupt, match=r"adapter 'x': blob .*x\.safetensors cannot be read .*ternary stream"):
-        read_blob(path, "adapter 'x'")

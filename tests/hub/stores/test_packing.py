@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from loraweave.hub.stores.packing import pack, unpack
+from loraweave.hub.stores.blobs import pack, unpack
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "none": torch.empty(0, 4), "scalar": torch.tensor(7.0), "b": torch.arange(3.0)}
 

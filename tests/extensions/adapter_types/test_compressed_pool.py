@@ -7,7 +7,7 @@ import torch
 
 import loraweave as lw
 from loraweave import registry
-from loraweave.hub.stores import ternary
+from loraweave.extensions.adapter_types.packings import compeft as ternary
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
 CLASSES = {name: registry.get("routers", name) for name in registry.names("routers")}

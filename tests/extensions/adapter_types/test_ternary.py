@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.stores import ternary
-from loraweave.hub.stores.ternary import decode, encode, pack, split, unpack
+from loraweave.extensions.adapter_types.packings import compeft as ternary
+from loraweave.extensions.adapter_types.packings.compeft import decode, encode, pack, split, unpack
 
 
 def random_signs(size, density, seed=0):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave import AdapterCorrupt, AdapterUnsupported
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 Signs = np.ndarray[tuple[int], np.dtype[np.int8]]
@@ -141,6 +141,14 @@ def unpack(packed: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]]) -> l
     for part, shape, c in zip(parts, shapes, numbers, strict=True):
         tensors.append(torch.where(part == 0, 0.0, part * c).reshape(shape))
     return tensors
+
+
+class Compeft:
+    """Ternary tensors as one stream of signs beside their scales; `names` are the tensors that `pack` returns."""
+
+    names = ("signs", "scales")
+    pack = staticmethod(pack)
+    unpack = staticmethod(unpack)
 
 
 def _parameter(gaps: np.ndarray[tuple[int], np.dtype[np.int64]]) -> int:
