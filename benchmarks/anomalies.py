@@ -20,7 +20,7 @@ import typer
 import loraweave as lw
 from benchmarks._run import Run, Table
 from loraweave.hub.adapter import cosine
-from loraweave.hub.health.anomalies import KINDS, against_pool
+from loraweave.hub.intake.anomalies import KINDS, against_pool
 from loraweave.hub.tables.figures import CODE_BITS, MAX_DISTANCE, NUM_PIECES, Figures, figures_of, hamming
 from loraweave.lowrank.algebra import compress, norm
 

@@ -11,25 +11,40 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from loraweave.common.files import file_digest, replacing
-from loraweave.common.names import checked_name, near_misses, now
+from loraweave.common.names import checked_name, near_misses, now, text_digest
 from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, HubCorrupt, HubError, InvalidName
 from loraweave.hub.formats._files import entry
 from loraweave.hub.listing import Listing
 from loraweave.hub.stores.catalogue import state_row
-from loraweave.hub.stores.kept_files import file_bytes
-from loraweave.hub.stores.protocols import BlobStore
-from loraweave.hub.tables import compositions as table
-from loraweave.hub.tables.compositions import CompositionRow
+from loraweave.hub.stores.folder_blobs import file_bytes
+from loraweave.hub.stores.protocols import BlobStore, Connection
 
 # a folder is a composition if it has exactly one of these files
 RECIPES = ("composition.json", "formula.json", "joint.json", "router.json")
 MAX_FILES = 10_000
+
+
+_SELECT = "SELECT name, hash, record, sha256 FROM compositions"
+
+
+@dataclass(frozen=True)
+class CompositionRow:
+    """A stored composition. `files` maps each path in its folder to (sha256, size in bytes)."""
+
+    name: str
+    created: str
+    files: Mapping[str, tuple[str, int]]
+
+    @property
+    def hash(self) -> str:
+        return text_digest(json.dumps(sorted((path, digest) for path, (digest, _) in self.files.items())))
 
 
 class SavesFolder(Protocol):
@@ -135,7 +150,7 @@ class CompositionShelf(Listing):
             row = CompositionRow(checked, now(), {path: (digest, size) for path, (_, digest, size) in files.items()})
             with self._catalogue.locked(doing):
                 with self._catalogue.reading() as connection:
-                    old = table.find(connection, checked)
+                    old = find(connection, checked)
                 if old is not None and old.hash != row.hash and not replace:
                     raise AdapterExists(
                         f"{doing}: the name stands for another composition, saved {old.created}; pass replace=True to have "
@@ -146,7 +161,7 @@ class CompositionShelf(Listing):
                 if old is not None and old.hash == row.hash:
                     return StoredComposition(old, self._blobs)
                 with self._catalogue.transaction(doing) as connection:
-                    table.put(connection, row)
+                    put(connection, row)
         return StoredComposition(row, self._blobs)
 
     def composition(self, name: str) -> StoredComposition:
@@ -154,10 +169,10 @@ class CompositionShelf(Listing):
         with self._catalogue.reading() as connection:
             row = None
             with suppress(InvalidName):
-                row = table.find(connection, checked_name(name))
+                row = find(connection, checked_name(name))
             if row is not None:
                 return StoredComposition(row, self._blobs)
-            known = table.names(connection)
+            known = names(connection)
         close = near_misses(str(name), known)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(known)}, none of a like name"
         raise AdapterNotFound(f"no composition {name!a:.80} in the hub {self._catalogue.where}; {hint}")
@@ -165,18 +180,18 @@ class CompositionShelf(Listing):
     def compositions(self) -> list[StoredComposition]:
         """Return all compositions, in the order of their names."""
         with self._catalogue.reading() as connection:
-            return [StoredComposition(row, self._blobs) for row in table.every(connection)]
+            return [StoredComposition(row, self._blobs) for row in every(connection)]
 
     def remove_composition(self, name: str) -> None:
         """Take a composition out of the catalogue; its files stay until gc(). Raises AdapterNotFound, with near misses."""
         stored = self.composition(name)
         with self._catalogue.writing(f"removing composition {stored.name!r}") as connection:
-            table.delete(connection, stored.name)
+            delete(connection, stored.name)
 
     def _composition_digests(self, doing: str) -> set[str]:
         """Return the hashes of the blobs that compositions need. Raises HubCorrupt if a row is damaged or missing."""
         with self._catalogue.reading() as connection:
-            listed = list(table.every(connection))
+            listed = list(every(connection))
             (num_saved,) = state_row(connection, "num_compositions", self._catalogue.where)
         if len(listed) != num_saved:
             raise HubCorrupt(
@@ -246,3 +261,51 @@ def _parts(path: str) -> tuple[str, ...]:
     if not parts or any(part in ("..", "/") or "\\" in part or ":" in part or "\0" in part for part in parts):
         raise AdapterCorrupt(f"{path!r} is no path inside the folder of a composition")
     return parts
+
+
+def find(connection: Connection, name: str) -> CompositionRow | None:
+    """Return the row with that name, or None. Raises HubCorrupt if it is damaged."""
+    row = connection.execute(f"{_SELECT} WHERE name = ?", (name,)).fetchone()
+    return None if row is None else _decode(row)
+
+
+def every(connection: Connection) -> Iterator[CompositionRow]:
+    """Yield all rows in the order of their names. Raises HubCorrupt at the first that is damaged."""
+    for row in connection.execute(f"{_SELECT} ORDER BY name").fetchall():
+        yield _decode(row)
+
+
+def names(connection: Connection) -> list[str]:
+    """Return the names in order, without reading the rows."""
+    return [name for (name,) in connection.execute("SELECT name FROM compositions ORDER BY name").fetchall()]
+
+
+def put(connection: Connection, row: CompositionRow) -> None:
+    """Store the row, whose files are in the store, in place of the row with its name."""
+    delete(connection, row.name)
+    text = json.dumps([row.name, row.created, row.files], sort_keys=True, separators=(",", ":"))
+    connection.execute(
+        "INSERT INTO compositions (name, hash, record, sha256) VALUES (?, ?, ?, ?)",
+        (row.name, row.hash, text, text_digest(text)),
+    )
+    connection.execute("UPDATE state SET num_compositions = num_compositions + 1")
+
+
+def delete(connection: Connection, name: str) -> bool:
+    """Remove the row with that name, and return whether there was one. Its files stay for gc."""
+    if connection.execute("SELECT 1 FROM compositions WHERE name = ?", (name,)).fetchone() is None:
+        return False
+    connection.execute("DELETE FROM compositions WHERE name = ?", (name,))
+    connection.execute("UPDATE state SET num_compositions = num_compositions - 1")
+    return True
+
+
+def _decode(found: tuple[Any, ...]) -> CompositionRow:
+    name, content_hash, text, digest = found
+    if not isinstance(text, str) or text_digest(text) != digest:
+        raise HubCorrupt(f"the row of composition {name!r} in the catalogue is damaged; save the composition again")
+    told, created, files = json.loads(text)
+    row = CompositionRow(told, created, {path: (str(sha256), int(size)) for path, (sha256, size) in files.items()})
+    if (told, row.hash) != (name, content_hash):
+        raise HubCorrupt(f"the row of composition {name!r} in the catalogue is damaged: its record is of {told!r}")
+    return row

@@ -25,8 +25,7 @@ from loraweave.hub.compositions import CompositionShelf, StoredComposition
 from loraweave.hub.licenses import canonical
 from loraweave.hub.listing import Candidates
 from loraweave.hub.stores.catalogue import state_row
-from loraweave.hub.stores.folder_blobs import STALE_TMP_S
-from loraweave.hub.stores.kept_files import digests
+from loraweave.hub.stores.folder_blobs import STALE_TMP_S, digests
 from loraweave.hub.stores.open_stores import open_stores
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.fields import card_with_outputs, checked_fields, split_pairs
@@ -37,10 +36,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loraweave.hub.adapter import Adapter
-    from loraweave.hub.health.verify import Asked, Check, Verification
     from loraweave.hub.intake.adding import Added, Addition, Read
     from loraweave.hub.pool import ExpertPool
     from loraweave.hub.sources import Repository
+    from loraweave.hub.stores.verify import Asked, Check, Verification
 
 # the number of rows shown of a hub in a notebook
 SHOWN = 20
@@ -107,8 +106,8 @@ class Hub(CompositionShelf):
         record's `anomalies`. The policy `anomalies="quarantine"` sets such an adapter aside until `release`, "refuse" raises
         AdapterSuspicious, "off" does not look, and a mapping chooses by kind.
         """
-        from loraweave.hub.health.anomalies import examine
         from loraweave.hub.intake.adding import Addition, keep_mixture, prepare
+        from loraweave.hub.intake.anomalies import examine
         from loraweave.hub.stores.storing import store
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
@@ -315,8 +314,8 @@ class Hub(CompositionShelf):
         makes one. `n_jobs` workers, or those that `joblib.parallel_config` names, read the blobs
         (docs/howto/many_machines.md).
         """
-        from loraweave.hub.health.verify import verify
         from loraweave.hub.search import segments
+        from loraweave.hub.stores.verify import verify
 
         index_problems = partial(segments.problems, self.path)
         return verify(self._catalogue, self._blobs, index_problems, also, partial(_blob_problems, self), n_jobs)
@@ -407,7 +406,7 @@ def _absolute(place: str | Path) -> str:
 
 
 def _blob_problems(hub: Hub, asked: Sequence[Asked]) -> list[list[str]]:
-    from loraweave.hub.health.verify import many_blob_problems
+    from loraweave.hub.stores.verify import many_blob_problems
 
     return many_blob_problems(hub._blobs, asked)
 

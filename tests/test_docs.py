@@ -16,7 +16,7 @@ import loraweave as lw
 from loraweave import errors, registry
 from loraweave.common.chat import prompt_ids
 from loraweave.hub.formats._reading import REFUSED
-from loraweave.hub.health import anomalies
+from loraweave.hub.intake import anomalies
 from loraweave.routers.tokens._saved import router_class
 
 ROOT = Path(__file__).parents[1]

@@ -23,10 +23,10 @@ from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupport
 from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._contents import require_numbers
-from loraweave.hub.health.anomalies import checked_policy, examine
+from loraweave.hub.intake.anomalies import checked_policy, examine
 from loraweave.hub.sources import Repository, name_of, without_secrets
 from loraweave.hub.stores.blobs import content_hash, take_apart
-from loraweave.hub.stores.kept_files import with_files
+from loraweave.hub.stores.folder_blobs import with_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
 from loraweave.hub.stores.storing import Prepared, drop_content, store, store_content
 from loraweave.hub.tables import rows

@@ -106,12 +106,15 @@ def read_blob(path: Path, who: str) -> Blob:
         raise AdapterCorrupt(f"{who}: blob {path} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def examine_blob(path: Path, expected_hash: str) -> tuple[str, int]:
-    """Return the sha256 and size of a blob. Raises AdapterCorrupt for another content hash, FileNotFoundError for none."""
-    actual_hash = read_blob(path, "an unlisted adapter").content_hash()
-    if actual_hash != expected_hash:
+def examine_blob(path: Path, expected_hash: str) -> tuple[str, int, Mapping[str, Any]]:
+    """Return the sha256, the size and the origin of a blob.
+
+    Raises AdapterCorrupt for another content hash, FileNotFoundError for no file.
+    """
+    blob = read_blob(path, "an unlisted adapter")
+    if (actual_hash := blob.content_hash()) != expected_hash:
         raise AdapterCorrupt(f"the content of blob {path} has the hash {actual_hash}, not {expected_hash}")
-    return file_digest(path), path.stat().st_size
+    return file_digest(path), path.stat().st_size, blob.origin
 
 
 def content_hash(

@@ -162,7 +162,7 @@ class Catalogue(CatalogueStore):
                 # an empty catalogue would present the adapters as gone, and gc would then make it true
                 raise HubCorrupt(
                     f"the catalogue {self.path} is missing or empty, but there are blobs such as {blob}; put its "
-                    "backup back, or make a new one with loraweave.hub.health.rebuild.rebuild(folder)"
+                    "backup back, or rebuild it from the blobs (docs/extensions/upkeep.md)"
                 )
             migrate(connection, self.path)
         finally:

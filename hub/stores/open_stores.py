@@ -112,6 +112,12 @@ def open_blobs(place: str | Path, hub: str) -> BlobStore:
     return store
 
 
+def blobs_of(folder: Path) -> BlobStore:
+    """Return the store of the blobs of a hub in a folder, wherever it notes them to be."""
+    claim = read_claim(folder)
+    return FolderBlobs(folder) if claim is None else open_blobs(claim.place, str(folder.absolute()))
+
+
 def local_folder(where: str) -> Path:
     """Return the folder on this machine for what the hub at `where` can fetch or make again."""
     return cache_folder() / "hubs" / text_digest(where)[:32]

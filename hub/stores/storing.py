@@ -18,7 +18,7 @@ from loraweave.hub.formats._kept_files import KeptFile, KeptFiles
 from loraweave.hub.parts import Parts, model_of
 from loraweave.hub.same_base import require_same_base
 from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
-from loraweave.hub.stores.kept_files import LISTED, digests, file_bytes, listed, put_files, reading_blob, without_files
+from loraweave.hub.stores.folder_blobs import LISTED, digests, file_bytes, listed, put_files, reading_blob, without_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.fields import OWN_FIELDS
@@ -95,7 +95,7 @@ def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> ro
     known = _recorded_blob(catalogue, content)
     try:
         if known is None:
-            return rows.BlobRow(content, *examine_blob(blobs.local(content, None, "blob"), content))
+            return rows.BlobRow(content, *examine_blob(blobs.local(content, None, "blob"), content)[:2])
         blobs.require(content, known.file_sha256, "blob")
     except (AdapterCorrupt, FileNotFoundError):
         return None

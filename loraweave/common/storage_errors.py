@@ -51,7 +51,7 @@ _PASSING = {
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_NOMEM,
 }
-_WAY_OUT = "Hub.verify() lists what can still be read, loraweave.hub.health.rebuild.rebuild(folder) saves it"
+_WAY_OUT = "Hub.verify() lists what can still be read, and docs/extensions/upkeep.md says how to rebuild a catalogue of it"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 from tiny_hubs import adapter
 
 from loraweave.errors import AdapterCorrupt, HubCorrupt
-from loraweave.hub.health.rebuild import rebuild
+from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores.folder_blobs import blob_path
 

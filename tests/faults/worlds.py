@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tiny_hubs import adapter, flip, run_sql
 
-from loraweave.hub.health.rebuild import rebuild
+from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import search
 from loraweave.hub.stores import migrations

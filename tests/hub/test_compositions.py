@@ -17,8 +17,8 @@ from loraweave.errors import (
     HubError,
     InvalidName,
 )
+from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.compositions import MAX_FILES
-from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores import migrations
 

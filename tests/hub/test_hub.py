@@ -29,8 +29,8 @@ from loraweave.errors import (
     InvalidName,
     InvalidTask,
 )
+from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.types import Factors, Fingerprint
 

@@ -12,8 +12,8 @@ from tiny_hubs import adapter
 from tiny_models import random_factors
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores.blobs import blob_bytes, content_hash, read_blob
 from loraweave.hub.stores.folder_blobs import FolderBlobs, blob_path

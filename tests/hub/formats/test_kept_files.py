@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load, save
 
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterUnsupported
+from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats import _kept_files
-from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
 
 FILES = {

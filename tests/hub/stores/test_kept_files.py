@@ -6,8 +6,7 @@ import hashlib
 
 import pytest
 
-from loraweave.hub.stores.folder_blobs import FolderBlobs
-from loraweave.hub.stores.kept_files import file_bytes, put_files
+from loraweave.hub.stores.folder_blobs import FolderBlobs, file_bytes, put_files
 
 FILES = {"merges.txt": b"first", "tokenizer.json": b"second", "vocab.json": b"third"}
 

@@ -10,7 +10,7 @@ from installed import require_entry
 from tiny_hubs import adapter
 
 from loraweave.errors import HubCorrupt, HubError
-from loraweave.hub.health.rebuild import rebuild
+from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores import migrations
 from loraweave.hub.stores.folder_blobs import FolderBlobs

@@ -9,7 +9,7 @@ import tiny_hubs
 from tiny_hubs import flip, run_sql
 
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, HubCorrupt, HubError
-from loraweave.hub.health.rebuild import rebuild
+from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores import migrations
 from loraweave.hub.stores.folder_blobs import blob_path

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny_hubs import adapter, flip, run_sql
 
-import loraweave.hub.health.verify
 import loraweave.hub.stores.blobs
+import loraweave.hub.stores.verify
 from loraweave.errors import AdapterCorrupt, HubCorrupt, HubError
-from loraweave.hub.health.rebuild import rebuild
+from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores.folder_blobs import blob_path
 
@@ -40,7 +40,7 @@ def test_a_sound_hub_has_no_problems(hub):
 
 @pytest.mark.usefixtures("warm_workers")
 def test_two_processes_find_what_one_finds(hub, monkeypatch):
-    monkeypatch.setattr(loraweave.hub.health.verify, "MANY", 1)
+    monkeypatch.setattr(loraweave.hub.stores.verify, "MANY", 1)
     flip(blob_of(hub, "adapter 0"))
     blob_of(hub, "adapter 2").unlink()
     found = hub.verify()

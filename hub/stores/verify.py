@@ -10,10 +10,11 @@ from itertools import chain
 from loraweave.common.display import progress_bar
 from loraweave.common.spread import require_all, spread
 from loraweave.errors import HubError
+from loraweave.hub import compositions
 from loraweave.hub.stores.blobs import read_blob
-from loraweave.hub.stores.kept_files import blob_fault, file_problems
+from loraweave.hub.stores.folder_blobs import blob_fault, file_problems
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
-from loraweave.hub.tables import compositions, rows, vectors, versions
+from loraweave.hub.tables import rows, vectors, versions
 from loraweave.types import Record
 
 

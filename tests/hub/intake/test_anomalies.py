@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from loraweave.errors import AdapterNotFound, AdapterQuarantined, AdapterSuspicious, AdapterUnsupported
+from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.health.anomalies import MIN_REFERENCE, against_model, against_pool, checked_policy
-from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
+from loraweave.hub.intake.anomalies import MIN_REFERENCE, against_model, against_pool, checked_policy
 from loraweave.hub.search.search import SearchIndex
 from loraweave.hub.tables.figures import Figures
 from loraweave.types import Factors

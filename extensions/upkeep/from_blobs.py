@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loraweave.common.files import file_digest, sync
-from loraweave.common.storage_errors import is_damage, storage_errors
-from loraweave.errors import AdapterCorrupt, HubError, HubLocked
-from loraweave.hub.stores.blobs import read_blob
-from loraweave.hub.stores.catalogue import FILE
-from loraweave.hub.stores.folder_blobs import FolderBlobs
-from loraweave.hub.stores.migrations import migrate
-from loraweave.hub.stores.open_stores import open_blobs, read_claim
-from loraweave.hub.stores.protocols import BlobStore
-from loraweave.hub.tables import compositions, rows, versions
-from loraweave.types import Record
+from loraweave import AdapterCorrupt, HubError, HubLocked, Record
+from loraweave.extend import (
+    BlobStore,
+    blobs_of,
+    compositions,
+    examine_blob,
+    is_damage,
+    migrate,
+    rows,
+    storage_errors,
+    sync,
+    versions,
+)
 
+CATALOGUE = "catalogue.sqlite"
 _SIDE_FILES = ("", "-wal", "-shm")
 
 # an adapter's records, the newest version last
@@ -44,7 +46,7 @@ def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
     open. The next rebuild finishes an interrupted one. Raises HubLocked after `timeout_s`.
     """
     folder = Path(folder)
-    path, new = folder / FILE, folder / f"{FILE}.rebuilt"
+    path, new = folder / CATALOGUE, folder / f"{CATALOGUE}.rebuilt"
     with storage_errors(folder, "rebuilding the catalogue"):
         try:
             with FileLock(folder / "write.lock", timeout=timeout_s):
@@ -64,8 +66,7 @@ def _make(folder: Path, path: Path, new: Path) -> None:
     unfinished = new.with_name(f"{new.name}.unfinished")
     for stale in (new, *(unfinished.with_name(f"{unfinished.name}{side}") for side in _SIDE_FILES)):
         stale.unlink(missing_ok=True)
-    claim = read_claim(folder)
-    place = FolderBlobs(folder) if claim is None else open_blobs(claim.place, str(folder.absolute()))
+    place = blobs_of(folder)
     blobs = dict(_sound_blobs(place))
     histories = [*_read_listed(path, blobs)]
     histories += _read_unlisted(blobs, histories)
@@ -105,64 +106,57 @@ def _read_unlisted(blobs: Blobs, listed: Sequence[History]) -> Iterator[History]
 
 def _sound_blobs(blobs: BlobStore) -> Iterator[tuple[str, tuple[rows.BlobRow, Record]]]:
     for content_hash in blobs.names():
-        try:
-            file = blobs.local(content_hash, None, "rebuilding")
-            blob = read_blob(file, "rebuilding")
-            if blob.content_hash() == content_hash:
-                row = rows.BlobRow(content_hash, file_digest(file), file.stat().st_size)
-                yield content_hash, (row, rows.record_from_json(blob.origin))
-        except AdapterCorrupt:
-            # the blob is left in place for repair
-            continue
+        # a damaged blob is left in place for repair
+        with suppress(AdapterCorrupt):
+            digest, size_bytes, origin = examine_blob(blobs.local(content_hash, None, "rebuilding"), content_hash)
+            yield content_hash, (rows.BlobRow(content_hash, digest, size_bytes), rows.record_from_json(origin))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """Yield a connection to the old catalogue; an empty one in memory if there is none."""
+    connection = sqlite3.connect(path if path.exists() else ":memory:", isolation_level=None)
+    try:
+        yield connection
+    finally:
+        connection.close()
 
 
 def _intact_rows(path: Path) -> Iterator[History]:
     """Yield the intact records of every adapter in order of addition, newest version last."""
-    if not path.exists():
-        return
-    connection = sqlite3.connect(path, isolation_level=None)
     seqs: list[int] = []
-    try:
+    older: dict[int, list[int]] = {}
+    with _reading(path) as connection:
         with _damage_ignored():
             seqs = [seq for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall()]
-        older: dict[int, list[int]] = {}
         # a catalogue of schema 1 has no versions
         with _damage_ignored():
             for seq, version in versions.every(connection):
                 older.setdefault(seq, []).append(version)
         for seq in seqs:
-            kept = [_intact(versions.at, connection, seq, version) for version in older.get(seq, ())]
-            history = [row.record for row in [*kept, _intact(rows.at, connection, seq)] if row is not None]
+            intact: list[rows.Row | None] = []
+            for version in older.get(seq, ()):
+                with _damage_ignored():
+                    intact.append(versions.at(connection, seq, version))
+            with _damage_ignored():
+                intact.append(rows.at(connection, seq))
+            history = [row.record for row in intact if row is not None]
             if history:
                 yield [replace(record, name=history[-1].name) for record in history]
-    finally:
-        connection.close()
 
 
 def _intact_compositions(path: Path) -> list[compositions.CompositionRow]:
     """Return the compositions of the old catalogue whose rows are intact."""
-    if not path.exists():
-        return []
-    connection = sqlite3.connect(path, isolation_level=None)
     intact: list[compositions.CompositionRow] = []
     names: list[str] = []
-    try:
+    with _reading(path) as connection:
         # a catalogue of schema 5 has none
         with _damage_ignored():
             names = compositions.names(connection)
         for name in names:
             with _damage_ignored():
                 intact += filter(None, [compositions.find(connection, name)])
-    finally:
-        connection.close()
     return intact
-
-
-def _intact(read: Callable[..., rows.Row | None], *where: Any) -> rows.Row | None:
-    result: tuple[rows.Row | None, ...] = (None,)
-    with _damage_ignored():
-        result = (read(*where),)
-    return result[0]
 
 
 @contextmanager

@@ -1,1 +1,0 @@
-"""Checks: whether a hub is intact, and whether an adapter looks anomalous."""
