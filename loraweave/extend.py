@@ -30,7 +30,7 @@ _MODULES = {
     "hub.formats._base_layer": "BaseLayer ExpertMatrix as_base_layer base_layer expert_matrix head_size missing_layer",
     "hub.formats._card": "json_text license_of_fields model_id read_card readme_text",
     "hub.formats._config": "AdapterConfig config_fields words",
-    "hub.formats._contents": "Contents Reader",
+    "hub.formats._contents": "Contents",
     "hub.formats._conversion": "Bound Dense cut_update lora_factors plain_factors",
     "hub.formats._file_format": "FileFormat",
     "hub.formats._files": "entry folder_within parse_json present read_bytes read_json",
@@ -110,17 +110,18 @@ _MODULES = {
     "common.descent": "Descent backward descend",
     "common.randomness": "caller_randomness seeded with_seed",
     "composer.train.adapters": "require_plain require_startable target_layers train_further training_rows",
-    "composer.train.jobs": "JobKind LORA LoraJob LowRank TrainingJob given_factors new_factors",
-    "composer.train.passes": "LoraJobs SharedPass job_losses",
+    "composer.train.jobs": "JobKind LoraJob LoraJobs LowRank SharedPass TrainingJob given_factors job_losses new_factors",
+    "composer.train.learner": "Feed",
     "composer.train.rows": "Texts",
-    "composer.train.settings": "LoraSettings read_endings read_tasks",
+    "composer.train.schedule": "JobSize",
+    "composer.train.settings": "LoraSettings read_tasks",
+    "composer.train.shared": "StepMemory",
     "composer.train.state": "load_adapter save_adapter",
     # hubs
     "hub": "compositions",
     "hub.base": "EMBEDDED base_config base_id fingerprint require_model stored_base",
     "hub.base_reference": "base_loader",
     "hub.embedders._embedder": "Embedder embedder_of",
-    "hub.indexes._vectors": "Index",
     "hub.intake.adding": "Addition",
     "hub.intake.anomalies": "checked_policy",
     "hub.licenses": "canonical is_accepted stated_license",
@@ -148,7 +149,7 @@ _MODULES = {
     # the command line
     "cli._application": (
         "AnomaliesOption BaseOption BlobsOption DEFAULT_HUB DtypeOption HubOption JsonOption ManyTagsOption "
-        "SeedOption WorkersOption note print_json print_rows print_table"
+        "WorkersOption note print_json print_rows print_table"
     ),
     "cli._inputs": "load_model open_hub recorded_base require_dtype require_one_adapter",
     # factors, files, rows and what is shown
@@ -158,8 +159,8 @@ _MODULES = {
     "common.files": "as_path cache_folder replacing require_replaceable sync unsynced whole_file",
     "common.intervals": "wilson",
     "common.names": "MAX_NAME_CHARACTERS checked_name printable text_digest unknown_expert",
-    "common.process": "launched_processes lock_of",
-    "common.rows": "GivenRows Row read_asked read_rows",
+    "common.process": "free_host_bytes launched_processes lock_of",
+    "common.rows": "GivenRows Row located read_asked read_rows",
     "common.spread": "Failed processes_here require_all spread",
     "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors",
     "common.storage_errors": "is_damage remote_errors storage_errors without_credentials",

@@ -6,7 +6,6 @@ from loraweave.cli._application import DtypeOption as DtypeOption
 from loraweave.cli._application import HubOption as HubOption
 from loraweave.cli._application import JsonOption as JsonOption
 from loraweave.cli._application import ManyTagsOption as ManyTagsOption
-from loraweave.cli._application import SeedOption as SeedOption
 from loraweave.cli._application import WorkersOption as WorkersOption
 from loraweave.cli._application import note as note
 from loraweave.cli._application import print_json as print_json
@@ -59,6 +58,7 @@ from loraweave.common.options import Whole as Whole
 from loraweave.common.options import check_options as check_options
 from loraweave.common.options import options_of as options_of
 from loraweave.common.options import require_known as require_known
+from loraweave.common.process import free_host_bytes as free_host_bytes
 from loraweave.common.process import launched_processes as launched_processes
 from loraweave.common.process import lock_of as lock_of
 from loraweave.common.randomness import caller_randomness as caller_randomness
@@ -66,6 +66,7 @@ from loraweave.common.randomness import seeded as seeded
 from loraweave.common.randomness import with_seed as with_seed
 from loraweave.common.rows import GivenRows as GivenRows
 from loraweave.common.rows import Row as Row
+from loraweave.common.rows import located as located
 from loraweave.common.rows import read_asked as read_asked
 from loraweave.common.rows import read_rows as read_rows
 from loraweave.common.spread import Failed as Failed
@@ -226,19 +227,20 @@ from loraweave.composer.train.adapters import target_layers as target_layers
 from loraweave.composer.train.adapters import train_further as train_further
 from loraweave.composer.train.adapters import training_rows as training_rows
 from loraweave.composer.train.jobs import JobKind as JobKind
-from loraweave.composer.train.jobs import LORA as LORA
 from loraweave.composer.train.jobs import LoraJob as LoraJob
+from loraweave.composer.train.jobs import LoraJobs as LoraJobs
 from loraweave.composer.train.jobs import LowRank as LowRank
+from loraweave.composer.train.jobs import SharedPass as SharedPass
 from loraweave.composer.train.jobs import TrainingJob as TrainingJob
 from loraweave.composer.train.jobs import given_factors as given_factors
+from loraweave.composer.train.jobs import job_losses as job_losses
 from loraweave.composer.train.jobs import new_factors as new_factors
-from loraweave.composer.train.passes import LoraJobs as LoraJobs
-from loraweave.composer.train.passes import SharedPass as SharedPass
-from loraweave.composer.train.passes import job_losses as job_losses
+from loraweave.composer.train.learner import Feed as Feed
 from loraweave.composer.train.rows import Texts as Texts
+from loraweave.composer.train.schedule import JobSize as JobSize
 from loraweave.composer.train.settings import LoraSettings as LoraSettings
-from loraweave.composer.train.settings import read_endings as read_endings
 from loraweave.composer.train.settings import read_tasks as read_tasks
+from loraweave.composer.train.shared import StepMemory as StepMemory
 from loraweave.composer.train.state import load_adapter as load_adapter
 from loraweave.composer.train.state import save_adapter as save_adapter
 from loraweave.errors import BudgetExceeded as BudgetExceeded
@@ -269,7 +271,6 @@ from loraweave.hub.formats._config import AdapterConfig as AdapterConfig
 from loraweave.hub.formats._config import config_fields as config_fields
 from loraweave.hub.formats._config import words as words
 from loraweave.hub.formats._contents import Contents as Contents
-from loraweave.hub.formats._contents import Reader as Reader
 from loraweave.hub.formats._conversion import Bound as Bound
 from loraweave.hub.formats._conversion import Dense as Dense
 from loraweave.hub.formats._conversion import cut_update as cut_update
@@ -292,7 +293,6 @@ from loraweave.hub.formats._peft_config import stored_tensors as stored_tensors
 from loraweave.hub.formats._reading import is_adapter as is_adapter
 from loraweave.hub.formats._safetensors import read_tensors as read_tensors
 from loraweave.hub.formats._safetensors import require_finite as require_finite
-from loraweave.hub.indexes._vectors import Index as Index
 from loraweave.hub.intake.adding import Addition as Addition
 from loraweave.hub.intake.anomalies import checked_policy as checked_policy
 from loraweave.hub.licenses import canonical as canonical

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from loraweave.composer.live.call import arguments_of
 from loraweave.composer.model.batches import IGNORED, tensors_in
-from loraweave.composer.train.memory import Contexts
+from loraweave.composer.train.progress import Contexts
 from loraweave.errors import ScopeError, TrainingError
 from loraweave.routers.recipes._gate import Call
 from loraweave.routers.tokens._call import current_prompts, has_two_sequences

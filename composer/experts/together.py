@@ -23,14 +23,13 @@ from loraweave.composer.experts.running import Running
 from loraweave.composer.model.batches import EncodedRow, tensors_in, untouched
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.train.experts import identity, remember_start, start_digest
-from loraweave.composer.train.jobs import PlannedJob, TrainingJob
-from loraweave.composer.train.learner import key_of
+from loraweave.composer.train.jobs import TrainingJob
+from loraweave.composer.train.learner import key_of, predicts_tokens
 from loraweave.composer.train.rows import PLAIN, HeldOut, Judging, RowReader, TrainingRow, is_empty, owners_of
 from loraweave.composer.train.schedule import NO_TOKENIZER, WARMUP_STEPS, Pace
 from loraweave.composer.train.settings import require_texts
-from loraweave.composer.train.shared import SharedPasses
+from loraweave.composer.train.shared import PlannedJob, SharedTraining
 from loraweave.composer.train.state import JobReport, SharedReport, load_finished, save_finished
-from loraweave.composer.train.tensor_rows import predicts_tokens
 from loraweave.errors import BudgetExceeded, TrainingError, UnknownName, WeightingError
 from loraweave.routers.tokens._call import has_two_sequences, unprompted
 from loraweave.types import Task
@@ -95,7 +94,7 @@ def train_experts(
         stack.enter_context(_in_their_modes(models.values()))
         bar = stack.enter_context(progress_bar(progress, field="loss"))
         texts = NO_TOKENIZER if tokenizer is None else tokenizer
-        shared = SharedPasses(model, texts, bar, folder=folder, **shared_by)
+        shared = SharedTraining(model, texts, bar, folder=folder, **shared_by)
         return Together(shared, models, rows, judged, pace).train()
 
 
@@ -163,7 +162,7 @@ def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
 class Together:
     """A training of several models, by the names of their jobs, with the `rows` that each learns from and is judged by."""
 
-    shared: SharedPasses
+    shared: SharedTraining
     models: Mapping[str, ExpertModel]
     rows: Mapping[str, Sequence[TrainingRow]]
     held_out: Mapping[str, HeldOut]

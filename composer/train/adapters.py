@@ -25,13 +25,11 @@ from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.layers import quantization_of
 from loraweave.composer.model.scoring import encode_pairs
-from loraweave.composer.train.jobs import LORA, JobKind, LoraJob, PlannedJob, TrainingJob
-from loraweave.composer.train.memory import MemoryModel, step_budget
-from loraweave.composer.train.passes import lora_job
+from loraweave.composer.train.jobs import LORA, JobKind, LoraJob, TrainingJob, lora_job
 from loraweave.composer.train.rows import HeldOut, Judging, Texts, can_be_packed, pack_task
 from loraweave.composer.train.schedule import WARMUP_STEPS, groups
 from loraweave.composer.train.settings import LoraSettings, read_tasks
-from loraweave.composer.train.shared import SharedPasses
+from loraweave.composer.train.shared import PlannedJob, SharedTraining, step_memory
 from loraweave.composer.train.state import JobReport, SharedReport, TrainedAdapters, load_adapter, save_adapter
 from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
@@ -110,7 +108,7 @@ def train_adapters(
     layers = target_layers(model, settings.target_modules) if len(begins) < len(tasks) else {}
     rows, held_out_rows = read_rows(model, tokenizer, prepared, judging, seed)
     with untouched(model), progress_bar(progress, field="loss") as bar:
-        shared = SharedPasses(model, tokenizer, bar, folder=checkpoint_folder(checkpoint), **shared_by)
+        shared = SharedTraining(model, tokenizer, bar, folder=checkpoint_folder(checkpoint), **shared_by)
         apart = Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, kind, fingerprint(model))
         alone = hub is None and processes_here(n_jobs) is None
         return apart.train() if alone else _in_groups(apart, judging, hub, n_jobs)
@@ -139,19 +137,23 @@ def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | No
     """
     shared, planned = apart.shared, [apart.plan(name) for name in apart.tasks]
     keys = {name: apart.key(name) for name in apart.tasks}
-    memory = MemoryModel.of(shared.model, shared.tokenizer, max(planned, key=lambda job: job.num_parameters).make())
-    budget = shared.memory_bytes
-    if budget is None and (budget := step_budget(memory, next(shared.model.parameters()).device)) is not None:
-        # as many processes of this machine do the same
-        budget //= processes_here(n_jobs) or 1
+    largest, here = max(planned, key=lambda job: job.num_parameters).make(), processes_here(n_jobs) or 1
+    # as many processes of this machine share what is free
+    memory = step_memory(
+        shared.model,
+        shared.tokenizer,
+        largest,
+        shared.memory_bytes,
+        share=lambda free: None if free is None else free // here,
+    )
     sizes = {job.name: job.size(shared.model) for job in planned}
-    together = groups(sizes, shared.jobs_per_batch, lambda jobs: budget is None or memory.peak(jobs) <= budget)
+    together = groups(sizes, shared.jobs_per_batch, memory.fits)
     by_name: dict[str, Mapping[str, Any]] = {"tasks": apart.tasks, "start": apart.begins}
     options = {
         **{name: value for name, value in asdict(apart.settings).items() if name != "linearized"},
         "kind": apart.kind,
         "jobs_per_batch": shared.jobs_per_batch,
-        "memory_bytes": budget,
+        "memory_bytes": memory.budget,
         "evaluate_every": judging.every,
         "patience": judging.patience,
         "checkpoint": shared.folder,
@@ -265,7 +267,7 @@ class Apart:
     `layers` has (O, I) of each target layer, `begins` the adapters that tasks begin from.
     """
 
-    shared: SharedPasses
+    shared: SharedTraining
     settings: LoraSettings
     layers: Layers
     tasks: Mapping[str, Sequence[Task | Texts]]
@@ -352,7 +354,7 @@ def train_further(
     name = adapter.name
     begins, held_out = require_startable(model, [name], {name: adapter}), {name: HeldOut(judges, every=settings.steps)}
     with untouched(model), progress_bar(progress, field="loss") as bar:
-        shared = SharedPasses(model, tokenizer, bar, jobs_per_batch=1, memory_bytes=None, folder=None)
+        shared = SharedTraining(model, tokenizer, bar, jobs_per_batch=1, memory_bytes=None, folder=None)
         trained = Apart(shared, settings, {}, {name: ()}, {name: rows}, held_out, begins, LORA, fingerprint(model)).train()
     return trained[name], list(trained.report.jobs[name].held_out)
 

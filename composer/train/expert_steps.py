@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from loraweave.composer.train.learner import ExpertLearner
+from loraweave.composer.train.learner import ExpertLearner, Feed
 from loraweave.composer.train.progress import POINTS, TrainingProgress
 from loraweave.composer.train.schedule import Stream
 from loraweave.composer.train.settings import ExpertSettings
 from loraweave.composer.train.state import KeptState
-from loraweave.composer.train.tensor_rows import Feed
 from loraweave.errors import TrainingError
 from loraweave.routers.recipes._recipe import Recipe
 

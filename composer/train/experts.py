@@ -19,15 +19,15 @@ from loraweave.common.display import progress_bar
 from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.common.state import tensor_bytes
 from loraweave.composer.train.expert_steps import ExpertSteps
-from loraweave.composer.train.learner import ExpertLearner
-from loraweave.composer.train.memory import Contexts, checkpointed_blocks
-from loraweave.composer.train.rows import Owners, RowReader, owners_of
+from loraweave.composer.train.learner import ExpertLearner, Feed, TokenFeed, predicts_tokens
+from loraweave.composer.train.progress import Contexts, checkpointed_blocks
+from loraweave.composer.train.rows import owners_of
 from loraweave.composer.train.schedule import Stream
-from loraweave.composer.train.settings import ExpertSettings
+from loraweave.composer.train.settings import ExpertSettings, feed_module
 from loraweave.composer.train.state import KeptState
-from loraweave.composer.train.tensor_rows import Feed, TensorFeed, TensorReader, TokenFeed, are_tensors
 from loraweave.errors import TrainingError
 from loraweave.hub.base import fingerprint
+from loraweave.registry import brought
 
 
 def fit(
@@ -37,25 +37,16 @@ def fit(
 
     `same_call` returns the contexts in which a checkpointed block runs again.
     """
-    settings = ExpertSettings.of(model.recipe, given)
-    owners, base = owners_of(model.recipe), model.base_model
-    tensors = are_tensors(dataset, base, settings.loss)
-
-    def reader(owners: Owners) -> RowReader | TensorReader:
-        if not tensors:
-            return RowReader(owners, base, tokenizer)
-        return TensorReader(owners, base, settings.loss, digests=settings.checkpoint is not None)
-
-    rows = reader(owners).read(dataset)
-    held: Sequence[Any] = []
+    settings, owners = ExpertSettings.of(model.recipe, given), owners_of(model.recipe)
+    feed = _feed_of(model, dataset, tokenizer, settings)
+    rows, held = feed.read(dataset, owners), []
     if settings.evaluation is not None:
-        held = reader(owners.closed()).read(settings.evaluation, what="evaluation")
+        held = feed.read(settings.evaluation, owners.closed(), "evaluation")
     before = model.tasks
     if tuple(owners.places) != before:
         model.take_tasks(tuple(owners.places))
     begun = "" if settings.checkpoint is None else start_digest(model)
     kept = KeptState.of(model.recipe.name, [*identity(model, list(model.learning())), begun], settings, rows, held)
-    feed = TensorFeed(model, settings.loss) if tensors else TokenFeed(model, tokenizer)
     course = ExpertSteps(model, settings, rows, held, kept, feed)
     with ExitStack() as stack:
         stack.enter_context(caller_randomness())
@@ -75,6 +66,17 @@ def fit(
         if course.progress.first < settings.steps:
             trainer.train_from(course.progress.first)
         course.finish()
+
+
+def _feed_of(model: ExpertLearner, dataset: Any, tokenizer: Any, settings: ExpertSettings) -> Feed:
+    """Return the way of the rows into the model: an extension's for rows of tensors, or else that of token ids."""
+    is_text = predicts_tokens(model.base_model)
+    if brought("feeds") or settings.loss is not None or not is_text:
+        kept = settings.checkpoint is not None
+        feed: Feed | None = feed_module().feed_of(model, dataset, settings.loss, is_text=is_text, digests=kept)
+        if feed is not None:
+            return feed
+    return TokenFeed(model, tokenizer)
 
 
 @contextmanager

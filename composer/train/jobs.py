@@ -1,20 +1,28 @@
-"""The jobs that can be trained beside others in one pass through a frozen base."""
+"""Jobs that share one pass through a frozen base, as ASPEN's BatchFusion: each has its own rows of a batch.
+
+The base runs once for all jobs. A job's gradients are those of training it alone, because no row of one job reaches the
+parameters of another (Ye et al. 2023, arXiv 2312.02515).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from loraweave.common.randomness import seeded
-from loraweave.composer.model.batches import EncodedRow
-from loraweave.composer.train.rows import HeldOut
-from loraweave.composer.train.schedule import JobSize, Pace
+from loraweave.composer.live.call import arguments_of
+from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, tensors_in
+from loraweave.composer.train.schedule import pad_apart
+from loraweave.composer.train.settings import LoraSettings
+from loraweave.routers.tokens._call import current_prompts
 from loraweave.types import Factors
 
 
@@ -156,38 +164,221 @@ class JobKind:
 
 LORA = JobKind()
 
-# as many of a job's own batches tell how wide they are
-MEASURED_STEPS = 32
-# values, gradients and the two moments of AdamW
-NUM_COPIES = 4
+
+class SharedPass:
+    """A context manager in which the model's layers add each job's update to that job's rows of the batch.
+
+    `row_counts` has the number of rows of each job, in the order of the jobs; without it all have as many. Leaving removes
+    every hook, also after an exception.
+    """
+
+    def __init__(self, model: nn.Module, jobs: Sequence[TrainingJob], row_counts: Sequence[int] | None = None) -> None:
+        self.model = model
+        self.members = tuple(jobs)
+        self.row_counts = tuple(row_counts or [1] * len(jobs))
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> SharedPass:
+        try:
+            self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+            for layer in dict.fromkeys(layer for job in self.members for layer in job.layers):
+                module = self.model.get_submodule(layer)
+                self._handles.append(module.register_forward_hook(partial(self._add_updates, layer)))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        inputs, known = arguments_of(model, args, kwargs), current_prompts()
+        start, num_rows = 0, sum(self.row_counts)
+        for job, count in zip(self.members, self.row_counts, strict=True):
+            place = (start, start + count, num_rows)
+            job_inputs = {name: _cut(value, *place) for name, value in tensors_in(inputs).items()}
+            job.begin({**inputs, **job_inputs}, None if known is None else _cut(known.mask_BT, *place))
+            start += count
+
+    def _add_updates(self, layer: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self.added(layer, args[0], output)
+
+    def added(self, layer: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return y, the layer's output for x, with all jobs' updates, maybe in its own memory."""
+        num_tokens, num_rows = x.numel() // x.shape[-1], sum(self.row_counts)
+        ends = list(accumulate([count * num_tokens // num_rows for count in self.row_counts], initial=0))
+        ranges, factors, others = [], [], []
+        for job, (start, stop) in zip(self.members, pairwise(ends), strict=True):
+            if layer not in job.layers:
+                continue
+            if (product := job.low_rank(layer)) is None:
+                others.append((job, start, stop))
+            else:
+                ranges.append(RowRange(start, stop, product.scale))
+                factors.append((product.a_RI, product.b_OR))
+        if ranges:
+            y = add_products(y, x, ranges, factors)
+        return self._with_others(layer, others, x, y) if others else y
+
+    def _with_others(self, layer: str, jobs: Sequence[tuple[TrainingJob, int, int]], x: Tensor, y: Tensor) -> Tensor:
+        num_rows, num_tokens = sum(self.row_counts), x.numel() // x.shape[-1]
+        x_BTI, y_NO = x.reshape(num_rows, -1, x.shape[-1]), y.reshape(num_tokens, -1)
+        parts, end = [], 0
+        for job, start, stop in jobs:
+            rows = slice(start * num_rows // num_tokens, stop * num_rows // num_tokens)
+            update_NO = job.update(layer, x_BTI[rows]).reshape(stop - start, -1).to(y.dtype)
+            parts += [y_NO[end:start], y_NO[start:stop] + update_NO]
+            end = stop
+        return torch.cat([*parts, y_NO[end:]]).view_as(y)
 
 
-@dataclass(frozen=True)
-class PlannedJob:
-    """A planned job of `num_parameters`, built by `make` when its turn comes; its rows and rate follow from `pace`."""
+def _cut(value: Tensor, start: int, stop: int, num_rows: int) -> Tensor:
+    """Return a job's part of the first axis where that axis has the batch's rows; other tensors serve all jobs."""
+    if value.ndim == 0 or len(value) % num_rows:
+        return value
+    copies = len(value) // num_rows
+    return value[start * copies : stop * copies]
 
-    name: str
-    make: Callable[[], TrainingJob]
-    num_parameters: int
-    rows: Sequence[EncodedRow]
-    pace: Pace
-    held_out: HeldOut | None = None
 
-    def rows_at(self, step: int) -> list[EncodedRow]:
-        """Return the rows of a step."""
-        return self.pace.rows(self.rows, self.name, step)
+class LoraJobs(SharedPass):
+    """A pass of jobs with these names, each with new factors for `layers`, which has each target layer's (O, I).
 
-    def size(self, model: Any) -> JobSize:
-        """Return the size that the job will add to a step of the model."""
-        held_out = () if self.held_out is None else self.held_out.rows
-        seen = [*self.rows, *held_out]
-        steps = range(min(self.pace.steps, MEASURED_STEPS))
-        widths = [max(len(row) for row in self.rows_at(step)) for step in steps]
-        return JobSize(
-            num_rows=self.pace.batch_size,
-            width=sum(widths) / len(widths),
-            longest=max(len(row.prompt) if model.config.is_encoder_decoder else len(row) for row in seen),
-            longest_target=max(len(row.target) for row in seen),
-            num_parameters=self.num_parameters,
-            num_copies=NUM_COPIES + (self.held_out is not None),
-        )
+    A job in `start` begins as those factors instead, with their layers and ranks: to the bit where `alpha / rank` is a power
+    of two, else to rounding.
+    """
+
+    members: tuple[LoraJob, ...]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, tuple[int, int]],
+        jobs: Sequence[str],
+        settings: LoraSettings,
+        start: Mapping[str, Mapping[str, Factors]] | None = None,
+    ) -> None:
+        begins = start or {}
+        super().__init__(model, [lora_job(model, name, layers, settings, begins.get(name)) for name in jobs])
+        self.jobs = tuple(jobs)
+
+    def parameters(self) -> list[Tensor]:
+        """Return the tensors that are trained in all jobs."""
+        return [tensor for job in self.members for tensor in job.parameters()]
+
+    def freeze_a(self) -> None:
+        """Train b alone from now on."""
+        for job in self.members:
+            job.freeze_a()
+
+    def layers_of(self, name: str) -> dict[str, Factors]:
+        """Return one job's update, as detached copies on the CPU."""
+        return self.members[self.jobs.index(name)].result()
+
+
+def lora_job(
+    model: nn.Module,
+    name: str,
+    layers: Mapping[str, tuple[int, int]],
+    settings: LoraSettings,
+    start: Mapping[str, Factors] | None,
+    kind: JobKind = LORA,
+) -> LoraJob:
+    """Return a job of the kind with new factors, or with those of `start`."""
+    scale, device = settings.alpha / settings.rank, next(model.parameters()).device
+    if start is None:
+        key = "" if kind.linearized else name
+        pairs = new_factors(key, layers, rank=settings.rank, seed=settings.seed, device=device)
+    else:
+        pairs = given_factors(start, scale=scale, device=device)
+    return kind.make(name, pairs, scale)
+
+
+class RowRange(NamedTuple):
+    """A range of flat tokens, from `start` to before `stop`, whose update has this scale."""
+
+    start: int
+    stop: int
+    scale: float
+
+
+def add_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return y with s (x a^T) b^T added at each range, (a_RI, b_OR) being its factors; gradients reach y, x and factors.
+
+    Products run in the dtype of x. The result may be in y's own memory, so nothing else may need y's values; ranges are in
+    ascending order and do not overlap.
+    """
+    # in a view autograd would keep track of the whole, at the cost of copies
+    writable_y = (
+        y.clone(memory_format=torch.contiguous_format)
+        if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad)
+        else y
+    )
+    added: Tensor = _RowProducts.apply(writable_y, x, tuple(ranges), *(tensor for pair in factors for tensor in pair))  # type: ignore[no-untyped-call]
+    return added
+
+
+class _RowProducts(torch.autograd.Function):
+    """A step of autograd that keeps x, the factors and the hidden values; twice differentiated, it raises RuntimeError."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, ranges: tuple[RowRange, ...], *factors: Tensor) -> Tensor:
+        x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        hidden = []
+        for (start, stop, scale), a_RI, b_OR in zip(ranges, factors[::2], factors[1::2], strict=True):
+            hidden_MR = (x_NI[start:stop] @ a_RI.to(x.dtype).T).mul_(scale)
+            # below autocast y may be of another dtype than x
+            y_NO[start:stop].addmm_(hidden_MR.to(y.dtype), b_OR.to(x.dtype).to(y.dtype).T)
+            hidden.append(hidden_MR)
+        ctx.mark_dirty(y)
+        ctx.ranges = ranges
+        ctx.save_for_backward(x, *factors, *hidden)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        ranges, needed = ctx.ranges, ctx.needs_input_grad
+        factors, hidden = kept[: 2 * len(ranges)], kept[2 * len(ranges) :]
+        x_NI, grad_NO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]).to(x.dtype)
+        whole = sum(part.stop - part.start for part in ranges) == len(x_NI)
+        grad_x_NI = (torch.empty_like if whole else torch.zeros_like)(x_NI) if needed[1] else None
+        gradients: list[Tensor | None] = []
+        for index, (start, stop, scale) in enumerate(ranges):
+            a_RI, b_OR = factors[2 * index : 2 * index + 2]
+            grad_MO = grad_NO[start:stop]
+            mixed_MR = (grad_MO @ b_OR.to(x.dtype)).mul_(scale)
+            if grad_x_NI is not None:
+                torch.mm(mixed_MR, a_RI.to(x.dtype), out=grad_x_NI[start:stop])
+            # the narrow operand is the one that is transposed: a wide one would be copied in bf16
+            gradients.append((mixed_MR.T @ x_NI[start:stop]).to(a_RI.dtype) if needed[3 + 2 * index] else None)
+            gradients.append((hidden[index].T @ grad_MO).T.to(b_OR.dtype) if needed[4 + 2 * index] else None)
+        return grad if needed[0] else None, None if grad_x_NI is None else grad_x_NI.view_as(x), None, *gradients
+
+
+def job_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], num_jobs: int) -> Tensor:
+    """Return loss_J: the mean over the target tokens of each job's rows; all jobs have the same number of rows."""
+    return range_losses(model, tokenizer, rows, [len(rows) // num_jobs] * num_jobs)
+
+
+def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_counts: Sequence[int]) -> Tensor:
+    """Return loss_J: the mean over the target tokens of each job's rows; `row_counts` has their numbers."""
+    stacked = batch(model, tokenizer, rows)
+    if model.config.is_encoder_decoder:
+        # what gates are asked for counts the tokens of either
+        stacked = pad_apart(stacked)
+    sums_B = row_losses(model, rows, stacked).sum(dim=1)
+    counts_B = (stacked.targets_BK != IGNORED).sum(dim=1)
+    sizes = list(row_counts)
+    pairs = zip(torch.split(sums_B, sizes), torch.split(counts_B, sizes), strict=True)
+    return torch.stack([sums.sum() / counts.sum() for sums, counts in pairs])
+
+
+def row_losses(model: Any, rows: Sequence[EncodedRow], stacked: TargetBatch) -> Tensor:
+    """Return loss_BK of the rows, which are stacked, by the loss of their class, or of their tokens if of several."""
+    kinds = {type(row) for row in rows}
+    kind = kinds.pop() if len(kinds) == 1 else EncodedRow
+    return kind.losses(model, rows, stacked)

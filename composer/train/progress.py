@@ -1,21 +1,28 @@
-"""A running training: its steps, its report, and the best and the last good values of its parameters."""
+"""A running training: its processes, its steps, its report, and the best and the last good values of its parameters."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self, TypeVar
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from loraweave.common.descent import Descent
+from loraweave.common.process import launched_processes
+from loraweave.common.state import tensor_bytes
 from loraweave.composer.train.settings import TrainingSettings
 from loraweave.composer.train.state import Best, KeptState, copy_values, put_values
 from loraweave.errors import TrainingError, WeightingError
@@ -258,3 +265,100 @@ def _of_layer(w_NE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     w_NE = functional.pad(w_NE.abs().float(), (0, num_experts - w_NE.shape[1]))
     share_NE = w_NE / w_NE.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return share_NE.mean(dim=0), torch.special.entr(share_NE).sum(dim=1).mean()
+
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The launched processes: this one is number `rank` of `count`, with its model on `device`. All make the same calls."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def launched(cls, device: torch.device) -> Self:
+        """Return the launched processes, connected by accelerate; without a launch this one alone."""
+        if launched_processes() == 1:
+            return cls(device)
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device.type == "cpu")
+        return cls(device, state.process_index, state.num_processes)
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return the items of this process."""
+        return items[self.rank :: self.count]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of all processes' values, to the same bits in each."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Give every parameter the sum of its gradients over processes; a missing one counts as zero."""
+        for parameter in parameters if self.count > 1 else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+    def least(self, value: int | None) -> int | None:
+        """Return the smallest of the values, which all processes have, or none has."""
+        return None if value is None else int(self._reduced(torch.tensor(value), dist.ReduceOp.MIN))
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def require_alike(self, what: str, said: str, tensors: Iterable[Tensor] = ()) -> None:
+        """Raise TrainingError in every process if one begins with something else."""
+        if self.count == 1:
+            return
+        digest = hashlib.sha256(said.encode() + tensor_bytes({str(n): tensor for n, tensor in enumerate(tensors)})).digest()
+        digest_number = torch.tensor(int.from_bytes(digest[:7]))
+        if self._reduced(digest_number, dist.ReduceOp.MIN) != self._reduced(digest_number, dist.ReduceOp.MAX):
+            raise TrainingError(
+                f"the {self.count} launched processes do not train the same {what}: each must make the same call, with the "
+                "same rows, seed and checkpoint; to train other things in each, start them without torchrun and accelerate"
+            )
+
+    def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.count == 1:
+            return values
+        reduced = values.detach().to(self.device, copy=True)
+        dist.all_reduce(reduced, op=how)
+        return reduced
+
+
+# around a block's forward, and around its second run
+Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
+
+
+@contextmanager
+def checkpointed_blocks(
+    model: nn.Module, wanted: bool, *, context_fn: Callable[[], Contexts] = noop_context_fn
+) -> Iterator[None]:
+    """Within the context, make each block keep only its inputs and run again in the backward pass, in evaluation mode too.
+
+    The model is as it was afterwards. `context_fn` is that of `torch.utils.checkpoint`, called whenever a block runs. Raises
+    TrainingError for a model without such blocks.
+    """
+    # its import brings torch's compiler with it
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
+    if wanted and not blocks:
+        raise TrainingError(f"{type(model).__name__} has no blocks to run again: leave gradient_checkpointing out")
+    before = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context_fn)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = forward

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from loraweave.common.display import progress_bar
 from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import IGNORED, TargetBatch, batch, entropies_of, losses_of, target_logits, untouched
-from loraweave.composer.train.memory import checkpointed_blocks
-from loraweave.composer.train.processes import Processes
-from loraweave.composer.train.progress import TrainingProgress
+from loraweave.composer.train.progress import Processes, TrainingProgress, checkpointed_blocks
 from loraweave.composer.train.rows import Owners, RowReader, TrainingRow
 from loraweave.composer.train.schedule import NO_TOKENIZER, Pass, pad_apart, passes, streams
 from loraweave.composer.train.settings import RouterSettings

@@ -1,28 +1,22 @@
-"""The settings of a training: what the result depends on besides data, model and start.
-
-A loss function is among them: `loss_identity` makes it known again in another process.
-"""
+"""The settings of a training: what the result depends on besides data, model and start."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from importlib import import_module
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraweave.common.checks import is_collection, is_list
-from loraweave.common.names import text_digest
 from loraweave.common.options import Count, NonNegative, Positive, Range, Whole, check_options, options_of
 from loraweave.composer.train.rows import Texts
 from loraweave.composer.train.schedule import Pace
-from loraweave.errors import InvalidTask, TrainingError
+from loraweave.errors import InvalidTask, PackageMissing, TrainingError
+from loraweave.registry import brought
 from loraweave.routers.weights import LARGEST
 from loraweave.types import Task
 
@@ -143,16 +137,10 @@ class LoraSettings(Pace):
 
     @classmethod
     def of(cls, target_modules: Sequence[str], alpha: float | None, *, rank: int, **others: Any) -> Self:
-        """Return the settings; `alpha` None is twice the rank. Raises what `read_endings` does."""
-        scale = 2.0 * rank if alpha is None else alpha
-        return cls(target_modules=read_endings(target_modules), alpha=scale, rank=rank, **others)
-
-
-def read_endings(target_modules: Sequence[str]) -> tuple[str, ...]:
-    """Return endings of module paths for LoraSettings. Raises TrainingError for none, and for other than a collection."""
-    if not is_collection(target_modules) or not target_modules:
-        raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
-    return tuple(target_modules)
+        """Return the settings; `alpha` None is twice the rank. Raises TrainingError for no list of endings of paths."""
+        if not is_collection(target_modules) or not target_modules:
+            raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
+        return cls(target_modules=tuple(target_modules), alpha=2.0 * rank if alpha is None else alpha, rank=rank, **others)
 
 
 def read_tasks(tasks: Mapping[str, Any]) -> dict[str, tuple[Task | Texts, ...]]:
@@ -189,8 +177,7 @@ class ExpertSettings(TrainingSettings):
     training they are told loss, entropy and the load of each expert in `on_log`.
 
     `loss(output, columns)` is the mean loss of a pass, instead of the base's own: `columns` are those of its rows, stacked,
-    with the names of their tasks in "task". A checkpoint knows it by its name, its code and what it is bound to
-    (`loss_identity`): with another loss, training starts from the beginning.
+    with the names of their tasks in "task". An extension reads such rows. A checkpoint belongs to one loss.
     """
 
     callbacks: Sequence[Any] = ()
@@ -210,87 +197,16 @@ class ExpertSettings(TrainingSettings):
 
     def identity(self) -> dict[str, Any]:
         settings = super().identity()
-        return settings if self.loss is None else {**settings, "loss": loss_identity(self.loss)}
+        return settings if self.loss is None else {**settings, "loss": feed_module().loss_identity(self.loss)}
 
     aside: ClassVar[tuple[str, ...]] = (*TrainingSettings.aside, "callbacks", "loss")
 
 
-# values that are compared one by one; of a larger tensor, such as another model's, only the shape is
-MAX_VALUES = 1_000_000
+def feed_module() -> Any:
+    """Return the module of an extension that reads rows of tensors: its `feed_of`, and the `loss_identity` of a loss.
 
-
-def loss_identity(function: Any) -> Any:
-    """Return as JSON the function's name and code, and the numbers, texts, tensors and functions that it is bound to.
-
-    These are its defaults, what it has of the scope around it, a partial's arguments, and an object's attributes. What else
-    it reads, such as globals and the content of lists, is not looked at.
+    Raises PackageMissing where no extension brings one.
     """
-    return _identity(function, {})
-
-
-def _identity(value: Any, seen: dict[int, Any]) -> Any:
-    match value:
-        case None | int() | float() | str():
-            return value
-        case Tensor():
-            return _digest(value)
-    # a function may have itself in its scope
-    if id(value) in seen:
-        return "above"
-    seen[id(value)] = value
-    match value:
-        case tuple():
-            return [_identity(item, seen) for item in value]
-        case partial():
-            return ["partial", _identity(value.func, seen), _identity(value.args, seen), _named(value.keywords, seen)]
-        case MethodType():
-            return ["method", _identity(value.__func__, seen), _identity(value.__self__, seen)]
-        case FunctionType():
-            return [value.__qualname__, _code(value.__code__), _named(_bound(value), seen)]
-        case type() | BuiltinFunctionType():
-            return value.__qualname__
-        case nn.Module():
-            tensors = {**dict(value.named_parameters()), **dict(value.named_buffers())}
-            return _of_object(value, {**vars(value), **tensors}, type(value).forward, seen)
-    callable_object = callable(value) and hasattr(value, "__dict__")
-    return _of_object(value, vars(value) if callable_object else {}, type(value).__call__ if callable_object else None, seen)
-
-
-def _of_object(value: Any, held: Mapping[str, Any], run: Any, seen: dict[int, Any]) -> Any:
-    """Return the identity of an object; `held` are its attributes, and `run` the function that a call of it runs."""
-    code = _code(run.__code__) if isinstance(run, FunctionType) else None
-    attributes = {name: attribute for name, attribute in held.items() if not isinstance(attribute, dict)}
-    return [type(value).__qualname__, code, _named(attributes, seen)]
-
-
-def _bound(function: FunctionType) -> dict[str, Any]:
-    """Return the values of the names in a function's scope and of its defaults."""
-    scope = inspect.getclosurevars(function).nonlocals
-    defaults = inspect.signature(function, follow_wrapped=False).parameters.values()
-    return {**scope, **{option.name: option.default for option in defaults if option.default is not inspect.Parameter.empty}}
-
-
-def _named(values: Mapping[str, Any], seen: dict[int, Any]) -> dict[str, Any]:
-    return {name: _identity(value, seen) for name, value in values.items()}
-
-
-def _digest(tensor: Tensor) -> Any:
-    shape = list(tensor.shape)
-    if tensor.numel() > MAX_VALUES:
-        return shape
-    return [shape, hashlib.sha256(tensor.detach().cpu().double().numpy().tobytes()).hexdigest()]
-
-
-def _code(code: CodeType) -> str:
-    """Return a digest that does not depend on where the code stands."""
-    constants = list(map(_constant, code.co_consts))
-    return text_digest(repr((code.co_code, code.co_names, constants)))
-
-
-def _constant(value: Any) -> Any:
-    match value:
-        case CodeType():
-            return _code(value)
-        case frozenset():
-            return sorted(map(repr, value))
-    return repr(value)
+    for module in brought("feeds").values():
+        return import_module(module)
+    raise PackageMissing("rows of a model's inputs and a loss of your own need an extension that reads rows of tensors")

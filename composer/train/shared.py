@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,112 +14,198 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from loraweave.common.descent import Descent, FlatParameters, backward
-from loraweave.common.state import TrainingState
+from loraweave.common.names import text_digest
+from loraweave.common.state import TrainingState, drop_state, load_state, save_state
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
-from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
-from loraweave.composer.train.memory import MemoryModel, MemoryUse, step_budget
-from loraweave.composer.train.passes import SharedPass, range_losses, row_losses
-from loraweave.composer.train.processes import Processes
-from loraweave.composer.train.schedule import JobSize, groups, successor
-from loraweave.composer.train.state import Best, JobReport, RunningState, SharedReport, put_values
-from loraweave.errors import BudgetExceeded, TrainingError
+from loraweave.composer.train.jobs import LoraJob, SharedPass, TrainingJob, range_losses, row_losses
+from loraweave.composer.train.progress import Processes
+from loraweave.composer.train.rows import HeldOut
+from loraweave.composer.train.schedule import JobSize, Pace, groups, successor
+from loraweave.composer.train.state import Best, JobReport, SharedReport, put_values
+from loraweave.errors import PackageMissing, TrainingError
+from loraweave.registry import brought
 
 CHECKPOINT_STEPS = 20
+# as many of a job's own batches tell how wide they are
+MEASURED_STEPS = 32
+# values, gradients and the two moments of AdamW
+NUM_COPIES = 4
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A planned job of `num_parameters`, built by `make` when its turn comes; its rows and rate follow from `pace`."""
+
+    name: str
+    make: Callable[[], TrainingJob]
+    num_parameters: int
+    rows: Sequence[EncodedRow]
+    pace: Pace
+    held_out: HeldOut | None = None
+
+    def rows_at(self, step: int) -> list[EncodedRow]:
+        """Return the rows of a step."""
+        return self.pace.rows(self.rows, self.name, step)
+
+    def size(self, model: Any) -> JobSize:
+        """Return the size that the job will add to a step of the model."""
+        seen = [*self.rows, *(() if self.held_out is None else self.held_out.rows)]
+        widths = [max(len(row) for row in self.rows_at(step)) for step in range(min(self.pace.steps, MEASURED_STEPS))]
+        return JobSize(
+            num_rows=self.pace.batch_size,
+            width=sum(widths) / len(widths),
+            longest=max(len(row.prompt) if model.config.is_encoder_decoder else len(row) for row in seen),
+            longest_target=max(len(row.target) for row in seen),
+            num_parameters=self.num_parameters,
+            num_copies=NUM_COPIES + (self.held_out is not None),
+        )
+
+
+class StepMemory:
+    """The memory that steps take: not estimated here, so that all jobs fit. `budget` is the most that a step may take."""
+
+    budget: int | None = None
+
+    def peak(self, jobs: Sequence[JobSize]) -> int:
+        """Return the bytes of a step in which these jobs are together, the base's weights among them."""
+        return 0
+
+    def fits(self, jobs: Sequence[JobSize]) -> bool:
+        """Return whether these jobs may share a step."""
+        return self.budget is None or self.peak(jobs) <= self.budget
+
+    def require(self, jobs: Mapping[str, JobSize]) -> None:
+        """Raise BudgetExceeded for a job that does not fit alone; measure from now on."""
+
+    def measured(self) -> int | None:
+        """Return the bytes that were in use at most since `require`, base and all, if that is known."""
+        return None
+
+
+def step_memory(
+    model: Any, tokenizer: Any, job: TrainingJob, allowed: int | None, *, share: Callable[[int | None], int | None]
+) -> StepMemory:
+    """Return an extension's estimate for steps with such jobs, or one by which all fit where there is none.
+
+    A step may take `allowed` bytes, or the `share` of what is free. Raises PackageMissing for `allowed` without one.
+    """
+    for module in brought("step_memory").values():
+        memory: StepMemory = import_module(module).EstimatedMemory(model, tokenizer, job, allowed, share=share)
+        return memory
+    if allowed is not None:
+        raise PackageMissing("memory_bytes limits steps by an estimate, which none of the extensions at hand makes")
+    return StepMemory()
+
 
 # called with each job that has ended
 Ended = Callable[[TrainingJob, JobReport], None]
 
 
+@dataclass
 class SharedTraining:
     """A training of jobs in groups of similar length; when one ends before its group, the next one takes its place.
 
-    A job is admitted if `memory_bytes` allows the whole step, base and all, by `MemoryModel`; by default what the device has
-    left. Which jobs run together changes a job's result by no more than the rounding of its batch: its rows are a function
-    of its seed, name and step, its gradient is its own, and it ends by its own losses.
-    With `kept`, the state of all running jobs is written after every CHECKPOINT_STEPS steps and whenever one ends, and the
-    same training goes on from there, with the same neighbours, to the same bits.
+    A job is admitted if `memory_bytes` allows the whole step, base and all, as `step_memory` estimates it; by default what
+    the device has left. Which jobs run together changes a job's result by no more than the rounding of its batch: its rows
+    are a function of its seed, name and step, its gradient is its own, and it ends by its own losses.
+    With a checkpoint `folder`, the state of all running jobs is written after every CHECKPOINT_STEPS steps and whenever one
+    ends, and the same training goes on from there, with the same neighbours, to the same bits.
     """
 
-    def __init__(self, shared: SharedPasses, planned: Sequence[PlannedJob], kept: RunningState | None) -> None:
-        self.model, self.tokenizer = shared.model, shared.tokenizer
-        self.report = SharedReport()
-        self._waiting = {job.name: job for job in planned}
-        self._sizes = {job.name: job.size(self.model) for job in planned}
-        self._running: list[JobProgress] = []
-        self._bar, self._jobs_per_batch, self._budget = shared.bar, shared.jobs_per_batch, shared.memory_bytes
-        self._kept = kept
-        self._capacity = 0
-        self.processes = processes = Processes.launched(self._device)
-        for job in planned if processes.count > 1 else ():
-            if job.pace.batch_size % processes.count:
-                raise TrainingError(
-                    f"job {job.name!r} has steps of {job.pace.batch_size} rows, which do not divide among {processes.count} "
-                    f"launched processes: take a batch_size that is a multiple of {processes.count}"
-                )
+    model: Any
+    tokenizer: Any
+    bar: Progress
+    jobs_per_batch: int
+    memory_bytes: int | None
+    folder: Path | None
+    report: SharedReport = field(default_factory=SharedReport, init=False)
+    _keys: dict[str, str] = field(default_factory=dict, init=False)
+    _running: list[JobProgress] = field(default_factory=list, init=False)
+    _capacity: int = field(default=0, init=False)
 
-    def run(self, ended: Ended) -> SharedReport:
-        """Train all jobs; call `ended` with each as it ends.
+    def train(
+        self,
+        names: Iterable[str],
+        plan: Callable[[str], PlannedJob],
+        key: Callable[[str], str],
+        load: Callable[[Path, str, str], bool],
+        save: Callable[[Path | None, str, TrainingJob, JobReport], None],
+    ) -> SharedReport:
+        """Train the jobs that the checkpoint has not finished; the report's `jobs` are those trained now.
 
-        Raises BudgetExceeded before the first step for a job that does not fit alone, TrainingError for a loss that is not
-        finite; of the jobs that had ended before, nothing is lost.
+        `key` returns the hash of everything a job's result depends on. A job is finished if `load(folder, name, key)` says
+        so; `save(folder, key, job, report)` takes the job when it has ended, without a folder too. Raises BudgetExceeded
+        before the first step for a job that does not fit alone, TrainingError for a loss that is not finite; of the jobs
+        that had ended before, nothing is lost.
         """
+        names = list(names)
+        self._keys = {name: "" if self.folder is None else key(name) for name in names}
+        state = None if self.folder is None else load_state(self.folder, self._key)
+        # those that were running go on even if one has ended since, so that all do to the same bits
+        running = set() if state is None else {head.split("/")[1] for head in state.tensors if "/" in head}
+        left = [
+            name
+            for name in names
+            if self.folder is None or self._keys[name] in running or not load(self.folder, name, self._keys[name])
+        ]
+        if not left:
+            return self.report
+        self._waiting = {name: plan(name) for name in left}
+        self._sizes = {name: job.size(self.model) for name, job in self._waiting.items()}
+        self.processes = Processes.launched(self._device)
+        count = self.processes.count
+        for name, job in self._waiting.items():
+            if job.pace.batch_size % count:
+                raise TrainingError(
+                    f"job {name!r} has steps of {job.pace.batch_size} rows, which do not divide among {count} launched "
+                    f"processes: take a batch_size that is a multiple of {count}"
+                )
+        folder = None if self.processes.rank else self.folder
+        self._run(state, lambda job, report: save(folder, self._keys[job.name], job, report))
+        # what the first process has written, all may read
+        self.processes.wait()
+        return self.report
+
+    def _run(self, state: TrainingState | None, ended: Ended) -> None:
         largest = max(self._waiting.values(), key=lambda job: job.num_parameters)
-        self._memory = MemoryModel.of(self.model, self.tokenizer, largest.make())
-        self._require_room()
-        usage = MemoryUse(self._device)
+        job, least = largest.make(), self.processes.least
+        self._memory = step_memory(self.model, self.tokenizer, job, self.memory_bytes, share=least)
+        self._memory.require(self._sizes)
         self._total = sum(job.pace.steps for job in self._waiting.values())
-        shown = self._bar.add_task("", total=self._total, loss="")
-        self._resume()
+        shown = self.bar.add_task("", total=self._total, loss="")
+        if state is not None:
+            self._resume(state)
         self._require_alike(self._running)
         while self._running or self._waiting:
             self._admit()
             self._show(shown)
             self._step()
             self._evaluate()
-            left = self._leave(ended)
-            if left or self.report.num_steps % CHECKPOINT_STEPS == 0:
+            if self._leave(ended) or self.report.num_steps % CHECKPOINT_STEPS == 0:
                 self._save()
-        if (grown := usage.grown()) is not None:
-            self.report.peak_bytes = self._memory.weight_bytes + grown
-        if self._kept is not None and not self.processes.rank:
-            self._kept.drop()
-        return self.report
+        self.report.peak_bytes = self._memory.measured()
+        if self.folder is not None and not self.processes.rank:
+            drop_state(self.folder, self._key)
+
+    @property
+    def _key(self) -> str:
+        """The key of the state of this very training: other jobs, or another way to share, make other neighbours."""
+        return text_digest(repr([sorted(self._keys.values()), [self.jobs_per_batch, self.memory_bytes]]))[:32]
 
     @property
     def _device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
         return device
 
-    def _require_room(self) -> None:
-        limit, way_out = "allowed", "or raise memory_bytes"
-        if self._budget is None:
-            self._budget = self.processes.least(step_budget(self._memory, self._device))
-            limit = f"free on {self._device}, the base's included"
-            way_out = "end other processes that use that memory, or pass memory_bytes to train all the same"
-        for name, size in self._sizes.items():
-            if not self._fits([size]):
-                needed, allowed = self._memory.peak([size]), self._budget or 0
-                smaller = range(size.num_rows - 1, 0, -1)
-                fitting = next((rows for rows in smaller if self._fits([replace(size, num_rows=rows)])), None)
-                fewer = "" if fitting is None else f"lower batch_size to {fitting}, "
-                raise BudgetExceeded(
-                    f"job {name!r} takes about {needed / 1e9:.2f} GB alone ({size.num_rows} rows of up to {size.longest} "
-                    f"tokens, the base {self._memory.weight_bytes / 1e9:.2f} GB), and {allowed / 1e9:.2f} GB are {limit}; "
-                    f"{fewer}shorten its longest examples, {way_out}"
-                )
-
-    def _fits(self, sizes: Sequence[JobSize]) -> bool:
-        return self._budget is None or self._memory.peak(sizes) <= self._budget
-
     def _admit(self) -> None:
         """Fill the free places: with a new group when none runs, else with successors of the jobs that have ended."""
         if not self._running:
-            group = groups({name: self._sizes[name] for name in self._waiting}, self._jobs_per_batch, self._fits)[0]
+            group = groups({name: self._sizes[name] for name in self._waiting}, self.jobs_per_batch, self._memory.fits)[0]
             self._capacity = len(group)
             self._begin(group)
         while self._waiting and len(self._running) < self._capacity:
             waiting = {name: self._sizes[name] for name in self._waiting}
-            name = successor(waiting, self._running_sizes(), self._fits)
+            name = successor(waiting, self._running_sizes(), self._memory.fits)
             if name is None:
                 break
             self._begin([name])
@@ -205,65 +292,24 @@ class SharedTraining:
         losses = [run.losses[-1] for run in self._running if run.losses]
         mean = f"loss {sum(losses) / len(losses):.3f}, " if losses else ""
         text = f"{mean}{self.report.tokens_per_second:,.0f} tokens/s" if self.report.seconds else ""
-        self._bar.update(shown, description=f"training {names}", completed=self._total - ahead + done, loss=text)
+        self.bar.update(shown, description=f"training {names}", completed=self._total - ahead + done, loss=text)
 
     def _save(self) -> None:
-        if self._kept is None or self.processes.rank or not (self._running or self._waiting):
+        if self.folder is None or self.processes.rank or not (self._running or self._waiting):
             return
         tensors = {"capacity": torch.tensor(self._capacity)}
         for place, run in enumerate(self._running):
-            prefix = f"{place:04d}/{self._kept.keys[run.planned.name]}/"
+            prefix = f"{place:04d}/{self._keys[run.planned.name]}/"
             tensors |= {prefix + key: tensor for key, tensor in run.state().items()}
-        self._kept.write(TrainingState(self.report.num_steps, tensors))
+        save_state(self.folder, self._key, TrainingState(self.report.num_steps, tensors))
 
-    def _resume(self) -> None:
-        if self._kept is None or (state := self._kept.read()) is None:
-            return
-        names = {key: name for name, key in self._kept.keys.items()}
+    def _resume(self, state: TrainingState) -> None:
+        names = {key: name for name, key in self._keys.items()}
         self._capacity = int(state.tensors["capacity"])
         for head in sorted({key.rsplit("/", 1)[0] for key in state.tensors if "/" in key}):
             run = JobProgress(self._waiting.pop(names[head.split("/")[1]]))
             run.restore({key.rsplit("/", 1)[1]: t for key, t in state.tensors.items() if key.startswith(f"{head}/")})
             self._running.append(run)
-
-
-@dataclass(frozen=True)
-class SharedPasses:
-    """The model that jobs are trained on together, and how many share a pass; `folder` is the checkpoint."""
-
-    model: Any
-    tokenizer: Any
-    bar: Progress
-    jobs_per_batch: int
-    memory_bytes: int | None
-    folder: Path | None
-
-    def train(
-        self,
-        names: Iterable[str],
-        plan: Callable[[str], PlannedJob],
-        key: Callable[[str], str],
-        load: Callable[[Path, str, str], bool],
-        save: Callable[[Path | None, str, TrainingJob, JobReport], None],
-    ) -> SharedReport:
-        """Train the jobs that the checkpoint has not finished; the report's `jobs` are those trained now.
-
-        `key` returns the hash of everything a job's result depends on. A job is finished if `load(folder, name, key)` says
-        so; `save(folder, key, job, report)` takes the job when it has ended, without a folder too.
-        """
-        names = list(names)
-        keys = dict.fromkeys(names, "") if self.folder is None else {name: key(name) for name in names}
-        kept = None if self.folder is None else RunningState(self.folder, keys, [self.jobs_per_batch, self.memory_bytes])
-        running = set() if kept is None else kept.names()
-        left = [name for name in names if self.folder is None or name in running or not load(self.folder, name, keys[name])]
-        if not left:
-            return SharedReport()
-        training = SharedTraining(self, [plan(name) for name in left], kept)
-        folder = None if training.processes.rank else self.folder
-        report = training.run(lambda job, report: save(folder, keys[job.name], job, report))
-        # what the first process has written, all may read
-        training.processes.wait()
-        return report
 
 
 def _num_targets(rows: Sequence[EncodedRow]) -> int:

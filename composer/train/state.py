@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraweave.common.names import text_digest
-from loraweave.common.state import TrainingState, checkpoint_folder, drop_state, load_state, save_state
+from loraweave.common.state import TrainingState, checkpoint_folder, load_state, save_state
 from loraweave.composer.train.settings import TrainingSettings
 from loraweave.errors import LoraweaveError
 from loraweave.hub.adapter import Adapter
@@ -203,38 +203,6 @@ def load_finished(folder: Path, key: str) -> tuple[dict[str, Tensor], JobReport]
         return None
     tensors = {name.removeprefix(TENSOR): value for name, value in state.tensors.items()}
     return tensors, JobReport.from_json(state.about)
-
-
-@dataclass(frozen=True)
-class RunningState:
-    """The state of the jobs that run together; `keys` has a hash of what each job's result depends on.
-
-    A state is that of this very training: other jobs, or another way to share batches (`sharing`), make other neighbours.
-    """
-
-    folder: Path
-    keys: Mapping[str, str]
-    sharing: object
-
-    @property
-    def key(self) -> str:
-        parts = [sorted(self.keys.values()), self.sharing]
-        return text_digest(repr(parts))[:32]
-
-    def write(self, state: TrainingState) -> None:
-        save_state(self.folder, self.key, state)
-
-    def read(self) -> TrainingState | None:
-        return load_state(self.folder, self.key)
-
-    def names(self) -> set[str]:
-        """Return the jobs that were running. They go on even if one has ended since, so that all do to the same bits."""
-        state = self.read()
-        running = set() if state is None else {key.split("/")[1] for key in state.tensors if "/" in key}
-        return {name for name, key in self.keys.items() if key in running}
-
-    def drop(self) -> None:
-        drop_state(self.folder, self.key)
 
 
 @dataclass

@@ -10,10 +10,10 @@ from typing import Any
 
 from loraweave import Adapter, Hub, InvalidTask, Record, Task, TrainingError, UnknownName, train_adapters
 from loraweave.extend import (
-    LORA,
     Addition,
     Count,
     GivenRows,
+    JobKind,
     Positive,
     Whole,
     check_options,
@@ -91,7 +91,7 @@ def remember(
         model,
         tokenizer,
         tasks,
-        kind=LORA if beside is None else Beside(beside),
+        kind=JobKind() if beside is None else Beside(beside),
         rank=rank,
         steps=steps,
         lr=lr,

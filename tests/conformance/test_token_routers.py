@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from loraweave.composer.compose.compose import compose
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.composer import Composer
-from loraweave.composer.train.memory import checkpointed_blocks
+from loraweave.composer.train.progress import checkpointed_blocks
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import Step

@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional
 
 from loraweave.composer.model.batches import batch, encode, token_losses
-from loraweave.composer.train.jobs import LoraJob
-from loraweave.composer.train.passes import RowRange, SharedPass, add_products
+from loraweave.composer.train.jobs import LoraJob, RowRange, SharedPass, add_products
 
 LAYER, OTHER = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 ROWS = [("a", "A"), ("abc", "B"), ("c d e", "CC"), ("d", "D"), ("e", "E"), ("hello", "H")]

@@ -9,7 +9,7 @@ from torch.nn import functional
 import loraweave as lw
 from loraweave.composer.experts.together import ExpertJob, train_experts
 from loraweave.composer.model.batches import batch, encode, token_losses
-from loraweave.composer.train.passes import SharedPass
+from loraweave.composer.train.jobs import SharedPass
 from loraweave.composer.train.rows import TrainingRow
 from loraweave.errors import TrainingError
 

@@ -8,7 +8,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.model.batches import batch
-from loraweave.composer.train.passes import row_losses
+from loraweave.composer.train.jobs import row_losses
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, TrainingError
 from loraweave.extensions.transfer.old_answers import MAX_ANSWER, Learning, answers, learned, split
 from loraweave.hub.base import fingerprint

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, target_logits, token_losses
-from loraweave.composer.train.passes import row_losses
+from loraweave.composer.train.jobs import row_losses
 from loraweave.extensions.transfer import taught
 from loraweave.extensions.transfer.taught import taught_by
 

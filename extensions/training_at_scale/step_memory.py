@@ -1,26 +1,30 @@
-"""The memory of a step: estimated before the first one, measured, and saved by running blocks again."""
+"""The memory of a step of training: estimated before the first one, and measured."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch import Tensor
 
-from loraweave.common.process import free_host_bytes
-from loraweave.composer.model.batches import EncodedRow, batch, context_length, pad_id, token_losses
-from loraweave.composer.train.jobs import TrainingJob
-from loraweave.composer.train.passes import SharedPass
-from loraweave.composer.train.schedule import JobSize
-from loraweave.errors import TrainingError
+from loraweave.extend import (
+    BudgetExceeded,
+    EncodedRow,
+    JobSize,
+    SharedPass,
+    StepMemory,
+    TrainingJob,
+    batch,
+    context_length,
+    free_host_bytes,
+    pad_id,
+    token_losses,
+)
 
 PROBED_TOKENS = 16
 PROBED_TARGETS = 4
@@ -156,33 +160,45 @@ class MemoryUse:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-# around a block's forward, and around its second run
-Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
+class EstimatedMemory(StepMemory):
+    """The memory of steps of a model, by a `MemoryModel` that is made with one job.
 
-
-@contextmanager
-def checkpointed_blocks(
-    model: nn.Module, wanted: bool, *, context_fn: Callable[[], Contexts] = noop_context_fn
-) -> Iterator[None]:
-    """Within the context, make each block keep only its inputs and run again in the backward pass, in evaluation mode too.
-
-    The model is as it was afterwards. `context_fn` is that of `torch.utils.checkpoint`, called whenever a block runs. Raises
-    TrainingError for a model without such blocks.
+    The budget is `allowed`, or else the share of what the model's device has free that `share` returns.
     """
-    # its import brings torch's compiler with it
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
-    if wanted and not blocks:
-        raise TrainingError(f"{type(model).__name__} has no blocks to run again: leave gradient_checkpointing out")
-    before = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context_fn)
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = forward
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        job: TrainingJob,
+        allowed: int | None,
+        *,
+        share: Callable[[int | None], int | None],
+    ) -> None:
+        self._estimate, self._device = MemoryModel.of(model, tokenizer, job), next(model.parameters()).device
+        self._is_allowed = allowed is not None
+        self.budget = allowed if self._is_allowed else share(step_budget(self._estimate, self._device))
+
+    def peak(self, jobs: Sequence[JobSize]) -> int:
+        return self._estimate.peak(jobs)
+
+    def require(self, jobs: Mapping[str, JobSize]) -> None:
+        """Raise BudgetExceeded, with the rows that would fit, for a job that does not fit alone; measure from now on."""
+        limit, way_out = "allowed", "or raise memory_bytes"
+        if not self._is_allowed:
+            limit = f"free on {self._device}, the base's included"
+            way_out = "end other processes that use that memory, or pass memory_bytes to train all the same"
+        for name, size in jobs.items():
+            if not self.fits([size]):
+                fewer = (rows for rows in range(size.num_rows - 1, 0, -1) if self.fits([replace(size, num_rows=rows)]))
+                lower = "" if (fitting := next(fewer, None)) is None else f"lower batch_size to {fitting}, "
+                raise BudgetExceeded(
+                    f"job {name!r} takes about {self.peak([size]) / 1e9:.2f} GB alone ({size.num_rows} rows of up to "
+                    f"{size.longest} tokens, the base {self._estimate.weight_bytes / 1e9:.2f} GB), and "
+                    f"{(self.budget or 0) / 1e9:.2f} GB are {limit}; {lower}shorten its longest examples, {way_out}"
+                )
+        self._use = MemoryUse(self._device)
+
+    def measured(self) -> int | None:
+        grown = self._use.grown()
+        return None if grown is None else self._estimate.weight_bytes + grown

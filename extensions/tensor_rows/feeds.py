@@ -1,0 +1,219 @@
+"""Rows of tensors, as a base takes them: examples of expert models that are not language models."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from loraweave import InvalidTask, Task, TrainingError
+from loraweave.extend import ExpertModel, Feed, located, takes, tracked
+from loraweave.extensions.tensor_rows.losses import loss_identity as loss_identity
+
+LABELS, IMAGES, EMBEDDINGS = "labels", "pixel_values", "inputs_embeds"
+FORMS = (
+    "rows are {name: tensor, array, list or number}, one example each without a batch dimension, with the inputs of the "
+    "model by their names, 'labels', and 'task' where known"
+)
+
+Loss = Callable[[Any, Mapping[str, Any]], Tensor]
+
+
+def feed_of(model: ExpertModel, dataset: Any, loss: Loss | None, *, is_text: bool, digests: bool) -> TensorFeed | None:
+    """Return the feed of a dataset whose rows are read as tensors; None for rows of token ids or texts.
+
+    Tensors are for a loss of the caller's own, for a model that is not a language model (`is_text`), and for a row that has
+    more than tokens, such as an image.
+    """
+    if loss is not None or not is_text or _has_more_than_tokens(dataset, model.base_model):
+        return TensorFeed(model, loss, counts_rows=loss is not None or not is_text, digests=digests)
+    return None
+
+
+def _has_more_than_tokens(dataset: Any, model: nn.Module) -> bool:
+    part: Any = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
+    # a new iteration begins at the first row of what is numbered, and spends what is not
+    row = next((row for _, row in located(part)), None) if _is_numbered(part) or hasattr(part, "columns") else None
+    if not isinstance(row, Mapping):
+        return False
+    arrays = {name: value for name, value in row.items() if hasattr(value, "dtype")}
+    return any(takes(model, name) and torch.as_tensor(value).is_floating_point() for name, value in arrays.items())
+
+
+def _is_numbered(rows: Any) -> bool:
+    """Return whether rows[number] is a row; in a data frame it would be a column."""
+    if isinstance(rows, str) or hasattr(rows, "columns"):
+        return False
+    return hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """A row by its place in what the caller gave, from where it is read whenever a step has it.
+
+    `task_key` is not among its columns; `expert` is the place of its task, or -1; `digest` is of its values, where asked.
+    """
+
+    source: Sequence[Any]
+    place: int
+    task_key: str
+    expert: int
+    digest: str
+
+    def __len__(self) -> int:
+        return 1
+
+    def identity(self) -> list[Any]:
+        """Return the row's digest and owner, as JSON."""
+        return [self.digest, self.expert]
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return the row's tensors by name."""
+        return _columns(self.source[self.place], self.task_key, f"row {self.place + 1}")
+
+
+class TensorFeed(Feed):
+    """A feed of stacked rows; the loss is the base's own for `labels`, or `loss(output, columns)`.
+
+    With `counts_rows` each row counts alike, with `digests` rows have digests of their values.
+    """
+
+    def __init__(self, model: ExpertModel, loss: Loss | None, *, counts_rows: bool, digests: bool) -> None:
+        super().__init__(model)
+        self._loss, self._digests, self.counts_rows = loss, digests, counts_rows
+        self._taken = list(inspect.signature(model.base_model.forward).parameters)
+
+    def read(self, dataset: Any, owners: Any, what: str = "dataset") -> list[TensorRow]:
+        """Return the rows of a dataset, all of one shape in each column.
+
+        Raises InvalidTask for data of another form, UnknownName for an unknown task.
+        """
+        rows: list[TensorRow] = []
+        first: tuple[str, dict[str, Tensor]] | None = None
+        for part, owner, given in owners.parts(dataset, what):
+            source = _source(given, part)
+            for place in tracked(range(len(source)), f"read {part}", total=len(source)):
+                where, row = f"row {place + 1} of {part}", source[place]
+                columns = _columns(row, owners.key, where)
+                self._require(columns, where)
+                first = first or (where, columns)
+                _require_alike(columns, where, *first)
+                digest = _digest(columns) if self._digests else ""
+                rows.append(TensorRow(source, place, owners.key, owners.of_row(row, owner, where), digest))
+        if not rows:
+            raise InvalidTask(f"{what} is empty: {FORMS}")
+        return rows
+
+    def _require(self, columns: Mapping[str, Tensor], where: str) -> None:
+        """Raise InvalidTask for a row that the model cannot take."""
+        base = self._model.base_model
+        # embeddings are in place of tokens
+        needed = [getattr(base, "main_input_name", "input_ids")] if EMBEDDINGS not in columns else []
+        needed += [LABELS] if self._loss is None else []
+        if missing := [name for name in needed if name not in columns]:
+            raise InvalidTask(f"{where} has no {missing[0]!r}, but {', '.join(map(repr, columns))}: {FORMS}")
+        if strange := [] if self._loss is not None else [name for name in columns if name not in self._taken]:
+            raise InvalidTask(
+                f"{where} has {strange[0]!r}, which {type(base).__name__} does not take; it takes {', '.join(self._taken)}. "
+                "What is for a loss of your own may have any name with loss=function(output, columns)"
+            )
+        if IMAGES in columns and not columns[IMAGES].is_floating_point():
+            raise InvalidTask(
+                f"{where} has pixel_values of {columns[IMAGES].dtype}: let the model's image processor make them"
+            )
+        if IMAGES in columns and columns[IMAGES].ndim == 4 and len(columns[IMAGES]) == 1:
+            shape = tuple(columns[IMAGES].shape)
+            raise InvalidTask(
+                f"{where} has pixel_values of shape {shape}, a batch of one: a row is the image alone, [0] of it"
+            )
+
+    def inputs_of(self, rows: Sequence[TensorRow]) -> dict[str, Any]:
+        """Return the batch of `Feed`; floating-point inputs of the model are in its precision."""
+        read = [row.columns() for row in rows]
+        stacked = {name: torch.stack([columns[name] for columns in read]) for name in read[0]}
+        dtype, device = next(self._model.base_model.parameters()).dtype, self._model.device
+        for name, value in stacked.items():
+            in_precision = value.is_floating_point() and name != LABELS and name in self._taken
+            stacked[name] = value.to(device, dtype if in_precision else None)
+        return {**stacked, "task": torch.tensor([row.expert for row in rows], device=device)}
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        columns = {name: value for name, value in inputs.items() if name != "task"}
+        task_B, tasks = inputs["task"], self._model.tasks
+        task = None if bool((task_B < 0).all()) else task_B
+        if self._loss is None:
+            return self._own_loss(model(**columns, task=task))
+        model_inputs = {name: value for name, value in columns.items() if name != LABELS and name in self._taken}
+        output = model(**model_inputs, task=task)
+        names = [tasks[place] if place >= 0 else None for place in task_B.tolist()]
+        loss = self._loss(output, {**columns, "task": names})
+        if not isinstance(loss, Tensor) or loss.ndim or (torch.is_grad_enabled() and not loss.requires_grad):
+            shown = f"a tensor of shape {tuple(loss.shape)}" if getattr(loss, "ndim", 0) else f"{loss!r:.60}"
+            raise TrainingError(f"loss() gave {shown}; it must be one number of a tensor that came from the output")
+        return output, loss
+
+    def size(self, inputs: Mapping[str, Any]) -> int:
+        return len(inputs["task"])
+
+
+def _source(given: Any, where: str) -> Sequence[Any]:
+    """Return numbered rows of one part of a dataset. Raises InvalidTask for what is none, and for no rows."""
+    source = given.examples if isinstance(given, Task) else given
+    if isinstance(source, str | bytes) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
+        raise InvalidTask(f"{where} is {source!r:.80}, not rows: {FORMS}")
+    if isinstance(source, DataLoader):
+        raise InvalidTask(f"{where} is a DataLoader, whose batches are not rows: give its dataset")
+    numbered: Any = source if _is_numbered(source) else [row for _, row in located(source, of=where)]
+    if not len(numbered):
+        raise InvalidTask(f"{where} is empty: {FORMS}")
+    return numbered  # type: ignore[no-any-return]
+
+
+def _require_alike(columns: Mapping[str, Tensor], where: str, first: str, known: Mapping[str, Tensor]) -> None:
+    """Raise InvalidTask for a row that cannot be stacked with the first one, `known`."""
+    if odd := sorted(set(columns) ^ set(known)):
+        raise InvalidTask(f"{odd[0]!r} is in only one of {first} and {where}: all rows must have the same columns")
+    for column, value in columns.items():
+        other = known[column]
+        if value.shape != other.shape:
+            raise InvalidTask(
+                f"{column!r} of {where} has shape {tuple(value.shape)}, but {tuple(other.shape)} in {first}: "
+                "rows are stacked, so resize images, and pad texts to one length"
+            )
+        if value.dtype != other.dtype:
+            raise InvalidTask(
+                f"{column!r} of {where} is of {value.dtype}, but of {other.dtype} in {first}: rows are stacked, so give "
+                "all the same kind of numbers, such as 1.0 beside 0.5"
+            )
+
+
+def _columns(row: Any, task_key: str, where: str) -> dict[str, Tensor]:
+    if not isinstance(row, Mapping):
+        raise InvalidTask(f"{where} is {type(row).__name__}, no mapping: {FORMS}")
+    columns = {}
+    for name, value in row.items():
+        if name == task_key:
+            continue
+        try:
+            columns[name] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidTask(
+                f"{where} has {value!r:.60} as {name!r}, which cannot become a tensor ({error}): {FORMS}. Images are made "
+                "tensors by the model's image processor"
+            ) from error
+    return columns
+
+
+def _digest(columns: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(columns):
+        value = columns[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
