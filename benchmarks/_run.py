@@ -16,7 +16,7 @@ from rich.console import Console
 
 import loraweave as lw
 from loraweave.common.intervals import wilson
-from loraweave.demo import read_rows
+from loraweave.extensions.tour import read_rows
 from loraweave.hub.sources import adapter_folders
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,7 @@ import typer
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
 from loraweave.composer.model.scoring import losses
-from loraweave.demo import DemoTask, load_task
+from loraweave.extensions.tour import DemoTask, load_task
 from loraweave.hub.base import fast_dtype
 from loraweave.lowrank import algebra
 

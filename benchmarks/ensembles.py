@@ -29,8 +29,8 @@ import loraweave as lw
 from benchmarks._data import kept, known
 from benchmarks._run import Run, Table, interval, pairs
 from loraweave.composer.model.scoring import pad_prompts
-from loraweave.demo import load_task
 from loraweave.extensions.rewards import laplace
+from loraweave.extensions.tour import load_task
 
 NUM_RETRIEVED = 3
 NUM_SEEDS = 3

@@ -28,8 +28,8 @@ from benchmarks._data import kept, known
 from benchmarks._run import RESAMPLES, Run, Table, interval
 from benchmarks._timing import Way, compare
 from loraweave.composer.compose.loss import ExampleLoss
-from loraweave.demo import DemoTask, load_task
 from loraweave.extensions.reranking import rerank
+from loraweave.extensions.tour import DemoTask, load_task
 
 KS = (1, 3, 5, 10)
 SHORT_LIST = 10

@@ -34,8 +34,8 @@ from benchmarks._run import Run, Table
 from benchmarks._timing import Gate, Way, compare, require
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.batches import IGNORED, batch, encode, token_losses
-from loraweave.demo import load_task
 from loraweave.extensions.routers.routers.lorahub_original import LorahubOriginal
+from loraweave.extensions.tour import load_task
 
 BOUND = 1.5
 # candidates whose losses in two dtypes are ranked

@@ -51,8 +51,8 @@ from loraweave.composer.compose.candidates import in_context_adapter as in_conte
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.scoring import Score, evaluate, predict
 from loraweave.composer.programs.program import Program
-from loraweave.demo import DemoTask, load_task
 from loraweave.extensions.routers.routers.lorahub_original import LorahubOriginal
+from loraweave.extensions.tour import DemoTask, load_task
 from loraweave.hub.base import fast_dtype
 
 app = typer.Typer()

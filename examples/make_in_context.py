@@ -22,7 +22,7 @@ from tasks_by_rule import tasks_by_rule
 import loraweave as lw
 from loraweave.composer.compose.candidates import IN_CONTEXT
 from loraweave.composer.compose.refine import linear_targets
-from loraweave.demo import read_rows
+from loraweave.extensions.tour import read_rows
 
 SETTINGS: dict[str, Any] = {"steps": 400, "lr": 1e-3, "batch_size": 3, "rank": 8}
 # tasks that teach one skill on other texts are left out together

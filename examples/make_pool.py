@@ -22,7 +22,7 @@ from rich.table import Table
 
 import loraweave as lw
 from loraweave.composer.model.scoring import Score, evaluate
-from loraweave.demo import read_rows
+from loraweave.extensions.tour import read_rows
 
 SAMPLES = Path(__file__).parent / "samples.json"
 NUM_SAMPLES = 20

@@ -12,8 +12,7 @@ from loraweave.common.lazy import lazy
 _MODULES = {
     # entries of any registry, and their options
     "common.options": (
-        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of "
-        "require_known"
+        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of require_known"
     ),
     "registry": "brought get nearest traits traits_of",
     # merge methods
@@ -79,8 +78,9 @@ _MODULES = {
     "composer.fused.overwritten": "LayerLoss WeightWriter",
     "composer.live.experts": "watched",
     "composer.live.hook": "Activate LiveHook LiveModel MixedLayer Resolve Traced",
-    "composer.live.kernels._choice": "only_kernel",
+    "composer.live.kernels._choice": "only_kernel row_kernels",
     "composer.live.kernels._expert_product": "sort_by_expert",
+    "composer.live.kernels._native": "native_runs",
     "composer.live.kernels._parts": (
         "Cost Kernel Lend Part RowKernel RowSets Workload group_by_mixture group_rows own_precision place_of weigh_b"
     ),
@@ -100,7 +100,7 @@ _MODULES = {
     "composer.model.scoring": "encode_pairs in_chunks predict",
     "composer.model.text_rows": "padded_inputs text_rows",
     # compositions and formulas
-    "composer.compose.candidates": "experts_of",
+    "composer.compose.candidates": "experts_of in_context_adapter",
     "composer.compose.compose": "ComposeCall",
     "composer.compose.loss": "ExampleLoss",
     "composer.compose.user_loss": "make_objective",
@@ -119,7 +119,7 @@ _MODULES = {
     "composer.train.state": "load_adapter save_adapter",
     # hubs
     "hub": "compositions",
-    "hub.base": "EMBEDDED base_config base_id fingerprint require_model stored_base",
+    "hub.base": "EMBEDDED base_config base_id fast_dtype fingerprint require_model stored_base",
     "hub.base_reference": "base_loader",
     "hub.embedders._embedder": "Embedder embedder_of",
     "hub.intake.adding": "Addition",

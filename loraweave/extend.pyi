@@ -86,6 +86,7 @@ from loraweave.common.storage_errors import storage_errors as storage_errors
 from loraweave.common.storage_errors import without_credentials as without_credentials
 from loraweave.common.yaml_file import read_yaml as read_yaml
 from loraweave.composer.compose.candidates import experts_of as experts_of
+from loraweave.composer.compose.candidates import in_context_adapter as in_context_adapter
 from loraweave.composer.compose.compose import ComposeCall as ComposeCall
 from loraweave.composer.compose.loss import ExampleLoss as ExampleLoss
 from loraweave.composer.compose.objectives._row_sums import RowSums as RowSums
@@ -134,7 +135,9 @@ from loraweave.composer.live.hook import MixedLayer as MixedLayer
 from loraweave.composer.live.hook import Resolve as Resolve
 from loraweave.composer.live.hook import Traced as Traced
 from loraweave.composer.live.kernels._choice import only_kernel as only_kernel
+from loraweave.composer.live.kernels._choice import row_kernels as row_kernels
 from loraweave.composer.live.kernels._expert_product import sort_by_expert as sort_by_expert
+from loraweave.composer.live.kernels._native import native_runs as native_runs
 from loraweave.composer.live.kernels._parts import Cost as Cost
 from loraweave.composer.live.kernels._parts import Kernel as Kernel
 from loraweave.composer.live.kernels._parts import Lend as Lend
@@ -249,6 +252,7 @@ from loraweave.hub import compositions as compositions
 from loraweave.hub.base import EMBEDDED as EMBEDDED
 from loraweave.hub.base import base_config as base_config
 from loraweave.hub.base import base_id as base_id
+from loraweave.hub.base import fast_dtype as fast_dtype
 from loraweave.hub.base import fingerprint as fingerprint
 from loraweave.hub.base import require_model as require_model
 from loraweave.hub.base import stored_base as stored_base

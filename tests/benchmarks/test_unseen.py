@@ -13,7 +13,7 @@ from benchmarks import _data as store
 from benchmarks import _unseen_report as report
 from benchmarks import unseen as ways
 from benchmarks._run import RESAMPLES
-from loraweave.demo import DemoTask
+from loraweave.extensions.tour import DemoTask
 
 RELATIONS = {"first": "near", "second": "compositional", "flat": "near"}
 # right answers of 10 items: (base, oracle, auto, lorahub_original, best_single, lora_examples)

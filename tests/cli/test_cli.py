@@ -17,7 +17,7 @@ from loraweave.cli import app
 from loraweave.cli._inputs import read_pool
 from loraweave.registry import EXTENSIONS
 
-COMMANDS = ["compose", "demo", "doctor", "eval", "export", "merge", "serve", "train"]
+COMMANDS = ["compose", "eval", "export", "merge", "serve", "train"]
 HUB_COMMANDS = ["add", "bind", "gc", "history", "list", "prune", "quarantine", "release", "remove", "rollback"]
 HUB_COMMANDS += ["search", "show", "train-encoder", "verify"]
 HUB_COMMANDS += ["compositions", "remove-composition", "save-composition", "write-composition"]

@@ -8,7 +8,7 @@ import pytest
 
 import loraweave as lw
 from loraweave.composer.compose.loss import ExampleLoss
-from loraweave.demo import load_task
+from loraweave.extensions.tour import load_task
 from loraweave.registry import get
 from loraweave.routers.searches.gradient import Gradient
 from loraweave.routers.searches.lorahub import Lorahub

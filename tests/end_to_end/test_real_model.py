@@ -13,7 +13,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.model.scoring import evaluate
-from loraweave.demo import load_task, read_rows
+from loraweave.extensions.tour import load_task, read_rows
 from loraweave.hub.base import fingerprint
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

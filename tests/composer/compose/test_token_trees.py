@@ -14,7 +14,7 @@ import loraweave as lw
 from loraweave.composer.compose.examples import in_turn, runs_trees, token_tree, tree_inputs
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, encode, mean_losses
-from loraweave.demo import load_task
+from loraweave.extensions.tour import load_task
 
 ROOT = Path(__file__).parents[3]
 

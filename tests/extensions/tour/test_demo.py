@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from loraweave import demo
 from loraweave.errors import AdapterNotFound, InvalidTask
+from loraweave.extensions.tour import demonstration as demo
 
-DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
+DATA = Path(__file__).resolve().parents[3] / "examples" / "data"
 
 
 def rows(name):
@@ -47,6 +47,6 @@ def test_a_task_whose_data_are_not_shipped_is_not_offered():
 
 
 def test_without_the_repository_the_demo_says_what_to_give(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "site-packages" / "loraweave" / "demo.py"))
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "loraweave" / "extensions" / "tour" / "demonstration.py"))
     with pytest.raises(AdapterNotFound, match="--pool"):
         demo.run(pool=None, data=DATA, task="rhyme", k=3, budget=3, seed=0, num_test=1, as_json=False)

@@ -8,7 +8,7 @@ import pytest
 from command_line import call
 
 import loraweave.registry as registry
-from loraweave.cli.doctor import EXTRAS
+from loraweave.extensions.tour.commands import EXTRAS
 
 
 def test_every_extra_of_the_package_has_a_purpose():
