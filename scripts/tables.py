@@ -55,6 +55,9 @@ Eight registries have no entries in the core:
 - `checks`: a function returns a check of all records for `Hub.verify(also=)`; the command line knows `signed_by`;
 - `catalogues` and `blobs`: stores of a hub's rows and files outside a folder, named for the scheme of the hub's URL.
 
+An index whose class has a number as `default_from` is taken by searches of this many adapters or more where none is named;
+of several it is the one with the largest number, and without any `flat`.
+
 These groups are not registries. An entry point of theirs names
 
 - `loraweave.commands`: a module with a `typer.Typer` called `app`, whose commands stand beside ours in the shell, or one
@@ -69,6 +72,8 @@ These groups are not registries. An entry point of theirs names
   knows it by ([tensor_rows](extensions/tensor_rows.md));
 - `loraweave.step_memory`: a module whose `EstimatedMemory(model, tokenizer, job, allowed, share=)` is the `StepMemory` of a
   training ([training_at_scale](extensions/training_at_scale.md));
+- `loraweave.index_files`: a module that keeps search indexes of large hubs in files, by `load`, `save` and `problems`
+  (`IndexFiles` in `hub/search/keys.py`; [large hubs](extensions/large_hubs.md));
 - `loraweave.harness`: a module whose `evaluate_harness` scores for `loraweave eval --harness`
   ([study](extensions/study.md));
 - `loraweave.panel`: a module whose `panel(engine, prompt, router, max_new_tokens=, title=)` draws a router's weights for the

@@ -15,10 +15,9 @@ from loraweave.common.chat import Prompt
 from loraweave.composer.live.fitting import misfit
 from loraweave.errors import BaseModelMismatch, EmptyIndex, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_key
+from loraweave.hub.base import base_key, says_nothing
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
-from loraweave.hub.same_base import says_nothing
 from loraweave.retrieval.retriever import Retriever
 from loraweave.types import BaseKey, Candidate, Task
 

@@ -16,10 +16,9 @@ from loraweave.composer.compose.report import Report, ReportRow
 from loraweave.composer.composer import Composer
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_id, base_key, fingerprint, require_model
+from loraweave.hub.base import base_id, base_key, fingerprint, require_model, warn_unverified
 from loraweave.hub.formats._files import read_bytes
 from loraweave.hub.pool import ExpertPool
-from loraweave.hub.same_base import warn_unverified
 from loraweave.types import BaseKey, Fingerprint, Task
 
 FORMAT, FORMAT_WITH_ROUTER = 2, 3

@@ -24,10 +24,8 @@ from loraweave.composer.model.kinds import embedding, linear
 from loraweave.composer.model.layers import OVERWRITTEN, TargetLayer, bind, require_values, row_sums, target_layer
 from loraweave.errors import AdapterUnsupported, AlreadyActive, BaseModelMismatch, CompositionError, LayerMismatch
 from loraweave.hub.adapter import Adapter, Form
-from loraweave.hub.base import base_key, fingerprint, require_model
-from loraweave.hub.parts import Parts
+from loraweave.hub.base import Parts, base_key, fingerprint, require_model, require_same_base, warn_unverified
 from loraweave.hub.pool import ExpertPool, OnDemand, require_no_heads
-from loraweave.hub.same_base import require_same_base, warn_unverified
 from loraweave.types import BaseKey, Factors
 
 

@@ -43,7 +43,7 @@ from loraweave.composer.live.token_weights import TokenWeights
 from loraweave.composer.model.kinds import by_row, conv, linear
 from loraweave.composer.model.layers import TargetLayer, is_floating
 from loraweave.errors import CompositionError, ScopeError, WeightingError
-from loraweave.hub.parts import Parts
+from loraweave.hub.base import Parts
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import threading
@@ -14,7 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraweave import (
     Adapter,
@@ -22,6 +27,7 @@ from loraweave import (
     AdapterNotFound,
     AdapterUnsupported,
     BaseKey,
+    Fingerprint,
     Formula,
     Hub,
     HubLocked,
@@ -37,6 +43,8 @@ from loraweave.extend import (
     leaves,
     read_card,
     require_same_base,
+    rounded_samples,
+    sampled_places,
     says_nothing,
     sync,
     text_digest,
@@ -295,3 +303,33 @@ class Folders:
 
 def _size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def stored_base(model: str) -> tuple[BaseKey, dict[str, tuple[int, ...]]]:
+    """Return the `base_key` of a causal model in a local folder or the model hub's cache, and its parameters' shapes.
+
+    The model is not loaded: only the sampled weights are read. Without the files on this machine the key has no fingerprint,
+    and there are no shapes; it has no samples if they are not safetensors of floating point by the parameters' names.
+    """
+    try:
+        folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s cannot be read to compare it with the bases of adapters: %s", model, error)
+        return BaseKey(model), {}
+    own_print, places = sampled_places(dict(empty.named_parameters()))
+    read: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name, where in places:
+                if name in opened.keys():  # noqa: SIM118
+                    stored = opened.get_slice(name)
+                    columns = math.prod(stored.get_shape()[1:])
+                    pairs = zip(where // columns, where % columns, strict=True)
+                    read[name] = torch.stack([stored[row : row + 1].reshape(-1)[at] for row, at in pairs])
+    known = [read.get(name) for name, _ in places]
+    samples = rounded_samples([sampled for sampled in known if sampled is not None and sampled.is_floating_point()])
+    complete = len(samples) == sum(len(where) for _, where in places)
+    key = BaseKey(model, None, Fingerprint(own_print.shapes, samples if complete else ()))
+    return key, {name: tuple(parameter.shape) for name, parameter in empty.named_parameters(remove_duplicate=False)}

@@ -216,8 +216,8 @@ def _settings() -> tuple[str, dict[str, float]]:
 
 def _folders(server: Any, model: str) -> Any:
     from loraweave import Hub
-    from loraweave.extend import cache_folder, stored_base
-    from loraweave.extensions.engines.folders import Folders
+    from loraweave.extend import cache_folder
+    from loraweave.extensions.engines.folders import Folders, stored_base
 
     hub, limits = _settings()
     base, shapes = stored_base(model)

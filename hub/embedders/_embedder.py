@@ -72,8 +72,9 @@ def embed_checked(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
 def embed_in_batches(
     texts: Sequence[str], encode: Callable[[list[str]], np.ndarray], dim: int, batch_texts: int, dtype: type = np.float32
 ) -> np.ndarray:
-    """Return the row of `encode` for each text (N, dim), from batches of `batch_texts`; equal texts get equal rows."""
+    """Return the row of `encode` for each text (N, dim), as `readable` leaves it, by batches; equal texts get equal rows."""
     # each distinct text once: padding in another batch would change its last bits, and ties would not be ties
+    texts = [readable(text) for text in texts]
     distinct = list(dict.fromkeys(texts))
     # texts of like length share a batch, so that little of it is padding
     order = sorted(range(len(distinct)), key=lambda row: (len(distinct[row]), distinct[row]))

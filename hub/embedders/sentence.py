@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraweave.errors import PackageMissing, RetrievalError
-from loraweave.hub.embedders._embedder import embed_in_batches, readable
+from loraweave.hub.embedders._embedder import embed_in_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ class Sentence:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return embeddings (N, dim), fp32, unit norm; equal texts get equal rows."""
-        prompts = [self.instruction + readable(text) for text in texts]
+        prompts = [self.instruction + text for text in texts]
         return embed_in_batches(prompts, partial(_encode, self.files), self.dim, BATCH_TEXTS)
 
 

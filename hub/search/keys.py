@@ -1,23 +1,33 @@
-"""An adapter's search key: the texts that are embedded for it, and the workers that embed many.
+"""The search keys of a hub's adapters: the texts that are embedded for one, and all of them, searchable.
 
-As in LoraRetriever (Zhao et al. 2024) it is the mean embedding of sample inputs. Unlike there, keys are scaled to unit norm:
-the norm of a mean grows with how alike the samples are, so that it would favour narrow adapters (recall@1 on the pool's
-training inputs .49 without, .58 with).
+As in LoraRetriever (Zhao et al. 2024) a key is the mean embedding of sample inputs. Unlike there, keys are scaled to unit
+norm: the norm of a mean grows with how alike the samples are, so that it would favour narrow adapters (recall@1 on the
+pool's training inputs .49 without, .58 with).
+
+`Keys` are immutable values: a change makes a new value that shares the rest. They lie in segments, the oldest and largest
+first. Changed keys become a small segment, and the rows they replace are masked in theirs; segments of like size are joined,
+so that n changes cost n log n and leave log n segments. When the small ones are a large share of all, all become one segment
+again, which an extension may save as a file for several processes to map.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from importlib import import_module
 from json.encoder import encode_basestring_ascii
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from loraweave.common.names import text_digest
 from loraweave.hub.embedders._embedder import embed_checked, embedder_of, unit
+from loraweave.hub.indexes.flat import Choice, Index
 from loraweave.hub.tables.rows import Said
+from loraweave.registry import brought
 from loraweave.types import Record
 
 # The description's share of a key: the largest that does not worsen queries by inputs on the pool's training rows. Queries
@@ -108,3 +118,161 @@ def _keys_by(given: Any, records: Sequence[Spoken]) -> list[np.ndarray]:
 
 
 _embedder_named = lru_cache(maxsize=1)(embedder_of)
+
+
+# above this share, and this number, of small segments' and masked rows all segments become one
+MAX_LATE_SHARE = 0.1
+MAX_LATE = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Keys by ascending seq. `alive_N` is False for rows changed or removed since; None for no such rows."""
+
+    seqs_N: np.ndarray
+    index: Index
+    alive_N: np.ndarray | None = None
+
+    @property
+    def keys_ND(self) -> np.ndarray:
+        return self.index.arrays()["vectors"]
+
+    @property
+    def num_alive(self) -> int:
+        return len(self.seqs_N) if self.alive_N is None else int(self.alive_N.sum())
+
+    def without(self, seqs_M: np.ndarray) -> Segment:
+        """Return the segment with these seqs masked."""
+        rows_M = self.rows(seqs_M)
+        if not len(rows_M):
+            return self
+        alive_N = np.ones(len(self.seqs_N), bool) if self.alive_N is None else self.alive_N.copy()
+        alive_N[rows_M] = False
+        return replace(self, alive_N=alive_N)
+
+    def rows(self, seqs_M: np.ndarray) -> np.ndarray:
+        """Return the rows of those of the seqs that are in this segment."""
+        at_M = np.searchsorted(self.seqs_N, seqs_M)
+        inside = at_M < len(self.seqs_N)
+        at_M = at_M[inside]
+        rows_R: np.ndarray = at_M[self.seqs_N[at_M] == seqs_M[inside]]
+        return rows_R
+
+
+@dataclass(frozen=True, eq=False)
+class Hits:
+    """The hits of one query: scores descending, the seqs, and the keys; ties by seq."""
+
+    scores_K: np.ndarray
+    seqs_K: np.ndarray
+    keys_KD: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """All keys of a hub as of one generation."""
+
+    dim: int
+    choice: Choice
+    segments: tuple[Segment, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(segment.num_alive for segment in self.segments)
+
+    @property
+    def num_late(self) -> int:
+        """The number of rows that a search reads beyond one unmasked segment: those of later segments, and masked ones."""
+        masked = sum(len(segment.seqs_N) - segment.num_alive for segment in self.segments)
+        return masked + sum(len(segment.seqs_N) for segment in self.segments[1:])
+
+    def changed(self, seqs_M: np.ndarray, new_seqs_N: np.ndarray, new_keys_ND: np.ndarray) -> Keys:
+        """Return the keys without those of `seqs_M`, and with the new ones, whose seqs ascend."""
+        if not len(seqs_M) and not len(new_seqs_N):
+            return self
+        gone_M = np.union1d(seqs_M, new_seqs_N)
+        segments = [segment.without(gone_M) for segment in self.segments]
+        if len(new_seqs_N):
+            segments.append(self._segment(new_seqs_N, new_keys_ND))
+        kept = replace(self, segments=tuple(segment for segment in segments if segment.num_alive))
+        if kept.num_late > max(MAX_LATE, MAX_LATE_SHARE * len(kept)):
+            return kept.joined()
+        # the first is not joined here: it is large, and may be a mapped file
+        late = list(kept.segments)
+        while len(late) > 2 and len(late[-2].seqs_N) <= 2 * len(late[-1].seqs_N):
+            late[-2:] = self._join(late[-2:])
+        return replace(kept, segments=tuple(late))
+
+    def joined(self) -> Keys:
+        """Return the same keys as one segment."""
+        return replace(self, segments=tuple(self._join(self.segments)))
+
+    def search(self, query_QD: np.ndarray, k: int, allowed_seqs: np.ndarray | None = None) -> list[Hits]:
+        """Return for each query the k best of all keys, or of those with the ascending `allowed_seqs`."""
+        parts = []
+        for segment in self.segments:
+            mask_N = segment.alive_N
+            if allowed_seqs is not None:
+                mask_N = np.zeros(len(segment.seqs_N), bool)
+                mask_N[segment.rows(allowed_seqs)] = True
+                mask_N = mask_N if segment.alive_N is None else mask_N & segment.alive_N
+            parts.append((segment, *segment.index.search(query_QD, k, allowed_N=mask_N)))
+        if not parts:
+            nothing = Hits(np.empty(0, np.float32), np.empty(0, np.int64), np.empty((0, self.dim), np.float32))
+            return [nothing] * len(query_QD)
+        scores_QK = np.concatenate([scores for _, scores, _ in parts], axis=1)
+        seqs_QK = np.concatenate([segment.seqs_N[at_QK] for segment, _, at_QK in parts], axis=1)
+        keys_QKD = np.concatenate([segment.keys_ND[at_QK] for segment, _, at_QK in parts], axis=1)
+        if len(parts) == 1:
+            return [Hits(*arrays) for arrays in zip(scores_QK, seqs_QK, keys_QKD, strict=True)]
+        best_QK = np.lexsort((seqs_QK, -scores_QK), axis=1)[:, :k]
+        return [Hits(s[b], q[b], v[b]) for s, q, v, b in zip(scores_QK, seqs_QK, keys_QKD, best_QK, strict=True)]
+
+    def _join(self, segments: Sequence[Segment]) -> list[Segment]:
+        alive = [slice(None) if segment.alive_N is None else segment.alive_N for segment in segments]
+        seqs = np.concatenate([np.empty(0, np.int64), *(s.seqs_N[a] for s, a in zip(segments, alive, strict=True))])
+        if not len(seqs):
+            return []
+        keys = np.concatenate([s.keys_ND[a] for s, a in zip(segments, alive, strict=True)])
+        if (np.diff(seqs) < 0).any():
+            order = np.argsort(seqs)
+            seqs, keys = seqs[order], keys[order]
+        return [self._segment(seqs, keys)]
+
+    def _segment(self, seqs_N: np.ndarray, keys_ND: np.ndarray) -> Segment:
+        arrays: Mapping[str, np.ndarray] = {"vectors": np.ascontiguousarray(keys_ND, np.float32)}
+        return Segment(np.ascontiguousarray(seqs_N, np.int64), self.choice(len(seqs_N)).from_arrays(self.dim, arrays))
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """The identity of a saved index: the catalogue, its generation, the embedder of the keys, and the kind of index."""
+
+    identity: str
+    generation: int
+    embedder: str
+    index: str
+
+
+class IndexFiles(Protocol):
+    """What the file `index_files.py` of an extension has: files of large indexes, in the folder `index` of a place."""
+
+    def load(self, places: Sequence[Path], wanted: Stamp, dim: int, choice: Choice) -> tuple[Keys, Stamp] | None:
+        """Return the newest saved keys of the embedder and index that are wanted, mapped, and their stamp, or None."""
+
+    def save(self, place: Path, stamp: Stamp, keys: Keys) -> Keys | None:
+        """Save keys of one segment and return them mapped; None for keys that are too few or cannot be saved."""
+
+    def problems(self, place: Path) -> Iterator[str]:
+        """Yield a sentence for each damaged file."""
+
+
+def index_files() -> list[IndexFiles]:
+    """Return what extensions and other packages bring to save large indexes."""
+    modules: list[Any] = [import_module(module) for module in brought("index_files").values()]
+    return modules
+
+
+def problems(place: Path) -> Iterator[str]:
+    """Yield a sentence for each damaged file of a search index of the hub in this folder."""
+    for files in index_files():
+        yield from files.problems(place)

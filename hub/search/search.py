@@ -1,8 +1,7 @@
 """Finding adapters by what they do: an index over their keys, and the reasons for a hit.
 
 The query is the embedding of the input at hand, the score its inner product with a key. The catalogue is the truth: the
-index follows its log of changes. A large index is saved as a file in the hub's index/, or in the cache if the hub is
-read-only, and the next process maps it.
+index follows its log of changes. An extension may save a large index as a file, which the next process maps.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from loraweave.common.checks import is_number
 from loraweave.common.process import lock_of
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterQuarantined, HubError, RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, embed_checked, embedder_of, excerpt
-from loraweave.hub.indexes._vectors import index_choice
+from loraweave.hub.indexes.flat import index_choice
 from loraweave.hub.listing import Listing
-from loraweave.hub.search.keys import Embed, digest_of, made_keys, texts_of
-from loraweave.hub.search.segments import MAX_LATE, MIN_SAVED, Hits, Keys, Stamp, load, places, save
+from loraweave.hub.search.keys import MAX_LATE, Embed, Hits, Keys, Stamp, digest_of, index_files, made_keys, texts_of
+from loraweave.hub.stores.open_stores import local_folder
 from loraweave.hub.stores.protocols import VectorSearch
 from loraweave.hub.tables.filtering import Filters
 from loraweave.hub.tables.rows import Said
@@ -103,8 +102,8 @@ class SearchIndex:
     """The searchable form of a hub. It follows the hub: each search sees what was added, changed or removed before it.
 
     `embedder` is a name of the registry, a folder that `train_encoder` wrote, or an object with `dim`, `id` and `embed`;
-    `index` is a name, or "auto": a database that ranks vectors itself, else exact search up to 200,000 adapters
-    (`faiss_half`, or `flat` without faiss), and `faiss_ivf` above. Raises UnknownName for other names.
+    `index` is a name, or "auto": a database that ranks vectors itself, else the index whose `default_from` the number of
+    adapters reaches, or `flat`. Raises UnknownName for other names.
     """
 
     def __init__(self, hub: Listing, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
@@ -245,27 +244,33 @@ class SearchIndex:
             return snapshot
         # threads that search first wait for one reading of the hub
         with self._lock:
-            return self._updated()
-
-    def _updated(self) -> _Snapshot:
-        snapshot = self._snapshot
-        if snapshot is None:
-            saved = [self._load(place) for place in places(self.hub.path, writable=self.hub.writable)]
-            opened = max(filter(None, saved), key=lambda one: one[1].generation, default=None)
-            snapshot = _Snapshot(opened[1].identity, opened[1].generation, opened[0], {}) if opened else self._empty()
-            snapshot = self._follow(snapshot)
-            if snapshot.keys.num_late > MAX_LATE:
-                # joined, so that the next process can map all of it
-                snapshot = replace(snapshot, keys=snapshot.keys.joined())
-        elif snapshot.generation == self.hub.generation:
-            return snapshot
-        else:
-            snapshot = self._follow(snapshot)
-        self._snapshot = snapshot = self._save(snapshot)
+            snapshot = self._snapshot
+            if snapshot is None:
+                snapshot = self._follow(self._saved())
+                if snapshot.keys.num_late > MAX_LATE:
+                    # joined, so that the next process can map all of it
+                    snapshot = replace(snapshot, keys=snapshot.keys.joined())
+            elif snapshot.generation != self.hub.generation:
+                snapshot = self._follow(snapshot)
+            else:
+                return snapshot
+            self._snapshot = snapshot = self._save(snapshot)
         return snapshot
 
-    def _load(self, place: Path) -> tuple[Keys, Stamp] | None:
-        return load(place, self.embedder.id, self._index, self.embedder.dim, self._choice)
+    @property
+    def _places(self) -> list[Path]:
+        """The folders where a file of the index may be, and is written, the last of them."""
+        # one that cannot be written may still have a file
+        return [self.hub.path] if self.hub.writable else [self.hub.path, local_folder(str(self.hub.path.absolute()))]
+
+    def _saved(self) -> _Snapshot:
+        wanted = Stamp("", 0, self.embedder.id, self._index)
+        for files in index_files():
+            opened = files.load(self._places, wanted, self.embedder.dim, self._choice)
+            if opened is not None:
+                keys, stamp = opened
+                return _Snapshot(stamp.identity, stamp.generation, keys, {})
+        return self._empty()
 
     def _empty(self) -> _Snapshot:
         return _Snapshot("", 0, Keys(self.embedder.dim, self._choice), {})
@@ -311,16 +316,13 @@ class SearchIndex:
         return _Snapshot(first.identity, first.generation, followed, records)
 
     def _save(self, snapshot: _Snapshot) -> _Snapshot:
-        """Return the snapshot with its keys mapped from a file, saved now if they are many and not mapped yet."""
-        keys = snapshot.keys
-        if len(keys.segments) != 1 or len(keys) < MIN_SAVED:
-            return snapshot
-        if not keys.segments[0].index.arrays()["vectors"].flags.writeable:
-            return snapshot
+        """Return the snapshot with its keys mapped from a file, if an extension saves them now."""
         stamp = Stamp(snapshot.identity, snapshot.generation, self.embedder.id, self._index)
-        place = places(self.hub.path, writable=self.hub.writable)[-1]
-        opened = self._load(place) if save(place, keys, stamp) else None
-        return replace(snapshot, keys=opened[0]) if opened and opened[1] == stamp else snapshot
+        for files in index_files() if len(snapshot.keys.segments) == 1 else ():
+            mapped = files.save(self._places[-1], stamp, snapshot.keys)
+            if mapped is not None:
+                return replace(snapshot, keys=mapped)
+        return snapshot
 
     def _fill(
         self, keys_ND: np.ndarray, present: Collection[tuple[Said, tuple[str, np.ndarray] | None]]

@@ -12,11 +12,12 @@ from tiny_hubs import adapter, flip, run_sql
 
 from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.hub import Hub
-from loraweave.hub.search import search
+from loraweave.hub.search import keys, search
 from loraweave.hub.stores import migrations
 
 # so that a hub of a few adapters has an index file too
-search.MIN_SAVED = 1
+for files in keys.index_files():
+    files.MIN_SAVED = 1
 
 NEXT_STEP = ("CREATE TABLE later (id INTEGER PRIMARY KEY)", "INSERT INTO later VALUES (1)")
 

@@ -336,6 +336,6 @@ def test_a_pipeline_of_texts_alone_has_no_parts_that_adapters_are_for():
 
 def test_where_nothing_reads_a_pipeline_it_is_refused_with_the_part_to_pass(monkeypatch):
     pipe = pipeline("sd1")
-    monkeypatch.setattr("loraweave.hub.parts.registry.names", lambda folder: [])
+    monkeypatch.setattr("loraweave.hub.base.registry.names", lambda folder: [])
     with pytest.raises(CompositionError, match=r"is none: pass its \.unet"):
         lw.Composer(pipe, [])

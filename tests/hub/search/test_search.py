@@ -232,7 +232,7 @@ def test_blank_sample_inputs_and_descriptions_count_as_none(tmp_path):
         assert found(SearchIndex(hub, embedder=Counts()), "word")[0].evidence == "name 'word' (1.00)"
 
 
-@pytest.mark.parametrize("index", ["flat", "faiss_flat", "auto"])
+@pytest.mark.parametrize("index", [*registry.names("indexes"), "auto"])
 def test_every_index_gives_the_same_candidates(hub, index):
     want = found(SearchIndex(hub, embedder=Counts(), index="flat"), "cat dog film")
     assert found(SearchIndex(hub, embedder=Counts(), index=index), "cat dog film") == want

@@ -1,67 +1,32 @@
-"""The search index follows the hub by what changed, and a large one is a file that is never believed blindly."""
+"""The search index follows the hub by what changed."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import tiny_hubs
 from counted_words import WORDS, Counts
-from tiny_hubs import flip, run_sql
+from searched_hubs import adapter, add_new, filled, names, reads
+from tiny_hubs import run_sql
 
 from loraweave.common.names import text_digest
 from loraweave.errors import HubCorrupt
 from loraweave.hub.hub import Hub
-from loraweave.hub.search import keys, segments
+from loraweave.hub.search import keys
 from loraweave.hub.search import search as search_module
 from loraweave.hub.search.search import SearchIndex
-from loraweave.hub.tables.filtering import Filters
 from loraweave.hub.tables.rows import Said
 from loraweave.hub.tables.vectors import CHANGED, read_changes
 from loraweave.types import BaseKey
 
 
-def adapter(name, seed=0):
-    return tiny_hubs.adapter(seed, name, base_model="base")
-
-
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(search_module, "MIN_SAVED", 1)
+def hub(tmp_path):
     with Hub(tmp_path / "hub") as opened:
-        for number, word in enumerate(WORDS):
-            opened.add(adapter(word, number), examples=[word], tags=["even"] if number % 2 == 0 else ["odd"])
-        yield opened
-
-
-def names(index, text, k=1, **filters):
-    return [hit.record.name for hit in index.hits(index.embed([text]), k, Filters(**filters))[0]]
-
-
-def files(hub):
-    return sorted((hub.path / "index").iterdir())
-
-
-def add_new(hub):
-    for number in range(3):
-        hub.add(adapter(f"new {number}", 9 + number), examples=["cat cat dog"])
-
-
-def reads(hub, monkeypatch):
-    """What the hub is asked for, as (since, number of changes)."""
-    asked, original = [], Hub.changes
-
-    def watched(self, embedder_id, **options):
-        changes = original(self, embedder_id, **options)
-        asked.append((options["since"], len(changes.page)))
-        return changes
-
-    monkeypatch.setattr(Hub, "changes", watched)
-    return asked
+        yield filled(opened)
 
 
 def test_only_what_changed_is_read_again(hub, monkeypatch):
@@ -119,125 +84,6 @@ def test_renamed_adapters_are_found_under_the_new_name_without_embedding_again(h
     assert embedder.seen == ["cat", "dog"]
 
 
-def test_another_process_maps_the_saved_index_and_reads_only_what_changed_since(hub, monkeypatch):
-    names(SearchIndex(hub, embedder=Counts()), "cat")
-    hub.remove("cat")
-    asked = reads(hub, monkeypatch)
-    with Hub(hub.path) as other:
-        index = SearchIndex(other, embedder=Counts())
-        assert names(index, "dog", k=9) == ["dog", "sum", "film", "word"]
-    assert asked[0][0] > 0
-    assert sum(number for _, number in asked) == 1
-
-
-def test_the_saved_index_is_one_file_for_an_embedder_and_a_kind_of_index(hub):
-    for options in ({}, {"index": "flat"}, {"embedder": Counts("others")}):
-        names(SearchIndex(hub, **({"embedder": Counts()} | options)), "cat")
-    assert len(files(hub)) == 3
-    hub.add(adapter("new", 9), examples=["cat cat dog"])
-    names(SearchIndex(hub, embedder=Counts()), "cat")
-    assert len(files(hub)) == 3
-
-
-def behind(data, mark, new):
-    """The data with `new` in place of what stands behind the mark."""
-    at = data.index(mark) + len(mark)
-    return data[:at] + new + data[at + len(new) :]
-
-
-DAMAGES = {
-    "cut": lambda data: data[:-9],
-    "flipped": lambda data: data[:-3] + bytes([data[-3] ^ 64]) + data[-2:],
-    "other format": lambda data: data.replace(b'\\"format\\": 1', b'\\"format\\": 9'),
-    "other size": lambda data: data.replace(b'\\"dim\\": 5', b'\\"dim\\": 6'),
-    "other catalogue": lambda data: behind(data, b'\\"identity\\": \\"', b"0" * 32),
-    "from the future": lambda data: behind(data, b'\\"generation\\": ', b"9"),
-    "missing": None,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_an_index_file_that_is_damaged_foreign_or_missing_is_made_again(hub, damage):
-    names(SearchIndex(hub, embedder=Counts()), "cat")
-    (path,) = files(hub)
-    before = path.read_bytes()
-    path.unlink()
-    if DAMAGES[damage] is not None:
-        path.write_bytes(damaged := DAMAGES[damage](before))
-        assert damaged != before
-    with Hub(hub.path) as other:
-        embedder = Counts()
-        index = SearchIndex(other, embedder=embedder)
-        assert [names(index, word)[0] for word in WORDS] == list(WORDS)
-        # of the stored vectors, not of the texts
-        assert embedder.seen == list(WORDS)
-    assert files(hub) == [path]
-    assert len(path.read_bytes()) == len(before)
-
-
-def test_verify_names_a_damaged_index_file(hub):
-    names(SearchIndex(hub, embedder=Counts()), "cat")
-    assert hub.verify().ok
-    (path,) = files(hub)
-    flip(path, -3)
-    (problem,) = hub.verify().problems
-    assert str(path) in problem
-    assert "made" not in problem.split(";")[0]
-
-
-def test_a_catalogue_put_back_from_a_copy_gets_its_own_index(hub, tmp_path):
-    names(SearchIndex(hub, embedder=Counts()), "cat")
-    hub.close()
-    shutil.copytree(hub.path, tmp_path / "copy")
-    with Hub(hub.path) as first:
-        for number in range(3):
-            first.add(adapter(f"more {number}", 20 + number), examples=["cat dog"])
-        search_module_names = names(SearchIndex(first, embedder=Counts()), "cat dog", k=3)
-    assert search_module_names == [f"more {number}" for number in range(3)]
-    shutil.rmtree(tmp_path / "copy" / "index")
-    shutil.copytree(hub.path / "index", tmp_path / "copy" / "index")
-    with Hub(tmp_path / "copy") as second:
-        # as many generations on, but with another content
-        while second.generation < 30:
-            second.update("cat", description=f"film {second.generation}")
-        assert set(names(SearchIndex(second, embedder=Counts()), "cat dog", k=9)) == set(WORDS)
-
-
-def test_the_index_of_a_read_only_hub_is_saved_in_the_cache_and_mapped_by_the_next_process(hub, monkeypatch):
-    monkeypatch.setattr(Hub, "writable", property(lambda self: False))
-    assert names(SearchIndex(hub, embedder=Counts()), "cat") == ["cat"]
-    assert not (hub.path / "index").exists()
-    asked = reads(hub, monkeypatch)
-    with Hub(hub.path) as other:
-        assert names(SearchIndex(other, embedder=Counts()), "dog") == ["dog"]
-    assert [(since > 0, number) for since, number in asked] == [(True, 0)]
-
-
-def test_a_read_only_hub_is_searched_by_the_newer_of_its_own_index_and_the_caches(hub, monkeypatch):
-    names(SearchIndex(hub, embedder=Counts()), "cat")
-    add_new(hub)
-    monkeypatch.setattr(search_module, "MAX_LATE", 2)
-    asked = reads(hub, monkeypatch)
-    with monkeypatch.context() as patch:
-        patch.setattr(Hub, "writable", property(lambda self: False))
-        for _ in range(2):
-            assert names(SearchIndex(hub, embedder=Counts()), "cat cat dog", k=3) == ["new 0", "new 1", "new 2"]
-    # the first follows three changes, the second nothing
-    assert sum(number for _, number in asked) == 3
-    assert len(files(hub)) == 1
-
-
-def test_a_process_that_follows_many_changes_saves_the_index_for_the_next(hub, monkeypatch):
-    names(SearchIndex(hub, embedder=Counts()), "cat")
-    add_new(hub)
-    monkeypatch.setattr(search_module, "MAX_LATE", 2)
-    asked = reads(hub, monkeypatch)
-    for _ in range(2):
-        with Hub(hub.path) as other:
-            assert names(SearchIndex(other, embedder=Counts()), "cat cat dog", k=3) == ["new 0", "new 1", "new 2"]
-    assert sum(number for _, number in asked) == 3
-
-
 @pytest.mark.parametrize("page", [1, 2, 4096])
 def test_keys_that_are_missing_on_several_pages_are_made_together_and_stored(hub, monkeypatch, page):
     hub.store_vectors("counts", [("dog", text_digest("of other texts"), np.ones(5))])
@@ -289,14 +135,6 @@ def test_rows_and_vectors_are_read_by_few_statements(hub):
     assert [change.said.name for change in changes.page][-1] == "a59"
     assert all(change.vector is not None for change in changes.page)
     assert len(statements) < 10
-
-
-def test_an_index_that_cannot_be_saved_is_used_from_memory(hub, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "no space left")
-
-    monkeypatch.setattr(segments, "write_arrays", full)
-    assert names(SearchIndex(hub, embedder=Counts()), "cat") == ["cat"]
 
 
 def test_filters_equal_a_choice_from_everything_ranked(hub, monkeypatch):

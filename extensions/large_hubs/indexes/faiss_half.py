@@ -7,9 +7,16 @@ from functools import partial
 
 import numpy as np
 
-from loraweave.hub.indexes._faiss import HalfScanners, import_faiss
-from loraweave.hub.indexes._vectors import HeldVectors, Ranking, exact_best, saved_array, scan_products
-from loraweave.hub.indexes.faiss_flat import MANY_QUERIES, SLACK, SPARE, largest_norm
+from loraweave.extend import Flat, saved_array
+from loraweave.extensions.large_hubs.indexes._faiss import (
+    HalfScanners,
+    Ranking,
+    exact_best,
+    from_keys,
+    import_faiss,
+    scan_products,
+)
+from loraweave.extensions.large_hubs.indexes.faiss_flat import MANY_QUERIES, SLACK, SPARE, largest_norm
 
 # how many rows are scored again: the k-th is then nearly always further from the last than fp16's rounding
 NUM_RESCORED = 50
@@ -21,7 +28,7 @@ _BLOCK_ROWS = 2**10
 _LARGEST = 65504.0
 
 
-class FaissHalf(HeldVectors):
+class FaissHalf(Flat):
     """Vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
 
     The results are the reference's: the distance of every row to its fp16 copy is bounded, which shows whether a row that
@@ -29,6 +36,7 @@ class FaissHalf(HeldVectors):
     """
 
     exact = True
+    default_from = from_keys(0)
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)

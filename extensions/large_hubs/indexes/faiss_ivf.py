@@ -9,9 +9,18 @@ from itertools import pairwise
 
 import numpy as np
 
-from loraweave.hub.indexes._faiss import HalfScanner, HalfScanners, import_faiss, least_effort
-from loraweave.hub.indexes._vectors import HeldVectors, Ranking, rescore, saved_array
-from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf, codes
+from loraweave.extend import Flat, saved_array
+from loraweave.extensions.large_hubs.indexes._faiss import (
+    BLOCK_ROWS,
+    HalfScanner,
+    HalfScanners,
+    Ranking,
+    from_keys,
+    import_faiss,
+    least_effort,
+    rescore,
+)
+from loraweave.extensions.large_hubs.indexes.faiss_half import NUM_RESCORED, FaissHalf, codes
 
 # below this a scan of everything is as fast, and exact
 MIN_CLUSTERED = 10_000
@@ -37,7 +46,7 @@ class _Lists:
     codes_ND: np.ndarray
 
 
-class FaissIvf(HeldVectors):
+class FaissIvf(Flat):
     """Vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
 
     Scores are exact, but a row in a list that was not searched is missed. How many lists it takes depends on the vectors, so
@@ -46,6 +55,8 @@ class FaissIvf(HeldVectors):
     """
 
     exact = False
+    # benchmarks/hub.py
+    default_from = from_keys(200_000)
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
@@ -137,8 +148,8 @@ class FaissIvf(HeldVectors):
         centres_CD = _gathered(_unit(self._vectors_ND[chosen]), count, rng)
         rows_N, starts = _by_list(nearest(self._vectors_ND, centres_CD), len(centres_CD))
         codes_ND = np.empty(self._vectors_ND.shape, np.float16)
-        for start in range(0, len(self), _BLOCK_ROWS):
-            part = slice(start, start + _BLOCK_ROWS)
+        for start in range(0, len(self), BLOCK_ROWS):
+            part = slice(start, start + BLOCK_ROWS)
             codes_ND[part] = codes(self._vectors_ND[rows_N[part]])
         made = _Lists(1.0, centres_CD.astype(np.float32), starts, rows_N, codes_ND)
         self._all, self._lists = None, made
@@ -149,7 +160,6 @@ class FaissIvf(HeldVectors):
 # this few vectors per centre place it nearly as well as all, at a fraction of the work
 _SAMPLES_PER_CENTRE = 32
 _NUM_ROUNDS = 6
-_BLOCK_ROWS = 4096
 
 # this many centres or more are searched in groups; there are as many groups as the square root of the centres
 _MANY_CENTRES = 400
@@ -199,8 +209,8 @@ def _grouped(centres_CD: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
             if not len(members_M):
                 continue
             centres_MD = centres_CD[members_M]
-            for start in range(begin, end, _BLOCK_ROWS):
-                rows_B = rows_N[start : min(end, start + _BLOCK_ROWS)]
+            for start in range(begin, end, BLOCK_ROWS):
+                rows_B = rows_N[start : min(end, start + BLOCK_ROWS)]
                 found_N[rows_B] = members_M[(vectors_ND[rows_B] @ centres_MD.T).argmax(axis=1)]
         return found_N
 
@@ -216,8 +226,8 @@ def _by_list(list_N: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 def nearest_of_all(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
     """Return the centre with the largest inner product for each vector (N,)."""
     found_N = np.empty(len(vectors_ND), np.int64)
-    for start in range(0, len(vectors_ND), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
+    for start in range(0, len(vectors_ND), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
         found_N[part] = (vectors_ND[part] @ centres_CD.T).argmax(axis=1)
     return found_N
 

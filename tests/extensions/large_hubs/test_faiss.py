@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 
 from loraweave.errors import PackageMissing
-from loraweave.hub.indexes import faiss_hnsw, faiss_ivf
-from loraweave.hub.indexes.faiss_flat import FaissFlat
-from loraweave.hub.indexes.faiss_half import FaissHalf
-from loraweave.hub.indexes.faiss_hnsw import FaissHnsw
-from loraweave.hub.indexes.faiss_ivf import FaissIvf
-from loraweave.hub.indexes.flat import Flat
+from loraweave.extensions.large_hubs import FaissFlat, FaissHalf, FaissHnsw, FaissIvf
+from loraweave.extensions.large_hubs.indexes import _faiss, faiss_hnsw, faiss_ivf
+from loraweave.hub.indexes.flat import Flat, index_choice
 
 
 def test_without_faiss_the_message_has_the_install_command(monkeypatch):
@@ -23,6 +20,17 @@ def test_without_faiss_the_message_has_the_install_command(monkeypatch):
 
 
 pytest.importorskip("faiss")
+
+
+@pytest.mark.parametrize(("count", "kind"), [(1, FaissHalf), (199_999, FaissHalf), (200_000, FaissIvf), (10**7, FaissIvf)])
+def test_the_index_taken_where_none_is_named_is_exact_up_to_200_000_keys(count, kind):
+    assert index_choice("auto")(count) is kind
+
+
+def test_without_faiss_no_index_of_it_is_taken_where_none_is_named(monkeypatch):
+    monkeypatch.setattr(_faiss.importlib.util, "find_spec", lambda name: None)
+    assert _faiss.from_keys(200_000) is None
+
 
 exact = pytest.mark.parametrize("kind", [FaissFlat, FaissHalf])
 approximate = pytest.mark.parametrize("kind", [FaissIvf, FaissHnsw])

@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.common.names import text_digest
-from loraweave.hub.base import fingerprint, load_base
-from loraweave.hub.embedders._embedder import embed_in_batches, readable
-from loraweave.registry import traits
+import loraweave as lw
+from loraweave.extend import embed_in_batches, fingerprint, text_digest, traits
 
 MAX_TOKENS = 256
 BATCH_TEXTS = 16
@@ -49,7 +47,7 @@ class HiddenState:
     def _load(self) -> tuple[Any, Any]:
         model, tokenizer = self._given
         if model is None or tokenizer is None:
-            model, tokenizer = load_base(self.base_model)
+            model, tokenizer = lw.load_base(self.base_model)
         return model, tokenizer
 
     @property
@@ -64,7 +62,7 @@ class HiddenState:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return embeddings (N, hidden size), fp32, unit norm; equal texts get equal rows."""
-        rows_ND = self._means([readable(text) for text in texts]) - self._common_D
+        rows_ND = self._means(texts) - self._common_D
         norms_N1 = np.linalg.norm(rows_ND, axis=1, keepdims=True)
         unit_ND: np.ndarray = (rows_ND / np.where(norms_N1 == 0, 1.0, norms_N1)).astype(np.float32)
         return unit_ND

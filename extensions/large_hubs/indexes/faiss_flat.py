@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.hub.indexes._faiss import import_faiss, scan_vectors
-from loraweave.hub.indexes._vectors import HeldVectors, Ranking, exact_best, scan_products
+from loraweave.extend import Flat
+from loraweave.extensions.large_hubs.indexes._faiss import Ranking, exact_best, import_faiss, scan_products, selector
 
 # how far an fp32 product of unit vectors can be from the rounded float64 score, with a margin
 SLACK = 1e-5
@@ -19,7 +19,7 @@ MANY_QUERIES = 8
 SPARE = 6
 
 
-class FaissFlat(HeldVectors):
+class FaissFlat(Flat):
     """Vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
 
     faiss leaves the order of ties open and its fp32 products depend on the kernel. So it only narrows the choice: rows near
@@ -42,7 +42,7 @@ class FaissFlat(HeldVectors):
         def scan(some_QD: np.ndarray, num: int) -> Ranking:
             if len(some_QD) >= MANY_QUERIES:
                 return scan_products(self._vectors_ND, mask_N, some_QD, num)
-            return scan_vectors(self._faiss, self._vectors_ND, mask_N, some_QD, num)
+            return _scan_vectors(self._faiss, self._vectors_ND, mask_N, some_QD, num)
 
         return exact_best(scan, query_QD, self._vectors_ND, k, k + SPARE, slack_Q)
 
@@ -51,3 +51,24 @@ def largest_norm(vectors_ND: np.ndarray) -> float:
     """Return the largest norm of a row, at least 1."""
     # row sums of squares without a copy of the array, which may be a mapped file larger than the memory
     return float(np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND).max(initial=1.0)))
+
+
+def _scan_vectors(
+    faiss: Any, vectors_ND: np.ndarray, allowed_N: np.ndarray | None, query_QD: np.ndarray, num: int
+) -> Ranking:
+    """Return the `num` largest fp32 products of each query, and their rows."""
+    num = min(num, len(vectors_ND) if allowed_N is None else int(allowed_N.sum()))
+    scores_QR = np.empty((len(query_QD), num), np.float32)
+    rows_QR = np.empty((len(query_QD), num), np.int64)
+    faiss.knn_inner_product(
+        faiss.swig_ptr(query_QD),
+        faiss.swig_ptr(vectors_ND),
+        vectors_ND.shape[1],
+        len(query_QD),
+        len(vectors_ND),
+        num,
+        faiss.swig_ptr(scores_QR),
+        faiss.swig_ptr(rows_QR),
+        None if allowed_N is None else selector(faiss, allowed_N),
+    )
+    return scores_QR, rows_QR

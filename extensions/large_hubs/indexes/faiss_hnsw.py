@@ -7,9 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.hub.indexes._faiss import import_faiss, least_effort, selector
-from loraweave.hub.indexes._vectors import HeldVectors, Ranking, rescore, saved_array, scan_products
-from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf
+from loraweave.extend import Flat, saved_array
+from loraweave.extensions.large_hubs.indexes._faiss import (
+    Ranking,
+    import_faiss,
+    least_effort,
+    rescore,
+    scan_products,
+    selector,
+)
+from loraweave.extensions.large_hubs.indexes.faiss_half import NUM_RESCORED, FaissHalf
 
 # below this a scan of everything is as fast, and exact
 MIN_LINKED = 10_000
@@ -24,7 +31,7 @@ _EFFORTS = (64, 128, 256, 512, 1024)
 _MANY_WANTED = 500
 
 
-class FaissHnsw(HeldVectors):
+class FaissHnsw(Flat):
     """Vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
 
     Scores are exact, but a row that the walk does not reach is missed. How far it has to go is measured on a hundred of the

@@ -1,0 +1,20 @@
+"""How is a hub of many thousand adapters searched fast? By indexes on faiss, in files that several processes map.
+
+Searches take both by themselves: without a name for the index `faiss_half`, whose results are exact, and from 200,000
+adapters on `faiss_ivf`; from 1,000 on the index is a file. It needs faiss (`faiss-cpu`).
+"""
+
+from typing import TYPE_CHECKING
+
+from loraweave.extend import lazy
+
+if TYPE_CHECKING:
+    from loraweave.extensions.large_hubs.indexes.faiss_flat import FaissFlat
+    from loraweave.extensions.large_hubs.indexes.faiss_half import FaissHalf
+    from loraweave.extensions.large_hubs.indexes.faiss_hnsw import FaissHnsw
+    from loraweave.extensions.large_hubs.indexes.faiss_ivf import FaissIvf
+else:
+    _CLASSES = {"flat": "FaissFlat", "half": "FaissHalf", "hnsw": "FaissHnsw", "ivf": "FaissIvf"}
+    __getattr__ = lazy(__name__, {f"{__name__}.indexes.faiss_{kind}": name for kind, name in _CLASSES.items()})
+
+__all__ = ["FaissFlat", "FaissHalf", "FaissHnsw", "FaissIvf"]
