@@ -18,9 +18,9 @@ import numpy as np
 import typer
 
 from benchmarks._run import Run, Table, console, pairs
+from loraweave.extensions.retrieval_keys import train_encoder
 from loraweave.hub.embedders._embedder import unit
 from loraweave.hub.embedders.sentence import Sentence
-from loraweave.retrieval.training import train_encoder
 
 KS = (1, 3, 5)
 INPUTS_PER_KEY = 20

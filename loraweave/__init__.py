@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from loraweave.hub.hub import Hub
     from loraweave.hub.pool import ExpertPool
     from loraweave.retrieval.retriever import Retriever
-    from loraweave.retrieval.training import train_encoder
     from loraweave.routers.tokens._saved import router
     from loraweave.routers.weights import MixtureWeights
 
@@ -83,7 +82,6 @@ _MODULES = {
     "routers.tokens._saved": "router",
     "composer.train.adapters": "train_adapters",
     "composer.experts.together": "train_experts",
-    "retrieval.training": "train_encoder",
     "hub.conversion": "extract to_lora",
 }
 _LAZY = {name: f"loraweave.{module}" for module, held in _MODULES.items() for name in held.split()}
@@ -166,7 +164,6 @@ __all__ = [
     "router",
     "to_lora",
     "train_adapters",
-    "train_encoder",
     "train_experts",
     "twin_merging",
 ]

@@ -12,7 +12,7 @@ from loraweave.common.lazy import lazy
 _MODULES = {
     # entries of any registry, and their options
     "common.options": (
-        "Count Declared Fraction NonNegative Positive Range Rate Seed Share Whole check_options options_of require_known"
+        "Count Declared Fraction NonNegative Positive Range Rate Share Whole check_options options_of require_known"
     ),
     "registry": "brought get nearest traits traits_of",
     # merge methods
@@ -41,7 +41,7 @@ _MODULES = {
     # routers and searches
     "composer.compose.objectives._row_sums": "RowSums",
     "composer.compose.objectives.cross_entropy": "CrossEntropy",
-    "retrieval.keyed_search": "Key",
+    "retrieval.query": "KeySpace Query",
     "routers.combined": "ByRow needs_call num_rows_of",
     "routers.searches._solver": "ClosedForm Solver",
     "routers.searches.gradient": "Gradient",
@@ -107,7 +107,7 @@ _MODULES = {
     "composer.formula.nodes": "Named Stored Sum leaves",
     "composer.programs.program": "Program",
     # training
-    "common.descent": "Descent backward descend",
+    "common.descent": "Descent backward descend warmed_cosine",
     "common.randomness": "caller_randomness seeded with_seed",
     "composer.train.adapters": "require_plain require_startable target_layers train_further training_rows",
     "composer.train.jobs": "JobKind LoraJob LoraJobs LowRank SharedPass TrainingJob given_factors job_losses new_factors",
@@ -124,7 +124,8 @@ _MODULES = {
         "rounded_samples sampled_places says_nothing"
     ),
     "hub.base_reference": "base_loader",
-    "hub.embedders._embedder": "Embedder embed_in_batches embedder_of",
+    "hub.embedders": "sentence",
+    "hub.embedders._embedder": "Embedder embed_in_batches embedder_of readable",
     "hub.indexes.flat": "Flat Index saved_array",
     "hub.intake.adding": "Addition",
     "hub.intake.anomalies": "checked_policy",

@@ -27,6 +27,7 @@ from loraweave.common.checks import require_whole as require_whole
 from loraweave.common.descent import Descent as Descent
 from loraweave.common.descent import backward as backward
 from loraweave.common.descent import descend as descend
+from loraweave.common.descent import warmed_cosine as warmed_cosine
 from loraweave.common.display import ShownTable as ShownTable
 from loraweave.common.display import blank_figure as blank_figure
 from loraweave.common.display import progress_bar as progress_bar
@@ -52,7 +53,6 @@ from loraweave.common.options import NonNegative as NonNegative
 from loraweave.common.options import Positive as Positive
 from loraweave.common.options import Range as Range
 from loraweave.common.options import Rate as Rate
-from loraweave.common.options import Seed as Seed
 from loraweave.common.options import Share as Share
 from loraweave.common.options import Whole as Whole
 from loraweave.common.options import check_options as check_options
@@ -262,9 +262,11 @@ from loraweave.hub.base import rounded_samples as rounded_samples
 from loraweave.hub.base import sampled_places as sampled_places
 from loraweave.hub.base import says_nothing as says_nothing
 from loraweave.hub.base_reference import base_loader as base_loader
+from loraweave.hub.embedders import sentence as sentence
 from loraweave.hub.embedders._embedder import Embedder as Embedder
 from loraweave.hub.embedders._embedder import embed_in_batches as embed_in_batches
 from loraweave.hub.embedders._embedder import embedder_of as embedder_of
+from loraweave.hub.embedders._embedder import readable as readable
 from loraweave.hub.formats._base_layer import BaseLayer as BaseLayer
 from loraweave.hub.formats._base_layer import ExpertMatrix as ExpertMatrix
 from loraweave.hub.formats._base_layer import as_base_layer as as_base_layer
@@ -353,7 +355,8 @@ from loraweave.registry import get as get
 from loraweave.registry import nearest as nearest
 from loraweave.registry import traits as traits
 from loraweave.registry import traits_of as traits_of
-from loraweave.retrieval.keyed_search import Key as Key
+from loraweave.retrieval.query import KeySpace as KeySpace
+from loraweave.retrieval.query import Query as Query
 from loraweave.routers.combined import ByRow as ByRow
 from loraweave.routers.combined import needs_call as needs_call
 from loraweave.routers.combined import num_rows_of as num_rows_of

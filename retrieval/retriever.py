@@ -20,9 +20,8 @@ from loraweave.hub.indexes.flat import SCORE_DECIMALS
 from loraweave.hub.listing import Candidates
 from loraweave.hub.search.search import NO_FILTERS, Hit, SearchIndex, checked_count
 from loraweave.retrieval.fusion import Abstention, Fusion
-from loraweave.retrieval.keyed_search import Key, KeySpace, key_name
 from loraweave.retrieval.keys.classifier import Classifier
-from loraweave.retrieval.request import Query, Request, SearchOptions, shows_options
+from loraweave.retrieval.query import Key, KeySpace, Query, Request, SearchOptions, key_name, shows_options
 from loraweave.types import Candidate, Record
 
 if TYPE_CHECKING:
@@ -188,7 +187,7 @@ class Retriever:
     ) -> list[Candidate]:
         """Return the k adapters whose weights are most like those of an adapter, which is named or given, best first.
 
-        A named adapter is not among them. Only the keys `spectral` and `subspace` read weights. The first search reads every
+        A named adapter is not among them. Of the keys here only `spectral` reads weights. The first search reads every
         adapter once; the sketches are kept in the catalogue. AdapterNotFound for a name that the hub does not have.
         """
         request = Request(**options)

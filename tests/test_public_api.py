@@ -21,7 +21,7 @@ InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeigh
 RetrievalError Retriever Router ScopeError SearchFailed SourceUnavailable Task TrainingError UnknownExpert
 UnknownName WeightingError base_key byom clusters compeft compose ensemble experts
 extract load_base merge names order parse router to_lora
-train_adapters train_encoder train_experts twin_merging
+train_adapters train_experts twin_merging
 """
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "faiss", "scipy", "cma", "matplotlib")

@@ -24,7 +24,6 @@ from loraweave.extend import (
     Fraction,
     GivenRows,
     Positive,
-    Seed,
     Whole,
     as_base_layer,
     base_layer,
@@ -71,7 +70,7 @@ def transfer(
     max_tokens: Count = 256,
     steps: Whole = 0,
     lr: Positive = LR,
-    seed: Seed = 0,
+    seed: Whole = 0,
     progress: bool = True,
 ) -> Adapter:
     """Return an adapter of the model `old` carried to `new`, with the predicted share of its effect that it keeps.

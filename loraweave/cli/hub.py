@@ -1,9 +1,8 @@
-"""`loraweave hub`: adapters on disk, under names. Only add, search, verify, bind and train-encoder need torch."""
+"""`loraweave hub`: adapters on disk, under names. Only add, search, verify and bind need torch."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,6 @@ from loraweave.cli._application import (
     HubOption,
     JsonOption,
     ManyTagsOption,
-    SeedOption,
     WorkersOption,
     answer,
     app,
@@ -239,31 +237,6 @@ def gc(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
     with open_hub(hub) as opened:
         freed_bytes = opened.gc()
     answer(as_json, {"freed_bytes": freed_bytes}, f"freed {_kilobytes(freed_bytes)} kB")
-
-
-@hub.command("train-encoder", epilog="Example: loraweave hub train-encoder encoder --steps 60 --checkpoint encoder-state")
-def train_encoder(
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the encoder goes; hub search --encoder takes it.")],
-    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 60,
-    lr: Annotated[float, typer.Option(help="The learning rate at its highest.")] = 2e-5,
-    seed: SeedOption = 0,
-    checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keeps the state here; the same command goes on from it.")
-    ] = None,
-    hub: HubOption = DEFAULT_HUB,
-    as_json: JsonOption = False,
-) -> None:
-    """Fine-tune the search's encoder on the sample inputs of the hub's adapters."""
-    import loraweave as lw
-
-    with open_hub(hub) as opened:
-        trained = lw.train_encoder(
-            opened, out, steps=steps, lr=lr, seed=seed, checkpoint=checkpoint, progress=sys.stderr.isatty()
-        )
-    tasks = json.loads((out / "encoder.json").read_text(encoding="utf-8"))["tasks"]
-    if as_json:
-        print_json({"out": out, "id": trained.id, "tasks": tasks})
-    note(f"saved the encoder to {out}; it learned from the inputs of {len(tasks)} adapters")
 
 
 @hub.command(epilog="Example: loraweave hub history antonym")

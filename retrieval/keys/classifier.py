@@ -14,20 +14,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import ClassVar
 
 import numpy as np
 import scipy.sparse
 
-from loraweave.common.options import Count
+from loraweave.common.options import Count, Declared
+from loraweave.errors import LoraweaveError, RetrievalError
 from loraweave.hub.embedders._embedder import readable
 from loraweave.hub.embedders.form import Form
 from loraweave.hub.search.keys import MAX_SAMPLE_INPUTS
 from loraweave.registry import traits
 from loraweave.retrieval import kernel_ridge
 from loraweave.retrieval.kernel_ridge import Choice, Fit
-from loraweave.retrieval.keyed_search import DeclaredKey, KeySpace
 from loraweave.retrieval.keys.relation import relation_of
-from loraweave.retrieval.request import Query
+from loraweave.retrieval.query import KeySpace, Query
 from loraweave.types import Record
 
 # samples in all: seven kernels of 2,000 x 2,000 take 224 MB while they are mixed
@@ -117,7 +118,7 @@ class _Fitted:
 
 
 @traits("relative")
-class Classifier(DeclaredKey):
+class Classifier(Declared):
     """The cosine, in the space of the mixed kernel, of an input with the adapter's direction; the mean of them for several.
 
     `samples`: how many of an adapter's samples count at most, 1 or more; evenly spaced, and fewer where there are over 2,000
@@ -127,6 +128,9 @@ class Classifier(DeclaredKey):
     A list of adapters is fitted once and kept: texts not met before are embedded, a mixture is chosen on up to 700 samples,
     and N samples are solved for in O(N^3 / 3). A fit depends on nothing but the list.
     """
+
+    noun: ClassVar[str] = "key"
+    error: ClassVar[type[LoraweaveError]] = RetrievalError
 
     def __init__(self, *, samples: Count = 20) -> None:
         self.samples = samples

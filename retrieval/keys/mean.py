@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraweave.retrieval.keyed_search import KeySpace
-from loraweave.retrieval.request import Query
+from loraweave.retrieval.query import KeySpace, Query
 from loraweave.types import Record
 
 

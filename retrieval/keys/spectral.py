@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraweave.hub.embedders._embedder import unit
-from loraweave.retrieval.keyed_search import KeySpace
-from loraweave.retrieval.request import Query
+from loraweave.retrieval.query import KeySpace, Query
 from loraweave.types import Record
 
 if TYPE_CHECKING:

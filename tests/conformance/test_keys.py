@@ -11,8 +11,7 @@ from loraweave import registry
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.search.search import SearchIndex
-from loraweave.retrieval.keyed_search import KeySpace
-from loraweave.retrieval.request import Query
+from loraweave.retrieval.query import KeySpace, Query
 from loraweave.types import Factors
 
 PROPERTIES = Properties(registry.names("keys"))

@@ -13,10 +13,9 @@ from loraweave.hub.embedders.form import Form
 from loraweave.hub.embedders.hashing import Hashing
 from loraweave.hub.hub import Hub
 from loraweave.hub.search.search import SearchIndex
-from loraweave.retrieval.keyed_search import KeySpace
 from loraweave.retrieval.keys import classifier
 from loraweave.retrieval.keys.classifier import Classifier, TfIdf
-from loraweave.retrieval.request import Query
+from loraweave.retrieval.query import KeySpace, Query
 from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Factors
 

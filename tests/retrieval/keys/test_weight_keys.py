@@ -9,7 +9,6 @@ import torch
 from loraweave.hub.adapter import Adapter, cosine
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.keys.spectral import sketch
-from loraweave.retrieval.keys.subspace import overlap
 from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Factors
 
@@ -43,33 +42,13 @@ def test_a_sketch_is_the_same_for_any_factors_of_one_update_and_any_scale():
     np.testing.assert_allclose(sketch(Adapter("other", "base", layers)), sketch(one), atol=1e-5)
 
 
-def test_overlap_is_the_mean_squared_cosine_of_principal_angles_of_the_dense_updates():
-    one = adapter("one", 0)
-    other = adapter("other", 1, one, 0.6)
-    expected = []
-    for layer in one.layers:
-        parts = [np.linalg.svd(x.delta(layer).double().numpy()) for x in (one, other)]
-        for side in (0, 2):
-            left, right = (part[side] if side == 0 else part[side].T for part in parts)
-            expected.append((np.linalg.svd(left[:, :4].T @ right[:, :4])[1] ** 2).mean())
-    assert overlap(one, other) == pytest.approx(np.mean(expected), abs=1e-6)
-
-
-def test_overlap_of_an_update_with_itself_is_one_and_without_a_shared_layer_nothing():
-    one = adapter("one", 0)
-    assert overlap(one, one) == pytest.approx(1.0)
-    elsewhere = Adapter("x", "base", {"head": Factors(torch.randn(4, 40), torch.randn(50, 4))})
-    assert np.isnan(overlap(one, elsewhere))
-
-
-@pytest.mark.parametrize("keys", [("spectral",), ("subspace",), ("spectral", "subspace")])
-def test_like_finds_the_nearest_in_weights_and_leaves_out_the_adapter_itself(tmp_path, keys):
+def test_like_finds_the_nearest_in_weights_and_leaves_out_the_adapter_itself(tmp_path):
     one = adapter("one", 0)
     with Hub(tmp_path) as hub:
         for stored in (one, adapter("far", 1), adapter("near", 2, one, 0.8), adapter("middle", 3, one, 0.6)):
             hub.add(stored)
-        found = Retriever(hub, embedder="hashing").like("one", keys=keys)
-        given = Retriever(hub, embedder="hashing").like(one, keys=keys, k=1)
+        found = Retriever(hub, embedder="hashing").like("one")
+        given = Retriever(hub, embedder="hashing").like(one, k=1)
     assert [candidate.name for candidate in found] == ["near", "middle", "far"]
     assert [candidate.name for candidate in given] == ["one"]
     assert given[0].score == pytest.approx(1.0, abs=1e-5)
@@ -95,6 +74,5 @@ def test_a_damaged_adapter_is_left_out(tmp_path):
         for seed, name in enumerate(("one", "two", "three")):
             hub.add(adapter(name, seed))
         next(tmp_path.rglob(f"*{hub.record('two').hash}*")).write_bytes(b"damaged")
-        for keys in (("spectral",), ("subspace",)):
-            found = Retriever(hub, embedder="hashing").like("one", keys=keys)
-            assert [candidate.name for candidate in found] == ["three"]
+        found = Retriever(hub, embedder="hashing").like("one")
+    assert [candidate.name for candidate in found] == ["three"]

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loraweave.common.options import Share
-from loraweave.registry import traits
-from loraweave.retrieval.keyed_search import DeclaredKey, KeySpace
-from loraweave.retrieval.request import Query
-from loraweave.types import Record
+from loraweave import Record
+from loraweave.extend import KeySpace, Query, Share, traits
+from loraweave.extensions.retrieval_keys.keys._declared import DeclaredKey
 
 # adapters that the common covariance is taken over, evenly spaced; more hardly move it
 MAX_ADAPTERS = 256

@@ -19,17 +19,32 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from loraweave.common.descent import Descent, descend, warmed_cosine
-from loraweave.common.display import progress_bar
-from loraweave.common.files import replacing, whole_file
-from loraweave.common.options import Count, Positive, Range, Seed, check_options, options_of
-from loraweave.common.randomness import generator_of
-from loraweave.common.rows import GivenRows, read_inputs
-from loraweave.common.state import TrainingState, checkpoint_folder, drop_state, load_state, save_state, save_tensors
-from loraweave.errors import HubError, TrainingError
-from loraweave.hub.embedders._embedder import readable
-from loraweave.hub.embedders.sentence import ENCODER_FILE, MODEL_FILES, Sentence, pooled
-from loraweave.hub.hub import Hub
+from loraweave import Hub, HubError, TrainingError
+from loraweave.extend import (
+    Count,
+    Descent,
+    GivenRows,
+    Positive,
+    Range,
+    TrainingState,
+    Whole,
+    check_options,
+    checkpoint_folder,
+    descend,
+    drop_state,
+    load_state,
+    options_of,
+    progress_bar,
+    read_rows,
+    readable,
+    replacing,
+    save_state,
+    save_tensors,
+    sentence,
+    text_digest,
+    warmed_cosine,
+    whole_file,
+)
 
 CHECKPOINT_STEPS = 20
 RECIPE_FILE = "recipe.json"
@@ -44,7 +59,7 @@ class EncoderRecipe:
     inputs_per_task: Annotated[int, Range(least=2)]
     lr: Positive
     temperature: Positive
-    seed: Seed
+    seed: Whole
 
 
 def train_encoder(
@@ -57,10 +72,10 @@ def train_encoder(
     lr: float = 2e-5,
     temperature: float = 0.05,
     seed: int = 0,
-    start: Sentence | None = None,
+    start: sentence.Sentence | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
-) -> Sentence:
+) -> sentence.Sentence:
     """Fine-tune the encoder and save it in the folder `out`: `Retriever(hub, embedder=...)` takes it, or the folder.
 
     Trains on a mapping of task names to inputs, or on the sample inputs in a hub's cards; tasks with fewer than two
@@ -77,7 +92,7 @@ def train_encoder(
     inputs = _inputs(hub_or_inputs)
     target = Path(out)
     _check(recipe, inputs, target)
-    begin = Sentence() if start is None else start
+    begin = sentence.Sentence() if start is None else start
     folder = checkpoint_folder(checkpoint)
     key = _key(recipe, inputs, begin)
     if folder is not None:
@@ -87,7 +102,7 @@ def train_encoder(
     _save(target, begin, model, recipe, sorted(inputs))
     if folder is not None:
         drop_state(folder, key)
-    return Sentence(folder=target)
+    return sentence.Sentence(folder=target)
 
 
 def contrastive_loss(unit_ND: Tensor, task_N: Tensor, temperature: float) -> Tensor:
@@ -125,7 +140,7 @@ def _train(
 
     def loss(step: int) -> Tensor:
         texts, task_N = _batch(inputs, recipe, step)
-        unit_ND = pooled(tokenizer, model, [instruction + readable(text) for text in texts])
+        unit_ND = sentence.pooled(tokenizer, model, [instruction + readable(text) for text in texts])
         return contrastive_loss(unit_ND, task_N, recipe.temperature)
 
     def keep(step: int) -> None:
@@ -149,7 +164,7 @@ def _learning(model: Any) -> list[Tensor]:
 
 def _batch(inputs: Mapping[str, Sequence[str]], recipe: EncoderRecipe, step: int) -> tuple[list[str], Tensor]:
     """Draw the texts of one step and the task of each, from the seed and the step alone."""
-    generator = generator_of(f"{recipe.seed}/{step}")
+    generator = torch.Generator().manual_seed(int(text_digest(f"{recipe.seed}/{step}")[:16], 16) % 2**63)
     names = sorted(inputs)
     chosen = torch.randperm(len(names), generator=generator)[: recipe.tasks_per_step].tolist()
     texts, tasks = [], []
@@ -166,16 +181,19 @@ def _inputs(hub_or_inputs: Hub | Mapping[str, GivenRows]) -> dict[str, list[str]
     if isinstance(hub_or_inputs, Hub):
         inputs: dict[str, Sequence[str]] = {record.name: record.examples for record in hub_or_inputs.records()}
     else:
-        inputs = {name: read_inputs(rows, of=repr(name)) for name, rows in hub_or_inputs.items()}
+        inputs = {
+            name: [row.input for row in read_rows(rows, noun="input", of=repr(name), targets="none")]
+            for name, rows in hub_or_inputs.items()
+        }
     different = {name: list(dict.fromkeys(text for text in texts if text.strip())) for name, texts in inputs.items()}
     return {name: texts for name, texts in different.items() if len(texts) >= 2}
 
 
-def _save(target: Path, begin: Sentence, model: Any, recipe: EncoderRecipe, tasks: Sequence[str]) -> None:
+def _save(target: Path, begin: sentence.Sentence, model: Any, recipe: EncoderRecipe, tasks: Sequence[str]) -> None:
     """Write the encoder's folder, whole or not at all. Raises TrainingError where it cannot be written."""
     try:
         with replacing(target) as temporary:
-            for name in MODEL_FILES:
+            for name in sentence.MODEL_FILES:
                 if name != "model.safetensors":
                     shutil.copyfile(begin.files / name, temporary / name)
             tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -186,7 +204,7 @@ def _save(target: Path, begin: Sentence, model: Any, recipe: EncoderRecipe, task
                 "recipe": asdict(recipe),
                 "tasks": list(tasks),
             }
-            (temporary / ENCODER_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            (temporary / sentence.ENCODER_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             # an empty folder may be there; one that was filled meanwhile refuses
             with suppress(FileNotFoundError):
                 target.rmdir()
@@ -197,7 +215,7 @@ def _save(target: Path, begin: Sentence, model: Any, recipe: EncoderRecipe, task
         ) from error
 
 
-def _key(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], begin: Sentence) -> str:
+def _key(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], begin: sentence.Sentence) -> str:
     content = json.dumps([asdict(recipe), inputs, begin.id], sort_keys=True)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

@@ -8,12 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraweave.errors import HubError
-from loraweave.hub.adapter import Adapter
-from loraweave.lowrank.algebra import orthonormal
-from loraweave.retrieval.keyed_search import KeySpace
-from loraweave.retrieval.request import Query
-from loraweave.types import Factors, Record
+from loraweave import Adapter, Factors, HubError, Record
+from loraweave.extend import KeySpace, Query, algebra
 
 # directions below this share of the largest are rounding
 _RANK_TOLERANCE = 1e-6
@@ -48,7 +44,7 @@ def overlap(left: Adapter, right: Adapter) -> float:
 
 def _sides(factors: Factors) -> tuple[Tensor, Tensor]:
     """Return orthonormal bases of the update's row space (I, r) and column space (O, r), from the factors."""
-    q_OR, core_RR, p_IR = orthonormal(factors.a_RI, factors.b_OR)
+    q_OR, core_RR, p_IR = algebra.orthonormal(factors.a_RI, factors.b_OR)
     u_RR, values_R, vh_RR = torch.linalg.svd(core_RR)
     rank = int((values_R > _RANK_TOLERANCE * values_R[0]).sum()) if values_R.numel() else 0
     return p_IR @ vh_RR[:rank].T, q_OR @ u_RR[:, :rank]

@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from loraweave.common.checks import is_number
-from loraweave.common.options import Positive
-from loraweave.registry import traits
-from loraweave.retrieval.keyed_search import DeclaredKey, KeySpace
-from loraweave.retrieval.request import Query
-from loraweave.types import Record
+from loraweave import Record
+from loraweave.extend import KeySpace, Positive, Query, is_number, traits
+from loraweave.extensions.retrieval_keys.keys._declared import DeclaredKey
 
 
 @traits("relative")

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraweave.common.options import Count
-from loraweave.retrieval.keyed_search import DeclaredKey, KeySpace
-from loraweave.retrieval.request import Query
-from loraweave.types import Record
+from loraweave import Record
+from loraweave.extend import Count, KeySpace, Query
+from loraweave.extensions.retrieval_keys.keys._declared import DeclaredKey
 
 _MAX_ROUNDS = 20
 

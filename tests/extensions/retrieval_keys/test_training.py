@@ -11,9 +11,9 @@ import torch
 
 import loraweave as lw
 from loraweave.errors import InvalidTask, RetrievalError, TrainingError
+from loraweave.extensions.retrieval_keys import training
+from loraweave.extensions.retrieval_keys.training import contrastive_loss, train_encoder
 from loraweave.hub.embedders.sentence import ENCODER_FILE, MODEL_FILES, Sentence
-from loraweave.retrieval import training
-from loraweave.retrieval.training import contrastive_loss, train_encoder
 from loraweave.types import Factors
 
 INPUTS = {
@@ -129,7 +129,7 @@ def test_what_is_saved_says_how_it_was_made(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_the_code_of_the_page_runs(run_page):
-    hit = run_page("docs/encoder.md")["retriever"].candidates("12 + 30", k=1)[0]
+    hit = run_page("docs/extensions/retrieval_keys.md")["retriever"].candidates("12 + 30", k=1)[0]
     assert hit.name == "addition"
 
 
