@@ -54,7 +54,7 @@ _MODULES = {
     "routers.tokens._router": "TokenRouter",
     "routers.tokens._saved": "router_class router_names",
     "routers.tokens._scores": "best_of top_k_softmax top_p_of_softmax without",
-    "routers.tokens._text": "Examples TextRouter labelled_tasks",
+    "routers.tokens._text": "TextRouter labelled_tasks read_prompts",
     "routers.tokens.logistic": "Logistic",
     # recipes and their experts
     "composer.experts.expert_model": "ExpertModel require_expert_model",

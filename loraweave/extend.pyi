@@ -407,9 +407,9 @@ from loraweave.routers.tokens._scores import best_of as best_of
 from loraweave.routers.tokens._scores import top_k_softmax as top_k_softmax
 from loraweave.routers.tokens._scores import top_p_of_softmax as top_p_of_softmax
 from loraweave.routers.tokens._scores import without as without
-from loraweave.routers.tokens._text import Examples as Examples
 from loraweave.routers.tokens._text import TextRouter as TextRouter
 from loraweave.routers.tokens._text import labelled_tasks as labelled_tasks
+from loraweave.routers.tokens._text import read_prompts as read_prompts
 from loraweave.routers.tokens.logistic import Logistic as Logistic
 from loraweave.serving.app import make_app as make_app
 from loraweave.serving.app import make_server as make_server

@@ -107,11 +107,6 @@ def _absent(present: tuple[int, ...], num_experts: int, device: torch.device) ->
         return torch.tensor([place not in present for place in range(num_experts)], device=device)
 
 
-def straight_through(scores_BTE: Tensor) -> Tensor:
-    """Return w_BTE: exactly 1 for each token's highest score and 0 for the others, with the gradient of softmax(scores)."""
-    return best_of(scores_BTE, scores_BTE.softmax(dim=-1))
-
-
 def best_of(scores_BTE: Tensor, p_BTE: Tensor) -> Tensor:
     """Return w_BTE: exactly 1 for each token's highest score and 0 for the others, with the gradient of p_BTE."""
     chosen_BTE = functional.one_hot(scores_BTE.argmax(dim=-1), scores_BTE.shape[-1]).to(p_BTE.dtype)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from loraweave import ExpertPool, WeightingError
-from loraweave.extend import DEFAULT_TEMPLATE, Examples, Logistic, Members, Positive, unknown_expert
+from loraweave import ExpertPool, Hub, WeightingError
+from loraweave.extend import DEFAULT_TEMPLATE, Logistic, Members, Positive, unknown_expert
 
 
 class TwinMerging(Logistic):
@@ -33,7 +34,7 @@ class TwinMerging(Logistic):
         pool: ExpertPool | Members,
         *,
         shared: str = "shared",
-        examples: Examples = None,
+        examples: Mapping[str, Iterable[str]] | Hub | None = None,
         embedder: str = "sentence",
         inverse_penalty: Positive = 10.0,
         template: str | None = DEFAULT_TEMPLATE,

@@ -25,11 +25,6 @@ from loraweave.errors import UnknownName, WeightingError
         ("similarity", 4, {"temperature": math.nan}, "got temperature=nan;"),
         ("similarity", 4, {"form": "mixture", "nearest": 0}, "got nearest=0;"),
         ("similarity", 4, {"form": "softmax", "nearest": True}, "got nearest=True;"),
-        ("greedy", 4, {"budget": 4}, "budget is 4 evaluations, but Greedy needs at least 5"),
-        ("greedy", 4, {"high": 0.5}, r"weigh up to 1.0 and the others 0, but weights lie in \[-1.5, 0.5\]"),
-        ("greedy", 4, {"strength": 2.0}, "weigh up to 2.0"),
-        ("greedy", 4, {"strength": math.nan}, "got strength=nan;"),
-        ("greedy", 4, {"low": 0.1, "start": dict.fromkeys("abcd", 0.2)}, r"weights lie in \[0.1, 1.5\]"),
         (
             "grid",
             3,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._forms import InputGates
-from loraweave.routers.tokens._members import Members
-from loraweave.routers.tokens._scores import straight_through
+from loraweave import ExpertPool
+from loraweave.extend import InputGates, Members, best_of
 
 
 class HardRouted(InputGates):
@@ -25,4 +23,4 @@ class HardRouted(InputGates):
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """Return w_BTE; one of each token's weights is 1."""
         scores_BTE = self.scores(x_BTI, layer)
-        return self.note(layer, scores_BTE, straight_through(scores_BTE))
+        return self.note(layer, scores_BTE, best_of(scores_BTE, scores_BTE.softmax(dim=-1)))

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from loraweave.common.chat import Prompt, prompt_ids
-from loraweave.common.display import tracked
-from loraweave.common.options import Count, Positive
-from loraweave.errors import ScopeError, WeightingError
-from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._forms import ScoredRouter
-from loraweave.routers.tokens._members import LayerTensors, Members
-from loraweave.routers.tokens._scores import without
-from loraweave.routers.tokens._text import read_prompts
+from loraweave import ExpertPool, ScopeError, WeightingError
+from loraweave.extend import (
+    Count,
+    LayerTensors,
+    Members,
+    Positive,
+    Prompt,
+    ScoredRouter,
+    prompt_ids,
+    read_prompts,
+    tracked,
+    without,
+)
 
 TOP_K = 2
 

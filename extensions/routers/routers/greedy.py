@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loraweave.errors import WeightingError
-from loraweave.registry import traits
-from loraweave.routers.searches._solver import Solver
+from loraweave import WeightingError
+from loraweave.extend import Solver, traits
 
 
 @traits("ends_early", "orderless")

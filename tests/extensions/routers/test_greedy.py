@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from loraweave.routers.searches.greedy import Greedy
+from loraweave.errors import WeightingError
+from loraweave.extensions.routers.routers.greedy import Greedy
 
 
 def names(count):
@@ -122,3 +123,18 @@ def test_an_expert_that_cannot_be_scored_is_left_out():
     result = Greedy(names(6), budget=100).solve(objective)
     assert result.loss == min(recipe(objective.loss, 6)[1], objective.loss([0.0] * 6))
     assert result.failed == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 4}, "budget is 4 evaluations, but Greedy needs at least 5"),
+        ({"high": 0.5}, r"weigh up to 1.0 and the others 0, but weights lie in \[-1.5, 0.5\]"),
+        ({"strength": 2.0}, "weigh up to 2.0"),
+        ({"strength": math.nan}, "got strength=nan;"),
+        ({"low": 0.1, "start": dict.fromkeys("abcd", 0.2)}, r"weights lie in \[0.1, 1.5\]"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(options, message):
+    with pytest.raises(WeightingError, match=message):
+        Greedy("abcd", **options)
