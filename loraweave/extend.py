@@ -113,10 +113,9 @@ _MODULES = {
     "composer.train.jobs": "JobKind LoraJob LoraJobs LowRank SharedPass TrainingJob given_factors job_losses new_factors",
     "composer.train.learner": "Feed",
     "composer.train.rows": "Texts",
-    "composer.train.schedule": "JobSize",
     "composer.train.settings": "LoraSettings read_tasks",
     "composer.train.shared": "StepMemory",
-    "composer.train.state": "load_adapter save_adapter",
+    "composer.train.state": "JobSize load_adapter save_adapter",
     # hubs
     "hub": "compositions",
     "hub.base": (

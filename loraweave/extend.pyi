@@ -240,10 +240,10 @@ from loraweave.composer.train.jobs import job_losses as job_losses
 from loraweave.composer.train.jobs import new_factors as new_factors
 from loraweave.composer.train.learner import Feed as Feed
 from loraweave.composer.train.rows import Texts as Texts
-from loraweave.composer.train.schedule import JobSize as JobSize
 from loraweave.composer.train.settings import LoraSettings as LoraSettings
 from loraweave.composer.train.settings import read_tasks as read_tasks
 from loraweave.composer.train.shared import StepMemory as StepMemory
+from loraweave.composer.train.state import JobSize as JobSize
 from loraweave.composer.train.state import load_adapter as load_adapter
 from loraweave.composer.train.state import save_adapter as save_adapter
 from loraweave.errors import BudgetExceeded as BudgetExceeded

@@ -20,16 +20,15 @@ from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.running import Running
-from loraweave.composer.model.batches import EncodedRow, tensors_in, untouched
+from loraweave.composer.model.batches import NO_TOKENIZER, EncodedRow, tensors_in, untouched
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.train.experts import identity, remember_start, start_digest
 from loraweave.composer.train.jobs import TrainingJob
 from loraweave.composer.train.learner import key_of, predicts_tokens
 from loraweave.composer.train.rows import PLAIN, HeldOut, Judging, RowReader, TrainingRow, is_empty, owners_of
-from loraweave.composer.train.schedule import NO_TOKENIZER, WARMUP_STEPS, Pace
-from loraweave.composer.train.settings import require_texts
-from loraweave.composer.train.shared import PlannedJob, SharedTraining
-from loraweave.composer.train.state import JobReport, SharedReport, load_finished, save_finished
+from loraweave.composer.train.settings import WARMUP_STEPS, Pace, require_texts
+from loraweave.composer.train.shared import SharedTraining
+from loraweave.composer.train.state import JobReport, PlannedJob, SharedReport, load_finished, save_finished
 from loraweave.errors import BudgetExceeded, TrainingError, UnknownName, WeightingError
 from loraweave.routers.tokens._call import has_two_sequences, unprompted
 from loraweave.types import Task

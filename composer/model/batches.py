@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,8 @@ from loraweave.errors import InvalidTask
 from loraweave.routers.tokens._call import prompted
 
 IGNORED = -100
+# padding is masked, so any token will do where there is no tokenizer
+NO_TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=0)
 # a shorter prefix costs a pass of its own and saves little
 MIN_TOKENS = 32
 
@@ -352,3 +355,21 @@ def following(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
 def cache_name(model: Any) -> str:
     """Return the name of the cache's argument: transformers 5.24 renamed it; the floor 5.3 has the old name."""
     return "cache" if takes(model, "cache") else "past_key_values"
+
+
+def pad_apart(given: TargetBatch) -> TargetBatch:
+    """Return an encoder-decoder's batch, padded so that its decoder has another number of tokens than the encoder, above 1.
+
+    The width of a layer's input then says whose tokens these are.
+    """
+    inputs, targets_BK = dict(given.inputs), given.targets_BK
+    if targets_BK.shape[1] == 1:
+        targets_BK = functional.pad(targets_BK, (0, 1), value=IGNORED)
+        inputs["decoder_input_ids"] = inputs["decoder_input_ids"].repeat(1, 2)
+    if targets_BK.shape[1] == inputs["input_ids"].shape[1]:
+        inputs = {
+            **inputs,
+            "input_ids": torch.cat([inputs["input_ids"], inputs["input_ids"][:, -1:]], dim=1),
+            "attention_mask": functional.pad(inputs["attention_mask"], (0, 1)),
+        }
+    return TargetBatch(inputs, targets_BK)

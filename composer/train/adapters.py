@@ -27,10 +27,9 @@ from loraweave.composer.model.layers import quantization_of
 from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.train.jobs import LORA, JobKind, LoraJob, TrainingJob, lora_job
 from loraweave.composer.train.rows import HeldOut, Judging, Texts, can_be_packed, pack_task
-from loraweave.composer.train.schedule import WARMUP_STEPS, groups
-from loraweave.composer.train.settings import LoraSettings, read_tasks
-from loraweave.composer.train.shared import PlannedJob, SharedTraining, step_memory
-from loraweave.composer.train.state import JobReport, SharedReport, TrainedAdapters, load_adapter, save_adapter
+from loraweave.composer.train.settings import WARMUP_STEPS, LoraSettings, read_tasks
+from loraweave.composer.train.shared import SharedTraining, groups, step_memory
+from loraweave.composer.train.state import JobReport, PlannedJob, SharedReport, TrainedAdapters, load_adapter, save_adapter
 from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint

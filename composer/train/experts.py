@@ -18,12 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from loraweave.common.display import progress_bar
 from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.common.state import tensor_bytes
-from loraweave.composer.train.expert_steps import ExpertSteps
-from loraweave.composer.train.learner import ExpertLearner, Feed, TokenFeed, predicts_tokens
+from loraweave.composer.train.learner import ExpertLearner, ExpertSteps, Feed, TokenFeed, predicts_tokens
 from loraweave.composer.train.progress import Contexts, checkpointed_blocks
 from loraweave.composer.train.rows import owners_of
-from loraweave.composer.train.schedule import Stream
-from loraweave.composer.train.settings import ExpertSettings, feed_module
+from loraweave.composer.train.settings import ExpertSettings, Stream, feed_module
 from loraweave.composer.train.state import KeptState
 from loraweave.errors import TrainingError
 from loraweave.hub.base import fingerprint

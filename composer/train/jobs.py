@@ -19,8 +19,7 @@ from torch.nn import functional
 
 from loraweave.common.randomness import seeded
 from loraweave.composer.live.call import arguments_of
-from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, tensors_in
-from loraweave.composer.train.schedule import pad_apart
+from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, pad_apart, tensors_in
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.routers.tokens._call import current_prompts
 from loraweave.types import Factors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,16 +13,67 @@ from torch import Tensor, nn
 
 from loraweave.common.display import progress_bar
 from loraweave.common.randomness import seeded
-from loraweave.composer.model.batches import IGNORED, TargetBatch, batch, entropies_of, losses_of, target_logits, untouched
+from loraweave.composer.model.batches import (
+    IGNORED,
+    NO_TOKENIZER,
+    TargetBatch,
+    batch,
+    entropies_of,
+    losses_of,
+    pad_apart,
+    target_logits,
+    untouched,
+)
 from loraweave.composer.train.progress import Processes, TrainingProgress, checkpointed_blocks
 from loraweave.composer.train.rows import Owners, RowReader, TrainingRow
-from loraweave.composer.train.schedule import NO_TOKENIZER, Pass, pad_apart, passes, streams
-from loraweave.composer.train.settings import RouterSettings
+from loraweave.composer.train.settings import RouterSettings, Stream
 from loraweave.composer.train.state import KeptState
 from loraweave.errors import TrainingError
 from loraweave.routers.losses.z import z
 from loraweave.routers.tokens._learned import LearnedRouter, Step
 from loraweave.routers.tokens._router import TokenRouter
+
+
+def streams(rows: Sequence[TrainingRow], experts: Sequence[str], seed: int, *, apart: bool) -> list[Stream[TrainingRow]]:
+    """Return one stream of all rows; or one for each expert with rows, which does not depend on the other experts."""
+    if not apart:
+        return [Stream(rows, seed, "rows")]
+    by_expert: dict[int, list[TrainingRow]] = {}
+    for row in rows:
+        by_expert.setdefault(row.expert, []).append(row)
+    return [Stream(by_expert[place], seed, experts[place]) for place in sorted(by_expert)]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass: rows that go through the model together.
+
+    The step's loss is the sum over passes of sum over b and k of per_token_B * loss_BK, plus `share` times the pass's terms.
+    `first` is the place of the first row among the step's, which are in the same order however many passes there are.
+    """
+
+    rows: Sequence[TrainingRow]
+    per_token_B: Tensor
+    share: float
+    first: int
+
+
+def passes(groups: Sequence[Sequence[TrainingRow]], num_passes: int) -> list[Pass]:
+    """Return the passes of a step, rows of similar length together; a group counts as the mean over its target tokens."""
+    weighted = []
+    for group in groups:
+        per_token = 1.0 / sum(row.num_targets for row in group)
+        weighted += [(row, per_token) for row in group]
+    # stable: equal lengths keep the order in which they were drawn
+    weighted.sort(key=lambda pair: len(pair[0]))
+    size = -(-len(weighted) // num_passes)
+    starts = range(0, len(weighted), size)
+    step_passes = []
+    for start in starts:
+        part = weighted[start : start + size]
+        per_token_B = torch.tensor([share for _, share in part])
+        step_passes.append(Pass([row for row, _ in part], per_token_B, 1 / len(starts), start))
+    return step_passes
 
 
 class RouterSteps:

@@ -6,22 +6,65 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from loraweave.common.checks import is_collection, is_list
+from loraweave.common.descent import warmed_cosine
 from loraweave.common.options import Count, NonNegative, Positive, Range, Whole, check_options, options_of
+from loraweave.common.randomness import seeded
+from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.train.rows import Texts
-from loraweave.composer.train.schedule import Pace
 from loraweave.errors import InvalidTask, PackageMissing, TrainingError
 from loraweave.registry import brought
 from loraweave.routers.weights import LARGEST
 from loraweave.types import Task
 
+WARMUP_STEPS = 10
+Row = TypeVar("Row")
 # AdamW divides its first step by 1 - beta1
 FIRST_STEP = 10
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The pace of a job: `steps` of `batch_size` rows each, after `warmup` steps of a rising rate."""
+
+    steps: Count = 60
+    lr: Positive = 3e-3
+    batch_size: Count = 8
+    seed: int = 0
+    warmup: Whole = WARMUP_STEPS
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate: linear warm-up to `lr` in at most half of the steps, then half a cosine down to 0."""
+        return warmed_cosine(self.lr, step, self.steps, min(self.warmup, self.steps // 2))
+
+    def rows(self, rows: Sequence[EncodedRow], job: str, step: int) -> list[EncodedRow]:
+        """Return the job's rows of one step: epochs in shuffled order, a function of (seed, job, step) alone."""
+        return Stream(rows, self.seed, job).at(step, self.batch_size)
+
+
+@dataclass(frozen=True)
+class Stream(Generic[Row]):
+    """A stream of rows in epochs of shuffled order; `key` tells it from the others of one training."""
+
+    rows: Sequence[Row]
+    seed: int
+    key: str
+
+    def at(self, step: int, count: int) -> list[Row]:
+        """Return the `count` rows of one step."""
+        chosen: list[Row] = []
+        orders: dict[int, list[int]] = {}
+        for place in range(step * count, (step + 1) * count):
+            epoch, offset = divmod(place, len(self.rows))
+            if epoch not in orders:
+                orders[epoch] = torch.randperm(len(self.rows), generator=seeded(self.seed, self.key, epoch)).tolist()
+            chosen.append(self.rows[orders[epoch][offset]])
+        return chosen
 
 
 class Learner(Protocol):

@@ -13,52 +13,56 @@ import torch
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from loraweave.common.descent import Descent, FlatParameters, backward
+from loraweave.common.descent import backward
 from loraweave.common.names import text_digest
 from loraweave.common.state import TrainingState, drop_state, load_state, save_state
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
 from loraweave.composer.train.jobs import LoraJob, SharedPass, TrainingJob, range_losses, row_losses
 from loraweave.composer.train.progress import Processes
-from loraweave.composer.train.rows import HeldOut
-from loraweave.composer.train.schedule import JobSize, Pace, groups, successor
-from loraweave.composer.train.state import Best, JobReport, SharedReport, put_values
+from loraweave.composer.train.state import JobProgress, JobReport, JobSize, PlannedJob, SharedReport
 from loraweave.errors import PackageMissing, TrainingError
 from loraweave.registry import brought
 
 CHECKPOINT_STEPS = 20
-# as many of a job's own batches tell how wide they are
-MEASURED_STEPS = 32
-# values, gradients and the two moments of AdamW
-NUM_COPIES = 4
 
 
-@dataclass(frozen=True)
-class PlannedJob:
-    """A planned job of `num_parameters`, built by `make` when its turn comes; its rows and rate follow from `pace`."""
+Fits = Callable[[Sequence[JobSize]], bool]
 
-    name: str
-    make: Callable[[], TrainingJob]
-    num_parameters: int
-    rows: Sequence[EncodedRow]
-    pace: Pace
-    held_out: HeldOut | None = None
 
-    def rows_at(self, step: int) -> list[EncodedRow]:
-        """Return the rows of a step."""
-        return self.pace.rows(self.rows, self.name, step)
+def groups(sizes: Mapping[str, JobSize], jobs_per_batch: int, fits: Fits) -> list[list[str]]:
+    """Return all jobs, shortest first, in the fewest groups, and among such groupings the one that computes fewest tokens.
 
-    def size(self, model: Any) -> JobSize:
-        """Return the size that the job will add to a step of the model."""
-        seen = [*self.rows, *(() if self.held_out is None else self.held_out.rows)]
-        widths = [max(len(row) for row in self.rows_at(step)) for step in range(min(self.pace.steps, MEASURED_STEPS))]
-        return JobSize(
-            num_rows=self.pace.batch_size,
-            width=sum(widths) / len(widths),
-            longest=max(len(row.prompt) if model.config.is_encoder_decoder else len(row) for row in seen),
-            longest_target=max(len(row.target) for row in seen),
-            num_parameters=self.num_parameters,
-            num_copies=NUM_COPIES + (self.held_out is not None),
-        )
+    A group has at most `jobs_per_batch` jobs that fit together, and computes the width of its widest for all of them. Jobs
+    next to each other in length are together; equal ones keep their order. Each job must fit alone.
+    """
+    names = in_order(sizes)
+    # of the first n jobs: (groups, tokens, where the last group begins)
+    best: list[tuple[int, float, int]] = [(0, 0.0, 0)]
+    for end in range(1, len(names) + 1):
+        candidates = []
+        for start in range(end - 1, max(0, end - jobs_per_batch) - 1, -1):
+            members = [sizes[name] for name in names[start:end]]
+            if len(members) > 1 and not fits(members):
+                break
+            tokens = sum(size.num_rows for size in members) * members[-1].width
+            candidates.append((best[start][0] + 1, best[start][1] + tokens, start))
+        best.append(min(candidates))
+    cuts = [len(names)]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][2])
+    return [names[start:end] for end, start in zip(cuts[-2::-1], cuts[:0:-1], strict=True)]
+
+
+def in_order(sizes: Mapping[str, JobSize]) -> list[str]:
+    """Return the names, narrow jobs first."""
+    return sorted(sizes, key=lambda name: sizes[name].width)
+
+
+def successor(waiting: Mapping[str, JobSize], running: Sequence[JobSize], fits: Fits) -> str | None:
+    """Return the waiting job that fits beside the running ones and is nearest in length to them, if any."""
+    mean = sum(size.width for size in running) / len(running)
+    nearest = sorted(in_order(waiting), key=lambda name: abs(waiting[name].width - mean))
+    return next((name for name in nearest if fits([*running, waiting[name]])), None)
 
 
 class StepMemory:
@@ -314,91 +318,6 @@ class SharedTraining:
 
 def _num_targets(rows: Sequence[EncodedRow]) -> int:
     return sum(label != IGNORED for row in rows for label in row.labels)
-
-
-ALL_STEPS = "all steps"
-
-
-class JobProgress:
-    """A running job. Its state depends on its own losses alone, so that nothing changes when another leaves its batch."""
-
-    def __init__(self, planned: PlannedJob) -> None:
-        self.planned = planned
-        self.job = planned.make()
-        self.step = 0
-        self.losses: list[float] = []
-        self.held_out: list[tuple[int, float]] = []
-        self.num_tokens = 0
-        self._best = Best()
-        self._flat = FlatParameters(self.job.parameters())
-        # on a GPU the fused one wants its count of steps there
-        is_on_cpu = all(vector.device.type == "cpu" for vector in self._flat.vectors)
-        self._descent = Descent(self._flat.vectors, planned.pace.rate, fused=is_on_cpu)
-
-    def take_step(self, loss: float, num_tokens: int) -> None:
-        """Step down the gradient that the parameters have, clipped to norm 1, and forget it."""
-        self._descent.step(self.step)
-        self._flat.zero_grad()
-        self.step += 1
-        self.losses.append(loss)
-        self.num_tokens += num_tokens
-
-    @property
-    def vectors(self) -> list[Tensor]:
-        """The vectors of the parameters that are trained."""
-        return self._flat.vectors
-
-    @property
-    def due(self) -> bool:
-        """True if the held-out rows are to be evaluated now."""
-        plan = self.planned.held_out
-        if plan is None or (self.held_out and self.held_out[-1][0] == self.step):
-            return False
-        return self.step % plan.every == 0 or self.step == self.planned.pace.steps
-
-    def note_evaluation(self, loss: float) -> None:
-        """Note the held-out loss at this step, and the parameters if no earlier step but the first had a lower one."""
-        self.held_out.append((self.step, loss))
-        if self.step:
-            self._best.judge(loss, self._flat.vectors)
-
-    @property
-    def stopped(self) -> str | None:
-        """The reason why the job ends here; None while it goes on."""
-        patience = None if self.planned.held_out is None else self.planned.held_out.patience
-        if patience is not None and self._best.waited >= patience:
-            return f"no lower held-out loss in {patience} evaluations"
-        return ALL_STEPS if self.step >= self.planned.pace.steps else None
-
-    def finish(self) -> JobReport:
-        """Give the job the best of its evaluated parameters; return its report."""
-        best_step = self.step
-        if self._best.values:
-            put_values(self._best.values, self._flat.vectors)
-            best_step = next(step for step, loss in self.held_out if step and loss == self._best.loss)
-        points = tuple(self.losses), tuple(self.held_out)
-        return JobReport(self.step, best_step, self.stopped or "", self.num_tokens, *points)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return all that `restore` needs to go on from here to the same bits."""
-        # before its first step an optimiser has no moments
-        begun = TrainingState.of(self.step, self._flat.vectors, self._descent.optimizer).tensors if self.step else {}
-        best = {f"best.{index}": tensor for index, tensor in enumerate(self._best.values)}
-        points = torch.tensor([list(point) for point in self.held_out], dtype=torch.float64).view(-1, 2)
-        losses = torch.tensor(self.losses, dtype=torch.float64)
-        counts = {"step": torch.tensor([self.step]), "num_tokens": torch.tensor([self.num_tokens])}
-        return {**begun, **best, **counts, "held_out": points, "losses": losses}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned."""
-        self.step, self.num_tokens = int(state["step"]), int(state["num_tokens"])
-        self.losses = state["losses"].tolist()
-        self.held_out = [(int(step), loss) for step, loss in state["held_out"].tolist()]
-        vectors = self._flat.vectors
-        if self.step:
-            TrainingState(self.step, dict(state)).restore(vectors, self._descent.optimizer)
-        values = [state[f"best.{index}"].to(vector.device) for index, vector in enumerate(vectors) if "best.0" in state]
-        self._best = Best.again([loss for step, loss in self.held_out if step], values)
 
 
 @torch.no_grad()

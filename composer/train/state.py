@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,9 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from loraweave.common.descent import Descent, FlatParameters
 from loraweave.common.names import text_digest
 from loraweave.common.state import TrainingState, checkpoint_folder, load_state, save_state
-from loraweave.composer.train.settings import TrainingSettings
+from loraweave.composer.model.batches import EncodedRow
+from loraweave.composer.train.jobs import TrainingJob
+from loraweave.composer.train.rows import HeldOut
+from loraweave.composer.train.settings import Pace, TrainingSettings
 from loraweave.errors import LoraweaveError
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.tokens._learned import TrainingReport
@@ -241,3 +245,139 @@ def put_values(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
     """Give the parameters these values."""
     for value, parameter in zip(values, parameters, strict=True):
         parameter.copy_(value)
+
+
+@dataclass(frozen=True)
+class JobSize:
+    """The size of a job's part of a step: rows, which its own batches fill up to `width` tokens on the mean.
+
+    `longest` and `longest_target` are tokens of its longest rows, `num_parameters` what it trains, `num_copies` the tensors
+    of that size: values, gradients, AdamW's two moments, and the best values so far where they are kept.
+    """
+
+    num_rows: int
+    width: float
+    longest: int
+    longest_target: int
+    num_parameters: int
+    num_copies: int = 4
+
+
+# as many of a job's own batches tell how wide they are
+MEASURED_STEPS = 32
+# values, gradients and the two moments of AdamW
+NUM_COPIES = 4
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A planned job of `num_parameters`, built by `make` when its turn comes; its rows and rate follow from `pace`."""
+
+    name: str
+    make: Callable[[], TrainingJob]
+    num_parameters: int
+    rows: Sequence[EncodedRow]
+    pace: Pace
+    held_out: HeldOut | None = None
+
+    def rows_at(self, step: int) -> list[EncodedRow]:
+        """Return the rows of a step."""
+        return self.pace.rows(self.rows, self.name, step)
+
+    def size(self, model: Any) -> JobSize:
+        """Return the size that the job will add to a step of the model."""
+        seen = [*self.rows, *(() if self.held_out is None else self.held_out.rows)]
+        widths = [max(len(row) for row in self.rows_at(step)) for step in range(min(self.pace.steps, MEASURED_STEPS))]
+        return JobSize(
+            num_rows=self.pace.batch_size,
+            width=sum(widths) / len(widths),
+            longest=max(len(row.prompt) if model.config.is_encoder_decoder else len(row) for row in seen),
+            longest_target=max(len(row.target) for row in seen),
+            num_parameters=self.num_parameters,
+            num_copies=NUM_COPIES + (self.held_out is not None),
+        )
+
+
+ALL_STEPS = "all steps"
+
+
+class JobProgress:
+    """A running job. Its state depends on its own losses alone, so that nothing changes when another leaves its batch."""
+
+    def __init__(self, planned: PlannedJob) -> None:
+        self.planned = planned
+        self.job = planned.make()
+        self.step = 0
+        self.losses: list[float] = []
+        self.held_out: list[tuple[int, float]] = []
+        self.num_tokens = 0
+        self._best = Best()
+        self._flat = FlatParameters(self.job.parameters())
+        # on a GPU the fused one wants its count of steps there
+        is_on_cpu = all(vector.device.type == "cpu" for vector in self._flat.vectors)
+        self._descent = Descent(self._flat.vectors, planned.pace.rate, fused=is_on_cpu)
+
+    def take_step(self, loss: float, num_tokens: int) -> None:
+        """Step down the gradient that the parameters have, clipped to norm 1, and forget it."""
+        self._descent.step(self.step)
+        self._flat.zero_grad()
+        self.step += 1
+        self.losses.append(loss)
+        self.num_tokens += num_tokens
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """The vectors of the parameters that are trained."""
+        return self._flat.vectors
+
+    @property
+    def due(self) -> bool:
+        """True if the held-out rows are to be evaluated now."""
+        plan = self.planned.held_out
+        if plan is None or (self.held_out and self.held_out[-1][0] == self.step):
+            return False
+        return self.step % plan.every == 0 or self.step == self.planned.pace.steps
+
+    def note_evaluation(self, loss: float) -> None:
+        """Note the held-out loss at this step, and the parameters if no earlier step but the first had a lower one."""
+        self.held_out.append((self.step, loss))
+        if self.step:
+            self._best.judge(loss, self._flat.vectors)
+
+    @property
+    def stopped(self) -> str | None:
+        """The reason why the job ends here; None while it goes on."""
+        patience = None if self.planned.held_out is None else self.planned.held_out.patience
+        if patience is not None and self._best.waited >= patience:
+            return f"no lower held-out loss in {patience} evaluations"
+        return ALL_STEPS if self.step >= self.planned.pace.steps else None
+
+    def finish(self) -> JobReport:
+        """Give the job the best of its evaluated parameters; return its report."""
+        best_step = self.step
+        if self._best.values:
+            put_values(self._best.values, self._flat.vectors)
+            best_step = next(step for step, loss in self.held_out if step and loss == self._best.loss)
+        points = tuple(self.losses), tuple(self.held_out)
+        return JobReport(self.step, best_step, self.stopped or "", self.num_tokens, *points)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that `restore` needs to go on from here to the same bits."""
+        # before its first step an optimiser has no moments
+        begun = TrainingState.of(self.step, self._flat.vectors, self._descent.optimizer).tensors if self.step else {}
+        best = {f"best.{index}": tensor for index, tensor in enumerate(self._best.values)}
+        points = torch.tensor([list(point) for point in self.held_out], dtype=torch.float64).view(-1, 2)
+        losses = torch.tensor(self.losses, dtype=torch.float64)
+        counts = {"step": torch.tensor([self.step]), "num_tokens": torch.tensor([self.num_tokens])}
+        return {**begun, **best, **counts, "held_out": points, "losses": losses}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        self.step, self.num_tokens = int(state["step"]), int(state["num_tokens"])
+        self.losses = state["losses"].tolist()
+        self.held_out = [(int(step), loss) for step, loss in state["held_out"].tolist()]
+        vectors = self._flat.vectors
+        if self.step:
+            TrainingState(self.step, dict(state)).restore(vectors, self._descent.optimizer)
+        values = [state[f"best.{index}"].to(vector.device) for index, vector in enumerate(vectors) if "best.0" in state]
+        self._best = Best.again([loss for step, loss in self.held_out if step], values)

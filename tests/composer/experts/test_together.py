@@ -9,11 +9,10 @@ from torch.nn import functional
 
 import loraweave as lw
 from loraweave.composer.experts.together import ExpertJob, train_experts
-from loraweave.composer.model.batches import EncodedRow, batch, encode, token_losses
+from loraweave.composer.model.batches import EncodedRow, batch, encode, pad_apart, token_losses
 from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.jobs import LoraJob, SharedPass, range_losses
 from loraweave.composer.train.rows import TrainingRow
-from loraweave.composer.train.schedule import pad_apart
 from loraweave.errors import BudgetExceeded, InvalidTask, TrainingError, UnknownName
 
 ROWS = {"upper": [("a", "A"), ("bcd", "B")], "double": [("a", "aa"), ("bb", "bbbb"), ("c", "cc")]}

@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from loraweave.composer.train.schedule import JobSize, groups, in_order, successor
+from loraweave.composer.train.shared import groups, in_order, successor
+from loraweave.composer.train.state import JobSize
 
 
 def sizes_of(widths, rows=2):

@@ -11,8 +11,8 @@ import torch
 from loraweave.common import process
 from loraweave.composer.model.batches import EncodedRow, batch, token_losses
 from loraweave.composer.train.jobs import LoraJobs
-from loraweave.composer.train.schedule import JobSize
 from loraweave.composer.train.settings import LoraSettings
+from loraweave.composer.train.state import JobSize
 from loraweave.extensions.training_at_scale.step_memory import MemoryModel, MemoryUse, free_bytes
 
 LAYERS = {"llama": {"model.layers.0.self_attn.q_proj": (16, 16)}, "gpt2": {"transformer.h.0.attn.c_attn": (48, 16)}}
