@@ -20,10 +20,8 @@ from loraweave.hub.base import model_of
 from loraweave.hub.export import ExportReport, export
 from loraweave.hub.formats import _reading
 from loraweave.hub.formats._card import as_list
-from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._conversion import MAX_ERROR
-from loraweave.hub.formats._files import entry
-from loraweave.hub.formats._kept_files import as_kept_files
+from loraweave.hub.formats._contents import MAX_ERROR, Contents
+from loraweave.hub.formats._files import as_kept_files, entry
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.merge_report import MergeReport

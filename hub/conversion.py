@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_id, base_key, fingerprint, require_model, require_same_base
-from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, base_layer
-from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut_update
+from loraweave.hub.base_layer import BaseLayer, as_base_layer, base_layer
+from loraweave.hub.formats._contents import MAX_ERROR, Bound, Dense, cut_update
 from loraweave.hub.formats._files import listing, present
 from loraweave.hub.formats._safetensors import read_tensors, require_finite, shards
 from loraweave.lowrank import algebra

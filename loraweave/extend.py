@@ -26,17 +26,13 @@ _MODULES = {
     "composer.merge.methods.breadcrumbs": "prune_both_ends",
     "composer.merge.methods.della": "magprune",
     # formats of adapters, and targets of exports
-    "hub.formats._base_layer": "BaseLayer ExpertMatrix as_base_layer base_layer expert_matrix head_size missing_layer",
-    "hub.formats._card": "json_text license_of_fields model_id read_card readme_text",
+    "hub.formats._card": "base_model_of_readme json_text license_of_fields read_card readme_text",
     "hub.formats._config": "AdapterConfig config_fields words",
-    "hub.formats._contents": "Contents",
-    "hub.formats._conversion": "Bound Dense cut_update lora_factors plain_factors",
-    "hub.formats._file_format": "FileFormat",
-    "hub.formats._files": "entry folder_within parse_json present read_bytes read_json",
-    "hub.formats._foreign": "ForeignFormat PeftReader StoredLayer check_size",
+    "hub.formats._contents": "Bound Contents Dense cut_update lora_factors",
+    "hub.formats._files": "entry folder_within open_file parse_json present read_bytes read_json",
     "hub.formats._peft_config": "parse_lora stored_names stored_tensors",
-    "hub.formats._reading": "is_adapter",
-    "hub.formats._safetensors": "read_tensors require_finite",
+    "hub.formats._reading": "is_adapter lora_files names_in",
+    "hub.formats._safetensors": "FLOATS INTEGERS file_metadata read_tensors require_finite",
     "hub.targets._target": "TIED_MODULES Target module_names",
     # routers and searches
     "composer.compose.objectives._row_sums": "RowSums",
@@ -122,6 +118,7 @@ _MODULES = {
         "EMBEDDED PIPELINE_PARTS Parts base_config base_id fast_dtype fingerprint require_model require_same_base "
         "rounded_samples sampled_places says_nothing"
     ),
+    "hub.base_layer": "BaseLayer ExpertMatrix as_base_layer base_layer expert_matrix head_size missing_layer",
     "hub.base_reference": "base_loader",
     "hub.embedders": "sentence",
     "hub.embedders._embedder": "Embedder embed_in_batches embedder_of readable",

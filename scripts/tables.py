@@ -74,6 +74,12 @@ These groups are not registries. An entry point of theirs names
   training ([training_at_scale](extensions/training_at_scale.md));
 - `loraweave.index_files`: a module that keeps search indexes of large hubs in files, by `load`, `save` and `problems`
   (`IndexFiles` in `hub/search/keys.py`; [large hubs](extensions/large_hubs.md));
+- `loraweave.pickles`: a module that reads files of `torch.save` on consent: `read_pickle(folder, name, integers=)` yields
+  (key, dtype, tensor), and `texts_in_pickle(folder, name)` returns the names without building anything;
+- `loraweave.peft_heads`: a module for PEFT's `modules_to_save`, with `take_heads(stored, listed, task, bias, folder)` and
+  `saved_modules(heads, layers, recorded)`;
+- `loraweave.peft_parameters`: a module that reads and writes PEFT's matrices of several experts in one parameter, with
+  `experts_of(parts, config)`, `unpad(layers, layout)` and `stack_experts(layers)`;
 - `loraweave.harness`: a module whose `evaluate_harness` scores for `loraweave eval --harness`
   ([study](extensions/study.md));
 - `loraweave.panel`: a module whose `panel(engine, prompt, router, max_new_tokens=, title=)` draws a router's weights for the

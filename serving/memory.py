@@ -22,7 +22,7 @@ from torch import Tensor
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.hook import hook_kinds
 from loraweave.errors import CompositionError
-from loraweave.hub.formats._base_layer import head_size
+from loraweave.hub.base_layer import head_size
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights

@@ -26,7 +26,7 @@ from loraweave.composer.merge.method_call import (
 from loraweave.composer.merge.methods._entries import ALONE
 from loraweave.errors import BaseModelMismatch, CompositionError, LayerMismatch, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._kept_files import shared_files
+from loraweave.hub.formats._files import shared_files
 from loraweave.hub.licenses import license_of_work, stated_license
 from loraweave.hub.merge_report import LayerReport, MergeReport
 from loraweave.hub.merge_report import interference as compare

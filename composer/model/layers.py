@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from loraweave.composer.model.kinds import LayerKind, conv, embedding, linear, norm
 from loraweave.errors import CompositionError, LayerMismatch
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._base_layer import expert_matrix
+from loraweave.hub.base_layer import expert_matrix
 from loraweave.lowrank import algebra
 from loraweave.types import Factors
 

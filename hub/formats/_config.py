@@ -15,12 +15,13 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import listing, present, read_json
-from loraweave.registry import extensions
+from loraweave.registry import brought, extensions
 
 T = TypeVar("T")
 CONFIG = "adapter_config.json"
@@ -147,6 +148,13 @@ def resolve_patterns(
         return resolve(patterns, layers, default)
     except PatternError as error:
         raise AdapterUnsupported(f"{folder}: {name}: {error}; write layer names without regular expressions") from error
+
+
+def extension_module(part: str, what: str) -> Any:
+    """Return the module `part` that an extension brings. Raises AdapterUnsupported, naming `what`, without one."""
+    for module in brought(part).values():
+        return import_module(module)
+    raise AdapterUnsupported(f"{what}: nothing here reads or writes this form{missing_extension()}")
 
 
 def missing_extension() -> str:

@@ -1,4 +1,8 @@
-"""Opening the files of a foreign folder: only regular files inside it, sizes capped, JSON without surprises."""
+"""The files of a foreign folder: only regular files inside it, sizes capped, JSON without surprises.
+
+Files beside an adapter's weights that belong to it (tokenizer, chat template, a reward model's value head) are kept byte by
+byte and not interpreted: neither mixtures nor the content hash depend on them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,13 @@ import json
 import os
 import stat
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from weakref import WeakValueDictionary
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, HubError
 
@@ -54,21 +61,18 @@ def require_unchanged(folder: Path, names: Collection[str]) -> Iterator[None]:
 
 def _states(folder: Path, fresh_ns: int, names: Collection[str]) -> dict[str, State]:
     try:
-        held = os.listdir(folder) if folder.is_dir() else []
-        counted = [folder / name for name in held if name in names or os.path.splitext(name)[1] in SUFFIXES]
-        paths = counted if folder.is_dir() else [folder]
+        held = os.listdir(folder) if folder.is_dir() else None
     except OSError:
-        paths = []
+        return {}
+    counted = [name for name in held or () if name in names or os.path.splitext(name)[1] in SUFFIXES]
     states: dict[str, State] = {}
-    for path in paths:
-        try:
+    for path in [folder] if held is None else [folder / name for name in counted]:
+        # a dangling link has no state; reading it raises
+        with suppress(OSError):
             status = path.stat()
-        except OSError:
-            # a dangling link; reading it raises
-            continue
-        fresh = status.st_mtime_ns >= fresh_ns and stat.S_ISREG(status.st_mode)
-        digest = _digest(path) if fresh else ""
-        states[path.name] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, digest)
+            fresh = status.st_mtime_ns >= fresh_ns and stat.S_ISREG(status.st_mode)
+            digest = _digest(path) if fresh else ""
+            states[path.name] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, digest)
     return states
 
 
@@ -114,13 +118,11 @@ def open_file(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise AdapterCorrupt(f"{folder}: {name} is {_kind(status.st_mode)}, not a regular file")
-    try:
-        require_held(descriptor, status.st_size, f"{folder}: {name}")
-    except HubError:
-        os.close(descriptor)
-        raise
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO"}
+        what = kinds.get(stat.S_IFMT(status.st_mode), "a device or socket")
+        raise AdapterCorrupt(f"{folder}: {name} is {what}, not a regular file")
     with os.fdopen(descriptor, "rb") as file:
+        require_held(descriptor, status.st_size, f"{folder}: {name}")
         if status.st_size < 1024 and file.read(len(LFS_MARK)) == LFS_MARK:
             raise AdapterCorrupt(
                 f"{folder}: {name} is a git-LFS pointer of {status.st_size} bytes, not the file itself; "
@@ -238,23 +240,12 @@ def _inside(folder: Path, name: str) -> Path:
         target = path
     if os.path.islink(target):
         raise AdapterCorrupt(f"{folder}: {name} is a link that leads to itself; copy the file into the folder")
-    roots = [folder.resolve(), *_cache_repository(folder)]
-    if not any(target.is_relative_to(root) for root in roots):
+    # a snapshot in the model hub's cache is links to the blobs of its folder `models--owner--name`
+    snapshots = [parent.parent for parent in folder.absolute().parents if parent.name == "snapshots"]
+    roots = [folder, *(repository for repository in snapshots if repository.name.startswith("models--"))]
+    if not any(target.is_relative_to(root.resolve()) for root in roots):
         raise AdapterCorrupt(f"{folder}: {name} is a link that leaves the folder; copy the file into it")
     return target
-
-
-def _cache_repository(folder: Path) -> list[Path]:
-    """Return the folder `models--owner--name` of the model hub's cache if `folder` is a snapshot in it."""
-    absolute = folder.absolute()
-    snapshots = [parent for parent in absolute.parents if parent.name == "snapshots"]
-    return [parent.parent.resolve() for parent in snapshots if parent.parent.name.startswith("models--")]
-
-
-def _kind(mode: int) -> str:
-    if stat.S_ISDIR(mode):
-        return "a directory"
-    return "a FIFO" if stat.S_ISFIFO(mode) else "a device or socket"
 
 
 def _no_constant(literal: str) -> Any:
@@ -268,3 +259,107 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {twice[:100]!r} occurs twice")
     return result
+
+
+_KEPT = """
+added_tokens.json chat_template.jinja chat_template.json merges.txt sentencepiece.bpe.model special_tokens_map.json
+spiece.model tokenizer.json tokenizer.model tokenizer_config.json value_head.safetensors vocab.json vocab.txt
+"""
+KEPT = tuple(_KEPT.split())
+# the largest tokenizers have half of this size
+MAX_KEPT_BYTES = 64 * 2**20
+# it may belong to an adapter, too, but is left out with a warning
+_PICKLED_HEAD = "value_head.bin"
+
+
+@dataclass(frozen=True, eq=False)
+class KeptFile:
+    """A file's sha256, its size, and the function that returns its bytes."""
+
+    sha256: str
+    size_bytes: int
+    read: Callable[[], bytes]
+
+
+class KeptFiles(Mapping[str, bytes]):
+    """The bytes of an adapter's files by name, sorted; those of a hub are read when they are used."""
+
+    def __init__(self, files: Mapping[str, KeptFile]) -> None:
+        self.files = dict(sorted(files.items()))
+
+    def __getitem__(self, name: str) -> bytes:
+        return self.files[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own __contains__ would read it
+        return name in self.files
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return as_kept_files, (dict(self),)
+
+    def __repr__(self) -> str:
+        return f"KeptFiles({', '.join(f'{name}: {file.size_bytes:,} bytes' for name, file in self.files.items())})"
+
+
+def as_kept_files(files: Mapping[str, bytes]) -> KeptFiles:
+    """Return the files as an adapter has them. Raises AdapterUnsupported for other names and sizes."""
+    if isinstance(files, KeptFiles):
+        return files
+    for name, data in files.items():
+        if name not in KEPT or not isinstance(data, bytes):
+            raise AdapterUnsupported(
+                f"{name!r} with {type(data).__name__} is not a file of an adapter; those are bytes under the names "
+                f"{', '.join(KEPT)}"
+            )
+        if len(data) > MAX_KEPT_BYTES:
+            raise AdapterUnsupported(f"{name} has {len(data):,} bytes; a file of an adapter has at most {MAX_KEPT_BYTES:,}")
+    return KeptFiles({name: _in_memory(data) for name, data in files.items()})
+
+
+def shared_files(parents: Sequence[Mapping[str, bytes]]) -> KeptFiles:
+    """Return the files that every one of several adapters has, byte for byte the same."""
+    tables = [as_kept_files(files).files for files in parents]
+    first = tables[0]
+    alike = [name for name in first if all(name in one and one[name].sha256 == first[name].sha256 for one in tables)]
+    return KeptFiles({name: first[name] for name in alike})
+
+
+def read_kept(folder: Path) -> KeptFiles:
+    """Return the kept files in a folder. Warns of those left out: damaged, too large, or a pickle."""
+    files = {}
+    for name in KEPT:
+        if present(folder, name):
+            try:
+                with open_file(folder, name) as (file, size):
+                    if size > MAX_KEPT_BYTES:
+                        raise AdapterUnsupported(
+                            f"{folder}: {name} has {size:,} bytes, above the limit of {MAX_KEPT_BYTES:,}"
+                        )
+                    files[name] = _in_memory(file.read(size))
+            except (AdapterCorrupt, AdapterUnsupported) as error:
+                _warn(f"{name} is left out of the adapter, whose factors are read: {error}")
+    if present(folder, _PICKLED_HEAD) and "value_head.safetensors" not in files:
+        _warn(
+            f"{folder}: {_PICKLED_HEAD}, a pickle, is left out of the adapter, whose factors are read; save it as "
+            "value_head.safetensors to keep it"
+        )
+    return KeptFiles(files)
+
+
+# many adapters of one base bring the same tokenizer
+_in_use: WeakValueDictionary[str, KeptFile] = WeakValueDictionary()
+
+
+def _in_memory(data: bytes) -> KeptFile:
+    digest = hashlib.sha256(data).hexdigest()
+    return _in_use.setdefault(digest, KeptFile(digest, len(data), lambda: data))
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=5)

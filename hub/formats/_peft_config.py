@@ -16,11 +16,18 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported
-from loraweave.hub.formats._config import AdapterConfig, missing_extension, resolve_patterns, shorten, words
+from loraweave.hub.formats._config import (
+    AdapterConfig,
+    extension_module,
+    missing_extension,
+    resolve_patterns,
+    shorten,
+    words,
+)
 from loraweave.hub.formats._files import listing, open_file, present
-from loraweave.hub.formats._pickle import read_pickle
 from loraweave.hub.formats._safetensors import read_tensors, shards, tensor_names
 from loraweave.lowrank.algebra import MAX_FP32
+from loraweave.types import Factors
 
 MAX_RANK = 65_536
 # the number of tokens that activate an aLoRA
@@ -56,6 +63,9 @@ REFUSED = {
     "use_mora": "one square matrix between inputs and outputs",
 }
 
+# for these tasks PEFT trains a head, whether modules_to_save lists it or not
+HEAD_TASKS = words("SEQ_CLS TOKEN_CLS QUESTION_ANS")
+
 # they choose where training starts and leave the base model's weights as they are
 HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 
@@ -79,11 +89,6 @@ class PeftConfig:
     target_parameters: tuple[str, ...] = ()
     invocation: tuple[int, ...] = ()
     recorded: Mapping[str, Any] = field(default_factory=dict)
-
-    def targets_module(self, module: str) -> bool:
-        """Return whether `target_modules` is a list and names the module; a pattern is never run."""
-        listed = self.recorded.get("target_modules")
-        return isinstance(listed, list) and any(type(end) is str and f".{module}".endswith(f".{end}") for end in listed)
 
     def ranks(self, layers: Iterable[str]) -> dict[str, int]:
         """Return the rank that PEFT would give each layer."""
@@ -313,8 +318,15 @@ def stored_tensors(folder: Path, *, allow_pickle: bool = False, integers: bool =
     A pickle is read only with `allow_pickle`, only if there are no safetensors, and by the safe loader.
     """
     if allow_pickle and present(folder, PICKLE) and not present(folder, WEIGHTS) and not present(folder, INDEX):
-        return read_pickle(folder, PICKLE, integers=integers)
+        reader = extension_module("pickles", f"{folder}: {PICKLE}")
+        pickled: Iterator[tuple[str, str, Tensor]] = reader.read_pickle(folder, PICKLE, integers=integers)
+        return pickled
     return read_tensors(folder, weight_files(folder), integers=integers)
+
+
+def path_of(layer: str, factors: Factors) -> str:
+    """Return the layer's path, or for an expert that of its parameter: the path that PEFT's patterns and targets name."""
+    return layer.rpartition(".")[0] if factors.kind == "expert" else layer
 
 
 def stored_names(folder: Path) -> list[str]:

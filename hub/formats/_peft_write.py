@@ -15,11 +15,10 @@ from loraweave.common.files import replacing, require_replaceable
 from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, SIDECAR, readme_text, sidecar_text
+from loraweave.hub.formats._config import extension_module
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._files import entry
-from loraweave.hub.formats._peft_config import PREFIX, Key, parse_key
-from loraweave.hub.formats._peft_heads import saved_modules
-from loraweave.hub.formats._peft_parameters import Stacked, stack_experts
+from loraweave.hub.formats._peft_config import HEAD_TASKS, PREFIX, Key, parse_key
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
 from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
@@ -33,11 +32,17 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
     if dtype not in DTYPES:
         raise AdapterUnsupported(f"cannot write {dtype} tensors; choose one of {', '.join(map(str, DTYPES))}")
     target = require_replaceable(folder, lambda path: path.name in contents.files or _is_adapter_file(path))
-    stacked = stack_experts(contents.layers)
-    config = _config(contents, stacked)
-    unstacked = {layer: factors for layer, factors in contents.layers.items() if factors.kind != "expert"}
-    tensors = _tensors(unstacked, stacked, bool(config["lora_bias"]), dtype) | _heads(contents.heads, dtype)
-    layout = _layout(unstacked, stacked, bool(config["lora_bias"]))
+    experts = {layer: factors for layer, factors in contents.layers.items() if factors.kind == "expert"}
+    others = {layer: factors for layer, factors in contents.layers.items() if factors.kind != "expert"}
+    stacked, ranks, notes = {}, {}, {}
+    if experts:
+        writer = extension_module(
+            "peft_parameters", f"cannot write to {folder}: {next(iter(experts))!r} is an expert of a parameter"
+        )
+        stacked, ranks, notes = writer.stack_experts(experts)
+    config = _config(contents, ranks)
+    tensors = _tensors(others, stacked, bool(config["lora_bias"]), dtype) | _heads(contents.heads, dtype)
+    layout = _layout(others, notes, bool(config["lora_bias"]))
     texts = {
         "adapter_config.json": json.dumps(config, indent=1, ensure_ascii=False, allow_nan=False),
         SIDECAR: sidecar_text(contents.card, contents.fingerprint, layout),
@@ -47,7 +52,7 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
     return folder
 
 
-def _config(contents: Contents, stacked: Stacked) -> dict[str, Any]:
+def _config(contents: Contents, expert_ranks: Mapping[str, int]) -> dict[str, Any]:
     layers = contents.layers
     for layer, factors in layers.items():
         _check_layer(layer, factors)
@@ -63,14 +68,20 @@ def _config(contents: Contents, stacked: Stacked) -> dict[str, Any]:
     with_bias = [layer for layer in wrapped if layers[layer].bias_O is not None]
     _check_bias(layers, with_bias, wrapped, dora)
     wrapped = [layer for layer in wrapped if layers[layer].kind != "expert"]
-    ranks = {layer: max(layers[layer].rank, 1) for layer in wrapped} | dict(stacked.ranks)
+    ranks = {layer: max(layers[layer].rank, 1) for layer in wrapped} | dict(expert_ranks)
     common = Counter(ranks.values()).most_common(1)[0][0]
     # anchored, since PEFT would otherwise match the name as the end of a longer one
     pattern = {f"^{_escape(layer)}": rank for layer, rank in ranks.items() if rank != common}
     trained = [factors for factors in layers.values() if factors.base_bias_O is not None]
     bias = "none" if not trained else "lora_only" if all(map(_is_wrapped, trained)) else "all"
     known = contents.card.get("peft")
-    saved, task = saved_modules(contents.heads, layers, known)
+    task, saved = entry(known, "task_type", str), []
+    if contents.heads:
+        writer = extension_module("peft_heads", f"cannot write the trained head {next(iter(contents.heads))!r}")
+        saved, task = writer.saved_modules(contents.heads, layers, known)
+    elif task in HEAD_TASKS:
+        # PEFT expects a head for it, and could not load the folder
+        task = None
     activated = {}
     if contents.invocation:
         require_activatable(contents, "the adapter")
@@ -87,8 +98,8 @@ def _config(contents: Contents, stacked: Stacked) -> dict[str, Any]:
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "target_modules": _targets(wrapped, [layer for layer in layers if layer not in set(wrapped)]),
-        "target_parameters": sorted(stacked.ranks) or None,
-        "fan_in_fan_out": (entry(known, "fan_in_fan_out", bool) or False) and not stacked.ranks,
+        "target_parameters": sorted(expert_ranks) or None,
+        "fan_in_fan_out": (entry(known, "fan_in_fan_out", bool) or False) and not expert_ranks,
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "use_rslora": False,
@@ -176,11 +187,13 @@ def _escape(layer: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "_-" else f"\\{letter}" for letter in layer)
 
 
-def _tensors(layers: Mapping[str, Factors], stacked: Stacked, lora_bias: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(
+    layers: Mapping[str, Factors], stacked: Mapping[str, Mapping[str, Tensor]], lora_bias: bool, dtype: torch.dtype
+) -> dict[str, Tensor]:
     parts = {layer: _parts(factors, lora_bias) for layer, factors in layers.items()}
     return {
         f"{PREFIX}{layer}.{suffix}": _to_stored(tensor, f"layer {layer!r}", dtype)
-        for layer, tensors in (*parts.items(), *stacked.tensors.items())
+        for layer, tensors in (*parts.items(), *stacked.items())
         for suffix, tensor in tensors.items()
     }
 
@@ -194,6 +207,8 @@ def _heads(heads: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
             )
         if not all_finite(tensor):
             raise AdapterUnsupported(f"head {head!r} has values that are NaN or infinite")
+        if len(PREFIX) + len(head) > MAX_KEY_LENGTH or not head.isprintable():
+            raise AdapterUnsupported(f"head {head[:60]!r} has a name that a PEFT file cannot hold")
     return {f"{PREFIX}{head}": _to_stored(tensor, f"head {head!r}", dtype) for head, tensor in heads.items()}
 
 
@@ -229,11 +244,11 @@ def _parts(factors: Factors, lora_bias: bool) -> dict[str, Tensor]:
     return parts
 
 
-def _layout(layers: Mapping[str, Factors], stacked: Stacked, lora_bias: bool) -> dict[str, Any]:
+def _layout(layers: Mapping[str, Factors], expert_notes: Mapping[str, int], lora_bias: bool) -> dict[str, Any]:
     """Return where zeros were added for PEFT, so that reading gives back the same factors."""
     padded = [layer for layer, factors in layers.items() if lora_bias and _is_wrapped(factors) and factors.bias_O is None]
     empty = {layer: int(factors.a_RI.shape[1]) for layer, factors in layers.items() if not factors.rank}
-    layout = (("padded_bias", padded), ("rank_zero", empty), ("expert_ranks", dict(stacked.notes)))
+    layout = (("padded_bias", padded), ("rank_zero", empty), ("expert_ranks", dict(expert_notes)))
     return {name: notes for name, notes in layout if notes}
 
 

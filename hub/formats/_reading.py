@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,11 @@ from torch import nn
 
 import loraweave.registry as registry
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._config import CONFIG, AdapterConfig, config_fields, missing_extension
-from loraweave.hub.formats._contents import Contents, require_numbers
-from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut_update
-from loraweave.hub.formats._file_format import FileFormat, formats, known_names, lora_files, names_in, refuse_pickle
-from loraweave.hub.formats._files import BESIDE, MAX_LISTED, entry, present, require_unchanged
-from loraweave.hub.formats._kept_files import KEPT, read_kept
-from loraweave.hub.formats._peft_config import PICKLE
+from loraweave.hub.formats._config import CONFIG, AdapterConfig, config_fields, extension_module, missing_extension
+from loraweave.hub.formats._contents import MAX_ERROR, Bound, Contents, cut_update, require_numbers
+from loraweave.hub.formats._files import BESIDE, KEPT, MAX_LISTED, entry, open_file, present, read_kept, require_unchanged
+from loraweave.hub.formats._peft_config import PICKLE, WEIGHTS
+from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.hub.formats.peft import Peft
 
 _PROMPT = "trained vectors in front of the text or in the cache of attention, not an update of weights"
@@ -49,6 +49,7 @@ ARROW = "; router = lw.router(folder) opens what PEFT saved of an Arrow, and hub
 
 MAX_DEPTH = 3
 MAX_ENTRIES = 10_000
+MAX_FILES = 64
 
 
 def read(
@@ -172,7 +173,7 @@ def _layout_of(folder: Path, fields: Mapping[str, Any], allow_pickle: bool) -> A
         return _foreign(kind, folder)
     if fields.get("peft_type") is None:
         for layout in _own_formats():
-            consent = {"allow_pickle": allow_pickle} if issubclass(layout, FileFormat) else {}
+            consent = {"allow_pickle": allow_pickle} if hasattr(layout, "knows") else {}
             if layout.recognises(folder, **consent):
                 return layout
         _refuse_unknown_file(folder, allow_pickle)
@@ -213,7 +214,7 @@ def _refuse_unknown_file(source: Path, allow_pickle: bool) -> None:
     if source.is_file() and Peft.recognises(folder):
         raise AdapterUnsupported(f"{source} is the weights alone of an adapter whose folder has its config: give {folder}")
     refuse_pickle(folder, name, allow_pickle)
-    layouts = [known for known in registry.names("formats") if issubclass(registry.get("formats", known), FileFormat)]
+    layouts = [known for known in registry.names("formats") if hasattr(registry.get("formats", known), "knows")]
     raise AdapterUnsupported(
         f"{folder / name}: its tensors have names of no known layout ({', '.join(layouts)}): "
         f"{', '.join(map(repr, names_in(folder, name)[:3]))}; without a config, nothing says which layers of which model "
@@ -231,3 +232,60 @@ def _cut_ranks(contents: Contents, bound: Bound, folder: Path) -> Contents:
             notes[name] = note
     card = {**contents.card, "conversion": notes} if notes else contents.card
     return replace(contents, layers=layers, card=card)
+
+
+def lora_files(source: Path) -> list[tuple[Path, str]]:
+    """Return (folder, name) of the files of weights that `source` is or holds, without PEFT's own.
+
+    Pickles in a folder count only under the names of a layout, and only without safetensors of the same name.
+    """
+    if source.is_file():
+        return [(source.parent, source.name)]
+    try:
+        held = sorted(path.name for path in source.iterdir())
+    except OSError:
+        return []
+    names = [name for name in held if name.endswith(".safetensors")]
+    others = [name for name in names if name != WEIGHTS and not name.startswith("adapter_model-")]
+    pickled = [name for name in known_names("pickles") if name in held and f"{Path(name).stem}.safetensors" not in names]
+    return [(source, name) for name in [*others[:MAX_FILES], *pickled]]
+
+
+def formats() -> tuple[Any, ...]:
+    """Return the classes of all formats, in the order of their names."""
+    return _formats_on(tuple(sys.path))
+
+
+@cache
+def _formats_on(path: tuple[str, ...]) -> tuple[Any, ...]:
+    """Return all formats; other packages' are found on the path. A folder takes a quarter of a millisecond to list."""
+    return tuple(registry.get("formats", name) for name in registry.names("formats"))
+
+
+def known_names(attribute: str) -> tuple[str, ...]:
+    """Return the names of files that the formats declare; `attribute` is "files" or "pickles"."""
+    return tuple(name for layout in formats() for name in getattr(layout, attribute, ()))
+
+
+def names_in(folder: Path, name: str) -> list[str]:
+    """Return the names of a file's tensors, or all texts in a pickle; nothing is loaded."""
+    if not is_pickle(name):
+        return tensor_names(folder, name)
+    return list(extension_module("pickles", f"{folder / name}").texts_in_pickle(folder, name))
+
+
+def is_pickle(name: str) -> bool:
+    """Return whether a file of this name is a pickle: anything but safetensors."""
+    return not name.endswith(".safetensors")
+
+
+def refuse_pickle(folder: Path, name: str, allow_pickle: bool) -> None:
+    """Raise AdapterUnsupported, with the ways out, for a pickle without consent."""
+    if is_pickle(name) and not allow_pickle:
+        with open_file(folder, name):
+            # only for its checks: a git-LFS pointer of that name needs another way out
+            pass
+        raise AdapterUnsupported(
+            f"{folder / name} is a pickle, which can run code when it is read; have it read by the safe loader: "
+            "allow_pickle=True (--allow-pickle in the shell), or save its tensors as safetensors"
+        )

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._card import base_model_of_readme, read_card
-from loraweave.hub.formats._config import CONFIG, AdapterConfig
-from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._conversion import lora_factors
+from loraweave.hub.formats._config import CONFIG, AdapterConfig, extension_module
+from loraweave.hub.formats._contents import Contents, lora_factors
 from loraweave.hub.formats._files import entry, present
 from loraweave.hub.formats._peft_config import (
+    HEAD_TASKS,
     INDEX,
     PICKLE,
     WEIGHTS,
@@ -27,10 +27,9 @@ from loraweave.hub.formats._peft_config import (
     PeftConfig,
     check_all_known,
     parse_lora,
+    path_of,
     stored_tensors,
 )
-from loraweave.hub.formats._peft_heads import take_heads
-from loraweave.hub.formats._peft_parameters import parameter_paths, path_of, split_experts, unpad
 from loraweave.hub.formats._peft_write import require_activatable, write_folder
 from loraweave.hub.formats._safetensors import gather, require_finite
 from loraweave.lowrank.algebra import all_finite, within_range
@@ -61,7 +60,7 @@ class Peft:
         config = parse_lora({**AdapterConfig.of(folder).fields, **(assumed or {})}, folder)
         card, fingerprint, layout = read_card(folder)
         stored, dtypes = gather(stored_tensors(folder, allow_pickle=allow_pickle), folder)
-        heads, saved = take_heads(stored, config.modules_to_save, config.task_type, config.bias, folder)
+        heads, saved = _take_heads(stored, config)
         layers = _layers_of(_parts_of(stored, config), config, layout)
         recorded = dict(config.recorded) | ({"modules_to_save": saved} if saved else {})
         card |= {"peft": recorded, "stored_dtype": dtypes}
@@ -81,6 +80,16 @@ class Peft:
         """
         contents.require_effect(f"cannot write to {folder}")
         return write_folder(contents, Path(folder), dtype=dtype)
+
+
+def _take_heads(stored: dict[str, Tensor], config: PeftConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """Take whole trained modules out of `stored`; return them by parameter of the base, and their names."""
+    if not config.modules_to_save and config.task_type not in HEAD_TASKS:
+        return {}, []
+    what = f"{config.folder}: modules_to_save or task_type {config.task_type!r}, which stand for trained heads"
+    reader = extension_module("peft_heads", what)
+    heads, names = reader.take_heads(stored, config.modules_to_save, config.task_type, config.bias, config.folder)
+    return heads, names
 
 
 def _parts_of(stored: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Parts]:
@@ -105,11 +114,12 @@ def _parts_of(stored: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Par
 
 
 def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[str, Any]) -> dict[str, Factors]:
-    paths = parameter_paths(parts, config)
+    # experts of one parameter, each a layer
+    reader = extension_module("peft_parameters", f"{config.folder}: target_parameters") if config.target_parameters else None
+    experts = {} if reader is None else reader.experts_of(parts, config)
     unscaled: dict[str, Factors] = {}
     for layer, held in parts.items():
-        path = paths.get(layer)
-        unscaled |= _experts(path, held, config) if path else {layer: _factors(layer, held, config)}
+        unscaled |= experts[layer] if layer in experts else {layer: _factors(layer, held, config)}
     ranks = {path_of(layer, factors): factors.rank for layer, factors in unscaled.items() if factors.rank}
     scales = config.scales(ranks)
     _warn_of_other_ranks(ranks, scales, config)
@@ -117,17 +127,8 @@ def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[s
         layer: _scale(layer, factors, scales.get(path_of(layer, factors), 1.0), config)
         for layer, factors in unscaled.items()
     }
-    return unpad({layer: _undo_layout(layer, factors, layout) for layer, factors in scaled.items()}, layout)
-
-
-def _experts(path: str, held: Parts, config: PeftConfig) -> dict[str, Factors]:
-    where = f"{config.folder}: parameter {path!r}"
-    if set(held) != {"a", "b"} or config.use_dora or config.lora_bias or config.recorded["fan_in_fan_out"]:
-        raise AdapterCorrupt(
-            f"{where} has {', '.join(sorted(held))}, or the config has use_dora, lora_bias or fan_in_fan_out, which PEFT "
-            "does not define for a parameter"
-        )
-    return split_experts(path, held["a"], held["b"], config.ranks([path])[path], where)
+    layers = {layer: _undo_layout(layer, factors, layout) for layer, factors in scaled.items()}
+    return layers if reader is None else dict(reader.unpad(layers, layout))
 
 
 def _warn_of_other_ranks(found: Mapping[str, int], scales: Mapping[str, float], config: PeftConfig) -> None:

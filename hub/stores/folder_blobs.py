@@ -19,7 +19,7 @@ from typing import Any
 from loraweave.common.files import known_digest, remove_file, sync, whole_file, write_new
 from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterCorrupt, HubError
-from loraweave.hub.formats._kept_files import as_kept_files
+from loraweave.hub.formats._files import as_kept_files
 from loraweave.hub.stores.protocols import BlobStore
 from loraweave.types import Record
 

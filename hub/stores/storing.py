@@ -13,8 +13,8 @@ from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError, HubFull, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import Parts, base_key, model_of, require_same_base
-from loraweave.hub.formats._base_layer import base_layer, expert_matrix
-from loraweave.hub.formats._kept_files import KeptFile, KeptFiles
+from loraweave.hub.base_layer import base_layer, expert_matrix
+from loraweave.hub.formats._files import KeptFile, KeptFiles
 from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
 from loraweave.hub.stores.folder_blobs import LISTED, digests, file_bytes, listed, put_files, reading_blob, without_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._peft_parameters import path_of
+from loraweave.hub.formats._peft_config import path_of
 from loraweave.hub.formats.peft import Peft as PeftFolder
 from loraweave.types import Factors
 

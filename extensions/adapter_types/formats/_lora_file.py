@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
 from loraweave.extend import (
+    FLOATS,
     AdapterConfig,
     BaseLayer,
     Bound,
+    Contents,
     Dense,
-    FileFormat,
-    StoredLayer,
+    algebra,
+    base_model_of_readme,
     cut_update,
-    get,
+    file_metadata,
+    fingerprint,
     lora_factors,
-    plain_factors,
+    lora_files,
+    names_in,
+    read_card,
+    read_tensors,
     words,
 )
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, Reader, StoredLayer, plain_factors
 from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement, divide
+from loraweave.extensions.adapter_types.formats.loha import Loha
+from loraweave.extensions.adapter_types.formats.lokr import Lokr
+from loraweave.extensions.adapter_types.pickles import is_pickle, read_pickle
 
+MAX_NOTES = 40
+MAX_NOTE_TEXT = 400
 # a small file could ask for a huge matrix by a wide kernel
 MAX_KERNEL = 16
 
@@ -38,10 +52,29 @@ MATRICES = words(
 RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 
 Parts = Mapping[str, Tensor]
+Held = dict[str, dict[str, Tensor]]
+# LyCORIS' other forms, by the beginning of their tensors' names
+FORMS: dict[str, type[ForeignFormat]] = {"hada_": Loha, "lokr_": Lokr}
 
 
-class LoraFile(FileFormat):
-    """A layout of one file of factors, whose scale is stored beside them."""
+class LoraFile(Reader):
+    """A layout of one file of factors, alone or in a folder, known by its tensors' names, with the scale beside them."""
+
+    # the names of one layer's factors in such a file
+    example: ClassVar[tuple[str, str]]
+    # the names that its program gives such files, to download them, and pickles, which count in a folder only by these
+    files: ClassVar[tuple[str, ...]] = ()
+    pickles: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    @abstractmethod
+    def knows(cls, names: Collection[str]) -> bool:
+        """Return whether these tensor names are of this layout; the file's state is not checked."""
+
+    @classmethod
+    @abstractmethod
+    def split(cls, name: str) -> tuple[str, str] | None:
+        """Return (module as the file names it, part of its update) of a tensor; None for a name of another layout."""
 
     @classmethod
     @abstractmethod
@@ -54,16 +87,26 @@ class LoraFile(FileFormat):
         return {module: _alpha(parts, where, module) for module, parts in held.items()}
 
     @classmethod
-    def layers(
-        cls,
-        held: dict[str, dict[str, Tensor]],
-        metadata: Mapping[str, str],
-        bound: Bound,
-        model: nn.Module | None,
-        where: str,
-    ) -> tuple[dict[str, Factors], dict[str, Any]]:
-        """Return the update of every module, under the paths of the base's modules, and the notes of cuts."""
-        scales = cls.scales(held, metadata, where)
+    def base_id(cls, source: Path) -> str:
+        """Return the base model's id by a folder's card; "" for a file, whose neighbours say nothing about it."""
+        return base_model_of_readme(source) if source.is_dir() else ""
+
+    @classmethod
+    def recognises(cls, source: Path, *, allow_pickle: bool = False) -> bool:
+        """Return whether `source` is, or has in it, a file of this layout; pickles count with `allow_pickle`."""
+        return bool(cls._files(source, allow_pickle))
+
+    @classmethod
+    def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
+        """Return the update of every module, under the paths of the base's modules.
+
+        With `model`, its names decide what the file's mean. Raises AdapterUnsupported for names that cannot be mapped
+        without a guess, and for several such files in one folder.
+        """
+        path = cls._file(source, allow_pickle)
+        metadata = {} if is_pickle(path.name) else file_metadata(path.parent, path.name)
+        held, dtypes = cls._held(path.parent, path.name)
+        where, scales = str(path), cls.scales(held, metadata, str(path))
         base = None if model is None else BaseNames(model)
         layers: dict[str, Factors] = {}
         notes: dict[str, Any] = {}
@@ -73,12 +116,67 @@ class LoraFile(FileFormat):
             placement = cls.place(module, base, where)
             whole, note = _factors(module, parts, scales[module], placement, bound, base, where)
             for target, factors in zip(placement.targets, divide(whole, placement, module, where), strict=True):
-                path = target if base is None else base.path(target, where)
-                if path in layers:
-                    raise AdapterCorrupt(f"{where}: several modules are layer {path!r}, one is {module!r}")
-                layers[path] = factors if base is None else base.fitted(path, factors, where)
-                notes |= {path: note} if note else {}
-        return layers, notes
+                layer = target if base is None else base.path(target, where)
+                if layer in layers:
+                    raise AdapterCorrupt(f"{where}: several modules are layer {layer!r}, one is {module!r}")
+                layers[layer] = factors if base is None else base.fitted(layer, factors, where)
+                notes |= {layer: note} if note else {}
+        # a lone file's neighbours say nothing about it
+        card = read_card(source)[0] if source.is_dir() else {}
+        texts = {key: text for key, text in sorted(metadata.items()) if len(text) <= MAX_NOTE_TEXT}
+        card |= {"file_metadata": dict(list(texts.items())[:MAX_NOTES])} if texts else {}
+        card["stored_dtype"] = "+".join(sorted(dtypes))
+        card |= {"conversion": notes} if notes else {}
+        return Contents(cls.base_id(source), layers, None if model is None else fingerprint(model), card)
+
+    @classmethod
+    def _files(cls, source: Path, allow_pickle: bool = False) -> list[str]:
+        names = []
+        for folder, name in lora_files(source):
+            with suppress(AdapterCorrupt, AdapterUnsupported):
+                if (allow_pickle or not is_pickle(name)) and cls.knows(names_in(folder, name)):
+                    names.append(name)
+        return names
+
+    @classmethod
+    def _file(cls, source: Path, allow_pickle: bool) -> Path:
+        if source.is_file():
+            if is_pickle(source.name) and not allow_pickle:
+                raise AdapterUnsupported(f"{source} is a pickle, which can run code when it is read: allow_pickle=True")
+            return source
+        names = cls._files(source, allow_pickle)
+        if len(names) > 1:
+            raise AdapterUnsupported(
+                f"{source}: {len(names)} files in it are adapters: {', '.join(names[:12])}; give the path of one, for "
+                f"instance {str(source / names[0])!r}"
+            )
+        if not names:
+            held = ", ".join(sorted(path.name for path in source.iterdir())[:12]) or "nothing"
+            raise AdapterUnsupported(f"{source}: no LoRA file of {cls.__name__}'s layout; the folder holds {held}")
+        return source / names[0]
+
+    @classmethod
+    def _held(cls, folder: Path, name: str) -> tuple[Held, set[str]]:
+        """Return the tensors by module and part, and the dtypes in which they are stored."""
+        where = str(folder / name)
+        held: Held = defaultdict(dict)
+        dtypes: set[str] = set()
+        stored = read_pickle(folder, name, integers=True) if is_pickle(name) else read_tensors(folder, [name], integers=True)
+        for key, dtype, tensor in stored:
+            place = cls.split(key)
+            if place is None:
+                raise AdapterUnsupported(f"{where}: tensor {key!r} is not part of {cls.__name__}'s layout")
+            module, part = place
+            if part in held[module]:
+                raise AdapterCorrupt(f"{where}: several tensors are {part!r} of module {module!r}, one is {key!r}")
+            if not tensor.numel() or not algebra.all_finite(tensor):
+                raise AdapterCorrupt(f"{where}: {key!r} of shape {tuple(tensor.shape)} is empty, or has NaN or infinity")
+            held[module][part] = tensor
+            if dtype in FLOATS and part != "alpha":
+                dtypes.add(str(FLOATS[dtype]).removeprefix("torch."))
+        if not held:
+            raise AdapterCorrupt(f"{where}: the file holds no tensors")
+        return held, dtypes
 
 
 def _alpha(parts: Parts, where: str, module: str) -> float:
@@ -119,15 +217,12 @@ def update_of(parts: Parts, scale: float, layer: str, base: BaseLayer | None, wh
     """Return the update, scaled. Raises AdapterCorrupt for tensors that do not form an update."""
     if {"down", "up"} <= set(parts) <= {"down", "up", "mid"}:
         return _lora(parts, scale, where)
-    for layout, prefix in (("loha", "hada_"), ("lokr", "lokr_")):
+    for prefix, layout in FORMS.items():
         if parts and all(name.startswith(prefix) for name in parts):
             _require_linear(layer, base, where)
             rank = rank_of(parts) or 1
             config = AdapterConfig(Path(where), {"alpha": scale * rank, "r": rank})
-            update: Factors | Dense = get("formats", layout).update(
-                StoredLayer(layer, where, parts, {}, config, base, None, 1)
-            )
-            return update
+            return layout.update(StoredLayer(layer, where, parts, {}, config, base, None, 1))
     raise AdapterCorrupt(f"{where} has {', '.join(sorted(parts)) or 'no matrices'}, which are not the parts of one update")
 
 

@@ -11,19 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
-from loraweave.extend import (
-    AdapterConfig,
-    Bound,
-    Contents,
-    PeftReader,
-    base_layer,
-    cut_update,
-    entry,
-    fingerprint,
-    get,
-    parse_lora,
-    plain_factors,
-)
+from loraweave.extend import AdapterConfig, Bound, Contents, base_layer, cut_update, entry, fingerprint, get, parse_lora
+from loraweave.extensions.adapter_types.formats._foreign import PeftReader, plain_factors
 
 INITS = ("pissa", "olora", "milora")
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
-from loraweave.extend import AdapterConfig, StoredLayer, check_size, plain_factors
-from loraweave.extensions.adapter_types.formats._variant import LoraVariant, block_diagonal
+from loraweave.extend import AdapterConfig
+from loraweave.extensions.adapter_types.formats._foreign import (
+    LoraVariant,
+    StoredLayer,
+    block_diagonal,
+    check_size,
+    plain_factors,
+)
 
 _FIELDS = {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
 

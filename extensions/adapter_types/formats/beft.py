@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraweave import Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 
 class Beft(ForeignFormat):

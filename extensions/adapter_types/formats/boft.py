@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
+from loraweave.extend import Dense, words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer
 
 
 class Boft(ForeignFormat):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from loraweave.extend import Dense, ForeignFormat, StoredLayer, check_size, words
+from loraweave.extend import Dense, words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, check_size
 
 
 class C3a(ForeignFormat):

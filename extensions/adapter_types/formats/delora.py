@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loraweave import Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
+from loraweave.extend import words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 # PEFT's lower bound of the norms that it divides by
 SMALLEST_NORM = 1e-4

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
+from loraweave.extend import Dense, words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer
 
 NAMES = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
+from loraweave.extend import words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 
 class Hra(ForeignFormat):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
-from loraweave.extend import StoredLayer, plain_factors
-from loraweave.extensions.adapter_types.formats._variant import LoraVariant
+from loraweave.extensions.adapter_types.formats._foreign import LoraVariant, StoredLayer, plain_factors
 
 
 class Kasa(LoraVariant):

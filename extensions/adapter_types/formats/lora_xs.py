@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import AdapterConfig, ForeignFormat, StoredLayer, parse_lora, plain_factors, stored_names
+from loraweave.extend import AdapterConfig, parse_lora, stored_names
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 MIDDLE = "default_lora_latent_mapping.weight"
 # older versions of PEFT remove ".default" from every tensor name, this one's too

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
-from loraweave.extend import AdapterConfig, StoredLayer, entry, plain_factors
-from loraweave.extensions.adapter_types.formats._variant import LoraVariant, block_diagonal
+from loraweave.extend import AdapterConfig, entry
+from loraweave.extensions.adapter_types.formats._foreign import LoraVariant, StoredLayer, block_diagonal, plain_factors
 
 
 class MergedLinear(LoraVariant):

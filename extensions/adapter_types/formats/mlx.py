@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, AdapterUnsupported
-from loraweave.extend import AdapterConfig, entry, model_id, present
+from loraweave.extend import AdapterConfig, entry, present
 from loraweave.extensions.adapter_types.formats._lora_file import LoraFile, Parts
 from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement
 
@@ -85,8 +85,8 @@ class Mlx(LoraFile):
 
     @classmethod
     def base_id(cls, source: Path) -> str:
-        fields = _fields(source if source.is_dir() else source.parent) or {}
-        return model_id(fields.get("model")) or super().base_id(source)
+        model = entry(_fields(source if source.is_dir() else source.parent), "model", str) or ""
+        return model if 0 < len(model) < 500 else super().base_id(source)
 
     @classmethod
     def _files(cls, source: Path, allow_pickle: bool = False) -> list[str]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import Dense, StoredLayer, check_size, plain_factors
-from loraweave.extensions.adapter_types.formats._variant import LoraVariant
+from loraweave.extend import Dense
+from loraweave.extensions.adapter_types.formats._foreign import LoraVariant, StoredLayer, check_size, plain_factors
 
 A, B = "lora_A.weight", "lora_B.weight"
 # types that group every S-th input, or output; the other types group neighbours

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
+from loraweave.extend import words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 
 class Osf(ForeignFormat):

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from loraweave import Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
+from loraweave.extend import words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,

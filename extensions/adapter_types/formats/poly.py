@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
-from loraweave.extend import AdapterConfig, ForeignFormat, StoredLayer, plain_factors, words
+from loraweave.extend import AdapterConfig, words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 # as in PEFT
 EPS = 1e-12

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from loraweave import Factors
-from loraweave.extend import ForeignFormat, StoredLayer, get, words
+from loraweave.extend import words
+from loraweave.extensions.adapter_types.formats._foreign import StoredLayer
+from loraweave.extensions.adapter_types.formats.vera import Vera
 
 
-class Pvera(ForeignFormat):
+class Pvera(Vera):
     """Delta = diag(lambda_b) B diag(lambda_d) A with the first half of lambda_d and of A, which is the mean."""
 
     peft_type = "PVERA"
@@ -22,5 +24,4 @@ class Pvera(ForeignFormat):
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors:
-        factors: Factors = get("formats", "vera").scaled(layer, "pvera", values_per_rank=2)
-        return factors
+        return cls.scaled(layer, "pvera", values_per_rank=2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, ForeignFormat, StoredLayer, words
+from loraweave.extend import Dense, words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer
 
 
 class Shira(ForeignFormat):

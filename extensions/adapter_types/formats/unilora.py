@@ -7,7 +7,8 @@ from typing import NoReturn
 from torch import Tensor
 
 from loraweave import AdapterUnsupported, Factors
-from loraweave.extend import AdapterConfig, ForeignFormat, StoredLayer, plain_factors, words
+from loraweave.extend import AdapterConfig, words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 
 class Unilora(ForeignFormat):

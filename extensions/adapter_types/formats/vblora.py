@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import ForeignFormat, StoredLayer, plain_factors, words
+from loraweave.extend import words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 
 class Vblora(ForeignFormat):

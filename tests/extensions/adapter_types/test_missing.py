@@ -25,6 +25,11 @@ def tree(folder):
     name = "lora_unet_mid_block_attentions_0_proj_in"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 5), f"{name}.lora_up.weight": torch.ones(3, 2)}
     save_file(tensors, folder / "style.safetensors")
+    save(peft.LoHaConfig(r=2, **FREE), folder / "loha")
+    put(folder / "head", {**lora(), "score.weight": torch.ones(2, 3)}, modules_to_save=["score"])
+    put(folder / "experts", lora("experts"), target_modules=[], target_parameters=["experts.down_proj"])
+    torch.save(lora(), put(folder / "pickled", {}) / "adapter_model.bin")
+    (folder / "pickled" / "adapter_model.safetensors").unlink()
     return {path.name: str(path) for path in folder.iterdir()}
 
 
@@ -37,7 +42,7 @@ with lw.Hub(sys.argv[1]) as hub:
     told["merged"] = lw.merge([hub["turned"], hub["styled"].__class__("x", "", hub["turned"].layers)], progress=False).hash
 for name, path in json.loads(sys.argv[2]).items():
     try:
-        lw.Adapter.from_pretrained(path)
+        lw.Adapter.from_pretrained(path, allow_pickle=True)
         told[name] = "read"
     except lw.HubError as error:
         told[name] = f"{type(error).__name__}: {error}"
@@ -59,6 +64,36 @@ def test_a_hub_opens_without_the_extension_and_reading_an_adapter_again_names_it
     assert set(told) == set(paths)
     missing = "the extension 'adapter_types', which reads more, is not installed"
     assert {name: text for name, text in told.items() if missing not in text} == {}
+
+
+PLAIN = """
+import json, sys
+import loraweave as lw
+told = {}
+for name, path in json.loads(sys.argv[1]).items():
+    adapter = lw.Adapter.from_pretrained(path)
+    adapter.save_pretrained(path + " again")
+    told[name] = [adapter.hash, lw.Adapter.from_pretrained(path + " again").hash]
+try:
+    experts = {"m.down_proj.0": lw.Factors(adapter.layers["first"].a_RI, adapter.layers["first"].b_OR, kind="expert")}
+    lw.Adapter("x", "", experts).save_pretrained(path + " experts")
+except lw.HubError as error:
+    told["experts"] = str(error)
+print(json.dumps(told))
+"""
+
+
+def test_without_the_extension_lora_and_dora_are_read_and_written_as_before(tmp_path):
+    kinds = {"dora": {"use_dora": True}, "lora": {}, "rslora": {"use_rslora": True}, "lora_bias": {"lora_bias": True}}
+    paths = {name: str(tmp_path / name) for name in kinds}
+    for name, options in kinds.items():
+        save(peft.LoraConfig(r=3, target_modules=TARGETS, rank_pattern={"inner.*": 2}, **options), paths[name])
+    expected = {name: [Adapter.from_pretrained(path).hash] * 2 for name, path in paths.items()}
+    mirror(tmp_path, [])
+    told = json.loads(run(tmp_path, PLAIN, json.dumps(paths)))
+    assert "'m.down_proj.0' is an expert" in told["experts"]
+    assert told.pop("experts").endswith("the extension 'adapter_types', which reads more, is not installed")
+    assert told == expected
 
 
 def test_with_the_extension_no_refusal_speaks_of_it(tmp_path):

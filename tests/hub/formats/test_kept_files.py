@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterUnsupported
 from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats import _kept_files
+from loraweave.hub.formats import _files
 from loraweave.hub.hub import Hub
 
 FILES = {
@@ -133,7 +133,7 @@ def test_a_file_that_cannot_be_kept_is_named_and_the_rest_is_read(folder, monkey
     (folder / "value_head.safetensors").unlink()
     (folder / "value_head.bin").write_bytes(b"a pickle")
     (folder / "tokenizer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    monkeypatch.setattr(_kept_files, "MAX_KEPT_BYTES", 50)
+    monkeypatch.setattr(_files, "MAX_KEPT_BYTES", 50)
     with pytest.warns(UserWarning, match="left out") as caught:
         read = Adapter.from_pretrained(folder)
     left_out = ("tokenizer.json", "tokenizer_config.json", "value_head.bin")

@@ -19,7 +19,7 @@ from loraweave.common import process
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter, cosine
 from loraweave.hub.formats import _files, _safetensors
-from loraweave.hub.formats._conversion import Bound, cut_update
+from loraweave.hub.formats._contents import Bound, cut_update
 from loraweave.hub.hub import Hub
 from loraweave.hub.tables.figures import figures_of
 from loraweave.lowrank import algebra

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from peft_models import lora, put, save
+from peft_models import TARGETS, lora, put, save
 from properties import Properties
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -360,3 +360,10 @@ def test_where_the_ranks_differ_the_tensors_win_in_the_scale_too_and_a_warning_h
         adapter = Adapter.from_pretrained(tmp_path)
     assert adapter.rank == 4
     assert torch.equal(adapter.delta("q_proj"), torch.full((3, 5), 4 * 6 / 4))
+
+
+def test_a_plain_lora_is_cut_where_a_rank_asks_for_it(tmp_path):
+    save(peft.LoraConfig(r=4, target_modules=TARGETS), tmp_path)
+    assert Adapter.from_pretrained(tmp_path, rank=4).card.get("conversion") is None
+    cut = Adapter.from_pretrained(tmp_path, rank=2, max_error=0.9)
+    assert {note["rank"] for note in cut.card["conversion"].values()} == {2}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt
-from loraweave.hub.formats._config import words
-from loraweave.hub.formats._conversion import plain_factors
-from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer
-from loraweave.types import Factors
+from loraweave import AdapterCorrupt, Factors
+from loraweave.extend import words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 
 class Vera(ForeignFormat):

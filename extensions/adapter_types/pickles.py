@@ -15,9 +15,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._files import open_file
-from loraweave.hub.formats._safetensors import FLOATS, INTEGERS, MAX_HEADER_BYTES, MAX_KEY_LENGTH, MAX_TENSORS
+from loraweave import AdapterCorrupt, AdapterUnsupported
+from loraweave.extend import FLOATS, INTEGERS, open_file
+
+# the limits of safetensors: of the bytes that describe the tensors, of their number, and of a name
+MAX_PICKLE_BYTES, MAX_TENSORS, MAX_KEY_LENGTH = 100 * 10**6, 200_000, 512
 
 _STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte")
 ALLOWED = {
@@ -29,6 +31,11 @@ ALLOWED = {
 # ways to name a class that torch.save does not use for a table of tensors
 _OTHER_WAYS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 _NAMES = {dtype: name for name, dtype in {**FLOATS, **INTEGERS}.items()}
+
+
+def is_pickle(name: str) -> bool:
+    """Return whether a file of this name is a pickle: anything but safetensors."""
+    return not name.endswith(".safetensors")
 
 
 def read_pickle(folder: Path, name: str, *, integers: bool = False) -> Iterator[tuple[str, str, Tensor]]:
@@ -76,10 +83,10 @@ def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
                     f"{where}: entry {odd.filename!r:.80} has {odd.file_size} bytes, but {odd.compress_size} in the archive"
                 )
             claimed = sum(entry.file_size for entry in entries)
-            if claimed > size or held[0].file_size > MAX_HEADER_BYTES:
+            if claimed > size or held[0].file_size > MAX_PICKLE_BYTES:
                 raise AdapterCorrupt(
                     f"{where} claims {claimed} bytes in {len(entries)} entries, {held[0].file_size} of them the pickle; the "
-                    f"file has {size} bytes, and a pickle may have {MAX_HEADER_BYTES}"
+                    f"file has {size} bytes, and a pickle may have {MAX_PICKLE_BYTES}"
                 )
             return archive.read(held[0])
     except (AdapterCorrupt, AdapterUnsupported):

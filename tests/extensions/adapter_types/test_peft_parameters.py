@@ -13,6 +13,7 @@ from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._card import SIDECAR
 from loraweave.hub.formats.peft import Peft
+from loraweave.hub.hub import Hub
 
 EXPERTS, HIDDEN, INNER = 3, 5, 4
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -52,6 +53,12 @@ def updates(opened):
 
 def expert(seed, rank=2, outputs=HIDDEN, inputs=INNER):
     return random_factors(seed, rank, outputs, inputs, kind="expert")
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with Hub(tmp_path / "hub") as opened:
+        yield opened
 
 
 LAYOUTS = {"as linear layers": {}, "gpt-oss": {"turned": True}, "llama 4": {"turned": True, "says_so": False}}

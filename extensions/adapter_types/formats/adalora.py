@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._config import words
-from loraweave.hub.formats._conversion import plain_factors
-from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer
-from loraweave.types import Factors
+from loraweave import AdapterUnsupported, Factors
+from loraweave.extend import words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 
 class Adalora(ForeignFormat):

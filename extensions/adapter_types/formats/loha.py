@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._config import words
-from loraweave.hub.formats._conversion import Dense, plain_factors
-from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer, check_size
-from loraweave.types import Factors
+from loraweave import AdapterUnsupported, Factors
+from loraweave.extend import Dense, words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, check_size, plain_factors
 
 
 class Loha(ForeignFormat):

@@ -14,13 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._card import texts
-from loraweave.hub.formats._config import words
-from loraweave.hub.formats._files import entry
-from loraweave.hub.formats._peft_config import PREFIX, without_prefix
-from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH, require_finite
+from loraweave import AdapterCorrupt, AdapterUnsupported
+from loraweave.extend import entry, require_finite, words
 
+PREFIX = "base_model.model."
 # the names that PEFT itself adds to modules_to_save for a task; one of them in the model is enough
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -47,7 +44,7 @@ def take_heads(
     names = list(dict.fromkeys((*listed, *TASK_HEADS.get(task, ()))))
     heads: dict[str, Tensor] = {}
     for key in list(stored) if names else ():
-        pieces = without_prefix(key).split(".")
+        pieces = re.sub(f"^({re.escape(PREFIX)})+", "", key).split(".")
         depth = _depth(pieces, names)
         if depth is None:
             continue
@@ -83,7 +80,8 @@ def saved_modules(heads: Mapping[str, Tensor], layers: Iterable[str], recorded: 
     if task in TASK_HEADS and not of_task:
         task = None
     # PEFT runs the names as regular expressions when it looks for target modules
-    plain = [name for name in texts(entry(recorded, "modules_to_save", object)) if re.fullmatch(r"[\w.-]+", name)]
+    listed = entry(recorded, "modules_to_save", (list, tuple)) or ()
+    plain = [name for name in listed if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)]
     known = list(dict.fromkeys([*plain, *of_task]))
     names = [name for name in known if any(_depth(head.split("."), [name]) for head in heads)]
     names += sorted({head.rpartition(".")[0] for head in heads if _depth(head.split("."), known) is None})
@@ -100,15 +98,12 @@ def saved_modules(heads: Mapping[str, Tensor], layers: Iterable[str], recorded: 
 
 
 def _check_name(head: str, names: Sequence[str]) -> None:
-    key = f"{PREFIX}{head}"
     pieces = head.split(".")
     depth = _depth(pieces, names) if all(pieces) else None
-    if depth is None or set(pieces) & _OF_ADAPTERS or without_prefix(key) != head:
+    if depth is None or set(pieces) & _OF_ADAPTERS or head.startswith(PREFIX):
         raise AdapterUnsupported(
             f"head {head!r} is not a parameter of a module, named as PEFT needs it (module path, then parameter)"
         )
-    if len(key) > MAX_KEY_LENGTH or not key.isprintable():
-        raise AdapterUnsupported(f"head {head[:60]!r} has a name that a PEFT file cannot hold")
 
 
 def _depth(pieces: Sequence[str], names: Sequence[str]) -> int | None:

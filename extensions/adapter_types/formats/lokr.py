@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._config import words
-from loraweave.hub.formats._conversion import plain_factors
-from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer, check_size
-from loraweave.types import Factors
+from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
+from loraweave.extend import words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, check_size, plain_factors
 
 
 class Lokr(ForeignFormat):

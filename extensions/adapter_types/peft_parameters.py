@@ -14,27 +14,37 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._files import entry
-from loraweave.hub.formats._peft_config import Part, PeftConfig
-from loraweave.types import Factors
+from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
+from loraweave.extend import entry
 
 ORDER = ("gate_proj", "gate_up_proj", "up_proj", "down_proj")
 WRAPPED = ".base_layer"
 
 
-def path_of(layer: str, factors: Factors) -> str:
-    """Return the layer's path, or for an expert that of its parameter: the path that PEFT's patterns and targets name."""
-    return layer.rpartition(".")[0] if factors.kind == "expert" else layer
+def experts_of(parts: Mapping[str, Mapping[str, Tensor]], config: Any) -> dict[str, dict[str, Factors]]:
+    """Map each of a file's layers that is a target parameter to the factors of its experts by layer, unscaled.
+
+    Raises AdapterCorrupt for parts that PEFT does not define for a parameter, and as `_parameter_paths`.
+    """
+    experts: dict[str, dict[str, Factors]] = {}
+    for layer, path in _parameter_paths(parts, config).items():
+        where, held = f"{config.folder}: parameter {path!r}", parts[layer]
+        if set(held) != {"a", "b"} or config.use_dora or config.lora_bias or config.recorded["fan_in_fan_out"]:
+            raise AdapterCorrupt(
+                f"{where} has {', '.join(sorted(held))}, or the config has use_dora, lora_bias or fan_in_fan_out, which "
+                "PEFT does not define for a parameter"
+            )
+        experts[layer] = _split(path, held["a"], held["b"], config.ranks([path])[path], where)
+    return experts
 
 
-def parameter_paths(parts: Mapping[str, Mapping[Part, Tensor]], config: PeftConfig) -> dict[str, str]:
+def _parameter_paths(parts: Mapping[str, Mapping[str, Tensor]], config: Any) -> dict[str, str]:
     """Map each of a file's layers that is a target parameter to the path of that parameter.
 
     Raises AdapterUnsupported if the file does not say which it is: if a module has another number of layers below it than
@@ -58,19 +68,21 @@ def parameter_paths(parts: Mapping[str, Mapping[Part, Tensor]], config: PeftConf
                 f"{where} has {len(held)} updates of parameters, and the config's target_parameters name "
                 f"{', '.join(parameters) or 'none'} there, so nothing says which is whose"
             )
-        for layer, parameter in zip(held, reversed(nested(parameters, where)), strict=True):
+        for layer, parameter in zip(held, reversed(_nested(parameters, where)), strict=True):
             paths[layer] = f"{module}.{parameter}"
     _require_parameters(paths, by_module, config)
     return paths
 
 
-def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[Part, Tensor], config: PeftConfig, where: str) -> bool:
+def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[str, Tensor], config: Any, where: str) -> bool:
     """Return whether the one update of a module is of the module itself, and not of a parameter in `own`.
 
     Raises AdapterUnsupported for a parameter of a module that is a target too, and for one of a single matrix.
     """
     certain = [parameter for parameter, is_certain in own.items() if is_certain]
-    if config.targets_module(module):
+    listed = config.recorded.get("target_modules")
+    # a pattern is never run
+    if isinstance(listed, list) and any(type(end) is str and f".{module}".endswith(f".{end}") for end in listed):
         if certain:
             raise AdapterUnsupported(
                 f"{where} is one of target_modules, and target_parameters name {certain[0]!r} of it, which PEFT does not "
@@ -91,7 +103,7 @@ def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[Part, Tensor],
     return False
 
 
-def _require_parameters(found: Mapping[str, str], modules: Iterable[str], config: PeftConfig) -> None:
+def _require_parameters(found: Mapping[str, str], modules: Iterable[str], config: Any) -> None:
     """Raise AdapterUnsupported for a target that is a module of the file, and none of its parameters."""
     for target in config.target_parameters:
         if any(f".{path}".endswith(f".{target}") for path in found.values()):
@@ -103,7 +115,7 @@ def _require_parameters(found: Mapping[str, str], modules: Iterable[str], config
             )
 
 
-def nested(parameters: Iterable[str], where: str) -> list[str]:
+def _nested(parameters: Iterable[str], where: str) -> list[str]:
     """Return one module's parameters as PEFT wraps them, innermost first. Raises AdapterUnsupported for an unknown order."""
     names = list(parameters)
     if len(names) > 1 and (unknown := sorted(set(names) - set(ORDER))):
@@ -114,7 +126,7 @@ def nested(parameters: Iterable[str], where: str) -> list[str]:
     return sorted(names, key=ORDER.index) if len(names) > 1 else names
 
 
-def split_experts(path: str, a: Tensor, b: Tensor, rank: int, where: str) -> dict[str, Factors]:
+def _split(path: str, a: Tensor, b: Tensor, rank: int, where: str) -> dict[str, Factors]:
     """Return each expert's factors of a parameter, unscaled. Raises AdapterCorrupt if R does not divide the matrices."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
         raise AdapterCorrupt(
@@ -128,22 +140,13 @@ def split_experts(path: str, a: Tensor, b: Tensor, rank: int, where: str) -> dic
     }
 
 
-@dataclass(frozen=True, eq=False)
-class Stacked:
-    """PEFT's matrices of parameters by wrapper and name, each parameter's rank by path, and the notes for `unpad`."""
+def stack_experts(layers: Mapping[str, Factors]) -> tuple[dict[str, dict[str, Tensor]], dict[str, int], dict[str, int]]:
+    """Return PEFT's matrices by wrapper and name, each parameter's rank by path, and the notes for `unpad`.
 
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    ranks: Mapping[str, int]
-    notes: Mapping[str, int]
-
-
-def stack_experts(layers: Mapping[str, Factors]) -> Stacked:
-    """Return the layers of kind "expert" as PEFT stores them.
-
-    Ranks are padded to the largest of a parameter, and experts up to its last, with zeros. Raises AdapterUnsupported for a
-    layer without a number or with more than two factors, for experts of different sizes, and as `nested`.
+    All layers are of kind "expert". Ranks are padded to the largest of a parameter, and experts up to its last, with zeros.
+    Raises AdapterUnsupported for a layer without a number or with more than two factors, for experts of different sizes, and
+    as `_nested`.
     """
-    layers = {layer: factors for layer, factors in layers.items() if factors.kind == "expert"}
     by_path: dict[str, dict[int, Factors]] = defaultdict(dict)
     for layer, factors in layers.items():
         path, _, number = layer.rpartition(".")
@@ -158,11 +161,11 @@ def stack_experts(layers: Mapping[str, Factors]) -> Stacked:
     stored: dict[str, dict[str, Tensor]] = {}
     notes: dict[str, int] = {}
     for module, parameters in modules.items():
-        for depth, parameter in enumerate(reversed(nested(parameters, f"module {module!r}"))):
+        for depth, parameter in enumerate(reversed(_nested(parameters, f"module {module!r}"))):
             path = f"{module}.{parameter}"
             a, b = _stack(by_path[path], ranks[path], path, notes)
             stored[module + depth * WRAPPED] = {"lora_A.weight": a, "lora_B.weight": b}
-    return Stacked(stored, ranks, notes)
+    return stored, ranks, notes
 
 
 def unpad(layers: Mapping[str, Factors], layout: Mapping[str, Any]) -> dict[str, Factors]:

@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from peft_models import FREE, TARGETS, Tree, edit, odd, save, tiny
+from peft_models import FREE, Tree, edit, odd, save, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -35,13 +35,6 @@ def test_an_exact_type_is_cut_where_a_rank_asks_for_it(loha):
     with pytest.raises(AdapterUnsupported, match="rank 3 leaves"):
         Adapter.from_pretrained(loha, rank=3)
     assert Adapter.from_pretrained(loha, rank=3, max_error=0.9).rank == 3
-
-
-def test_a_plain_lora_is_cut_where_a_rank_asks_for_it(tmp_path):
-    save(peft.LoraConfig(r=4, target_modules=TARGETS), tmp_path)
-    assert Adapter.from_pretrained(tmp_path, rank=4).card.get("conversion") is None
-    cut = Adapter.from_pretrained(tmp_path, rank=2, max_error=0.9)
-    assert {note["rank"] for note in cut.card["conversion"].values()} == {2}
 
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"rank": True}, {"max_error": -0.1}, {"max_error": float("nan")}])

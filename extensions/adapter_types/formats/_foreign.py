@@ -1,4 +1,4 @@
-"""The common reader of PEFT's other adapter types: their config, their tensors by layer and part, and the conversion.
+"""The common readers: of everything that is only read, of PEFT's types, and of LoRA's variants.
 
 A format states the names of its tensors and config fields and gives one formula, `update`, for one layer. Everything here is
 as strict as the reader of LoRA folders: safetensors only, sizes checked first, unknown names and fields refused.
@@ -10,27 +10,37 @@ makes its layers from the config, whose sizes a hostile file chooses, and BOFT c
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor, nn
 
-from loraweave.common.process import free_host_bytes
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported, BaseModelMismatch
-from loraweave.hub.base import fingerprint
-from loraweave.hub.formats._base_layer import BaseLayer, base_layer
-from loraweave.hub.formats._card import base_model_of_readme, read_card
-from loraweave.hub.formats._config import AdapterConfig, config_fields, shorten, words
-from loraweave.hub.formats._contents import Contents, Reader
-from loraweave.hub.formats._conversion import Bound, Dense, cut_update
-from loraweave.hub.formats._peft_config import stored_tensors
-from loraweave.hub.formats._peft_heads import take_heads
-from loraweave.hub.formats._safetensors import gather, require_finite
-from loraweave.types import Factors
+from loraweave import AdapterCorrupt, AdapterUnsupported, BaseModelMismatch, Factors
+from loraweave.extend import (
+    FLOATS,
+    AdapterConfig,
+    BaseLayer,
+    Bound,
+    Contents,
+    Dense,
+    base_layer,
+    base_model_of_readme,
+    config_fields,
+    cut_update,
+    fingerprint,
+    free_host_bytes,
+    parse_lora,
+    read_card,
+    require_finite,
+    stored_tensors,
+    words,
+)
+from loraweave.extensions.adapter_types.peft_heads import take_heads
 
 ROOT = "base_model."
 MAX_VALUES = 2**31
@@ -112,6 +122,37 @@ class StoredLayer:
         return whole
 
 
+class Reader(ABC):
+    """A format that is only read: an adapter read from it is written as an ordinary LoRA."""
+
+    @classmethod
+    def read(
+        cls,
+        source: Path,
+        *,
+        model: nn.Module | None = None,
+        rank: int | None = None,
+        max_error: float | None = Bound.max_error,
+        allow_pickle: bool = False,
+    ) -> Contents:
+        """Return the adapter as a plain LoRA. `card["conversion"]` has rank and relative error of every converted layer.
+
+        `model` is the base model: its names and sizes are checked, and types whose file does not determine the update need
+        it. Updates that are not of low rank are cut to the smallest rank within `max_error` (Frobenius norm, relative to the
+        layer's update) and at most `rank`. Raises AdapterUnsupported if `rank` leaves a larger error, for features without a
+        form as factors, and for an adapter without effect; AdapterCorrupt for damaged files; LayerMismatch and
+        BaseModelMismatch for another model. A pickle is read only with `allow_pickle`.
+        """
+        contents = cls._read(Path(source), Bound(rank, max_error), model, allow_pickle)
+        contents.require_effect(str(source))
+        return contents
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
+        """Return the contents of the folder or file."""
+
+
 class PeftReader(Reader):
     """A format that the config of a PEFT folder names."""
 
@@ -144,9 +185,14 @@ class ForeignFormat(PeftReader):
     def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
         config = cls._config(source)
         card, stored_print, _ = read_card(source)
-        tensors, dtypes = gather(stored_tensors(source, allow_pickle=allow_pickle, integers=True), source)
-        for key, tensor in tensors.items():
+        tensors: dict[str, Tensor] = {}
+        dtypes: set[str] = set()
+        for key, dtype, tensor in stored_tensors(source, allow_pickle=allow_pickle, integers=True):
             require_finite(tensor, str(source), repr(key))
+            tensors[key] = tensor
+            dtypes |= {str(FLOATS[dtype]).removeprefix("torch.")} if dtype in FLOATS else set()
+        if not tensors:
+            raise AdapterCorrupt(f"{source}: the file holds no tensors")
         heads, _ = take_heads(tensors, config.names("modules_to_save"), config.text("task_type"), "none", source)
         layers = list(cls._layers(tensors, config, model))
         model_print = stored_print if model is None else fingerprint(model)
@@ -156,7 +202,7 @@ class ForeignFormat(PeftReader):
         notes: dict[str, Any] = {}
         for layer in layers:
             factors[layer.name], notes[layer.name] = _convert(cls, layer, bound)
-        card |= {"converted_from": cls.peft_type, "conversion": notes, "stored_dtype": dtypes}
+        card |= {"converted_from": cls.peft_type, "conversion": notes, "stored_dtype": "+".join(sorted(dtypes))}
         base_model = config.text("base_model_name_or_path") or base_model_of_readme(source)
         return Contents(base_model, factors, model_print, card, heads)
 
@@ -169,7 +215,7 @@ class ForeignFormat(PeftReader):
     def _own_config(cls, folder: Path) -> AdapterConfig:
         config = AdapterConfig.of(folder)
         if (kind := config.fields.get("peft_type")) != cls.peft_type:
-            raise AdapterUnsupported(f"{folder}: peft_type is {shorten(kind)}, not {cls.peft_type!r}")
+            raise AdapterUnsupported(f"{folder}: peft_type is {kind!r:.80}, not {cls.peft_type!r}")
         return config
 
     @classmethod
@@ -177,7 +223,7 @@ class ForeignFormat(PeftReader):
         config = cls._own_config(folder)
         config.check_fields(COMMON | cls.fields, cls.refused)
         if (bias := config.fields.get("bias", "none")) != "none":
-            raise AdapterUnsupported(f"{folder}: bias={shorten(bias)}: trained biases are supported for LoRA adapters only")
+            raise AdapterUnsupported(f"{folder}: bias={bias!r:.80}: trained biases are supported for LoRA adapters only")
         return config
 
     @classmethod
@@ -222,6 +268,45 @@ class ForeignFormat(PeftReader):
         )
 
 
+class LoraVariant(ForeignFormat):
+    """A variant of LoRA: its config is a LoRA's with one field more, which changes the tensors' meaning."""
+
+    peft_type = "LORA"
+    parts = frozenset({"lora_A.weight", "lora_B.weight"})
+    field: ClassVar[str]
+
+    @classmethod
+    def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
+        """Return whether the config is a LoRA's with this field set."""
+        return super().claims(folder, fields) and bool(fields.get(cls.field))
+
+    @classmethod
+    def settings(cls, config: AdapterConfig) -> Any:
+        """Return the rest of the config, that of a LoRA."""
+        return parse_lora({**config.fields, cls.field: None}, config.folder)
+
+    @classmethod
+    def scale(cls, layer: StoredLayer, rank: int) -> float:
+        """Return alpha / r of a layer. Raises AdapterCorrupt if the config gives it another rank than the file."""
+        settings = cls.settings(layer.config)
+        expected = settings.ranks([layer.name])[layer.name]
+        if expected != rank:
+            raise AdapterCorrupt(f"{layer.where} has rank {rank} in the file and rank {expected} in adapter_config.json")
+        scale: float = settings.scales({layer.name: rank})[layer.name]
+        return scale
+
+    @classmethod
+    def _config(cls, folder: Path) -> AdapterConfig:
+        config = cls._own_config(folder)
+        settings = cls.settings(config)
+        flags: dict[str, Any] = {"use_dora": settings.use_dora, "lora_bias": settings.lora_bias}
+        for name, value in {**flags, "bias": settings.bias != "none" and settings.bias}.items():
+            if value:
+                raise AdapterUnsupported(f"{folder}: {name}={value!r} beside {cls.field}, which is not supported")
+        settings.require_plain_activation(cls.field)
+        return config
+
+
 def check_size(layer: StoredLayer, rows: int, columns: int) -> None:
     """Raise AdapterUnsupported for a matrix that no machine, or not this one, can hold: a small file can ask for one."""
     free = free_host_bytes()
@@ -251,3 +336,21 @@ def _convert(layout: type[ForeignFormat], layer: StoredLayer, bound: Bound) -> t
             f"{layer.where}: its {layout.peft_type} form stands for a matrix that needs more memory than there is; "
             "convert it on a larger machine"
         ) from error
+
+
+def plain_factors(a_RI: Tensor, b_OR: Tensor, **others: Any) -> Factors:
+    """Return factors in fp32 from tensors of any precision, which are rounded once; `others` are fields of `Factors`."""
+    exact = Factors(a_RI, b_OR, **others)
+    rounded: dict[str, Any] = {name: tensor.float().contiguous() for name, tensor in exact.tensors().items()}
+    return replace(exact, **rounded)
+
+
+def block_diagonal(rows: Tensor, blocks: int, where: str) -> Tensor:
+    """Return the block-diagonal matrix whose blocks `rows` has one below the other: (rows, blocks * columns).
+
+    Raises AdapterCorrupt if the rows do not divide into the blocks.
+    """
+    if blocks < 1 or rows.shape[0] % blocks:
+        raise AdapterCorrupt(f"{where}: a factor of shape {tuple(rows.shape)} does not divide into {blocks} equal blocks")
+    whole: Tensor = torch.block_diag(*rows.chunk(blocks))  # type: ignore[no-untyped-call]
+    return whole

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from loraweave.hub.formats._config import words
-from loraweave.hub.formats._conversion import Dense, plain_factors
-from loraweave.hub.formats._foreign import ForeignFormat, StoredLayer
-from loraweave.types import Factors
+from loraweave import Factors
+from loraweave.extend import Dense, words
+from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 
 class Ia3(ForeignFormat):
