@@ -134,8 +134,8 @@ class Adapter:
         express, InvalidLicense, unless `allow_licenses`, if the adapter was merged or is cut and its licenses exclude each
         other or derived works.
         """
-        if not allow_licenses and not self._is_copy(max_rank):
-            require_one_work([(self.name, stated_license(self.card.get("license")))])
+        if not allow_licenses:
+            self._require_license(max_rank)
         path = as_path(folder, "the folder of an export")
         return export(self._contents(), self.name, path, target=target, max_rank=max_rank, base=base)
 
@@ -154,8 +154,8 @@ class Adapter:
         may not write there, SourceUnavailable if a retry may help, AdapterNotFound for an id of another form, and
         InvalidLicense as `export` does.
         """
-        if not allow_licenses and not self._is_copy(None):
-            require_one_work([(self.name, stated_license(self.card.get("license")))])
+        if not allow_licenses:
+            self._require_license(None)
 
         def write(folder: Path) -> None:
             readme = self.save_pretrained(folder) / README
@@ -165,12 +165,13 @@ class Adapter:
         message = commit_message or f"adapter {self.name}"
         return push(write, repository, token=token, private=private, message=message)
 
-    def _is_copy(self, max_rank: int | None) -> bool:
-        """Return whether a cut to `max_rank` leaves an adapter as it was published: neither cut nor merged from others."""
+    def _require_license(self, max_rank: int | None) -> None:
+        """Raise InvalidLicense if the adapter was merged from others or is cut to `max_rank`, and its licenses forbid it."""
         parents = as_list(entry(self.card.get("recipe"), "parents", object))
         # a merge of one adapter at weight 1 is that adapter
         made = any(entry(parent, "hash", str) != self.hash for parent in parents)
-        return not made and (max_rank is None or self.rank <= max_rank)
+        if made or (max_rank is not None and self.rank > max_rank):
+            require_one_work([(self.name, stated_license(self.card.get("license")))])
 
     def _contents(self) -> Contents:
         card = {**self.card, "name": self.name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -147,10 +148,7 @@ def extract(
 
 def _linear_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[str, tuple[BaseLayer, str]]:
     """Map each parameter to (layer, "weight" or "bias"), for the wanted linear layers that share no weight."""
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     result: dict[str, tuple[BaseLayer, str]] = {}
     unused = set(layers or ())
     for name, module in model.named_modules():
@@ -230,13 +228,11 @@ def _refusal(left: Mapping[str, Any], layers: Sequence[str] | None) -> str:
 
 
 def _with_biases(
-    found: dict[str, Factors], biases: list[tuple[BaseLayer, Tensor]], model: nn.Module, notes: dict[str, Any]
+    updates: dict[str, Factors], biases: list[tuple[BaseLayer, Tensor]], model: nn.Module, notes: dict[str, Any]
 ) -> dict[str, Factors]:
-    result = dict(found)
     for layer, bias_O in biases:
-        if layer.name not in result:
-            result[layer.name] = Factors(torch.zeros(0, layer.num_inputs), torch.zeros(layer.num_outputs, 0))
+        if layer.name not in updates:
+            updates[layer.name] = Factors(torch.zeros(0, layer.num_inputs), torch.zeros(layer.num_outputs, 0))
             notes[layer.name] = {"rank": 0, "relative_error": 0.0}
-        result[layer.name] = replace(result[layer.name], bias_O=bias_O)
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    return dict(sorted(result.items(), key=lambda item: order[item[0]]))
+        updates[layer.name] = replace(updates[layer.name], bias_O=bias_O)
+    return {name: updates[name] for name, _ in model.named_modules() if name in updates}

@@ -4,21 +4,66 @@ from __future__ import annotations
 
 import math
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
+from torch.nn.functional import pad
 
 from loraweave.errors import AdapterUnsupported, UnknownName, WeightingError
 from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._peft_config import path_of
+from loraweave.hub.formats.peft import Peft
 from loraweave.hub.licenses import stated_license
 from loraweave.hub.sources import upload
-from loraweave.hub.targets._target import Target, module_names
 from loraweave.lowrank import algebra
 from loraweave.registry import get, names, nearest
 from loraweave.types import Factors
+
+# modules whose weights many base models share with each other
+TIED_MODULES = {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out"}
+
+
+class Target(ABC):
+    """A program that loads adapters.
+
+    `limit` is the largest rank that it takes, None for no limit. With `one_rank` every layer gets the largest rank of any by
+    rows of zeros. `base` is a model, its config, folder or id, for targets that must know its architecture.
+    """
+
+    limit: ClassVar[int | None] = None
+    one_rank: ClassVar[bool] = False
+    # a file that every folder of this target has, by which an earlier one is known
+    file: ClassVar[str] = "adapter_config.json"
+    # whether layers without an update and biases of zeros are left out
+    drops_zeros: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def check(cls, contents: Contents, name: str, base: Any) -> None:
+        """Raise AdapterUnsupported, with the way out, for anything that the program cannot compute exactly."""
+
+    @classmethod
+    def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
+        """Write the folder, whole or not at all: PEFT's, unless the program has its own layout."""
+        Peft.write(contents, folder)
+
+    @classmethod
+    def program(cls, contents: Contents) -> tuple[str, ...]:
+        """Return the words that start a server with the base, before `flags`; none without such a command."""
+        return ()
+
+    @classmethod
+    def flags(cls, contents: Contents, name: str, folder: Path, rank: int) -> tuple[str, ...]:
+        """Return the server's arguments."""
+        return ()
+
+    @classmethod
+    def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:
+        """Return what a user must know about the folder, one sentence each."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -64,22 +109,21 @@ class ExportReport:
         return {**asdict(self), "folder": str(self.folder), "command": self.command}
 
     def __str__(self) -> str:
-        cut = [layer for layer, error in self.errors.items() if error]
-        lines = [f"wrote {len(self.errors)} layers of rank up to {self.rank} for {self.target} to {self.folder}"]
-        if cut:
+        told = "no rank was cut: the update is exact"
+        if cut := [layer for layer, error in self.errors.items() if error]:
             worst = max(cut, key=lambda layer: self.errors[layer])
-            lines.append(
+            told = (
                 f"rank cut in {len(cut)} layers: relative error {self.relative_error:.3g} of the whole update, at worst "
                 f"{self.errors[worst]:.3g} in {worst}"
             )
-        else:
-            lines.append("no rank was cut: the update is exact")
-        lines.append(f"modules: {', '.join(self.modules)}")
-        lines.append(f"license: {self.license or 'unknown'}")
-        lines.extend(f"note: {text}" for text in self.warnings)
-        if self.command:
-            lines.append(f"serve it: {self.command}")
-        return "\n".join(lines)
+        lines = [
+            f"wrote {len(self.errors)} layers of rank up to {self.rank} for {self.target} to {self.folder}",
+            told,
+            f"modules: {', '.join(self.modules)}",
+            f"license: {self.license or 'unknown'}",
+            *(f"note: {text}" for text in self.warnings),
+        ]
+        return "\n".join([*lines, f"serve it: {self.command}"] if self.command else lines)
 
 
 def require_target(target: str) -> type[Target]:
@@ -138,6 +182,11 @@ def export(
     )
 
 
+def module_names(layers: Mapping[str, Factors]) -> tuple[str, ...]:
+    """Return the last steps of the layers' paths, such as q_proj, sorted; for an expert, those of its parameter."""
+    return tuple(sorted({path_of(layer, factors).rpartition(".")[2] for layer, factors in layers.items()}))
+
+
 def _cut_rank(where: str, factors: Factors, max_rank: int | None) -> tuple[Factors, float]:
     if max_rank is None or factors.rank <= max_rank:
         return factors, 0.0
@@ -160,9 +209,4 @@ def _total_error(layers: Mapping[str, Factors], errors: Mapping[str, float]) -> 
 def _pad(factors: Factors, rank: int) -> Factors:
     """Return the same update, to the bit, with rows and columns of zeros up to `rank`."""
     missing = rank - factors.rank
-    a_RI, b_OR = factors.a_RI, factors.b_OR
-    return replace(
-        factors,
-        a_RI=torch.cat([a_RI, a_RI.new_zeros(missing, a_RI.shape[1])]),
-        b_OR=torch.cat([b_OR, b_OR.new_zeros(b_OR.shape[0], missing)], dim=1),
-    )
+    return replace(factors, a_RI=pad(factors.a_RI, (0, 0, 0, missing)), b_OR=pad(factors.b_OR, (0, missing)))

@@ -26,6 +26,7 @@ _MODULES = {
     "composer.merge.methods.breadcrumbs": "prune_both_ends",
     "composer.merge.methods.della": "magprune",
     # formats of adapters, and targets of exports
+    "hub.export": "TIED_MODULES Target module_names",
     "hub.formats._card": "base_model_of_readme json_text license_of_fields read_card readme_text",
     "hub.formats._config": "AdapterConfig config_fields words",
     "hub.formats._contents": "Bound Contents Dense cut_update lora_factors",
@@ -33,7 +34,6 @@ _MODULES = {
     "hub.formats._peft_config": "parse_lora stored_names stored_tensors",
     "hub.formats._reading": "is_adapter lora_files names_in",
     "hub.formats._safetensors": "FLOATS INTEGERS file_metadata read_tensors require_finite",
-    "hub.targets._target": "TIED_MODULES Target module_names",
     # routers and searches
     "composer.compose.objectives._row_sums": "RowSums",
     "composer.compose.objectives.cross_entropy": "CrossEntropy",

@@ -275,6 +275,9 @@ from loraweave.hub.embedders._embedder import Embedder as Embedder
 from loraweave.hub.embedders._embedder import embed_in_batches as embed_in_batches
 from loraweave.hub.embedders._embedder import embedder_of as embedder_of
 from loraweave.hub.embedders._embedder import readable as readable
+from loraweave.hub.export import TIED_MODULES as TIED_MODULES
+from loraweave.hub.export import Target as Target
+from loraweave.hub.export import module_names as module_names
 from loraweave.hub.formats._card import base_model_of_readme as base_model_of_readme
 from loraweave.hub.formats._card import json_text as json_text
 from loraweave.hub.formats._card import license_of_fields as license_of_fields
@@ -346,9 +349,6 @@ from loraweave.hub.tables.filtering import Filters as Filters
 from loraweave.hub.tables.filtering import store_labels as store_labels
 from loraweave.hub.tables.rows import stored_rows as stored_rows
 from loraweave.hub.tables.vectors import row_sha256 as row_sha256
-from loraweave.hub.targets._target import TIED_MODULES as TIED_MODULES
-from loraweave.hub.targets._target import Target as Target
-from loraweave.hub.targets._target import module_names as module_names
 from loraweave.lowrank import algebra as algebra
 from loraweave.lowrank.factorise import factorise as factorise
 from loraweave.registry import brought as brought

@@ -104,14 +104,10 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
         # an input alone, or with its output
         shown = ["\n-> ".join(map(str, as_list(one))) or _text(one) for one in examples[:20]]
         parts.append("## Sample inputs\n\n" + "\n\n".join(map(_indent, shown)))
-    titles = {
-        "scores": "Scores",
-        "data_license": "Licence of the data",
-        "data": "Data",
-        "recipe": "Recipe",
-        "sources": "Sources",
-    }
-    parts.extend(f"## {title}\n\n{_indent(_text(card[key]))}" for key, title in titles.items() if card.get(key))
+    for key in ("scores", "data_license", "data", "recipe", "sources"):
+        if card.get(key):
+            title = "Licence of the data" if key == "data_license" else key.capitalize()
+            parts.append(f"## {title}\n\n{_indent(_text(card[key]))}")
     parts.append("Load it with `PeftModel.from_pretrained(base, folder)` or `loraweave.Adapter.from_pretrained(folder)`.")
     return "\n\n".join(parts) + "\n"
 
@@ -138,14 +134,11 @@ def shared_card(title: str, base_model: str, license: str | None, kind: str, cod
 
 def plain(value: Any) -> Any:
     """Return mappings, tuples and sets as the dicts and lists that JSON has."""
-    match value:
-        case Mapping():
-            return {str(key): plain(inner) for key, inner in value.items()}
-        case list() | tuple():
-            return [plain(inner) for inner in value]
-        case set() | frozenset():
-            return sorted(plain(inner) for inner in value)
-    return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return sorted(map(plain, value)) if isinstance(value, set | frozenset) else value
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -194,12 +187,9 @@ def _readme(folder: Path) -> tuple[dict[str, Any], str]:
 
 def as_list(value: Any) -> Sequence[Any]:
     """Return a list as it is, a text as a list of it alone, and an empty list for anything else."""
-    match value:
-        case str():
-            return [value]
-        case list() | tuple():
-            return list(value)
-    return []
+    if isinstance(value, str):
+        return [value]
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def texts(value: Any) -> list[str]:

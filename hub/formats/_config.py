@@ -49,7 +49,7 @@ class AdapterConfig:
     def check_fields(self, known: Collection[str], refused: Mapping[str, str]) -> None:
         """Raise AdapterUnsupported for a field with a value that is refused, with the reason, or is unknown."""
         for name, value in self.fields.items():
-            if name in known or not says_something(value):
+            if name in known or value is None or value is False or value in ({}, [], ""):
                 continue
             if name in refused:
                 raise AdapterUnsupported(f"{self.folder}: {CONFIG} has {name}={shorten(value)}: {refused[name]}")
@@ -74,14 +74,6 @@ class AdapterConfig:
 
     def flag(self, name: str, default: bool = False) -> bool:
         return self._typed(name, self.fields.get(name, default), bool, "true or false")
-
-    def choice(self, name: str, options: Iterable[Any], default: Any = None) -> Any:
-        """Return the value of the field. Raises AdapterUnsupported if it is none of the options."""
-        value = self.fields.get(name, default)
-        known = list(options)
-        if not any(type(value) is type(option) and value == option for option in known):
-            raise AdapterUnsupported(f"{self.folder}: {name} is {shorten(value)}; known are {', '.join(map(repr, known))}")
-        return value
 
     def text(self, name: str) -> str:
         """Return the text of the field, empty if the field is missing or null."""
@@ -160,11 +152,6 @@ def extension_module(part: str, what: str) -> Any:
 def missing_extension() -> str:
     """Return the end of an error about a form that nothing reads: the extension to install, or "" if it is installed."""
     return "" if MORE_FORMATS in extensions() else f"; the extension {MORE_FORMATS!r}, which reads more, is not installed"
-
-
-def says_something(value: Any) -> bool:
-    """Return whether a field's value is anything but null, false or empty."""
-    return value is not None and value is not False and value not in ({}, [], "")
 
 
 def words(text: str) -> frozenset[str]:

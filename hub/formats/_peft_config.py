@@ -204,7 +204,6 @@ _FOREIGN = {
 }
 # modules that PEFT saves whole next to the factors: its names for embeddings and heads, and the layer below an embedding's
 _WHOLE = words("base_layer embed_tokens lm_head wte shared word_embeddings embed_in embed_out classifier score")
-_KOHYA = ("lora_down", "lora_up")
 
 
 class Key(NamedTuple):
@@ -220,18 +219,14 @@ def parse_key(key: str) -> Key | None:
 
     The prefix `base_model.model.` may be missing, there once, or doubled (a PeftModel wrapped twice).
     """
-    pieces = without_prefix(key).split(".")
-    parsed_key = _lora_part(pieces) or _bias(pieces)
-    if parsed_key is None or not parsed_key.layer or "" in pieces:
-        return None
-    return parsed_key
-
-
-def without_prefix(key: str) -> str:
-    """Return the name below the base model."""
     while key.startswith(PREFIX):
-        key = key[len(PREFIX) :]
-    return key
+        key = key.removeprefix(PREFIX)
+    pieces = key.split(".")
+    parsed_key = _lora_part(pieces)
+    if parsed_key is None and pieces[-1] == "bias":
+        # a layer that PEFT has wrapped keeps its bias one step down
+        parsed_key = Key(".".join(pieces[: -2 if pieces[-2:-1] == ["base_layer"] else -1]), "base_bias")
+    return None if parsed_key is None or not parsed_key.layer or "" in pieces else parsed_key
 
 
 def check_all_known(keys: Iterable[str], folder: Path, *, nested: bool = False) -> dict[str, Key]:
@@ -249,7 +244,11 @@ def check_all_known(keys: Iterable[str], folder: Path, *, nested: bool = False) 
         else:
             parsed[key] = parsed_key
     if unknown:
-        _refuse_unknown(unknown, len(unknown) + len(parsed), folder)
+        hint = "; they look like kohya's, not PEFT's" if any(part in unknown[0] for part in ("lora_down", "lora_up")) else ""
+        raise AdapterCorrupt(
+            f"{folder}: {len(unknown)} of {len(unknown) + len(parsed)} tensors are not PEFT's LoRA: "
+            f"{', '.join(map(repr, unknown[:3]))}{hint}{missing_extension()}"
+        )
     adapters = sorted({parsed_key.adapter for parsed_key in parsed.values() if parsed_key.part != "base_bias"})
     if len(adapters) > 1:
         raise AdapterUnsupported(
@@ -273,14 +272,6 @@ def _lora_part(pieces: list[str]) -> Key | None:
     return None
 
 
-def _bias(pieces: list[str]) -> Key | None:
-    if pieces[-1] != "bias":
-        return None
-    # a layer that PEFT has wrapped keeps its bias one step down
-    wrapped = pieces[-2:-1] == ["base_layer"]
-    return Key(".".join(pieces[: -2 if wrapped else -1]), "base_bias")
-
-
 def _refuse_foreign(key: str, found: Key | None, folder: Path, nested: bool) -> None:
     pieces = key.split(".")
     for piece in pieces:
@@ -297,14 +288,6 @@ def _refuse_foreign(key: str, found: Key | None, folder: Path, nested: bool) -> 
             "update, and modules_to_save does not list it; if it was not trained, save the adapter again with "
             "save_embedding_layers=False"
         )
-
-
-def _refuse_unknown(unknown: list[str], total: int, folder: Path) -> None:
-    hint = "; they look like kohya's, not PEFT's" if any(part in unknown[0] for part in _KOHYA) else ""
-    raise AdapterCorrupt(
-        f"{folder}: {len(unknown)} of {total} tensors are not PEFT's LoRA: {', '.join(map(repr, unknown[:3]))}{hint}"
-        f"{missing_extension()}"
-    )
 
 
 WEIGHTS = "adapter_model.safetensors"

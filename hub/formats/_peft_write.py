@@ -15,16 +15,20 @@ from loraweave.common.files import replacing, require_replaceable
 from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, SIDECAR, readme_text, sidecar_text
-from loraweave.hub.formats._config import extension_module
+from loraweave.hub.formats._config import CONFIG, extension_module
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._files import entry
-from loraweave.hub.formats._peft_config import HEAD_TASKS, PREFIX, Key, parse_key
+from loraweave.hub.formats._peft_config import HEAD_TASKS, INDEX, PREFIX, WEIGHTS, Key, parse_key
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
 from loraweave.lowrank.algebra import all_finite
 from loraweave.types import Factors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors.index.json", README, SIDECAR)
+
+
+def _is_adapter_file(path: Path) -> bool:
+    shard = path.name.startswith("adapter_model-") and path.name.endswith(".safetensors")
+    return (path.name in (CONFIG, WEIGHTS, INDEX, README, SIDECAR) or shard) and not path.is_dir()
 
 
 def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Path:
@@ -44,11 +48,18 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
     tensors = _tensors(others, stacked, bool(config["lora_bias"]), dtype) | _heads(contents.heads, dtype)
     layout = _layout(others, notes, bool(config["lora_bias"]))
     texts = {
-        "adapter_config.json": json.dumps(config, indent=1, ensure_ascii=False, allow_nan=False),
+        CONFIG: json.dumps(config, indent=1, ensure_ascii=False, allow_nan=False),
         SIDECAR: sidecar_text(contents.card, contents.fingerprint, layout),
         README: readme_text(contents.base_model, contents.card, _facts(contents, dtype)),
     }
-    _place(target, tensors, texts, contents.files)
+    with replacing(target) as new:
+        save_tensors(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        # safetensors makes it readable for its owner alone, unlike every other file of the folder
+        (new / WEIGHTS).chmod(0o644)
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
+        for name, data in contents.files.items():
+            (new / name).write_bytes(data)
     return folder
 
 
@@ -263,21 +274,3 @@ def _facts(contents: Contents, dtype: torch.dtype) -> dict[str, str]:
         "Stored as": str(dtype).removeprefix("torch."),
     }
     return {name: fact for name, fact in facts.items() if fact}
-
-
-def _is_adapter_file(path: Path) -> bool:
-    name = path.name
-    shard = name.startswith("adapter_model-") and name.endswith(".safetensors")
-    return (name in ADAPTER_FILES or shard) and not path.is_dir()
-
-
-def _place(target: Path, tensors: dict[str, Tensor], texts: Mapping[str, str], files: Mapping[str, bytes]) -> None:
-    with replacing(target) as folder:
-        weights = folder / "adapter_model.safetensors"
-        save_tensors(tensors, weights, metadata={"format": "pt"})
-        # safetensors makes it readable for its owner alone, unlike every other file of the folder
-        weights.chmod(0o644)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        for name, data in files.items():
-            (folder / name).write_bytes(data)

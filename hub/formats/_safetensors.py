@@ -101,12 +101,7 @@ def gather(stored: Iterable[tuple[str, str, Tensor]], folder: Path) -> tuple[dic
     if not tensors:
         raise AdapterCorrupt(f"{folder}: the file holds no tensors")
     # named once each: torch takes microseconds to write a dtype's name
-    return tensors, "+".join(sorted(dtype_name(dtype) for dtype in dtypes & FLOATS.keys()))
-
-
-def dtype_name(dtype: str) -> str:
-    """Return torch's name of a floating point dtype of the file."""
-    return str(FLOATS[dtype]).removeprefix("torch.")
+    return tensors, "+".join(sorted(str(FLOATS[dtype]).removeprefix("torch.") for dtype in dtypes & FLOATS.keys()))
 
 
 def require_finite(tensor: Tensor, where: str, what: str) -> None:

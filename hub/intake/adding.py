@@ -22,6 +22,7 @@ from loraweave.common.rows import GivenRows
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, HubError, LoraweaveError, WorkersFailed
 from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.export import module_names
 from loraweave.hub.formats._contents import require_numbers
 from loraweave.hub.intake.anomalies import checked_policy, examine
 from loraweave.hub.sources import Repository, name_of, without_secrets
@@ -39,7 +40,6 @@ from loraweave.hub.tables.fields import (
     split_pairs,
 )
 from loraweave.hub.tables.figures import figures_of
-from loraweave.hub.targets._target import module_names
 from loraweave.lowrank import algebra
 from loraweave.registry import brought
 from loraweave.types import Factors, Record, Source

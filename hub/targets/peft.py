@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from loraweave.hub.export import TIED_MODULES, Target, module_names
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.targets._target import TIED_MODULES, Target, module_names
 
 
 class Peft(Target):

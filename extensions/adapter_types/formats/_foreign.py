@@ -93,6 +93,15 @@ class StoredLayer:
         a_RI = self.part(name_a, None, None, empty=empty)
         return a_RI, self.part(name_b, None, a_RI.shape[0])
 
+    def choice(self, name: str, options: Iterable[Any], default: Any) -> Any:
+        """Return the value of a field of the config. Raises AdapterUnsupported if it is none of the options."""
+        value, known = self.config.fields.get(name, default), list(options)
+        if not any(type(value) is type(option) and value == option for option in known):
+            raise AdapterUnsupported(
+                f"{self.config.folder}: {name} is {value!r:.80}; known are {', '.join(map(repr, known))}"
+            )
+        return value
+
     @property
     def base(self) -> BaseLayer:
         """The base's layer. Raises AdapterUnsupported, naming model=, if no model was given."""

@@ -20,7 +20,7 @@ class Deft(ForeignFormat):
     def update(cls, layer: StoredLayer) -> Factors:
         p_OR = layer.part("deft_P", layer.base.num_outputs, None)
         rank = p_OR.shape[1]
-        if layer.config.choice("decomposition_method", ("relu", "qr"), "relu") == "qr":
+        if layer.choice("decomposition_method", ("relu", "qr"), "relu") == "qr":
             left_OR = right_OR = torch.linalg.qr(p_OR)[0]
         else:
             left_OR, right_OR = p_OR, p_OR.relu()

@@ -18,7 +18,7 @@ class Miss(ForeignFormat):
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors | Dense:
-        form = layer.config.choice("init_weights", (True, False, "bat", "mini"), True)
+        form = layer.choice("init_weights", (True, False, "bat", "mini"), True)
         num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
         if form == "bat":
             return _bat(layer)

@@ -35,7 +35,7 @@ class Mora(LoraVariant):
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors | Dense:
-        kind = layer.config.choice("mora_type", (1, 2, 3, 4, TURNED), 1)
+        kind = layer.choice("mora_type", (1, 2, 3, 4, TURNED), 1)
         num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
         rank = cls.settings(layer.config).ranks([layer.name])[layer.name]
         side = int(math.sqrt((num_in + num_out) * rank) + 0.5)

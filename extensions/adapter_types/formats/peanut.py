@@ -34,7 +34,7 @@ class Peanut(ForeignFormat):
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors:
         num_out, depth = layer.base.num_outputs, layer.config.count("depth", 0, least=0)
-        active = ACTIVATIONS[layer.config.choice("act_fn", ACTIVATIONS, "relu")]
+        active = ACTIVATIONS[layer.choice("act_fn", ACTIVATIONS, "relu")]
         encoder_RO = layer.part("peanut_A.weight", None, num_out)
         rank = encoder_RO.shape[0]
         hidden_IR = active(layer.base.weight_OI.T @ encoder_RO.T)

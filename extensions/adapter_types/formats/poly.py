@@ -47,7 +47,6 @@ class Poly(ForeignFormat):
     @classmethod
     def _config(cls, folder: Path) -> AdapterConfig:
         config = super()._config(folder)
-        config.choice("poly_type", ["poly"], "poly")
         count = config.count("n_tasks", 1)
         if count > 1 if cls.task is None else cls.task >= count:
             raise AdapterUnsupported(
@@ -58,6 +57,7 @@ class Poly(ForeignFormat):
 
     @classmethod
     def update(cls, layer: StoredLayer) -> Factors:
+        layer.choice("poly_type", ["poly"], "poly")
         a_QSDR = layer.part("poly_lora_A", None, None, None, None)
         num_splits, num_skills, _, rank = a_QSDR.shape
         b_QSRD = layer.part("poly_lora_B", num_splits, num_skills, rank, None)

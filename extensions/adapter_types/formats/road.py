@@ -41,7 +41,7 @@ def _partners(rows: Tensor, group: int) -> Tensor:
 
 def _coefficients(layer: StoredLayer, num_out: int, group: int) -> tuple[Tensor, Tensor]:
     """Return (alpha cos theta, alpha sin theta) per output, from one pair per rotation, output or matrix entry."""
-    variant = layer.config.choice("variant", ("road_1", "road_2", "road_4"), "road_1")
+    variant = layer.choice("variant", ("road_1", "road_2", "road_4"), "road_1")
     size = {"road_1": num_out // 2, "road_2": num_out, "road_4": 2 * num_out}[variant]
     theta, alpha = layer.part("road_theta", size), layer.part("road_alpha", size)
     if variant == "road_1":
