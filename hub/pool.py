@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from loraweave.common.names import unknown_expert
-from loraweave.errors import (
-    AdapterUnsupported,
-    BaseModelMismatch,
-    InvalidLicense,
-    LayerMismatch,
-    ScopeError,
-    WeightingError,
-)
+from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidLicense, LayerMismatch, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.lowrank.algebra import components

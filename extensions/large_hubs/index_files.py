@@ -18,15 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.extend import (
-    STALE_TMP_S,
-    Keys,
-    Segment,
-    Stamp,
-    cache_folder,
-    text_digest,
-    whole_file,
-)
+from loraweave.extend import STALE_TMP_S, Keys, Segment, Stamp, cache_folder, text_digest, whole_file
 
 Choice = Callable[[int], Any]
 

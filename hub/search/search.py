@@ -138,12 +138,7 @@ class SearchIndex:
                 )
 
     def hits(
-        self,
-        query_QD: np.ndarray,
-        k: int,
-        filters: Filters = NO_FILTERS,
-        *,
-        min_score: float | None = None,
+        self, query_QD: np.ndarray, k: int, filters: Filters = NO_FILTERS, *, min_score: float | None = None
     ) -> list[list[Hit]]:
         """Return for each query the k best adapters that pass the filters: scores descending, ties in order of addition."""
         checked_threshold(min_score)
@@ -347,18 +342,17 @@ class SearchIndex:
         if missing:
             _logger.info("embedding %d adapters with %s", len(missing), self.embedder.id)
         for part, made in made_keys(self._embedded, self._given, [one.said for one in missing.values()]):
-            ready = [missing[said.name] for said in part]
-            for one, key_D in zip(ready, made, strict=True):
+            rows = []
+            for said, key_D in zip(part, made, strict=True):
+                one = missing[said.name]
                 one.key_D[:] = key_D
-            self._store([(one.said.name, one.digest, key_D) for one, key_D in zip(ready, made, strict=True)])
-
-    def _store(self, made: list[tuple[str, str, np.ndarray]]) -> None:
-        try:
-            self.hub.store_vectors(self.embedder.id, made)
-        except HubError as error:
-            # searching only reads: a hub that is read-only, full or locked still answers, from what is kept here
-            _logger.info("%d embeddings are not stored: %s", len(made), error)
-            self._unstored = {**self._unstored, **{name: (digest, key_D) for name, digest, key_D in made}}
+                rows.append((said.name, one.digest, key_D))
+            try:
+                self.hub.store_vectors(self.embedder.id, rows)
+            except HubError as error:
+                # searching only reads: a hub that is read-only, full or locked still answers, from what is kept here
+                _logger.info("%d embeddings are not stored: %s", len(rows), error)
+                self._unstored = {**self._unstored, **{name: (digest, key_D) for name, digest, key_D in rows}}
 
 
 # the cached embeddings of adapters' own texts, by hub and embedder: a new search of the hub does not embed them again

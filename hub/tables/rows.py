@@ -120,8 +120,7 @@ def at_seqs(
 
 def at(connection: Connection, seq: int) -> Row | None:
     """Return the row with that number, or None. Raises HubCorrupt if it is damaged."""
-    row = connection.execute(f"{_SELECT} WHERE adapters.seq = ?", (seq,)).fetchone()
-    return None if row is None else _decode(row)
+    return next(stored_rows(connection, [seq]), None)
 
 
 def names_like(connection: Connection, name: str) -> list[str]:

@@ -21,23 +21,14 @@ if TYPE_CHECKING:
 
 def read_vectors(connection: Connection, embedder: str) -> dict[str, tuple[str, np.ndarray]]:
     """Map each adapter's name to (digest of the embedded text, fp32 vector), in order of addition, without damaged rows."""
-    # numpy takes 0.1 s to import, which listing a hub need not pay
-    import numpy as np
-
-    vector_rows = connection.execute(
-        "SELECT adapters.name, vectors.seq, text_digest, vector, vectors.sha256 FROM vectors JOIN adapters USING (seq) "
-        "WHERE embedder = ? ORDER BY vectors.seq",
-        (embedder,),
-    ).fetchall()
-    return {
-        name: (text_digest, np.frombuffer(vector, dtype="<f4").copy())
-        for name, seq, text_digest, vector, digest in vector_rows
-        if row_sha256(embedder, seq, text_digest, vector) == digest
-    }
+    names = dict(connection.execute("SELECT seq, name FROM adapters ORDER BY seq").fetchall())
+    stored = vectors_at(connection, embedder, list(names))
+    return {names[seq]: (text_digest, vector.copy()) for seq, (text_digest, vector) in stored.items()}
 
 
 def vectors_at(connection: Connection, embedder: str, seqs: Sequence[int]) -> dict[int, tuple[str, np.ndarray]]:
     """Map each of these numbers to (digest of the embedded text, fp32 vector), without damaged or missing rows."""
+    # numpy takes 0.1 s to import, which listing a hub need not pay
     import numpy as np
 
     select = "SELECT seq, text_digest, vector, sha256 FROM vectors WHERE embedder = ? AND seq"

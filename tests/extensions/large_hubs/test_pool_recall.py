@@ -13,7 +13,7 @@ import tiny_hubs
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.retriever import Retriever
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 NUM_ROWS = 10
 
 pytestmark = [

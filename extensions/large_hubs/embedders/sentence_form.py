@@ -10,24 +10,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraweave.hub.embedders.form import Form
-from loraweave.hub.embedders.sentence import INSTRUCTION, Sentence
+from loraweave.extend import get
+
+_Sentence, _Form = get("embedders", "sentence"), get("embedders", "form")
 
 
 class SentenceForm:
     """Unit vectors of 428 numbers whose inner product is the mean of the two cosines. Raises as `Sentence`."""
 
-    dim = Sentence.dim + Form.dim
+    dim = _Sentence.dim + _Form.dim
 
-    def __init__(self, *, instruction: str = INSTRUCTION) -> None:
-        self._sentence = Sentence(instruction=instruction)
-        self._form = Form()
+    def __init__(self, *, instruction: str | None = None) -> None:
+        self._halves = _Sentence(instruction=instruction), _Form()
 
     @property
     def id(self) -> str:
-        return f"sentenceform:{self._sentence.id}+{self._form.id}"
+        return f"sentenceform:{'+'.join(half.id for half in self._halves)}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return embeddings (N, 428), fp32, unit norm; equal texts get equal rows."""
-        halves = [self._sentence.embed(texts), self._form.embed(texts)]
-        return (np.concatenate(halves, axis=1) * np.float32(0.5**0.5)).astype(np.float32)
+        halves_ND = np.concatenate([half.embed(texts) for half in self._halves], axis=1)
+        return (halves_ND * np.float32(0.5**0.5)).astype(np.float32)

@@ -1,0 +1,1 @@
+"""The embedder for searches of bare inputs by the index alone."""
