@@ -60,7 +60,7 @@ def test_the_file_is_named_by_its_content_and_read_only(tmp_path):
 def test_the_digest_is_that_of_the_file(tmp_path):
     path, digest = write(tmp_path)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert examine_blob(path, path.stem) == (digest, path.stat().st_size)
+    assert examine_blob(path, path.stem) == (digest, path.stat().st_size, {"name": "x"})
 
 
 def test_safetensors_reads_the_file_without_us(tmp_path):
