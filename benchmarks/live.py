@@ -49,8 +49,8 @@ from benchmarks._models import (
 from benchmarks._run import Run, console
 from benchmarks._timing import Gate, Way, compare, require
 from loraweave.composer.live import row_weights
-from loraweave.composer.live.kernels import _native
 from loraweave.extensions.accelerators import batch_invariant
+from loraweave.extensions.accelerators.kernels import native_rows
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 16
@@ -260,10 +260,10 @@ def ways(setting: Setting, make: Callable[..., Way], prefill: bool) -> dict[str,
     what = "adapter" if setting.shape.experts == 1 else "mixture"
     found = {"base alone": make(setting, model, nullcontext, nothing)}
     found[f"loraweave, own {what} per row"] = make(setting, model, lambda: engine.activate(rows), nothing)
-    by_torch = without(row_weights, "native_runs", False)
+    by_torch = without(row_weights, "compiled_threads", 0)
     found[f"loraweave, own {what} per row, without compiled code"] = make(setting, model, by_torch, nothing)
     if setting.shape.stored is not torch.float32:
-        in_fp32 = without(_native, "shorten", None)
+        in_fp32 = without(native_rows, "shorten", None)
         found[f"loraweave, own {what} per row, factors read in fp32"] = make(setting, model, in_fp32, nothing)
     found["loraweave, new mixture"] = make(setting, model, lambda: engine.activate(rows), engine._plans.clear)
     found[f"loraweave, one {what} for all"] = make(setting, model, lambda: engine.activate(rows[0]), nothing)

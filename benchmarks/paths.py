@@ -27,9 +27,19 @@ from torch import Tensor
 
 from benchmarks._run import Run, Table, console
 from benchmarks._timing import Gate, require
-from loraweave.composer.live.kernels._choice import Choice, choose, costs, row_kernels
-from loraweave.composer.live.kernels._native import native_runs
-from loraweave.composer.live.kernels._parts import RATES, Cost, Kernel, Rates, RowSets, Workload
+from loraweave.composer.live.kernels._parts import (
+    RATES,
+    Choice,
+    Cost,
+    Kernel,
+    Rates,
+    RowSets,
+    Workload,
+    choose,
+    compiled_threads,
+    costs,
+    row_kernels,
+)
 from loraweave.composer.live.layout import PlacedFactors
 
 LAYERS = ((576, 576), (576, 192), (576, 1536), (1536, 576))
@@ -83,7 +93,7 @@ def workload(case: Case, dtype: torch.dtype) -> Workload:
         num_inputs=case.num_inputs,
         num_outputs=case.num_outputs,
         itemsize=dtype.itemsize,
-        native=torch.get_num_threads() if native_runs(torch.device("cpu"), dtype) else 0,
+        native=compiled_threads(torch.device("cpu"), dtype),
     )
 
 

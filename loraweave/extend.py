@@ -74,11 +74,10 @@ _MODULES = {
     "composer.fused.overwritten": "LayerLoss WeightWriter",
     "composer.live.experts": "watched",
     "composer.live.hook": "Activate LiveHook LiveModel MixedLayer Resolve Traced",
-    "composer.live.kernels._choice": "only_kernel row_kernels",
     "composer.live.kernels._expert_product": "sort_by_expert",
-    "composer.live.kernels._native": "native_runs",
     "composer.live.kernels._parts": (
-        "Cost Kernel Lend Part RowKernel RowSets Workload group_by_mixture group_rows own_precision place_of weigh_b"
+        "AddsInPlace Cost Kernel Lend Part RowKernel RowSets TokenWorkload Workload compiled_threads group_by_mixture "
+        "only_kernel own_precision place_of row_kernels weigh_b"
     ),
     "composer.live.layout": "PlacedFactors find_places",
     "composer.live.limits": "Handle",
@@ -155,6 +154,7 @@ _MODULES = {
     # factors, files, rows and what is shown
     "common.chat": "Prompt prompt_ids prompt_texts",
     "common.checks": "is_list is_number is_whole one_or_many require_whole",
+    "common.compute": "library",
     "common.display": "ShownTable blank_figure progress_bar tracked",
     "common.files": "as_path cache_folder replacing require_replaceable sync unsynced whole_file",
     "common.intervals": "wilson",

@@ -15,8 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from scipy.optimize import nnls
 
-from loraweave.composer.live.kernels._choice import costs
-from loraweave.composer.live.kernels._parts import Workload
+from loraweave.composer.live.kernels._parts import Workload, costs
 from loraweave.hub.adapter import Adapter
 from loraweave.serving.row import Row
 

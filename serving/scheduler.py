@@ -22,7 +22,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from loraweave.composer.live.kernels._choice import only_kernel
+from loraweave.composer.live.kernels._parts import only_kernel
 from loraweave.serving.batch import Batch
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.serving.memory import Experts, KeptPrefixes, Memory

@@ -11,7 +11,7 @@ import torch
 import loraweave as lw
 from loraweave import registry
 from loraweave.composer.live import row_weights
-from loraweave.composer.live.kernels import _choice
+from loraweave.composer.live.kernels import _parts
 from loraweave.errors import PluginFailed, UnknownName
 
 FILES = {
@@ -120,10 +120,10 @@ def guests(tmp_path, monkeypatch):
     (about / "entry_points.txt").write_text(POINTS)
     monkeypatch.syspath_prepend(tmp_path)
     # a process asks once which kernels there are
-    for name in ("row_kernels", "choose"):
-        afresh = getattr(_choice, name).__wrapped__
-        for module in (_choice, row_weights):
-            monkeypatch.setattr(module, name, afresh)
+    for name in ("kernels_with", "row_kernels", "choose"):
+        afresh = getattr(_parts, name).__wrapped__
+        for module in (_parts, row_weights):
+            monkeypatch.setattr(module, name, afresh, raising=module is _parts)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "guests"]:
         del sys.modules[name]
@@ -180,7 +180,7 @@ def test_an_embedder_an_index_and_a_key_search_a_hub(make_adapter, tiny_llama, t
 
 def test_a_kernel_is_chosen_where_it_costs_least(make_adapters, tiny_llama):
     engine = lw.Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
-    for weights, names in (({"a": 1.0}, {"guest_kernel"}), ([{"a": 1.0}, {"a": 2.0}], {"gathered", "native_rows"})):
+    for weights, names in (({"a": 1.0}, {"guest_kernel"}), ([{"a": 1.0}, {"a": 2.0}], {"dense", "gathered", "native_rows"})):
         with engine.activate(weights):
             tiny_llama(torch.tensor([[3, 9, 27], [4, 8, 16]]))
         # of ours, that which this machine runs

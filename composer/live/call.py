@@ -17,8 +17,7 @@ from weakref import ref
 import torch
 from torch import Size, Tensor, nn
 
-from loraweave.composer.live.kernels._choice import ONLY, block_of
-from loraweave.composer.live.kernels._parts import own_precision
+from loraweave.composer.live.kernels._parts import ONLY, block_of, own_precision
 from loraweave.composer.live.standing_in import Hook
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.routers.combined import ByRow, begin, derive, parts_of

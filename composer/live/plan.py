@@ -34,8 +34,7 @@ from loraweave.composer.live.call import (
     require_rows_of_tokens,
 )
 from loraweave.composer.live.hook import Activate, LiveHook, Resolve, hook_kinds
-from loraweave.composer.live.kernels._choice import ONLY, block_of
-from loraweave.composer.live.kernels._parts import Adder
+from loraweave.composer.live.kernels._parts import ONLY, Adder, block_of
 from loraweave.composer.live.recording import STATE, Note, Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import LayerMixture, RowWeights, Workspace, require_multiple

@@ -13,16 +13,18 @@ from torch import Tensor
 
 from loraweave.common.process import lock_of
 from loraweave.composer.live.hook import LiveHook, Prepared
-from loraweave.composer.live.kernels._choice import Choice, choose, row_kernels
-from loraweave.composer.live.kernels._native import native_runs
 from loraweave.composer.live.kernels._parts import (
+    Choice,
     Kernel,
     RowSets,
     SomeRows,
     Workload,
+    choose,
+    compiled_threads,
     own_precision,
     place_of,
     repeat_rows,
+    row_kernels,
     row_sets,
 )
 from loraweave.composer.live.layout import PlacedFactors
@@ -263,7 +265,7 @@ class _LayerRows:
             num_outputs=num_outputs,
             itemsize=self.dtype.itemsize,
             device=self.device.type,
-            native=torch.get_num_threads() if native_runs(self.device, self.dtype) else 0,
+            native=compiled_threads(self.device, self.dtype),
         )
 
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraweave.composer.live.call import CallRouter, in_own_precision
-from loraweave.composer.live.kernels._parts import Kernel, TokenWorkload
-from loraweave.composer.live.kernels.dense import Made, Stack, by_input
-from loraweave.composer.live.kernels.sorted_tokens import SortedTokens, sorting_pays
+from loraweave.composer.live.kernels._parts import Kernel, TokenWorkload, kernels_with
+from loraweave.composer.live.kernels.dense import Dense, Made, Stack, by_input
 from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import AffineTable, LayerMixture, require_multiple
@@ -27,7 +26,7 @@ from loraweave.routers.invoked import Invoked
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import AlongDirections, Router
 
-# the experts a token with which sorting has to pay before a router looks at its input
+# the experts a token for which another kernel than `Dense` has to pay before a router looks at its input
 SOME_CHOSEN = 2
 
 
@@ -187,8 +186,8 @@ class TokenWeights:
         known = self._known_of(layer.name, w_BTP)
         # only weights of all experts, and not some that were copied from them
         again, known.met = known.met and w_BTP is w_BTE, True
-        if hidden_NS is None and self._valued is None and _sorts(layer_stack, layer, w_BTP, known, x_BTI):
-            return LayerMixture(SortedTokens(_parts(layer_stack, layer, lease), w_BTP, dtype), affine, w_BTE, again=again)
+        if hidden_NS is None and self._valued is None and (kernel := _sparse(layer_stack, layer, w_BTP, known, x_BTI)):
+            return LayerMixture(kernel(_parts(layer_stack, layer, lease), w_BTP, dtype), affine, w_BTE, again=again)
         stack = self._side_by_side(layer_stack, layer, lease)
         return LayerMixture(stack.weigh(w_BTP, hidden_NS, known.made), affine, w_BTE, again=again)
 
@@ -216,8 +215,8 @@ class TokenWeights:
         if not layer_stack.experts:
             return None, w_1NE
         w_1NP = layer_stack.of_experts(w_1NE)
-        if len(x_NI) and self._valued is None and _sorts(layer_stack, layer, w_1NP, _Known(), x_NI[None]):
-            return SortedTokens(_parts(layer_stack, layer, lease), w_1NP, dtype), w_1NE
+        if len(x_NI) and self._valued is None and (kernel := _sparse(layer_stack, layer, w_1NP, _Known(), x_NI[None])):
+            return kernel(_parts(layer_stack, layer, lease), w_1NP, dtype), w_1NE
         return self._side_by_side(layer_stack, layer, lease).weigh(w_1NP), w_1NE
 
     def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
@@ -259,7 +258,7 @@ class TokenWeights:
 
         It does not where gradients go through the router, nor where that product would be less exact than the router's own.
         """
-        if self._along is not None and found.experts and not _sorting_may_pay(found, layer, x_BTI, SOME_CHOSEN):
+        if self._along is not None and found.experts and _sparse_kernel(found, layer, x_BTI, SOME_CHOSEN) is None:
             v_PI = self._along.directions(layer.name)
             learns = torch.is_grad_enabled() and (x_BTI.requires_grad or v_PI.requires_grad)
             matches = v_PI.dtype is found.dtype is x_BTI.dtype and v_PI.device == found.device and not v_PI.is_inference()
@@ -324,28 +323,31 @@ def _parts(found: _LayerStack, layer: TargetLayer, lease: Lease) -> list[PlacedF
     return [PlacedFactors(part.b_RO, part.a_RI) if layer.turned else part for part in parts if part is not None]
 
 
-def _sorts(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, known: _Known, x_BTI: Tensor) -> bool:
-    """Return whether sorting the tokens by expert pays; on a CPU only, since it has to look at the weights."""
-    if w_BTP.requires_grad or not w_BTP.numel() or not _sorting_may_pay(found, layer, x_BTI, 1):
+def _sparse(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, known: _Known, x_BTI: Tensor) -> Any:
+    """Return the kernel for weights of which few are not 0, or None; on a CPU only, since it has to look at the weights."""
+    if w_BTP.requires_grad or not w_BTP.numel() or _sparse_kernel(found, layer, x_BTI, 1) is None:
         # not worth a look where not even one expert a token would make it worth it
-        return False
+        return None
     if known.chosen is None:
         known.chosen = int(torch.count_nonzero(w_BTP)) / (w_BTP.shape[0] * w_BTP.shape[1])
-    return _sorting_may_pay(found, layer, x_BTI, known.chosen)
+    return _sparse_kernel(found, layer, x_BTI, known.chosen)
 
 
-def _sorting_may_pay(found: _LayerStack, layer: TargetLayer, x_BTI: Tensor, chosen: float) -> bool:
-    """Return whether sorting pays where a token has `chosen` experts."""
+def _sparse_kernel(found: _LayerStack, layer: TargetLayer, x_BTI: Tensor, chosen: float) -> Any:
+    """Return the kernel for tokens that have `chosen` experts each, or None."""
     if found.device.type != "cpu":
-        return False
+        return None
     num_tokens = x_BTI.shape[0] * x_BTI.shape[1]
     sizes = (len(found.experts), found.num_ranks, layer.num_inputs, layer.num_outputs, found.dtype.itemsize)
-    return _pays(num_tokens, int(chosen * num_tokens), *sizes)
+    return _cheaper(TokenWorkload(num_tokens, int(chosen * num_tokens), *sizes))
 
 
 @lru_cache(maxsize=1024)
-def _pays(*sizes: int) -> bool:
-    return sorting_pays(TokenWorkload(*sizes))
+def _cheaper(work: TokenWorkload) -> Any:
+    """Return the cheapest kernel that takes less time than all experts for all tokens (`Dense`), or None."""
+    seconds = {kernel: kernel.token_seconds(work) for kernel in kernels_with("token_seconds").values()}
+    best = min(seconds, key=seconds.__getitem__, default=None)
+    return best if best is not None and seconds[best] < work.rates.seconds(Dense.token_cost(work)) else None
 
 
 def _require_experts(w_BTE: Tensor, router: object, layer: str, num_experts: int) -> None:

@@ -1,6 +1,6 @@
-"""How do mixtures run faster on a GPU, in compiled models, and with the same bits in any batch? By kernels and fixed shapes.
+"""How do mixtures run faster: many rows, few tokens, a GPU, compiled models? And the same bits in any batch? By kernels.
 
-Nothing has to be called: where Triton runs, batches by row take its kernels and an arena of experts, and `torch.compile`
+Nothing has to be called: a layer takes the cheapest kernel, batches by row on a GPU an arena of experts, and `torch.compile`
 keeps mixtures in its graphs. `batch_invariant` fixes the shapes of a model's products. It costs a second copy of the
 experts that a GPU's batches use, and much time within `batch_invariant`.
 """

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.extend import Part, RowKernel
+from loraweave.extend import Part, RowKernel, RowSets
 
 # the types of devices that Triton's kernels run on if it is installed: GPUs, and the CPU in its interpreter
 DEVICES = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
@@ -113,3 +113,12 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor, None, None]:
         # as a product with a gradient of its own, for those who differentiate twice
         return _Product.apply(grad_BTO, ctx.kernel, not ctx.turned), None, None  # type: ignore[no-untyped-call]
+
+
+def group_rows(rows: RowSets) -> dict[tuple[tuple[int, float], ...], list[int]]:
+    """Return {distinct mixture: the numbers of its rows}, in the rows' order; rows without parts are left out."""
+    numbers_by_mixture: dict[tuple[tuple[int, float], ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        if row:
+            numbers_by_mixture.setdefault(row, []).append(number)
+    return numbers_by_mixture

@@ -121,11 +121,12 @@ def _missing(extra: str) -> Iterator[str]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from loraweave.extend import cache_folder, fast_dtype, free_host_bytes, native_runs, row_kernels
+    from loraweave.extend import cache_folder, compiled_threads, fast_dtype, free_host_bytes, row_kernels
 
     gpu = torch.cuda.is_available()
     dtype, free = fast_dtype(), free_host_bytes()
     devices = [torch.device(name) for name in ("cpu", "cuda")[: 1 + gpu]]
+    compiled = compiled_threads(devices[0], torch.float32)
     absent = {name for name, kernel in row_kernels().items() if not any(kernel.runs(it, torch.float32) for it in devices)}
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -135,6 +136,6 @@ def _machine() -> dict[str, Any]:
         "GPU": torch.cuda.get_device_name() if gpu else "none",
         "faster dtype": str(dtype).removeprefix("torch."),
         "kernels": ", ".join(name for name in names("kernels") if name not in absent),
-        "compiled code": "yes" if native_runs(devices[0], torch.float32) else "none (no C compiler, or LORAWEAVE_NATIVE=0)",
+        "compiled code": "yes" if compiled else "none (no C compiler, or LORAWEAVE_NATIVE=0)",
         "cache": str(cache_folder()),
     }

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import loraweave as lw
 from loraweave import registry
 from loraweave.composer.experts.parts import recipe as make_recipe
-from loraweave.composer.live.kernels import _expert_product
+from loraweave.composer.live.kernels._parts import kernels_with
 from loraweave.errors import WeightingError
 
 RECIPES = lw.names("experts")
@@ -206,7 +207,8 @@ def tokens_sorted_by_expert_have_the_values_and_gradients_of_all_experts_for_all
     inputs["labels"] = labels_for(name, inputs)
     found = []
     for pays in (True, False):
-        monkeypatch.setattr(_expert_product, "choosing_pays", lambda work, learns, pays=pays: pays)
+        for kernel in kernels_with("add_experts").values():
+            monkeypatch.setattr(sys.modules[kernel.__module__], "choosing_pays", lambda work, learns, pays=pays: pays)
         trained.zero_grad()
         output = trained(**inputs, **tasks_of(trained, 0, 1, 0))
         output.loss.backward()

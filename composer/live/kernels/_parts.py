@@ -1,4 +1,4 @@
-"""The parts of every fast path: its cost, the factors of single experts, and the weights of each row.
+"""The parts of every fast path: its cost, the factors of single experts, the weights of each row, and the choice by cost.
 
 A cost is arithmetic, bytes and calls, priced with rates that were fitted to timings of all paths over many shapes
 (`benchmarks/paths.py`); only their ratios matter. Those of "cuda" are data-sheet values.
@@ -7,13 +7,17 @@ A cost is arithmetic, bytes and calls, priced with rates that were fitted to tim
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+
+import loraweave.registry as registry
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,11 @@ class TokenWorkload:
     num_outputs: int
     itemsize: int
 
+    @property
+    def rates(self) -> Rates:
+        """The rates of a CPU, where alone weights are looked at."""
+        return RATES["cpu", self.itemsize]
+
 
 # the parts that count for each row of a batch, and how much; parts of weight 0 are left out
 RowSets = tuple[tuple[tuple[int, float], ...], ...]
@@ -175,7 +184,10 @@ class AddsInPlace:
 
 
 class RowKernel(AddsInPlace):
-    """A kernel of mixtures known for each row before the model runs; the cheapest of those in this folder is taken."""
+    """A kernel of mixtures known for each row before the model runs; the cheapest of the registry's is taken.
+
+    Its fields are the tensors that it made, all of the dtype that it takes, unless it says otherwise.
+    """
 
     # whether it may run in fp32 for a layer in half precision
     widens: ClassVar[bool] = True
@@ -183,6 +195,8 @@ class RowKernel(AddsInPlace):
     is_chosen: ClassVar[bool] = True
     # the types of devices that it runs on; None for all
     devices: ClassVar[tuple[str, ...] | None] = None
+    # whether it is compiled code, which has one thread
+    is_compiled: ClassVar[bool] = False
     # whether it is for mixtures that all rows share (True), for several (False), or for both
     is_shared: ClassVar[bool | None] = None
     # what users call the block in which it is the only one
@@ -192,6 +206,15 @@ class RowKernel(AddsInPlace):
     def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
         """Return whether what the kernel needs is there, for layers of this device and dtype."""
         return True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(iter(vars(self).values())).dtype
+        return dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in vars(self).values())
 
     @classmethod
     def around(cls, model: nn.Module) -> AbstractContextManager[None]:
@@ -207,19 +230,6 @@ class RowKernel(AddsInPlace):
     @abstractmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Kernel:
         """Return the kernel of rows that each have a part; what it gathers is in memory that was lent, if any."""
-
-
-class OfTensors(RowKernel):
-    """A kernel whose fields are the tensors that it made, all of the dtype that it takes."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = next(iter(vars(self).values())).dtype
-        return dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in vars(self).values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,15 +283,6 @@ def row_sets(w_BTP: Tensor) -> RowSets | None:
     return tuple(tuple((p, w) for p, w in enumerate(row) if w != 0) for row in w_BTP[:, 0].tolist())
 
 
-def group_rows(rows: RowSets) -> dict[tuple[tuple[int, float], ...], list[int]]:
-    """Return {distinct mixture: the numbers of its rows}, in the rows' order; rows without parts are left out."""
-    numbers_by_mixture: dict[tuple[tuple[int, float], ...], list[int]] = {}
-    for number, row in enumerate(rows):
-        if row:
-            numbers_by_mixture.setdefault(row, []).append(number)
-    return numbers_by_mixture
-
-
 def place_of(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
     """Return row numbers as a slice where they are consecutive, else as an index."""
     if numbers[-1] - numbers[0] + 1 == len(numbers):
@@ -328,3 +329,93 @@ def own_precision(device: torch.device) -> AbstractContextManager[object]:
     # some devices, as meta, know no autocast; and without one there is nothing to turn off
     running = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if running else nullcontext()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The name of a kernel; `exact` is True if it runs in fp32 although the layer's own dtype is shorter."""
+
+    path: str
+    exact: bool = False
+
+
+@cache
+def kernels_with(what: str) -> dict[str, Any]:
+    """Return the kernels of the registry that have an attribute.
+
+    `cost` is that of a RowKernel. Three others are faster ways for weights by token, which extensions bring: `token_seconds`
+    (work: TokenWorkload) of a kernel (parts, w_BTP, dtype) that may take the place of `Dense` on a CPU; `add_dense`(dense,
+    x_BTI, y_BTO), which returns True once it has done what `Dense.add_` does; and `add_experts`(y, x_NI, w_NE, a_SI, b_SO,
+    ranks, most, learns=..), which returns what the function of this name does, or None.
+    """
+    kernels = {name: registry.get("kernels", name) for name in registry.names("kernels")}
+    return {name: kernel for name, kernel in kernels.items() if hasattr(kernel, what)}
+
+
+@cache
+def row_kernels() -> dict[str, type[RowKernel]]:
+    """Return the kernels of the registry for weights by row."""
+    by_row: dict[str, type[RowKernel]] = kernels_with("cost")
+    for kernel in by_row.values():
+        # what has to be compiled is compiled now, and not in the midst of a model's call
+        kernel.runs(torch.device("cpu"), torch.float32)
+    return by_row
+
+
+def compiled_threads(device: torch.device, dtype: torch.dtype) -> int:
+    """Return the number of torch's threads if some kernel of compiled code runs there, else 0."""
+    for kernel in row_kernels().values():
+        if kernel.is_compiled and kernel.runs(device, dtype):
+            return torch.get_num_threads()
+    return 0
+
+
+@lru_cache(maxsize=4096)
+def choose(work: Workload) -> Choice:
+    """Return the cheapest kernel for a workload.
+
+    On a CPU, products of a few tokens are faster in fp32 than in half precision, whose library calls take longer than
+    the products themselves.
+    """
+    seconds = {Choice(path): work.rates.seconds(cost) for path, cost in costs(work).items()}
+    if work.device == "cpu" and work.itemsize == 2:
+        wide = replace(work, itemsize=4)
+        # x goes to fp32, and the update back
+        cast = Cost(0, 6 * work.num_mixtures * work.tokens * (work.num_inputs + work.num_outputs), 2)
+        for path, cost in costs(wide).items():
+            if row_kernels()[path].widens:
+                seconds[Choice(path, exact=True)] = wide.rates.seconds(cost) + wide.rates.seconds(cast)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def costs(work: Workload) -> dict[str, Cost]:
+    """Return the cost of each kernel that is for such a workload."""
+    costs = {}
+    for path, kernel in row_kernels().items():
+        runs = kernel.is_chosen and (kernel.devices is None or work.device in kernel.devices)
+        if runs and kernel.is_shared is not (work.num_segments > 1) and (cost := kernel.cost(work)) is not None:
+            costs[path] = cost
+    return costs
+
+
+# the name of the only kernel that this context takes; None if it may take any
+ONLY: ContextVar[str | None] = ContextVar("loraweave_only_kernel", default=None)
+
+
+@contextmanager
+def only_kernel(name: str, model: nn.Module) -> Iterator[None]:
+    """Take one kernel of the registry, and no other, for the block: in calls of the model, and for activations opened in it.
+
+    Layers and weights that are not for it raise ScopeError. Raises what the kernel's `around` raises for the model.
+    """
+    with registry.get("kernels", name).around(model):
+        token = ONLY.set(name)
+        try:
+            yield
+        finally:
+            ONLY.reset(token)
+
+
+def block_of(name: str) -> str:
+    """Return what users call the block in which a kernel is the only one, for messages."""
+    return row_kernels()[name].block

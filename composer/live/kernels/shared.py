@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._parts import Cost, Lend, OfTensors, Part, RowSets, Workload, stack_a, weigh_b
+from loraweave.composer.live.kernels._parts import Cost, Lend, Part, RowKernel, RowSets, Workload, stack_a, weigh_b
 
 
 @dataclass(frozen=True, eq=False)
-class Shared(OfTensors):
+class Shared(RowKernel):
     """The factors of one mixture, its weights in b."""
 
     is_shared: ClassVar[bool | None] = True

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.extend import Cost, Lend, Part, RowSets, Workload, group_rows
-from loraweave.extensions.accelerators.rank_tables import RankTables, TableKernel, triton_runs
+from loraweave.extend import Cost, Lend, Part, RowSets, Workload
+from loraweave.extensions.accelerators.rank_tables import RankTables, TableKernel, group_rows, triton_runs
 
 # the tokens of one segment in one block
 BLOCK_N = 32

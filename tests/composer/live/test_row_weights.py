@@ -8,6 +8,7 @@ from live_models import logits
 from rounding import assert_near, num_terms
 from torch import nn
 
+from loraweave import registry
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import row_weights
 from loraweave.composer.live.kernels._parts import own_precision
@@ -18,7 +19,9 @@ from loraweave.types import Factors
 
 WEIGHT = st.floats(-2, 2, width=32)
 ROW = st.one_of(st.none(), st.dictionaries(st.sampled_from("abc"), WEIGHT, max_size=3))
-BY_ROW = ("gathered", "segments", "dense")
+# with those that extensions bring
+BY_ROW = tuple(name for name in ("gathered", "segments", "dense") if name in registry.names("kernels"))
+SHARED = tuple(name for name in ("merged", "shared") if name in registry.names("kernels"))
 
 
 def scale(values):
@@ -92,7 +95,7 @@ def test_neighbours_of_the_same_ranks_change_no_bit(path, tiny_llama, make_adapt
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["own dtype", "fp32"])
-@pytest.mark.parametrize("path", [*BY_ROW, "shared", "merged"])
+@pytest.mark.parametrize("path", [*BY_ROW, *SHARED])
 def test_every_path_is_the_dense_formula_in_a_whole_model(
     path, exact, make_model, make_adapters, with_dense_update, monkeypatch
 ):
@@ -159,7 +162,7 @@ def test_the_kinds_longest_unused_go_first():
 
 
 @pytest.mark.parametrize("affine", [False, True], ids=["factors", "gain and bias"])
-@pytest.mark.parametrize("path", ["merged", "shared"])
+@pytest.mark.parametrize("path", SHARED)
 def test_a_mixture_first_used_below_autocast_is_exact_outside_it(path, affine, monkeypatch):
     monkeypatch.setattr(row_weights, "choose", lambda work: row_weights.Choice(path))
     generator = torch.Generator().manual_seed(0)

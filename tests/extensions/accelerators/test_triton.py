@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.kernels._choice import Choice, choose
-from loraweave.composer.live.kernels._parts import Workload
+from loraweave.composer.live.kernels._parts import Choice, Workload, choose
 from loraweave.composer.live.row_weights import RankedRows, _LayerRows
 from loraweave.extensions.accelerators.kernels.triton_gathered import TritonGathered
 from loraweave.extensions.accelerators.kernels.triton_segments import TritonSegments
@@ -65,7 +64,7 @@ def test_the_kernels_keep_their_rules_on_a_gpu():
 def test_nothing_imports_triton_before_a_kernel_runs():
     code = (
         "import sys, torch; from loraweave.composer.composer import Composer; "
-        "from loraweave.composer.live.kernels._choice import row_kernels; "
+        "from loraweave.composer.live.kernels._parts import row_kernels; "
         "assert 'triton_segments' in row_kernels(); "
         "print('triton' in sys.modules)"
     )

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.kernels._choice import Choice, row_kernels
-from loraweave.composer.live.kernels._parts import row_sets
+from loraweave.composer.live.kernels._parts import Choice, row_kernels, row_sets
 from loraweave.composer.live.kernels.naive import naive
 from loraweave.composer.live.layout import PlacedFactors
 from loraweave.hub.adapter import Adapter

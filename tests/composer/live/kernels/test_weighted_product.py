@@ -161,15 +161,3 @@ def test_an_expert_of_weight_zero_adds_nothing_where_its_hidden_values_overflow(
     found = of.weigh(w).plus(x, y.clone())
     of.a_SI[of.owner_S == 1] = 0.0
     assert torch.allclose(found, y + formula(x, w, of), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_a_stack_keeps_row_by_row_is_counted_once_it_is_there(dtype):
-    of = stack(dtype)
-    factors = of.a_SI.nbytes + of.b_SO.nbytes
-    assert of.num_bytes == factors
-    # in random numbers nothing is short: b is the stack's own, a is copied
-    assert of.b_by_row[0] is of.b_SO
-    assert of.num_bytes == factors
-    assert torch.equal(of.by_row[0], of.a_SI)
-    assert of.num_bytes == factors + of.a_SI.nbytes

@@ -6,7 +6,7 @@ rows' factors are gathered once, with the weights in b, and used by every forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
@@ -14,11 +14,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import Adder, Cost, Lend, OfTensors, Part, RowSets, Workload, group_by_mixture
+from loraweave.extend import Cost, Lend, Part, RowKernel, RowSets, Workload, group_by_mixture
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered(OfTensors):
+class Gathered(RowKernel):
     """The factors of B mixtures, each filled up with zeros to the R rank rows of the largest; weights are in b."""
 
     is_shared: ClassVar[bool | None] = False
@@ -52,7 +52,7 @@ class Gathered(OfTensors):
         x_MNI = group_by_mixture(x_BTI, self.a_BRI.shape[0])
         y_BTO.view(*x_MNI.shape[:2], self.b_BRO.shape[2]).baddbmm_(self._hidden(x_MNI), self.b_BRO)
 
-    def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
+    def adder(self, dtype: torch.dtype, shape: torch.Size) -> Callable[[Tensor, Tensor], object]:
         a_BRI, b_BRO, wide = self.a_BRI, self.b_BRO, self.dtype
         if shape[:2] != (a_BRI.shape[0], 1):
             return super().adder(dtype, shape)

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from loraweave.composer.live.kernels._choice import Choice, choose
-from loraweave.composer.live.kernels._expert_product import choosing_pays, skipping_pays
-from loraweave.composer.live.kernels._parts import TokenWorkload, Workload
-from loraweave.composer.live.kernels.sorted_tokens import sorting_pays
+from loraweave.composer.live.kernels._parts import Choice, TokenWorkload, Workload, choose
+from loraweave.composer.live.token_weights import _cheaper
+from loraweave.extensions.accelerators.kernels.chosen_experts import choosing_pays, skipping_pays
+from loraweave.extensions.accelerators.kernels.sorted_tokens import SortedTokens
 
 # eight rows of 128 tokens, each with one adapter of rank 8 of its own
 OWN = Workload(
@@ -65,11 +65,11 @@ def test_a_few_tokens_in_half_precision_are_multiplied_in_single_on_a_cpu_only()
 )
 def test_tokens_are_sorted_by_expert_where_that_was_measured_to_pay(num_tokens, per_token, num_experts, pays):
     work = TokenWorkload(num_tokens, num_tokens * per_token, num_experts, num_experts * 8, 576, 1536, itemsize=4)
-    assert sorting_pays(work) == pays
+    assert (_cheaper(work) is SortedTokens) == pays
 
 
 def test_tokens_that_use_every_expert_are_not_sorted():
-    assert not sorting_pays(TokenWorkload(1024, 1024 * 20, 20, 160, 576, 1536, itemsize=4))
+    assert _cheaper(TokenWorkload(1024, 1024 * 20, 20, 160, 576, 1536, itemsize=4)) is None
 
 
 @pytest.mark.parametrize(

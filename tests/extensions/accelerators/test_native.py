@@ -14,12 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from loraweave.common import compute
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.kernels import _native
-from loraweave.composer.live.kernels._choice import choose
-from loraweave.composer.live.kernels._parts import Workload
+from loraweave.composer.live.kernels._parts import Workload, choose
 from loraweave.composer.live.kernels.dense import Stack
-from loraweave.composer.live.kernels.native_rows import NativeRows
 from loraweave.composer.live.layout import PlacedFactors
+from loraweave.extensions.accelerators.kernels import native_rows
+from loraweave.extensions.accelerators.kernels.native_rows import NativeRows, row_by_row
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
@@ -37,7 +36,7 @@ def fresh(tmp_path, monkeypatch):
 
 
 def forget():
-    _native.library.cache_clear()
+    native_rows.library.cache_clear()
     compute.library.cache_clear()
 
 
@@ -76,7 +75,7 @@ def test_it_is_the_formula_rounded_once(dtype, sizes, tokens):
     wanted, off = formula(parts, rows, x, y)
     found = y.clone()
     kernel = NativeRows.of(parts, rows, dtype)
-    assert _native.function(dtype, dtype) is not None
+    assert native_rows.function(dtype, dtype) is not None
     kernel.adder(dtype, x.shape)(x, found)
     # sums in fp32, and the result rounded once
     assert bool(((found.double() - wanted).abs() <= off + unit(dtype) * wanted.abs()).all())
@@ -103,7 +102,7 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(dtype):
 @needs_a_compiler
 @pytest.mark.parametrize(("stored", "scale"), [(torch.float16, 1.0), (torch.bfloat16, 1e-6)])
 def test_factors_in_fp32_are_read_in_16_bits_where_these_hold_them_and_no_bit_changes(monkeypatch, stored, scale):
-    if _native.function(torch.float32, stored) is None:
+    if native_rows.function(torch.float32, stored) is None:
         pytest.skip(f"this processor does not read {stored}")
     parts, rows = mixtures(torch.float32, 80, 48)
     short = [PlacedFactors(*((scale * each).to(stored).float() for each in (part.a_RI, part.b_RO))) for part in parts]
@@ -123,7 +122,7 @@ def test_factors_in_fp32_are_read_in_16_bits_where_these_hold_them_and_no_bit_ch
     assert dtypes == [torch.float32] * 3
     assert torch.equal(beside[::2], found[::2])
     assert added(short, rows[:1])[-1].equal(found[:1])
-    monkeypatch.setattr(_native, "shorten", lambda *_: None)
+    monkeypatch.setattr(native_rows, "shorten", lambda *_: None)
     assert torch.equal(added(short)[-1], found)
 
 
@@ -144,17 +143,17 @@ def test_factors_in_fp32_are_read_in_16_bits_where_these_hold_them_and_no_bit_ch
 def test_numbers_are_shortened_only_where_all_stay_what_they_are(value, stored):
     numbers = torch.tensor([0.0, -0.0, 1.0, -3.0]).repeat(8, 4)
     numbers[5, 7] = value
-    if stored is not None and _native.function(torch.float32, stored) is None:
+    if stored is not None and native_rows.function(torch.float32, stored) is None:
         pytest.skip(f"this processor does not read {stored}")
-    found = _native.shorten(torch.ones(1, 16), numbers)
+    found = native_rows.shorten(torch.ones(1, 16), numbers)
     if stored is None:
         assert found is None
         return
     assert [each.dtype for each in found] == [stored, stored]
     assert torch.equal(found[1].float(), numbers)
     assert torch.equal(found[1].signbit(), numbers.signbit())
-    assert _native.shorten(numbers[:, :15]) is None
-    assert _native.shorten(numbers.double()) is None
+    assert native_rows.shorten(numbers[:, :15]) is None
+    assert native_rows.shorten(numbers.double()) is None
 
 
 @needs_a_compiler
@@ -172,9 +171,9 @@ def test_numbers_that_are_not_finite_and_half_way_are_rounded_as_torch_rounds_th
 @needs_a_compiler
 def test_it_is_compiled_once_with_a_line_in_the_log_and_nothing_unfinished_beside_it(fresh, caplog):
     with caplog.at_level(logging.INFO, logger=compute.__name__):
-        assert _native.library() is not None
+        assert native_rows.library() is not None
         forget()
-        assert _native.library() is not None
+        assert native_rows.library() is not None
     assert [record.message.split(" ")[0] for record in caplog.records] == ["compiling"]
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
 
@@ -185,16 +184,16 @@ def test_an_older_processor_to_compile_for_can_be_named(fresh, monkeypatch, capl
     for name, reads_float16 in (("x86-64", False), ("x86-64-v3", True)):
         monkeypatch.setenv("LORAWEAVE_NATIVE", name)
         forget()
-        assert (_native.function(torch.float32, torch.float16) is not None) == reads_float16
+        assert (native_rows.function(torch.float32, torch.float16) is not None) == reads_float16
     for same in ("", "1"):
         monkeypatch.setenv("LORAWEAVE_NATIVE", same)
         forget()
-        assert _native.library() is not None
+        assert native_rows.library() is not None
     assert len(list(fresh.iterdir())) == 3
     monkeypatch.setenv("LORAWEAVE_NATIVE", "x87")
     forget()
     with caplog.at_level(logging.INFO, logger=compute.__name__):
-        assert _native.library() is None
+        assert native_rows.library() is None
     assert "x87" in caplog.text
 
 
@@ -203,11 +202,11 @@ def test_no_library_is_loaded_from_a_folder_that_others_may_write_to(fresh, capl
     fresh.mkdir(mode=0o700)
     fresh.chmod(0o777)
     with caplog.at_level(logging.INFO, logger=compute.__name__):
-        assert not _native.native_runs(torch.device("cpu"), torch.float32)
+        assert not native_rows.native_runs(torch.device("cpu"), torch.float32)
     assert f"others may write to {fresh}" in caplog.text
     forget()
     fresh.chmod(0o700)
-    assert _native.native_runs(torch.device("cpu"), torch.float32)
+    assert native_rows.native_runs(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("why", ["no compiler", "it fails", "asked not to"])
@@ -220,7 +219,7 @@ def test_without_the_library_the_kernels_of_torch_are_taken_and_the_log_says_why
     else:
         monkeypatch.setenv("LORAWEAVE_NATIVE", "0")
     with caplog.at_level(logging.INFO, logger=compute.__name__):
-        assert not _native.native_runs(torch.device("cpu"), torch.float32)
+        assert not native_rows.native_runs(torch.device("cpu"), torch.float32)
     told = {"no compiler": "no C compiler", "it fails": "non-zero exit status", "asked not to": ""}[why]
     assert told in caplog.text
     assert not fresh.exists() or list(fresh.iterdir()) == []
@@ -263,7 +262,6 @@ def test_weights_by_token_are_the_formula_and_zero_adds_nothing_of_what_has_over
     if inputs == 64:
         parts = [PlacedFactors(part.a_RI.bfloat16().to(dtype), part.b_RO.bfloat16().to(dtype)) for part in parts]
     stack = Stack.of(parts, dtype)
-    assert (stack.by_row[0].dtype is not dtype) == (dtype is torch.float32 and inputs == 64)
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(3, 2, size, generator=generator).to(dtype) for size in (inputs, outputs))
     shape = (1, 1, 3) if known == "one mixture for all" else (3, 2, 3)
@@ -272,13 +270,14 @@ def test_weights_by_token_are_the_formula_and_zero_adds_nothing_of_what_has_over
     hidden = torch.cat([x @ stack.a_SI.T, x], dim=2)[..., : sum(ranks)].flatten(0, 1)
     hidden[:, 8:11] = float("inf")
     kernel = stack.weigh(w, hidden if known == "hidden values" else None)
+    assert (row_by_row(kernel, only_b=False)[0].dtype is not dtype) == (dtype is torch.float32 and inputs == 64)
     wanted, reach = y.double(), y.double().abs()
     for place in (0, 2):
         a, b = parts[place].a_RI.double(), parts[place].b_RO.double()
         wanted += w[..., place, None].double() * ((x.double() @ a.T) @ b)
         reach += w[..., place, None].double().abs() * ((x.double().abs() @ a.abs().T) @ b.abs())
     found = y.clone()
-    assert kernel._runs_native(x, y)
+    assert NativeRows.add_dense(kernel, x, y.clone())
     kernel.add_(x, found)
     # the hidden values are rounded to the dtype, as a layer's are
     bound = rounding(inputs + sum(ranks) + 1, reach) + unit(dtype) * (reach + wanted.abs())
@@ -296,3 +295,19 @@ def test_what_is_traced_of_a_warm_layer_has_the_mixture_in_torchs_own_operations
         traced = make_fx(model)(x)
     assert torch.allclose(traced(x), wanted, atol=1e-5)
     assert not torch.allclose(model(x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_a_stack_keeps_row_by_row_is_counted_once_it_is_there(dtype):
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        PlacedFactors(torch.randn(r, 7, generator=generator), torch.randn(r, 5, generator=generator)) for r in (2, 1, 4)
+    ]
+    stack = Stack.of([PlacedFactors(part.a_RI.to(dtype), part.b_RO.to(dtype)) for part in parts], dtype)
+    factors, dense = stack.a_SI.nbytes + stack.b_SO.nbytes, stack.weigh(torch.ones(1, 1, 3))
+    assert stack.num_bytes == factors
+    # in random numbers nothing is short: b is the stack's own, a is copied
+    assert row_by_row(dense, only_b=True)[0] is stack.b_SO
+    assert stack.num_bytes == factors
+    assert torch.equal(row_by_row(dense, only_b=False)[0], stack.a_SI)
+    assert stack.num_bytes == factors + stack.a_SI.nbytes

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from loraweave.composer.live.kernels._parts import SomeRows
-from loraweave.composer.live.kernels.gathered import Gathered
-from loraweave.composer.live.kernels.segments import Segments
 from loraweave.composer.live.layout import PlacedFactors
+from loraweave.extensions.accelerators.kernels.gathered import Gathered
+from loraweave.extensions.accelerators.kernels.segments import Segments
 
 RANKS = (2, 1, 4)
 # rows of one, two and all experts; the first and the third have the same mixture

@@ -12,19 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import (
-    Cost,
-    Lend,
-    Part,
-    RowKernel,
-    RowSets,
-    Workload,
-    add_at,
-    group_by_mixture,
-    group_rows,
-    place_of,
-)
-from loraweave.composer.live.kernels.shared import Shared
+from loraweave.extend import Cost, Kernel, Lend, Part, RowKernel, RowSets, Workload, get, group_by_mixture, place_of
+from loraweave.extensions.accelerators.rank_tables import group_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +24,7 @@ class Segments(RowKernel):
 
     num_rows: int
     num_outputs: int
-    mixtures: tuple[tuple[slice | Tensor, Shared], ...]
+    mixtures: tuple[tuple[slice | Tensor, Kernel], ...]
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
@@ -46,7 +35,8 @@ class Segments(RowKernel):
         """Return the segments; rows without a part are in none."""
         device = parts[0].a_RI.device
         members = group_rows(rows).items()
-        segments = tuple((place_of(numbers, device), Shared.of(parts, (row,), dtype)) for row, numbers in members)
+        of_all: type[RowKernel] = get("kernels", "shared")
+        segments = tuple((place_of(numbers, device), of_all.of(parts, (row,), dtype)) for row, numbers in members)
         return cls(len(rows), parts[0].b_RO.shape[1], segments)
 
     @property
@@ -68,4 +58,7 @@ class Segments(RowKernel):
         x_MNI = group_by_mixture(x_BTI, self.num_rows)
         y_MNO = y_BTO.view(*x_MNI.shape[:2], self.num_outputs)
         for place, mixture in self.mixtures:
-            add_at(mixture, place, x_MNI, y_MNO)
+            if isinstance(place, slice):
+                mixture.add_(x_MNI[place], y_MNO[place])
+            else:
+                y_MNO.index_add_(0, place, mixture.update(x_MNI[place]).to(y_MNO.dtype))

@@ -10,21 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._parts import (
-    Cost,
-    Lend,
-    OfTensors,
-    Part,
-    RowSets,
-    Workload,
-    own_precision,
-    stack_a,
-    weigh_b,
-)
+from loraweave.extend import Cost, Lend, Part, RowKernel, RowSets, Workload, own_precision, weigh_b
 
 
 @dataclass(frozen=True, eq=False)
-class Merged(OfTensors):
+class Merged(RowKernel):
     """The sum of w_e b_e a_e, multiplied in fp32 or better and rounded once."""
 
     # a full matrix in fp32 would take twice the layer's own memory
@@ -43,7 +33,7 @@ class Merged(OfTensors):
         used = [parts[p] for p, _ in rows[0]]
         exact = torch.promote_types(dtype, torch.float32)
         with own_precision(used[0].a_RI.device):
-            delta_OI = weigh_b(used, [w for _, w in rows[0]], exact).T @ stack_a(used, exact)
+            delta_OI = weigh_b(used, [w for _, w in rows[0]], exact).T @ torch.cat([part.a_RI for part in used]).to(exact)
         return cls(delta_OI.to(dtype))
 
     def update(self, x_BTI: Tensor) -> Tensor:

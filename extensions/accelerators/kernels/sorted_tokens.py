@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._parts import RATES, S_PER_OP, AddsInPlace, Cost, Part, TokenWorkload, repeat_rows
-from loraweave.composer.live.kernels.dense import Dense
+from loraweave.extend import AddsInPlace, Cost, Part, TokenWorkload
+
+# seconds of an indexing or elementwise call on a CPU
+S_PER_OP = 2e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,16 @@ class SortedTokens(AddsInPlace):
     parts: Sequence[Part]
     w_BTP: Tensor
     dtype: torch.dtype
+
+    @staticmethod
+    def token_seconds(work: TokenWorkload) -> float:
+        """Return the seconds of this path on a CPU."""
+        width, num_used = work.num_inputs + work.num_outputs, min(work.num_experts, work.chosen)
+        # a chosen token's input is copied, and its output read and written twice
+        moved = work.chosen * (2 * work.num_inputs + 3 * work.num_outputs) + work.stacked * width
+        ranks = work.chosen * work.stacked / work.num_experts
+        by_expert = Cost(2 * ranks * width, work.itemsize * moved + 24 * work.num_tokens * work.num_experts, 2 * num_used)
+        return work.rates.seconds(by_expert) + S_PER_OP * (5 * num_used + 10)
 
     @property
     def num_bytes(self) -> int:
@@ -36,7 +48,9 @@ class SortedTokens(AddsInPlace):
         self._into(x_BTI, y_BTO.view(-1, y_BTO.shape[2]))
 
     def _into(self, x_BTI: Tensor, sum_NO: Tensor) -> Tensor:
-        w_BTP = repeat_rows(self.w_BTP, x_BTI.shape[0])
+        w_BTP, num_rows = self.w_BTP, self.w_BTP.shape[0]
+        if num_rows not in (1, x_BTI.shape[0]):
+            w_BTP = w_BTP.repeat_interleave(x_BTI.shape[0] // num_rows, dim=0)
         x_NI = x_BTI.reshape(-1, x_BTI.shape[2])
         w_NP = w_BTP.expand(*x_BTI.shape[:2], -1).reshape(-1, w_BTP.shape[2])
         # a weight that learns keeps its gradient at zero
@@ -52,14 +66,3 @@ class SortedTokens(AddsInPlace):
                 # the product is in half precision below autocast
                 sum_NO = sum_NO.index_add_(0, token_N, (mixed_NR @ part.b_RO.to(self.dtype)).to(sum_NO.dtype))
         return sum_NO
-
-
-def sorting_pays(work: TokenWorkload) -> bool:
-    """Return whether, on a CPU, tokens sorted by expert take less time than all experts for all (`Dense`)."""
-    rates = RATES["cpu", work.itemsize]
-    width, num_used = work.num_inputs + work.num_outputs, min(work.num_experts, work.chosen)
-    # a chosen token's input is copied, and its output read and written twice
-    moved = work.chosen * (2 * work.num_inputs + 3 * work.num_outputs) + work.stacked * width
-    ranks = work.chosen * work.stacked / work.num_experts
-    by_expert = Cost(2 * ranks * width, work.itemsize * moved + 24 * work.num_tokens * work.num_experts, 2 * num_used)
-    return rates.seconds(by_expert) + S_PER_OP * (5 * num_used + 10) < rates.seconds(Dense.token_cost(work))

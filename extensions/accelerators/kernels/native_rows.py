@@ -1,0 +1,318 @@
+"""Few tokens in one call of compiled code: no casts, no copies by row, no zeros to fill ranks up.
+
+The factors of a batch lie side by side, each once, in the layer's own dtype, or in 16 bits where these hold the same
+numbers; each row, or token, adds up its own in fp32. What `_formula` says in PyTorch is what `native.c` calculates; without
+a compiler this path is not offered. Where weights vary by token, it does what `Dense` does, which is its naive twin there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraweave.extend import (
+    Cost,
+    Lend,
+    Part,
+    RowKernel,
+    RowSets,
+    Workload,
+    group_by_mixture,
+)
+from loraweave.extend import (
+    library as compiled_library,
+)
+
+SOURCE = Path(__file__).with_name("native.c")
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# dtypes of x and y, each with those that its factors may be stored in; float16 needs a processor that converts it
+STORED = {torch.float32: (torch.float32, torch.float16, torch.bfloat16), torch.bfloat16: (torch.bfloat16,)}
+# as in native.c: NARROW handles this many numbers at once
+LANES = 16
+# whether something takes notes of torch's operations, which a call of the library is not
+is_watched = torch._C._len_torch_dispatch_stack
+# with more tokens, products of matrices are faster
+MOST_TOKENS = 64
+
+
+class Table(ctypes.Structure):
+    """The struct `Table` of native.c."""
+
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("num_rows", "num_tokens", "num_inputs", "num_outputs", "num_factors")
+    ] + [(name, ctypes.c_void_p) for name in ("a", "b", "counts", "weights", "work")]
+
+
+def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the library is there, for layers of this device and dtype."""
+    return device.type == "cpu" and dtype in STORED and library() is not None
+
+
+def function(dtype: torch.dtype, stored: torch.dtype) -> Any:
+    """Return the library's `add` for x and y of a dtype and factors stored in another; None where there is none."""
+    if dtype not in STORED or stored not in STORED[dtype]:
+        return None
+    return getattr(library(), f"add_{NAMES[stored]}_{NAMES[dtype]}", None)
+
+
+def shorten(*matrices: Tensor) -> list[Tensor] | None:
+    """Return the fp32 matrices in float16, else in bfloat16, if that changes no number; else None.
+
+    Most adapters are stored in 16 bits, and a step of few tokens spends its time on reading factors.
+    """
+    if any(m.dtype is not torch.float32 or not m.is_contiguous() or m.numel() % LANES for m in matrices):
+        return None
+    for stored in STORED[torch.float32][1:]:
+        narrow = getattr(library(), f"narrow_{NAMES[stored]}", None)
+        if narrow is None:
+            continue
+        with torch.inference_mode(False):
+            narrowed = [torch.empty_like(matrix, dtype=stored) for matrix in matrices]
+        if all(narrow(m.data_ptr(), short.data_ptr(), m.numel()) for m, short in zip(matrices, narrowed, strict=True)):
+            return narrowed
+    return None
+
+
+def work(num_elements: int) -> Tensor:
+    """Return memory for the library in fp32, which one call at a time uses: a call holds Python's lock."""
+    if _WORK[0].numel() < num_elements:
+        with torch.inference_mode(False):
+            _WORK[0] = torch.empty(num_elements, dtype=torch.float32)
+    return _WORK[0]
+
+
+_WORK = [torch.empty(0)]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the library with its functions' types, or None where it cannot be had."""
+    cdll = compiled_library(SOURCE, brief=True)
+    if cdll is None:
+        return None
+    pairs = [f"{NAMES[stored]}_{NAMES[dtype]}" for dtype, forms in STORED.items() for stored in forms]
+    argument_types: dict[str, list[Any]] = {f"add_{pair}": [ctypes.c_void_p] * 4 for pair in pairs}
+    argument_types |= {f"narrow_{short}": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] for short in ("f16", "bf16")}
+    for name, types in argument_types.items():
+        # the library has those for float16 only if the processor converts it
+        if (made := getattr(cdll, name, None)) is not None:
+            made.argtypes, made.restype = types, ctypes.c_int if name.startswith("narrow") else None
+    return cdll
+
+
+class Beside(NamedTuple):
+    """The price of an operation and of a call in units of torch's."""
+
+    flops: float
+    calls: float
+
+
+# by bytes of a number, fitted at one thread; registers of 512 bits hold the sums of twice as many rank rows. Whether factors
+# are read in 16 bits is left out: with these rates it would change no choice for the better by more than a hundredth
+NATIVE = {4: Beside(1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1.4, 0.5), 2: Beside(3.0, 0.15)}
+
+
+@dataclass(frozen=True, eq=False)
+class NativeRows(RowKernel):
+    """The distinct factors of M mixtures; `entries` has (first rank row, how many, weight) of each expert of each row."""
+
+    widens: ClassVar[bool] = False
+    is_compiled: ClassVar[bool] = True
+    devices: ClassVar[tuple[str, ...] | None] = ("cpu",)
+
+    a_DI: Tensor
+    b_DO: Tensor
+    entries: tuple[tuple[tuple[int, int, float], ...], ...]
+    of_layer: torch.dtype
+    # by the tokens of a row
+    _tables: dict[int, Table] = field(default_factory=dict, init=False)
+
+    @classmethod
+    def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        return native_runs(device, dtype)
+
+    @staticmethod
+    def cost(work: Workload) -> Cost | None:
+        if not work.native or work.num_mixtures * work.tokens > MOST_TOKENS:
+            return None
+        rates = NATIVE[work.itemsize]
+        product = work.of_products(work.total * work.tokens, work.stacked, calls=0)
+        # the library has one thread, and the rates are those of two
+        slower = max(1.0, work.native / 2)
+        return Cost(product.flops * rates.flops * slower, product.num_bytes * slower, rates.calls)
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> NativeRows:
+        used = sorted({place for row in rows for place, _ in row})
+        firsts, first = {}, 0
+        for place in used:
+            firsts[place] = first
+            first += parts[place].a_RI.shape[0]
+        entries = tuple(tuple((firsts[p], parts[p].a_RI.shape[0], weight) for p, weight in row) for row in rows)
+        factors = [parts[place].a_RI for place in used], [parts[place].b_RO for place in used]
+        # the first factors mostly tell what a look at all of them would
+        short = dtype is torch.float32 and shorten(factors[0][0])
+        joined = shorten(*map(torch.cat, factors)) if short else None
+        a_DI, b_DO = joined or [_joined(matrices, first, dtype, lend) for matrices in factors]
+        return cls(a_DI, b_DO, entries, dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.of_layer
+
+    @property
+    def num_bytes(self) -> int:
+        return self.a_DI.nbytes + self.b_DO.nbytes
+
+    @classmethod
+    def add_dense(cls, dense: Any, x_BTI: Tensor, y_BTO: Tensor) -> bool:
+        """Add the update of few tokens, by x or by x a^T where that is known; return False where it is not for this."""
+        num_tokens, dtype, read, stride = x_BTI.shape[0] * x_BTI.shape[1], dense.dtype, dense.hidden_NS, None
+        if num_tokens * torch.get_num_threads() > MOST_TOKENS or not x_BTI.dtype is y_BTO.dtype is dtype:
+            return False
+        # a tensor of another class may have no memory of its own
+        if not native_runs(dense.stack.b_SO.device, dtype) or is_watched() or not type(y_BTO) is type(x_BTI) is Tensor:
+            return False
+        if read is None:
+            read = x_BTI.contiguous()
+        else:
+            stride = read.stride(0)
+            # below autocast the hidden values are in half precision
+            if read.dtype is not dtype or read.stride(1) != 1:
+                return False
+        w_BTP = dense.w_BTP
+        if w_BTP.shape[:2] != x_BTI.shape[:2] or w_BTP.dtype is not torch.float32 or not w_BTP.is_contiguous():
+            w_BTP = dense.by_token(x_BTI.shape).to(torch.float32).expand(num_tokens, -1).contiguous()
+        table = _table_of(dense, num_tokens, stride)
+        add = function(dtype, table.owned[0].dtype)
+        add(ctypes.addressof(table), read.data_ptr(), w_BTP.data_ptr(), y_BTO.data_ptr())
+        return True
+
+    def update(self, x_BTI: Tensor) -> Tensor:
+        if torch._C._are_functorch_transforms_active():
+            return self._formula(x_BTI)
+        update_BTO: Tensor = _Product.apply(x_BTI, self)  # type: ignore[no-untyped-call]
+        return update_BTO
+
+    def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        self.adder(y_BTO.dtype, x_BTI.shape)(x_BTI, y_BTO)
+
+    def adder(self, dtype: torch.dtype, shape: torch.Size) -> Callable[[Tensor, Tensor], object]:
+        add = function(dtype, self.a_DI.dtype)
+        if add is None or dtype is not self.dtype:
+            return self._add_formula
+        address = ctypes.addressof(self._table(shape[0] * shape[1] // len(self.entries)))
+
+        def add_native(x_BTI: Tensor, y_BTO: Tensor) -> None:
+            if is_watched():
+                self._add_formula(x_BTI, y_BTO)
+                return
+            if not x_BTI.is_contiguous():
+                x_BTI = x_BTI.contiguous()
+            try:
+                add(address, x_BTI.data_ptr(), None, y_BTO.data_ptr())
+            except RuntimeError:
+                # tensors of functorch and of tracing have no memory of their own
+                self._add_formula(x_BTI, y_BTO)
+
+        return add_native
+
+    def _table(self, tokens: int) -> Table:
+        """Return the table that the library reads for so many tokens a row; it is kept as long as the kernel."""
+        if tokens in self._tables:
+            return self._tables[tokens]
+        uses = sorted(
+            (first, count, row, weight) for row, entry in enumerate(self.entries) for first, count, weight in entry
+        )
+        counts = {first: count for first, count, _, _ in uses}
+        starts = accumulate(Counter(first for first, *_ in uses).values(), initial=0)
+        numbers = torch.tensor([*counts.values(), *starts, *(row for _, _, row, _ in uses)])
+        weights = torch.tensor([weight for *_, weight in uses])
+        outputs = self.b_DO.shape[1]
+        sums = work(tokens * (len(self.entries) * outputs + sum(count for _, count, _, _ in uses)))
+        sizes = len(self.entries), tokens, self.a_DI.shape[1], outputs, len(counts)
+        table = Table(*sizes, *(tensor.data_ptr() for tensor in (self.a_DI, self.b_DO, numbers, weights, sums)))
+        # the memory that it points to
+        table.owned = self.a_DI, self.b_DO, numbers, weights, sums
+        return self._tables.setdefault(tokens, table)
+
+    def _add_formula(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        y_BTO.add_(self._formula(x_BTI.to(self.dtype)))
+
+    def _formula(self, x_BTI: Tensor) -> Tensor:
+        """Return the update by the naive twin, with gradients: one mixture after the other."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        updates = []
+        for x_NI, row in zip(group_by_mixture(x_BTI, len(self.entries)).to(wide), self.entries, strict=True):
+            update_NO = x_NI.new_zeros(len(x_NI), self.b_DO.shape[1])
+            for first, count, weight in row:
+                hidden_NR = x_NI @ self.a_DI[first : first + count].to(wide).T
+                update_NO = update_NO + weight * hidden_NR @ self.b_DO[first : first + count].to(wide)
+            updates.append(update_NO)
+        return torch.stack(updates).to(self.dtype).view(*x_BTI.shape[:2], self.b_DO.shape[1])
+
+
+class _Product(torch.autograd.Function):
+    """The updates; their gradient is the same product with a and b in each other's place."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTI: Tensor, kernel: NativeRows) -> Tensor:
+        ctx.kernel = kernel
+        update_BTO = x_BTI.new_zeros(*x_BTI.shape[:2], kernel.b_DO.shape[1])
+        kernel.add_(x_BTI, update_BTO)
+        return update_BTO
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor, None]:
+        kernel = ctx.kernel
+        # as a product with a gradient of its own, for those who differentiate twice
+        return _Product.apply(grad_BTO, NativeRows(kernel.b_DO, kernel.a_DI, kernel.entries, kernel.dtype)), None  # type: ignore[no-untyped-call]
+
+
+def row_by_row(dense: Any, *, only_b: bool) -> list[Tensor]:
+    """Return and keep a stack's factors (b alone: `only_b`) row by row, in 16 bits where these hold the same numbers."""
+    stack = dense.stack
+    if only_b not in stack.beside:
+        factors = [stack.b_SO] if only_b else [stack.a_SI.contiguous(), stack.b_SO]
+        stack.beside[only_b] = shorten(*factors) or factors
+    kept: list[Tensor] = stack.beside[only_b]
+    return kept
+
+
+def _table_of(dense: Any, num_tokens: int, stride: int | None) -> Table:
+    """Return the table that the library reads: for inputs or, with a `stride`, for hidden values; the stack keeps it."""
+    stack = dense.stack
+    table: Table | None = stack.beside.get((num_tokens, stride))
+    if table is None:
+        (num_ranks, outputs), width = stack.b_SO.shape, stack.a_SI.shape[1] if stride is None else stride
+        factors, sums = row_by_row(dense, only_b=stride is not None), work(num_tokens * (outputs + num_ranks))
+        owned = *factors, _uses(stack.ranks, num_tokens), sums
+        *a, b, uses, sums_at = (tensor.data_ptr() for tensor in owned)
+        table = Table(num_tokens, 1, width, outputs, len(stack.ranks), a[0] if a else None, b, uses, None, sums_at)
+        # the memory that it points to
+        table.owned = owned
+        stack.beside[num_tokens, stride] = table
+    return table
+
+
+@lru_cache(maxsize=256)
+def _uses(ranks: tuple[int, ...], num_tokens: int) -> Tensor:
+    """Return the numbers of a table, for all layers of these ranks, in which each token is a row that uses every factor."""
+    starts = [num_tokens * number for number in range(len(ranks) + 1)]
+    return torch.tensor([*ranks, *starts, *(len(ranks) * [*range(num_tokens)])])
+
+
+def _joined(factors: Sequence[Tensor], num_ranks: int, dtype: torch.dtype, lend: Lend | None) -> Tensor:
+    if lend is None or any(matrix.dtype is not dtype for matrix in factors):
+        return torch.cat(list(factors)).to(dtype)
+    width = factors[0].shape[1]
+    return torch.cat(list(factors), out=lend(num_ranks * width).view(num_ranks, width))
