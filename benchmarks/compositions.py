@@ -26,7 +26,7 @@ import loraweave as lw
 from benchmarks._run import Run, Table
 from benchmarks._timing import Gate, require
 from loraweave.composer.live.kernels._parts import RowSets, row_sets
-from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.pages import PlacedFactors
 from loraweave.errors import BaseModelUnverified
 from loraweave.extensions.accelerators.hooks.arena import Arena
 from loraweave.extensions.accelerators.kernels.gathered import Gathered

@@ -40,7 +40,7 @@ from loraweave.composer.live.kernels._parts import (
     costs,
     row_kernels,
 )
-from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.pages import PlacedFactors
 
 LAYERS = ((576, 576), (576, 192), (576, 1536), (1536, 576))
 # factors of so many bytes are cycled through, more than a cache holds

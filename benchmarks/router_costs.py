@@ -42,7 +42,7 @@ from benchmarks._models import (
 )
 from benchmarks._run import Run, console
 from benchmarks._timing import Gate, Way, compare, require
-from loraweave.extensions.accelerators.kernels import native_rows
+from loraweave.extensions.accelerators.kernels.native_rows import NativeRows
 from loraweave.routers.tokens._learned import Step
 
 NUM_EXPERTS = 4
@@ -211,7 +211,7 @@ def by_torch(active: Context) -> Context:
 
     @contextmanager
     def found() -> Iterator[None]:
-        with patch.object(native_rows, "native_runs", lambda *place: False), active():
+        with patch.object(NativeRows, "runs", lambda *place: False), active():
             yield
 
     return found

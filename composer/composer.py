@@ -15,7 +15,7 @@ from loraweave.common.process import lock_of
 from loraweave.common.rows import GivenRows
 from loraweave.composer.fused.fused import Fused, fused, mixture_updates
 from loraweave.composer.fused.overwritten import Place
-from loraweave.composer.live import layout
+from loraweave.composer.live import pages
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.mixer import Activation, LiveLayers
 from loraweave.composer.live.plan import KeptPlans
@@ -402,10 +402,10 @@ class Composer:
             "a Composer stands beside one model and cannot be copied or pickled: copy the model, and make a Composer for it"
         )
 
-    def _source(self) -> tuple[Callable[[str], Adapter], Callable[[], Mapping[str, layout.Place]]]:
+    def _source(self) -> tuple[Callable[[str], Adapter], Callable[[], Mapping[str, pages.Place]]]:
         """Return how the residents look up an expert and the layers' places, without this object: that would be a cycle."""
         model, fitting, adapters = self.model, self._fitting, self._bound.adapters
-        return adapters.__getitem__, lambda: layout.find_places(model, fitting.layers)
+        return adapters.__getitem__, lambda: pages.find_places(model, fitting.layers)
 
     def _require_open(self) -> None:
         if self._closed:

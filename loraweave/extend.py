@@ -74,16 +74,15 @@ _MODULES = {
     "composer.fused.overwritten": "LayerLoss WeightWriter",
     "composer.live.experts": "watched",
     "composer.live.hook": "Activate LiveHook LiveModel MixedLayer Resolve Traced",
-    "composer.live.kernels._expert_product": "sort_by_expert",
     "composer.live.kernels._parts": (
         "AddsInPlace Cost Kernel Lend Part RowKernel RowSets TokenWorkload Workload compiled_threads group_by_mixture "
         "only_kernel own_precision place_of row_kernels weigh_b"
     ),
-    "composer.live.layout": "PlacedFactors find_places",
-    "composer.live.limits": "Handle",
+    "composer.live.kernels.dense": "sort_by_expert",
+    "composer.live.pages": "PlacedFactors find_places",
     "composer.live.recording": "Load Trace UsedLayer UsedWeights load_of",
     "composer.live.residents": "Lease",
-    "composer.live.standing_in": "StandIn claimed give_back",
+    "composer.live.standing_in": "Handle StandIn claimed give_back",
     "composer.model.batches": (
         "EncodedRow IGNORED TargetBatch batch context_length encode end_tokens last_logits mean_losses pad_id "
         "pad_rows takes target_logits token_losses untouched with_positions"

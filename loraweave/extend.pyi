@@ -136,7 +136,6 @@ from loraweave.composer.live.hook import LiveModel as LiveModel
 from loraweave.composer.live.hook import MixedLayer as MixedLayer
 from loraweave.composer.live.hook import Resolve as Resolve
 from loraweave.composer.live.hook import Traced as Traced
-from loraweave.composer.live.kernels._expert_product import sort_by_expert as sort_by_expert
 from loraweave.composer.live.kernels._parts import AddsInPlace as AddsInPlace
 from loraweave.composer.live.kernels._parts import Cost as Cost
 from loraweave.composer.live.kernels._parts import Kernel as Kernel
@@ -153,15 +152,16 @@ from loraweave.composer.live.kernels._parts import own_precision as own_precisio
 from loraweave.composer.live.kernels._parts import place_of as place_of
 from loraweave.composer.live.kernels._parts import row_kernels as row_kernels
 from loraweave.composer.live.kernels._parts import weigh_b as weigh_b
-from loraweave.composer.live.layout import PlacedFactors as PlacedFactors
-from loraweave.composer.live.layout import find_places as find_places
-from loraweave.composer.live.limits import Handle as Handle
+from loraweave.composer.live.kernels.dense import sort_by_expert as sort_by_expert
+from loraweave.composer.live.pages import PlacedFactors as PlacedFactors
+from loraweave.composer.live.pages import find_places as find_places
 from loraweave.composer.live.recording import Load as Load
 from loraweave.composer.live.recording import Trace as Trace
 from loraweave.composer.live.recording import UsedLayer as UsedLayer
 from loraweave.composer.live.recording import UsedWeights as UsedWeights
 from loraweave.composer.live.recording import load_of as load_of
 from loraweave.composer.live.residents import Lease as Lease
+from loraweave.composer.live.standing_in import Handle as Handle
 from loraweave.composer.live.standing_in import StandIn as StandIn
 from loraweave.composer.live.standing_in import claimed as claimed
 from loraweave.composer.live.standing_in import give_back as give_back

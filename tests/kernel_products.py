@@ -4,7 +4,7 @@ from loraweave import registry
 from loraweave.composer.live.kernels._parts import RowKernel, row_sets
 from loraweave.composer.live.kernels.dense import Dense, Stack
 from loraweave.composer.live.kernels.naive import naive
-from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.pages import PlacedFactors
 from loraweave.composer.live.row_weights import RankedRows, _LayerRows
 
 

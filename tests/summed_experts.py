@@ -2,7 +2,7 @@
 
 import torch
 
-from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, add_experts
+from loraweave.composer.live.kernels.dense import ExpertProduct, RankRows, add_experts
 
 RANKS = (2, 3, 1, 2)
 NAMES = ("x", "w", "a", "b")

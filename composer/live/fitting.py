@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.process import lock_of
-from loraweave.composer.live.limits import LiveLimits
+from loraweave.composer.live.resolve import LiveLimits
 from loraweave.composer.model.kinds import embedding, linear
 from loraweave.composer.model.layers import OVERWRITTEN, TargetLayer, bind, require_values, row_sums, target_layer
 from loraweave.errors import AdapterUnsupported, AlreadyActive, BaseModelMismatch, CompositionError, LayerMismatch

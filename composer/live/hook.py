@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import loraweave.registry as registry
 from loraweave.composer.live.kernels._parts import Kernel
-from loraweave.composer.live.limits import Handle
 from loraweave.composer.live.residents import Lease
+from loraweave.composer.live.standing_in import Handle
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights

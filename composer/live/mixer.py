@@ -38,12 +38,21 @@ from loraweave.common.process import holding, lock_of
 from loraweave.composer.live.call import CALL, NO_CALL, ROUTED, CallRouter, Entry, Exit
 from loraweave.composer.live.experts import ExpertsForward
 from loraweave.composer.live.hook import LiveHook, MixedLayer, mix_outside, traced_by
-from loraweave.composer.live.limits import Handle, in_backward_thread, watch
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import Workspace
-from loraweave.composer.live.standing_in import CLAIMS, CleanCopies, PromptedGenerate, StandIn, WatchedBlock, give_back
+from loraweave.composer.live.standing_in import (
+    CLAIMS,
+    CleanCopies,
+    Handle,
+    PromptedGenerate,
+    StandIn,
+    WatchedBlock,
+    give_back,
+    in_backward_thread,
+    watch,
+)
 from loraweave.composer.model.layers import TargetLayer, gives_new_memory
 from loraweave.errors import AlreadyActive, CompositionError
 from loraweave.routers.combined import answering

@@ -10,8 +10,8 @@
 
 An activation leases its experts. All room is reserved before anything is read, so that BudgetExceeded changes nothing. The
 first lease that needs a page fills it, under the slot's own lock; others wait. Idle pages go when others want their bytes,
-those used longest ago first (`shelf.py`). When the model moves, `_moves` counts up, and nobody asks for the old pages' keys
-any more. An expert is one flat tensor for each device and dtype (`layout.py`): one allocation, one copy. The naive twin is
+those used longest ago first (`Shelf`). When the model moves, `_moves` counts up, and nobody asks for the old pages' keys
+any more. An expert is one flat tensor for each device and dtype (`pages.py`): one allocation, one copy. The naive twin is
 `place_factors`, one layer's tensors at a time, which also serves a layer whose place was not known;
 `tests/composer/live/test_residents.py` compares both with the adapter's own numbers.
 """
@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 
 from loraweave.common.process import lock_of
-from loraweave.composer.live.layout import Layout, Place, PlacedFactors, place_factors
-from loraweave.composer.live.shelf import Shelf, Slot
+from loraweave.composer.live.pages import Layout, Place, PlacedFactors, Shelf, Slot, place_factors
 from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter
 

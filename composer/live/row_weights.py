@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from weakref import finalize
 
@@ -27,7 +27,7 @@ from loraweave.composer.live.kernels._parts import (
     row_kernels,
     row_sets,
 )
-from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.pages import PlacedFactors
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.errors import ScopeError
@@ -113,7 +113,10 @@ class RowWeights:
 
     def find_serving(self, device: torch.device) -> bool:
         """Find the hooks that may have something for calls with inputs on this device; return whether there are any."""
-        self._serving = tuple(hook for hook in self._hooks if device.type in hook.devices)
+        self._serving = ()
+        for hook in self._hooks:
+            if device.type in hook.devices:
+                self._serving += (hook,)
         return bool(self._serving)
 
     def begin_call(self) -> Prepared | None:
@@ -158,17 +161,21 @@ class RowWeights:
         return None if kernel is None else LayerMixture(kernel, None)
 
     def _make_rows(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerRows:
-        placed = [lease.part(name, layer, device, dtype) for name in self._mixture.experts]
-        ranks = tuple(0 if part is None else part.a_RI.shape[0] for part in placed)
+        placed: list[PlacedFactors | None] = []
+        ranks: tuple[int, ...] = ()
+        has_affine = False
+        for name in self._mixture.experts:
+            placed.append(part := lease.part(name, layer, device, dtype))
+            ranks += (0 if part is None else part.a_RI.shape[0],)
+            has_affine |= part is not None and (part.gain_O is not None or part.bias_O is not None)
         # shared by layers that share the weights and the experts' ranks
         key = layer if self._mixture.layers else "", ranks
         if (ranked := self._ranked.get(key)) is None:
             rows = row_sets(self._mixture.for_layer(layer).detach())
             assert rows is not None
             ranked = self._ranked[key] = RankedRows.of(rows, ranks)
-        table = AffineTable.of(placed)
         affine = None
-        if table is not None:
+        if has_affine and (table := AffineTable.of(placed)) is not None:
             affine = table.weigh(self._mixture.for_layer(layer).to(device), in_order=self.only is not None)
         return _LayerRows(device, dtype, ranked, affine)
 
@@ -180,9 +187,11 @@ class RowWeights:
         if key not in found.kernels:
             names = [self._mixture.experts[place] for place in found.ranked.places]
             parts = [lease.part(name, layer.name, found.device, found.dtype) for name in names]
-            present = [part for part in parts if part is not None]
             kernel = self._kernels[choice.path].of(
-                present, found.ranked.rows, dtype, partial(self._borrow, dtype, found.device)
+                [part for part in parts if part is not None],
+                found.ranked.rows,
+                dtype,
+                partial(self._borrow, dtype, found.device),
             )
             found.kernels[key] = found.ranked.among_all(kernel, self.num_mixtures, found.device)
         return found.kernels[key]
@@ -225,14 +234,18 @@ class RankedRows:
         place_ranks = tuple(filter(None, ranks))
         touched = tuple(number for number, row in enumerate(rows) if row)
         rows = tuple(filter(None, rows))
-        sums = {row: sum(place_ranks[p] for p, _ in row) for row in rows}
+        sums: dict[tuple[tuple[int, float], ...], int] = {}
+        used: set[int] = set()
+        for row in rows:
+            sums[row] = sum(place_ranks[p] for p, _ in row)
+            used.update(p for p, _ in row)
         work = Workload(
             num_mixtures=len(rows),
             largest=max(sums.values(), default=0),
             total=sum(map(sums.__getitem__, rows)),
             num_segments=len(sums),
             distinct=sum(sums.values()),
-            stacked=sum(place_ranks[p] for p in {p for row in sums for p, _ in row}),
+            stacked=sum(map(place_ranks.__getitem__, used)),
         )
         return cls(places, touched, rows, work)
 
@@ -243,15 +256,15 @@ class RankedRows:
         return SomeRows(kernel, num_mixtures, place_of(self.touched, device))
 
 
+@dataclass(eq=False)
 class _LayerRows:
     """The rows of one layer, and the kernels that were made of them."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, ranked: RankedRows, affine: Affine | None) -> None:
-        self.device = device
-        self.dtype = dtype
-        self.ranked = ranked
-        self.affine = affine
-        self.kernels: dict[tuple[str, torch.dtype], Kernel] = {}
+    device: torch.device
+    dtype: torch.dtype
+    ranked: RankedRows
+    affine: Affine | None
+    kernels: dict[tuple[str, torch.dtype], Kernel] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:

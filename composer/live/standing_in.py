@@ -1,21 +1,32 @@
-"""The attributes of a model's modules that something stands in for, and that they get back; and who may put it there."""
+"""The attributes of a model's modules that something stands in for, and that they get back; and who may put it there.
+
+`watch` is for layers that their owner may not call: an update would be lost without a word.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from loraweave.common.process import lock_of
-from loraweave.errors import AlreadyActive
+from loraweave.errors import AlreadyActive, CompositionError
 from loraweave.routers.tokens._call import has_two_sequences, prompted
 from loraweave.routers.tokens._model import BlockInput, running
+
+
+class Handle(Protocol):
+    """A change that an activation makes to a model, and takes back at its end."""
+
+    def remove(self) -> None: ...
 
 
 class Claims:
@@ -237,3 +248,82 @@ class PromptedGenerate(StandIn):
     def remove(self) -> None:
         """Give the model its own `generate` back."""
         give_back(self._model, "generate", self._own, self)
+
+
+def watch(
+    name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]
+) -> list[RemovableHandle | _OwnForward]:
+    """Return hooks that raise CompositionError when the owner has run without a call of the layer, which was `expected`."""
+    seen = threading.local()
+    traced = _Traced()
+
+    def begin() -> None:
+        if torch.compiler.is_compiling():
+            traced.called = False
+        else:
+            seen.called = False
+
+    def call() -> None:
+        if torch.compiler.is_compiling():
+            traced.called = True
+        else:
+            seen.called = True
+
+    def require_unexpected() -> None:
+        if expected():
+            raise CompositionError(
+                f"layer {name!r} did not run: its {type(owner).__name__} computed with its weight itself, as it does for "
+                "some settings and on some devices, and the live update would be lost; use fused(), or another setting"
+            )
+
+    # what is expected is known when the code runs, and not when it is traced
+    outside = torch.compiler.disable(require_unexpected)  # type: ignore[no-untyped-call]
+
+    def end() -> None:
+        if torch.compiler.is_compiling():
+            if not traced.called:
+                outside()
+        elif not getattr(seen, "called", True):
+            require_unexpected()
+
+    return [
+        _OwnForward(owner),
+        owner.register_forward_pre_hook(Step(begin)),
+        module.register_forward_hook(Step(call)),
+        owner.register_forward_hook(Step(end)),
+    ]
+
+
+class _Traced:
+    """A flag: True if traced code calls the layer. One thread traces at a time; its own values would break the graph."""
+
+    called = True
+
+
+class _OwnForward:
+    """The class's forward as a module's own, until `remove`: torch.compile then compiles anew, with the hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._forward = None if "forward" in vars(module) else MethodType(type(module).forward, module)
+        if self._forward is not None:
+            module.forward = self._forward
+
+    def remove(self) -> None:
+        if self._forward is not None and vars(self._module).get("forward") is self._forward:
+            del self._module.forward
+
+
+class Step(Hook):
+    """A hook that ignores its arguments."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def __call__(self, *given: Any) -> None:
+        self._step()
+
+
+def in_backward_thread() -> bool:
+    """Return whether this is a thread of autograd's own, which runs a backward pass."""
+    return torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), threading._DummyThread)

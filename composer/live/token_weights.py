@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from loraweave.composer.live.call import CallRouter, in_own_precision
 from loraweave.composer.live.kernels._parts import Kernel, TokenWorkload, kernels_with
 from loraweave.composer.live.kernels.dense import Dense, Made, Stack, by_input
-from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.pages import PlacedFactors
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import AffineTable, LayerMixture, require_multiple
 from loraweave.composer.model.layers import TargetLayer

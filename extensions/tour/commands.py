@@ -127,6 +127,7 @@ def _machine() -> dict[str, Any]:
     dtype, free = fast_dtype(), free_host_bytes()
     devices = [torch.device(name) for name in ("cpu", "cuda")[: 1 + gpu]]
     compiled = compiled_threads(devices[0], torch.float32)
+    compiled = compiled_threads(devices[0], torch.float32)
     absent = {name for name, kernel in row_kernels().items() if not any(kernel.runs(it, torch.float32) for it in devices)}
     return {
         "system": f"{platform.system()} {platform.machine()}",

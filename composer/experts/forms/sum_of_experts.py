@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from loraweave.composer.experts.forms._form import Args, Form, Weigh, fitting
 from loraweave.composer.experts.parts import layer_sites
-from loraweave.composer.live.kernels._expert_product import RankRows, add_experts
+from loraweave.composer.live.kernels.dense import RankRows, add_experts
 from loraweave.composer.model.kinds import conv, linear
 from loraweave.composer.model.layers import gives_new_memory
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site

@@ -6,7 +6,7 @@
     one mixture for all rows    shared      a pair of products, the weights in b
     a mixture for each row,     dense       all experts for all tokens, masked by the weights
     or weights by token
-    experts in training         _expert_product.add_experts
+    experts in training         dense.add_experts
 
 Extensions bring faster ways for many cases, as more entries of the registry: each says for which mixtures it is, and what it
 costs; `_parts.choose` takes the cheapest. `tests/composer/live/kernels/test_naive.py` compares every entry with the formula;

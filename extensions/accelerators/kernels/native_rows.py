@@ -52,11 +52,6 @@ class Table(ctypes.Structure):
     ] + [(name, ctypes.c_void_p) for name in ("a", "b", "counts", "weights", "work")]
 
 
-def native_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the library is there, for layers of this device and dtype."""
-    return device.type == "cpu" and dtype in STORED and library() is not None
-
-
 def function(dtype: torch.dtype, stored: torch.dtype) -> Any:
     """Return the library's `add` for x and y of a dtype and factors stored in another; None where there is none."""
     if dtype not in STORED or stored not in STORED[dtype]:
@@ -138,7 +133,7 @@ class NativeRows(RowKernel):
 
     @classmethod
     def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
-        return native_runs(device, dtype)
+        return device.type == "cpu" and dtype in STORED and library() is not None
 
     @staticmethod
     def cost(work: Workload) -> Cost | None:
@@ -152,17 +147,18 @@ class NativeRows(RowKernel):
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> NativeRows:
-        used = sorted({place for row in rows for place, _ in row})
-        firsts, first = {}, 0
-        for place in used:
+        firsts: dict[int, int] = {}
+        a, b, first = [], [], 0
+        for place in sorted({place for row in rows for place, _ in row}):
             firsts[place] = first
-            first += parts[place].a_RI.shape[0]
+            a.append(parts[place].a_RI)
+            b.append(parts[place].b_RO)
+            first += len(a[-1])
         entries = tuple(tuple((firsts[p], parts[p].a_RI.shape[0], weight) for p, weight in row) for row in rows)
-        factors = [parts[place].a_RI for place in used], [parts[place].b_RO for place in used]
         # the first factors mostly tell what a look at all of them would
-        short = dtype is torch.float32 and shorten(factors[0][0])
-        joined = shorten(*map(torch.cat, factors)) if short else None
-        a_DI, b_DO = joined or [_joined(matrices, first, dtype, lend) for matrices in factors]
+        short = dtype is torch.float32 and shorten(a[0])
+        joined = shorten(torch.cat(a), torch.cat(b)) if short else None
+        a_DI, b_DO = joined or (_joined(a, first, dtype, lend), _joined(b, first, dtype, lend))
         return cls(a_DI, b_DO, entries, dtype)
 
     @property
@@ -180,7 +176,7 @@ class NativeRows(RowKernel):
         if num_tokens * torch.get_num_threads() > MOST_TOKENS or not x_BTI.dtype is y_BTO.dtype is dtype:
             return False
         # a tensor of another class may have no memory of its own
-        if not native_runs(dense.stack.b_SO.device, dtype) or is_watched() or not type(y_BTO) is type(x_BTI) is Tensor:
+        if not cls.runs(dense.stack.b_SO.device, dtype) or is_watched() or not type(y_BTO) is type(x_BTI) is Tensor:
             return False
         if read is None:
             read = x_BTI.contiguous()
@@ -230,17 +226,26 @@ class NativeRows(RowKernel):
         """Return the table that the library reads for so many tokens a row; it is kept as long as the kernel."""
         if tokens in self._tables:
             return self._tables[tokens]
-        uses = sorted(
-            (first, count, row, weight) for row, entry in enumerate(self.entries) for first, count, weight in entry
-        )
-        counts = {first: count for first, count, _, _ in uses}
-        starts = accumulate(Counter(first for first, *_ in uses).values(), initial=0)
-        numbers = torch.tensor([*counts.values(), *starts, *(row for _, _, row, _ in uses)])
-        weights = torch.tensor([weight for *_, weight in uses])
+        uses: list[tuple[int, int, int, float]] = []
+        for row, entry in enumerate(self.entries):
+            for first, count, weight in entry:
+                uses.append((first, count, row, weight))
+        counts: dict[int, int] = {}
+        users: Counter[int] = Counter()
+        numbers_of_rows, weights_of_rows, num_ranks = [], [], 0
+        for first, count, row, weight in sorted(uses):
+            counts[first] = count
+            users[first] += 1
+            num_ranks += count
+            numbers_of_rows.append(row)
+            weights_of_rows.append(weight)
+        numbers = torch.tensor([*counts.values(), *accumulate(users.values(), initial=0), *numbers_of_rows])
+        weights = torch.tensor(weights_of_rows)
         outputs = self.b_DO.shape[1]
-        sums = work(tokens * (len(self.entries) * outputs + sum(count for _, count, _, _ in uses)))
+        sums = work(tokens * (len(self.entries) * outputs + num_ranks))
         sizes = len(self.entries), tokens, self.a_DI.shape[1], outputs, len(counts)
-        table = Table(*sizes, *(tensor.data_ptr() for tensor in (self.a_DI, self.b_DO, numbers, weights, sums)))
+        factors = self.a_DI.data_ptr(), self.b_DO.data_ptr()
+        table = Table(*sizes, *factors, numbers.data_ptr(), weights.data_ptr(), sums.data_ptr())
         # the memory that it points to
         table.owned = self.a_DI, self.b_DO, numbers, weights, sums
         return self._tables.setdefault(tokens, table)

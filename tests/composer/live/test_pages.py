@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loraweave.composer.live.layout import Layout
+from loraweave.composer.live.pages import Layout
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 

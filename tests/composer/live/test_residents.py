@@ -11,7 +11,7 @@ import pytest
 import torch
 from paged_adapters import ADAPTERS, CPU, FP32, LAYERS, NAMES, PLACES, adapter, assert_the_adapters_own, everything, size_of
 
-from loraweave.composer.live.layout import ALIGNMENT_BYTES
+from loraweave.composer.live.pages import ALIGNMENT_BYTES
 from loraweave.composer.live.residents import Residents
 from loraweave.errors import AdapterNotFound, BudgetExceeded, CompositionError
 

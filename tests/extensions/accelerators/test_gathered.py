@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraweave.composer.live.kernels._parts import SomeRows
-from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.pages import PlacedFactors
 from loraweave.extensions.accelerators.kernels.gathered import Gathered
 from loraweave.extensions.accelerators.kernels.segments import Segments
 

@@ -16,7 +16,7 @@ from loraweave.common import compute
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.kernels._parts import Workload, choose
 from loraweave.composer.live.kernels.dense import Stack
-from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.pages import PlacedFactors
 from loraweave.extensions.accelerators.kernels import native_rows
 from loraweave.extensions.accelerators.kernels.native_rows import NativeRows, row_by_row
 from loraweave.hub.adapter import Adapter
@@ -202,11 +202,11 @@ def test_no_library_is_loaded_from_a_folder_that_others_may_write_to(fresh, capl
     fresh.mkdir(mode=0o700)
     fresh.chmod(0o777)
     with caplog.at_level(logging.INFO, logger=compute.__name__):
-        assert not native_rows.native_runs(torch.device("cpu"), torch.float32)
+        assert not NativeRows.runs(torch.device("cpu"), torch.float32)
     assert f"others may write to {fresh}" in caplog.text
     forget()
     fresh.chmod(0o700)
-    assert native_rows.native_runs(torch.device("cpu"), torch.float32)
+    assert NativeRows.runs(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("why", ["no compiler", "it fails", "asked not to"])
@@ -219,7 +219,7 @@ def test_without_the_library_the_kernels_of_torch_are_taken_and_the_log_says_why
     else:
         monkeypatch.setenv("LORAWEAVE_NATIVE", "0")
     with caplog.at_level(logging.INFO, logger=compute.__name__):
-        assert not native_rows.native_runs(torch.device("cpu"), torch.float32)
+        assert not NativeRows.runs(torch.device("cpu"), torch.float32)
     told = {"no compiler": "no C compiler", "it fails": "non-zero exit status", "asked not to": ""}[why]
     assert told in caplog.text
     assert not fresh.exists() or list(fresh.iterdir()) == []

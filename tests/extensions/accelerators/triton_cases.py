@@ -10,7 +10,7 @@ from torch import nn
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.kernels._parts import Choice, row_kernels, row_sets
 from loraweave.composer.live.kernels.naive import naive
-from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.pages import PlacedFactors
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 

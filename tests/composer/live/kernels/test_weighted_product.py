@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from loraweave.composer.live.kernels.dense import Dense, Stack
-from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.pages import PlacedFactors
 
 RANKS = (2, 1, 4)
 
