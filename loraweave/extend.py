@@ -80,7 +80,7 @@ _MODULES = {
     ),
     "composer.live.kernels.dense": "sort_by_expert",
     "composer.live.pages": "PlacedFactors find_places",
-    "composer.live.recording": "Load Trace UsedLayer UsedWeights load_of",
+    "composer.live.recording": "Trace UsedLayer UsedWeights",
     "composer.live.residents": "Lease",
     "composer.live.standing_in": "Handle StandIn claimed give_back",
     "composer.model.batches": (

@@ -155,11 +155,9 @@ from loraweave.composer.live.kernels._parts import weigh_b as weigh_b
 from loraweave.composer.live.kernels.dense import sort_by_expert as sort_by_expert
 from loraweave.composer.live.pages import PlacedFactors as PlacedFactors
 from loraweave.composer.live.pages import find_places as find_places
-from loraweave.composer.live.recording import Load as Load
 from loraweave.composer.live.recording import Trace as Trace
 from loraweave.composer.live.recording import UsedLayer as UsedLayer
 from loraweave.composer.live.recording import UsedWeights as UsedWeights
-from loraweave.composer.live.recording import load_of as load_of
 from loraweave.composer.live.residents import Lease as Lease
 from loraweave.composer.live.standing_in import Handle as Handle
 from loraweave.composer.live.standing_in import StandIn as StandIn

@@ -1,8 +1,8 @@
 """Which adapter counted for which token, what did it cost, and does an odd word change the answer? Figures and probes.
 
-`explain` has figures, a table, a picture and a page of a mixture's weights, `loraweave explain` in a shell; `cost` counts
-what a forward added; `probe` looks for planted triggers. Pictures need `loraweave[plot]`. An explanation is one forward that
-keeps all weights, a probe two rows for each input and word.
+`explain` has figures, a table, a picture and a page of a mixture's weights, `loraweave explain` in a shell; `loads` says
+what a forward used, `cost` what it added; `probe` looks for planted triggers. Pictures need `loraweave[plot]`. An
+explanation is one forward that keeps all weights, a probe two rows for each input and word.
 """
 
 from typing import TYPE_CHECKING
@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from loraweave.extensions.explain.explanation import Explanation
     from loraweave.extensions.explain.probes import Probed, probe
     from loraweave.extensions.explain.reading import explain
+    from loraweave.extensions.explain.used import Load, loads
 else:
     _MODULES = {
         "costs": "Cost LayerCost cost",
         "explanation": "Explanation",
         "probes": "Probed probe",
         "reading": "explain",
+        "used": "Load loads",
     }
     __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
 
-__all__ = ["Cost", "Explanation", "LayerCost", "Probed", "cost", "explain", "probe"]
+__all__ = ["Cost", "Explanation", "LayerCost", "Load", "Probed", "cost", "explain", "loads", "probe"]

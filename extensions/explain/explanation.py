@@ -9,9 +9,10 @@ import torch
 from rich.text import Text
 
 from loraweave import CompositionError
-from loraweave.extend import Load, ShownTable, printable
+from loraweave.extend import ShownTable, printable
 from loraweave.extensions.explain.figures import TokenFigures
 from loraweave.extensions.explain.plot import draw, page
+from loraweave.extensions.explain.used import Load
 
 MAX_ROWS = 30
 PAGE_SUFFIXES = (".html", ".htm")

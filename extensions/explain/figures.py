@@ -11,7 +11,8 @@ from typing import Self
 from torch import Tensor
 
 from loraweave import CompositionError
-from loraweave.extend import Load, block_of, load_of, unknown_expert
+from loraweave.extend import block_of, unknown_expert
+from loraweave.extensions.explain.used import Load, load_of
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; numbers say the same
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00")

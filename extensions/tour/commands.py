@@ -128,6 +128,7 @@ def _machine() -> dict[str, Any]:
     devices = [torch.device(name) for name in ("cpu", "cuda")[: 1 + gpu]]
     compiled = compiled_threads(devices[0], torch.float32)
     compiled = compiled_threads(devices[0], torch.float32)
+    compiled = compiled_threads(devices[0], torch.float32)
     absent = {name for name, kernel in row_kernels().items() if not any(kernel.runs(it, torch.float32) for it in devices)}
     return {
         "system": f"{platform.system()} {platform.machine()}",
