@@ -16,8 +16,8 @@ def rank_rows(a_SI, b_OS):
 def by_rank_rows(name, x_BTI, a_SI, b_OS, w_BTS):
     """What a kernel makes of each rank row as an expert; `naive` where such weights are not for it."""
     kernel, parts, rows = registry.get("kernels", name), rank_rows(a_SI, b_OS), row_sets(w_BTS)
-    # a way for experts in training takes only weights of which few are not 0, and is tested by itself
-    if kernel is naive or not parts or hasattr(kernel, "add_experts"):
+    # a way for experts in training takes only weights of which few are not 0; it and a product are tested by themselves
+    if kernel is naive or not parts or hasattr(kernel, "add_experts") or hasattr(kernel, "add_product"):
         return naive(x_BTI, a_SI, b_OS, w_BTS)
     if not issubclass(kernel, RowKernel):
         return kernel(parts, w_BTS, x_BTI.dtype).update(x_BTI)

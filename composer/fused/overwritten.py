@@ -8,7 +8,7 @@
 
 W' = W (1 + gain) + update and bias' = bias + the update's bias, in fp32 or better, rounded once. The naive twin is that line
 as it stands, in float64 (`tests/composer/fused/test_fused.py`); what is fast is that it goes block by block through a cache,
-with the product of `added_product`, whose own twin is `addmm_` (`tests/composer/fused/test_added_product.py`).
+with the product of `added_product`, which is `addmm_` or equals it.
 The parameter stays the same object in the same memory, and `_original` is at every moment a tensor with the values of W,
 so that an interruption at any line can be undone.
 """
@@ -22,13 +22,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import loraweave.registry as registry
+from loraweave.composer.live.kernels._parts import kernels_with
 from loraweave.composer.merge.method_call import DenseUpdate
 from loraweave.composer.model.layers import TargetLayer, row_sums
 from loraweave.errors import CompositionError
@@ -344,25 +344,8 @@ def _mapped_file(num_bytes: int) -> mmap.mmap:
 
 
 def added_product(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> Tensor:
-    """Return `into` itself with left @ right added, the same as `into.addmm_(left, right)` up to the order of summation.
-
-    torch multiplies fp32 by MKL, which runs at half the speed of oneDNN on processors of AMD with AVX-512 (110 against 240
-    GFLOP/s for K = 64). oneDNN is reached by the operation that torch.compile uses for linear layers; where that is
-    missing, as on a GPU or in another dtype, `addmm_` it is.
-    """
-    linear = _onednn_linear()
-    if linear is None or into_MN.dtype != torch.float32 or into_MN.device.type != "cpu" or left_MK.shape[1] == 0:
-        return into_MN.addmm_(left_MK, right_KN)
-    return into_MN.add_(linear(left_MK.contiguous(), right_KN.T, None, "none", [], ""))
-
-
-@cache
-def _onednn_linear() -> Any:
-    """Return the operation x, w, bias, ... -> x w^T + bias; None where this torch lacks it or means something else."""
-    try:
-        operation = torch.ops.mkldnn._linear_pointwise
-        x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])
-        product = operation(x, w, None, "none", [], "")
-    except (AttributeError, RuntimeError, TypeError):
-        return None
-    return operation if product.tolist() == [[11.0, 17.0]] else None
+    """Return `into` itself with left @ right added, by a kernel of the registry that has `add_product`, or by `addmm_`."""
+    for kernel in kernels_with("add_product").values():
+        if kernel.add_product(into_MN, left_MK, right_KN):
+            return into_MN
+    return into_MN.addmm_(left_MK, right_KN)

@@ -10,7 +10,7 @@ up their differences to the base's. Its memory is one more matrix of W's shape, 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -76,18 +76,14 @@ class Fitting:
     def pool(self, pool: ExpertPool) -> ExpertPool:
         """Return the pool's experts as `adapter` returns them, now, or for a lazy pool when each is opened."""
         if pool.lazy:
-            return ExpertPool(OnDemand(pool.names, lambda name: self._fit_lazily(name, pool.adapters[name])))
-        fitted = {name: self._fit(name, adapter) for name, adapter in pool.adapters.items()}
+            return _each(pool, self._fit_lazily)
+        fitted = _each(pool, self._fit)
         self._warn(pool.adapters)
-        return ExpertPool(fitted)
+        return fitted
 
     def placed(self, pool: ExpertPool) -> ExpertPool:
         """Return the pool with each adapter as `placed_adapter` returns it; the same pool if the model is no pipeline."""
-        if self._parts is None:
-            return pool
-        if pool.lazy:
-            return ExpertPool(OnDemand(pool.names, lambda name: self.placed_adapter(name, pool.adapters[name])))
-        return ExpertPool({name: self.placed_adapter(name, adapter) for name, adapter in pool.adapters.items()})
+        return pool if self._parts is None else _each(pool, self.placed_adapter)
 
     def placed_adapter(self, name: str, adapter: Adapter) -> Adapter:
         """Return an adapter with its layers' paths in a pipeline, as `Parts.paths` finds them; itself for another model.
@@ -112,7 +108,7 @@ class Fitting:
         From then on they are experts of this model, and may be merged with each other whatever base they name.
         """
         if pool.lazy:
-            return ExpertPool(OnDemand(pool.names, lambda name: self._mark(self._check(name, pool.adapters[name]))))
+            return _each(pool, lambda name, adapter: self._mark(self._check(name, adapter)))
         if all(self._own_key(adapter.base).proves(adapter.base) for adapter in pool.adapters.values()):
             return pool
         self.pool(pool)
@@ -207,6 +203,13 @@ class Fitting:
                 unproven.setdefault(its, []).append(name)
         for its, names in unproven.items():
             warn_unverified(names, its, self._unread_key, stacklevel=4)
+
+
+def _each(pool: ExpertPool, change: Callable[[str, Adapter], Adapter]) -> ExpertPool:
+    """Return the pool of what `change` makes of each adapter, now, or for a lazy pool when it is opened."""
+    if pool.lazy:
+        return ExpertPool(OnDemand(pool.names, lambda name: change(name, pool.adapters[name])))
+    return ExpertPool({name: change(name, adapter) for name, adapter in pool.adapters.items()})
 
 
 def misfit(modules: Mapping[str, nn.Module], name: str, adapter: Adapter) -> str:

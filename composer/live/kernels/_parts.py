@@ -343,10 +343,11 @@ class Choice:
 def kernels_with(what: str) -> dict[str, Any]:
     """Return the kernels of the registry that have an attribute.
 
-    `cost` is that of a RowKernel. Three others are faster ways for weights by token, which extensions bring: `token_seconds`
-    (work: TokenWorkload) of a kernel (parts, w_BTP, dtype) that may take the place of `Dense` on a CPU; `add_dense`(dense,
-    x_BTI, y_BTO), which returns True once it has done what `Dense.add_` does; and `add_experts`(y, x_NI, w_NE, a_SI, b_SO,
-    ranks, most, learns=..), which returns what the function of this name does, or None.
+    `cost` is that of a RowKernel. Others are faster ways that extensions bring. For weights that are written: `add_product`
+    (into_MN, left_MK, right_KN), which returns True once it has added a product. For weights by token: `token_seconds`(work:
+    TokenWorkload) of a kernel (parts, w_BTP, dtype) that may take the place of `Dense` on a CPU; `add_dense`(dense, x_BTI,
+    y_BTO), which returns True once it has done what `Dense.add_` does; and `add_experts`(y, x_NI, w_NE, a_SI, b_SO, ranks,
+    most, learns=..), which returns what the function of this name does, or None.
     """
     kernels = {name: registry.get("kernels", name) for name in registry.names("kernels")}
     return {name: kernel for name, kernel in kernels.items() if hasattr(kernel, what)}

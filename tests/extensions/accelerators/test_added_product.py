@@ -6,8 +6,8 @@ import pytest
 import torch
 from rounding import rounding
 
-from loraweave.composer.fused import overwritten as module
 from loraweave.composer.fused.overwritten import added_product
+from loraweave.extensions.accelerators.kernels import onednn_product as module
 
 
 @pytest.mark.parametrize("library", ["the faster", "addmm"])
