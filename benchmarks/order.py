@@ -28,8 +28,9 @@ import loraweave as lw
 from benchmarks._data import kept, known
 from benchmarks._run import Run, Table, pairs
 from benchmarks.unseen import SHIPPED_READER
-from loraweave.composer.compose.asked import Step
-from loraweave.composer.programs.program import Program
+from loraweave.composer.compose.program import Program
+from loraweave.composer.compose.program_search import Step
+from loraweave.extensions.transfer import distil_program
 from loraweave.hub.base import fast_dtype
 
 NUM_EXAMPLES = 5
@@ -163,7 +164,7 @@ def _measured(
     }
     if distil:
         torch.manual_seed(run.seed)
-        single = program.distil(progress=False)
+        single = distil_program(program, progress=False)
         found |= {"distilled": single.evaluate(test)["value"], "distilling": single.report.reason}
     if auto:
         composed = lw.compose(model, tokenizer, hub, task, seed=run.seed, progress=False)

@@ -22,11 +22,12 @@ import loraweave as lw
 from benchmarks._models import random_adapter
 from benchmarks._run import Run, Table, console
 from benchmarks.spread import WORKERS, Backends, Counting, killing, tiny_base, workers
-from loraweave.composer.compose.asked import Step
-from loraweave.composer.programs.program import OrderReport, Program, pool_of
+from loraweave.composer.compose.program import OrderReport, Program, pool_of
+from loraweave.composer.compose.program_search import Step
 from loraweave.extensions.reranking import rerank
 from loraweave.extensions.sources import add_tree
 from loraweave.extensions.statistics import pool_statistics
+from loraweave.extensions.transfer import distil_program
 
 app = typer.Typer()
 
@@ -93,7 +94,7 @@ def _calls(folder: Path, seed: int) -> Iterator[dict[str, Call]]:
             steps = tuple(Step(name, "Go on.", hub.record(name).hash) for name in names[:2])
             report = OrderReport((), (), "", (), 0, 0.0)
             program = Program(model, tokenizer, few, steps, hub, pool_of(steps, hub, model), report)
-            return program.distil(inputs, steps=2, rank=2, **quiet).adapter.hash
+            return distil_program(program, inputs, steps=2, rank=2, **quiet).adapter.hash
 
         def statistics() -> str:
             found = pool_statistics(model, tokenizer, hub, dict.fromkeys(names[:8], inputs[:32]), **quiet)

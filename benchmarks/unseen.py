@@ -49,10 +49,11 @@ from benchmarks._unseen_report import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES, 
 from loraweave.common.chat import Prompt
 from loraweave.composer.compose.candidates import in_context_adapter as in_context_adapter_of
 from loraweave.composer.compose.loss import ExampleLoss
+from loraweave.composer.compose.program import Program
 from loraweave.composer.model.scoring import Score, evaluate, predict
-from loraweave.composer.programs.program import Program
 from loraweave.extensions.routers.routers.lorahub_original import LorahubOriginal
 from loraweave.extensions.tour import DemoTask, load_task
+from loraweave.extensions.transfer import distil_program
 from loraweave.hub.base import fast_dtype
 
 app = typer.Typer()
@@ -328,7 +329,7 @@ def order_distilled(case: Case) -> Found:
     """That program, learned by one adapter on sample inputs of the hub's cards; with the time that learning alone took."""
     program = lw.order(case.model, case.tokenizer, case.hub, case.task, k=case.k, progress=False)
     started = time.process_time()
-    learned = program.distil(seed=case.seed, progress=False)
+    learned = distil_program(program, seed=case.seed, progress=False)
     notes = {"distilled": learned.report.reason, "distil_cpu_seconds": round(time.process_time() - started, 1)}
     return Found(composition=learned, notes={"chosen": str(program), **notes})
 

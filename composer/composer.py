@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraweave.common.chat import Prompt
 from loraweave.common.checks import is_collection, is_list
 from loraweave.common.display import tracked
 from loraweave.common.process import lock_of
 from loraweave.common.rows import GivenRows
-from loraweave.composer.fused.fused import Fused, fused, mixture_updates
-from loraweave.composer.fused.overwritten import Place
 from loraweave.composer.live import pages
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.mixer import Activation, LiveLayers
@@ -23,20 +21,23 @@ from loraweave.composer.live.recording import Setting, Trace, UsedWeights, last_
 from loraweave.composer.live.residents import Residency, Residents
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.live.standing_in import CLAIMS
-from loraweave.composer.merge.method_call import AdapterStatistics
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
-from loraweave.composer.model.generate import Asked, generation_call, read_prompt, stream
 from loraweave.composer.model.layers import TargetLayer
-from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import model_of
 from loraweave.hub.pool import ExpertPool, require_no_heads
 from loraweave.routers.combined import masked, num_rows_of
-from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router, Task
+
+if TYPE_CHECKING:
+    from loraweave.composer.fused.fused import Fused
+    from loraweave.composer.fused.overwritten import Place
+    from loraweave.composer.merge.method_call import AdapterStatistics
+    from loraweave.composer.model.generate import Asked
+    from loraweave.routers.tokens._learned import LearnedRouter
 
 
 class Composer:
@@ -217,6 +218,8 @@ class Composer:
         Raises ScopeError for weights that vary per row or token, AlreadyActive while active, CompositionError for layers not
         to be written to (tied, or quantised without `max_loss`) and results not finite; nothing has changed then.
         """
+        from loraweave.composer.fused.fused import fused, mixture_updates
+
         self._require_idle("fuse")
         self._fitting.require_unchanged(closely=True)
         make = partial(mixture_updates, self._pool, self._bound, self._fitting)
@@ -247,6 +250,8 @@ class Composer:
         seeds that are not as many as the texts, CompositionError for ways of decoding that run downloaded code or a thread
         of their own; docs/generation.md has the list.
         """
+        from loraweave.composer.model.generate import generation_call
+
         prompts, resolved = self._resolve_texts(texts, mixture)
         if not prompts:
             return []
@@ -263,6 +268,8 @@ class Composer:
         this call is left before the last piece. To stop early, close the iterator or drop it.
         Raises what generate() raises, at once where that is possible, and CompositionError for beams.
         """
+        from loraweave.composer.model.generate import generation_call, stream
+
         prompts, resolved = self._resolve_texts(texts, mixture)
         if not prompts:
             return iter(())
@@ -281,6 +288,8 @@ class Composer:
 
     def _resolve_texts(self, texts: Sequence[Asked], mixture: Any) -> tuple[list[Prompt], MixtureWeights | Router | None]:
         """Return the texts as prompts and the mixture resolved, both checked."""
+        from loraweave.composer.model.generate import read_prompt
+
         self._require_open()
         self._require_tokenizer("generate() and stream()", "need")
         if not is_collection(texts):
@@ -315,6 +324,8 @@ class Composer:
         settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the router
         then has the last good parameters.
         """
+        from loraweave.composer.train.routers import fit, require_learning
+
         self._require_open()
         require_learning(router)
         resolve(router, self._pool, self._bound)

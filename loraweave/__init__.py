@@ -44,6 +44,7 @@ from loraweave.types import Anomaly, BaseKey, Candidate, Factors, Fingerprint, R
 if TYPE_CHECKING:
     from loraweave.composer.compose.compose import compose
     from loraweave.composer.compose.composition import Composition
+    from loraweave.composer.compose.program import order
     from loraweave.composer.composer import Composer
     from loraweave.composer.ensembles.ensemble import ensemble
     from loraweave.composer.experts.make import experts
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from loraweave.composer.formula.formula import Formula, parse
     from loraweave.composer.merge.arithmetic import byom, clusters, compeft, twin_merging
     from loraweave.composer.merge.merge import merge
-    from loraweave.composer.programs.program import order
     from loraweave.composer.train.adapters import train_adapters
     from loraweave.hub.adapter import Adapter
     from loraweave.hub.base import base_key, load_base
@@ -78,7 +78,7 @@ _MODULES = {
     "composer.merge.merge": "merge",
     "composer.ensembles.ensemble": "ensemble",
     "composer.experts.make": "experts",
-    "composer.programs.program": "order",
+    "composer.compose.program": "order",
     "routers.tokens._saved": "router",
     "composer.train.adapters": "train_adapters",
     "composer.experts.together": "train_experts",

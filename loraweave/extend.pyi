@@ -70,6 +70,7 @@ from loraweave.common.rows import GivenRows as GivenRows
 from loraweave.common.rows import Row as Row
 from loraweave.common.rows import located as located
 from loraweave.common.rows import read_asked as read_asked
+from loraweave.common.rows import read_inputs as read_inputs
 from loraweave.common.rows import read_rows as read_rows
 from loraweave.common.spread import Failed as Failed
 from loraweave.common.spread import processes_here as processes_here
@@ -93,7 +94,12 @@ from loraweave.composer.compose.compose import ComposeCall as ComposeCall
 from loraweave.composer.compose.loss import ExampleLoss as ExampleLoss
 from loraweave.composer.compose.objectives._row_sums import RowSums as RowSums
 from loraweave.composer.compose.objectives.cross_entropy import CrossEntropy as CrossEntropy
-from loraweave.composer.compose.user_loss import make_objective as make_objective
+from loraweave.composer.compose.program import Program as Program
+from loraweave.composer.compose.refine import STEP_COST as STEP_COST
+from loraweave.composer.compose.refine import linear_targets as linear_targets
+from loraweave.composer.compose.refine import loss_with as loss_with
+from loraweave.composer.compose.refine import num_scalars as num_scalars
+from loraweave.composer.compose.report import ReportRow as ReportRow
 from loraweave.composer.ensembles.ensemble import EnsemblePrediction as EnsemblePrediction
 from loraweave.composer.ensembles.ensemble import align_right as align_right
 from loraweave.composer.ensembles.ensemble import answers as answers
@@ -107,7 +113,6 @@ from loraweave.composer.ensembles.ensemble import without_cache as without_cache
 from loraweave.composer.experts.expert_model import ExpertModel as ExpertModel
 from loraweave.composer.experts.expert_model import require_expert_model as require_expert_model
 from loraweave.composer.experts.forms._form import Args as Args
-from loraweave.composer.experts.forms._form import Form as Form
 from loraweave.composer.experts.forms._form import Seen as Seen
 from loraweave.composer.experts.forms._form import Weigh as Weigh
 from loraweave.composer.experts.forms._form import fitting as fitting
@@ -163,6 +168,7 @@ from loraweave.composer.live.standing_in import Handle as Handle
 from loraweave.composer.live.standing_in import StandIn as StandIn
 from loraweave.composer.live.standing_in import claimed as claimed
 from loraweave.composer.live.standing_in import give_back as give_back
+from loraweave.composer.merge.merge import parent_of as parent_of
 from loraweave.composer.merge.method_call import DenseUpdate as DenseUpdate
 from loraweave.composer.merge.method_call import Experts as Experts
 from loraweave.composer.merge.method_call import MethodCall as MethodCall
@@ -224,7 +230,6 @@ from loraweave.composer.model.scoring import in_chunks as in_chunks
 from loraweave.composer.model.scoring import predict as predict
 from loraweave.composer.model.text_rows import padded_inputs as padded_inputs
 from loraweave.composer.model.text_rows import text_rows as text_rows
-from loraweave.composer.programs.program import Program as Program
 from loraweave.composer.train.adapters import require_plain as require_plain
 from loraweave.composer.train.adapters import require_startable as require_startable
 from loraweave.composer.train.adapters import target_layers as target_layers
@@ -240,7 +245,9 @@ from loraweave.composer.train.jobs import given_factors as given_factors
 from loraweave.composer.train.jobs import job_losses as job_losses
 from loraweave.composer.train.jobs import new_factors as new_factors
 from loraweave.composer.train.learner import Feed as Feed
+from loraweave.composer.train.rows import MAX_PACKED as MAX_PACKED
 from loraweave.composer.train.rows import Texts as Texts
+from loraweave.composer.train.rows import can_be_packed as can_be_packed
 from loraweave.composer.train.settings import LoraSettings as LoraSettings
 from loraweave.composer.train.settings import read_tasks as read_tasks
 from loraweave.composer.train.shared import StepMemory as StepMemory
@@ -275,6 +282,7 @@ from loraweave.hub.embedders._embedder import Embedder as Embedder
 from loraweave.hub.embedders._embedder import embed_in_batches as embed_in_batches
 from loraweave.hub.embedders._embedder import embedder_of as embedder_of
 from loraweave.hub.embedders._embedder import readable as readable
+from loraweave.hub.embedders.form import Form as Form
 from loraweave.hub.export import TIED_MODULES as TIED_MODULES
 from loraweave.hub.export import Target as Target
 from loraweave.hub.export import module_names as module_names

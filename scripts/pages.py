@@ -37,7 +37,7 @@ REFERENCE = {
     "Adapters and merging": ("hub.adapter", "hub.conversion", "composer.merge", "types.Factors", "registry"),
     "Hub and retrieval": ("hub", "retrieval", "types"),
     "The running model": ("hub.base", "hub.pool", "composer", "routers.weights", "types.BaseKey"),
-    "Composing for a task": ("composer.compose", "composer.formula", "composer.programs", "types.Task"),
+    "Composing for a task": ("composer.compose", "composer.formula", "types.Task"),
     "Routers and experts": ("routers", "composer.experts.make", "types.Router"),
     "Training": ("composer.train", "composer.experts"),
     "Errors": ("errors",),

@@ -19,9 +19,10 @@ from loraweave.common.rows import GivenRows
 from loraweave.common.spread import Crew, crew
 from loraweave.composer.compose.candidates import candidates, experts_of, in_context_adapter
 from loraweave.composer.compose.composition import Composition
+from loraweave.composer.compose.examples import Examples
 from loraweave.composer.compose.report import Report
-from loraweave.composer.compose.settings import Examples, Settings, method_names
-from loraweave.composer.compose.trials import Bench, splits_of
+from loraweave.composer.compose.settings import Settings, method_names
+from loraweave.composer.compose.trials import Bench, reported, splits_of
 from loraweave.composer.compose.ways import calibrated, guard, measure, ways_of
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
@@ -161,14 +162,14 @@ def _compose(
             bench = replace(bench, workers=ScoringWorkers(workers, engine, tokenizer, hub))
         # 2. trials: the ways to answer the task, none of which has run
         splits = splits_of(task, settings)
-        ways = ways_of(bench, settings)
+        plain, learning = ways_of(bench, settings)
         # 3. score: adapters alone first, in one batch; then each way on the examples, and on those held out from it
-        if ways.plain:
+        if plain:
             _ = bench.alone
-        if (planned := ways.planned(len(splits))) != 0:
-            total = None if planned is None else len(pool) + planned
+        if costs := [trial.cost for trial in learning if trial.cost != 0]:
+            total = None if None in costs else len(pool) + (len(splits) + 1) * sum(cost or 0 for cost in costs)
             bar.update(shown, description="learning from the examples", total=total)
-        measured = measure(ways, bench, settings, splits)
+        measured = measure(plain, learning, bench, settings, splits)
         bar.update(shown, total=bar.tasks[shown].completed)
     # 4. choose: what was asked for, unless it does worse on held-out examples
     trials = {trial.name: trial for trial in measured.trials}
@@ -178,7 +179,7 @@ def _compose(
     assert best is not None
     spent = time.perf_counter() - started, sum(row.evaluations for row in rows)
     report = Report(rows, chosen, "; ".join([reason, *measured.remarks]), tuple(scores.items()), *spent)
-    return best.composition(report, seed=settings.seed, allow_licenses=settings.allow_licenses)
+    return reported(best.composition, report, seed=settings.seed, allow_licenses=settings.allow_licenses)
 
 
 SIGNATURE = signature(compose)

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +25,17 @@ from loraweave.composer.compose.refine import (
     targets_of,
     tuned_adapters,
 )
-from loraweave.composer.compose.report import Report, ReportRow
-from loraweave.composer.compose.saved import FILE, PARTS, SavedRecipe, recipe_of
+from loraweave.composer.compose.report import (
+    FILE,
+    FORMAT,
+    FORMAT_WITH_ROUTER,
+    PACKAGES,
+    PARTS,
+    Report,
+    ReportRow,
+    SavedRecipe,
+    task_json,
+)
 from loraweave.composer.compose.settings import router_name
 from loraweave.composer.compose.task_mixture import TaskMixture
 from loraweave.composer.merge.arithmetic import byom
@@ -33,7 +43,7 @@ from loraweave.composer.merge.merge import parent_of
 from loraweave.composer.model.layers import with_magnitudes
 from loraweave.errors import CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_id
+from loraweave.hub.base import base_id, fingerprint
 from loraweave.hub.export import ExportReport
 from loraweave.hub.formats._card import shared_card
 from loraweave.hub.licenses import require_one_work, stated_license
@@ -311,10 +321,19 @@ class Composition(TaskMixture):
         return used or [dict(parent) for parent in self.parents]
 
     def _recipe(self) -> dict[str, Any]:
-        weights = self.mean_weights
-        kept = {
-            name: getattr(self, name) for name in ("by_layer", "tuned_steps", "license", "merge_method", "seed", "share")
-        }
-        kept |= {"weights": weights, "parents": self._parents()}
+        """Return what composition.json holds."""
         parts = {name: list(getattr(self, name)) for name in dict.fromkeys(PARTS.values())}
-        return recipe_of(self.model, self.task, self.report, router=self.router is not None, parts=parts, **kept)
+        alone = FORMAT if self.router is None else FORMAT_WITH_ROUTER
+        fields = ("by_layer", "tuned_steps", "license", "merge_method", "seed", "share")
+        return {
+            "format": max((number for number, name in PARTS.items() if parts[name]), default=alone),
+            "base_model": base_id(self.model),
+            "fingerprint": fingerprint(self.model).to_json(),
+            **parts,
+            **{name: getattr(self, name) for name in fields},
+            "weights": self.mean_weights,
+            "parents": self._parents(),
+            "task": task_json(self.task),
+            "report": self.report.to_json(),
+            "versions": {package: version(package) for package in PACKAGES},
+        }

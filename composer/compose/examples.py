@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.chat import Prompt
 from loraweave.common.names import text_digest
 from loraweave.composer.compose.objectives._row_sums import Kind
 from loraweave.composer.model.batches import (
@@ -32,6 +33,8 @@ from loraweave.composer.model.batches import (
 from loraweave.composer.model.scoring import in_chunks
 from loraweave.types import Task
 
+# what a function as the objective is called with, beside the model
+Examples = list[tuple[Prompt, str]]
 # tokens of the texts of one tree, whose mask has as many rows and columns
 MAX_TREE = 2048
 

@@ -1,47 +1,53 @@
-"""The trials that learn from the examples: searches for weights, trainings, and the average of both.
+"""The trials that learn from the examples: searches for weights, trainings, programs, routers, and the average of several.
 
 In a search a solver asks for candidates, and the examples that it sees tell it their losses. Trainings are those of a LoRA,
-new or begun as the hub's in-context adapter, under prompts that show the examples. Routers are in routed.py.
+new or begun as the hub's in-context adapter, under prompts that show the examples.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from loraweave.common.options import options_of
+from loraweave.composer.compose.composition import Composition
+from loraweave.composer.compose.examples import EncodedExamples
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
+from loraweave.composer.compose.objectives._row_sums import Kind
+from loraweave.composer.compose.population import Job, row_sums
+from loraweave.composer.compose.program_search import Order, Reading, Step, search_programs
 from loraweave.composer.compose.refine import (
     STEP_COST,
     Tuning,
     example_loss,
     linear_targets,
     num_scalars,
+    pool_of,
     targets_of,
     task_of,
     tuned_adapters,
 )
-from loraweave.composer.compose.settings import BEST, Settings, solver_class
-from loraweave.composer.compose.trials import Bench, Fixed, Scores, Selection, Split, Trial, result_of
-from loraweave.composer.composer import Composer
+from loraweave.composer.compose.settings import BEST, TRAINING, Settings, solver_class
+from loraweave.composer.compose.trials import Bench, Scores, Selection, Split, Trial, fixed, result_of
+from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.merge.merge import parent_of
+from loraweave.composer.train.rows import MAX_PACKED
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.registry import get
+from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.searches._solver import Solver, described
 from loraweave.routers.searches._told import Told
+from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
-
-if TYPE_CHECKING:
-    from loraweave.composer.compose.user_loss import UserLoss
-
-    Objective = ExampleLoss | UserLoss
 
 # trainings of a LoRA under demonstrations: of a new one, and of one that begins as the in-context adapter; chosen by
 # leave-one-out on the example pool, with ORDERS orders of the demonstrations in the prompts
@@ -70,10 +76,13 @@ def search_of(bench: Bench, settings: Settings) -> Trial:
             f"method {settings.name!r} is to weigh {len(groups)} groups of layers apart, but what its weights mean is "
             f"{merge_method!r}, which takes one weight for each adapter: leave out groups=, or pass space='deltas'"
         )
-    if solver.learns:
-        return Searched(bench, settings, solver, start_name)
-    (mixture,) = solver.ask()
-    return Fixed(settings.name, bench, mixture, merge_method)
+    if not solver.learns:
+        (mixture,) = solver.ask()
+        return fixed(settings.name, bench, mixture, merge_method)
+    # entropy looks at no targets
+    learns = (settings.objective or solver.loss) != "entropy"
+    search = partial(_search, settings, solver, start_name)
+    return Trial(settings.name, bench, search, learns=learns, cost=settings.budget)
 
 
 def solver_of(bench: Bench, settings: Settings, start: Start) -> Solver:
@@ -93,96 +102,77 @@ def solver_of(bench: Bench, settings: Settings, start: Start) -> Solver:
     return settings.solver(bench.names, supplied)
 
 
-class Searched(Trial):
-    """The best candidate of a solver; with a checkpoint, a folder, each split's search has a file of its own there.
+def _search(
+    settings: Settings, made: Solver, start_name: str | None, trial: Trial, splits: Sequence[Split]
+) -> list[Selection]:
+    """Return each split's best candidate of a solver like `made`; with a checkpoint, a folder, each has a file there.
 
     An objective of inputs without targets has nothing to hold out: its search sees all of them, whatever the split.
     """
-
-    def __init__(self, bench: Bench, settings: Settings, solver: Solver, start_name: str | None) -> None:
-        super().__init__(settings.name, bench)
-        self.settings, self.solver, self._start_name = settings, solver, start_name
-        self._loss = settings.objective or solver.loss
-        # entropy looks at no targets
-        self.learns = self._loss != "entropy"
-
-    def planned(self, num_folds: int) -> int | None:
-        return None if self.settings.budget is None else self.settings.budget * (num_folds + 1)
-
-    def choose(self, splits: Sequence[Split]) -> list[Selection]:
-        objective = self._objective()
-        searches = [self._begun(split, objective) for split in splits]
-        while running := [(*search, mixtures) for search in searches if (mixtures := search[0].ask())]:
-            objectives, candidates = [view for _, view, _, _ in running], [mixtures for *_, mixtures in running]
-            if self.solver.needs_gradients:
-                told = together_with_gradients(objectives, candidates)
-            else:
-                told = [(losses, []) for losses in together(objectives, candidates)]
-            for (solver, view, keep, mixtures), (losses, gradients) in zip(running, told, strict=True):
-                with _explained(view):
-                    solver.tell(losses, gradients)
-                if keep is not None:
-                    keep()
-                self.count(solver.cost * len(mixtures))
-        choices = []
-        for solver, view, _ in searches:
-            with _explained(view):
-                choices.append(self.bench.mixed(solver.result(), view.merge_method))
-        return choices
-
-    def _begun(self, split: Split, objective: Objective) -> tuple[Solver, Objective, partial[None] | None]:
-        """Return a split's solver, resumed from its checkpoint if there is one, its objective, and what keeps it there."""
-        solver = solver_of(self.bench, self.settings, self._start(split))
-        view = objective.view(split.seen if self.learns else range(len(objective.task.examples)))
+    bench, objective = trial.bench, _objective(settings, made, trial)
+    searches: list[tuple[Solver, ExampleLoss, partial[None] | None]] = []
+    for split in splits:
+        solver = solver_of(bench, settings, _start(bench, settings, start_name, split))
+        view = objective.view(split.seen if trial.learns else range(len(objective.task.examples)))
         keep = None
-        if self.bench.checkpoint is not None:
-            log, kept = self.bench.checkpoint / f"{self.name}-{split.name}.json", {**solver.settings(), **described(view)}
+        if bench.checkpoint is not None:
+            log, kept = bench.checkpoint / f"{trial.name}-{split.name}.json", {**solver.settings(), **described(view)}
             solver.replay(Told.read(log, kept))
             keep = partial(solver.keep, log, kept)
-        self.count(solver.spent)
-        return solver, view, keep
+        trial.count(solver.spent)
+        searches.append((solver, view, keep))
+    while running := [(*search, mixtures) for search in searches if (mixtures := search[0].ask())]:
+        objectives, candidates = [view for _, view, _, _ in running], [mixtures for *_, mixtures in running]
+        if made.needs_gradients:
+            told = together_with_gradients(objectives, candidates)
+        else:
+            told = [(losses, []) for losses in together(objectives, candidates)]
+        for (solver, view, keep, mixtures), (losses, gradients) in zip(running, told, strict=True):
+            with _explained(view):
+                solver.tell(losses, gradients)
+            if keep is not None:
+                keep()
+            trial.count(solver.cost * len(mixtures))
+    choices = []
+    for solver, view, _ in searches:
+        with _explained(view):
+            choices.append(bench.mixed(solver.result(), view.merge_method))
+    return choices
 
-    def _start(self, split: Split) -> Start:
-        """Return where the search of a split's examples begins; None for the solver's own default."""
-        names, bench = self.bench.names, self.bench
-        match self._start_name:
-            case None:
-                return self.settings.options.get("start")
-            case "base":
-                return {}
-            case "uniform":
-                return dict.fromkeys(names, 1 / len(names))
-            case "retrieval":
-                mixture: MixtureWeights = get("routers", "similarity")(names, scores=bench.scores).ask()[0]
-                return mixture
-        return bench.best(split.seen, BEST[self._start_name])
 
-    def _objective(self) -> Objective:
-        settings, bench = self.settings, self.bench
-        merge_method = settings.meaning or self.solver.merge_method
-        l1 = self.solver.l1 if settings.l1 is None else settings.l1
-        terms = {"l1": l1, "l2": settings.l2, "sparsity": settings.sparsity}
-        if self._loss == "cross_entropy" and merge_method == "linear" and bench.task.examples:
-            return bench.loss().penalised(Penalty(**terms))
-        from loraweave.composer.compose.user_loss import make_objective
+def _start(bench: Bench, settings: Settings, name: str | None, split: Split) -> Start:
+    """Return where the search of a split's examples begins; None for the solver's own default."""
+    match name:
+        case None:
+            start: Start = settings.options.get("start")
+            return start
+        case "base":
+            return {}
+        case "uniform":
+            return dict.fromkeys(bench.names, 1 / len(bench.names))
+        case "retrieval":
+            mixture: MixtureWeights = get("routers", "similarity")(bench.names, scores=bench.scores).ask()[0]
+            return mixture
+    return bench.best(split.seen, BEST[name])
 
-        inputs = None if self.learns else settings.inputs
-        if not self.learns and inputs is None:
-            inputs = [text for text, _ in bench.task.examples]
-        return make_objective(
-            bench.engine,
-            bench.tokenizer,
-            bench.task,
-            self._loss,
-            merge_method=merge_method,
-            inputs=inputs,
-            workers=bench.workers,
-            **terms,
-        )
+
+def _objective(settings: Settings, solver: Solver, trial: Trial) -> ExampleLoss:
+    """Return the loss on all examples that a search minimises, or on the inputs of one that looks at no targets."""
+    bench, kind = trial.bench, settings.objective or solver.loss
+    merge_method = settings.meaning or solver.merge_method
+    l1 = solver.l1 if settings.l1 is None else settings.l1
+    terms: dict[str, Any] = {"l1": l1, "l2": settings.l2, "sparsity": settings.sparsity}
+    if kind == "cross_entropy" and merge_method == "linear" and bench.task.examples:
+        return bench.loss().penalised(Penalty(**terms))
+    inputs = None if trial.learns else settings.inputs
+    if not trial.learns and inputs is None:
+        inputs = [text for text, _ in bench.task.examples]
+    known: dict[str, Any] = {"kind": kind, "merge_method": merge_method, "inputs": inputs, "workers": bench.workers}
+    return ExampleLoss(bench.engine, bench.tokenizer, bench.task, **known, **terms)
 
 
 @contextmanager
-def _explained(objective: Objective) -> Iterator[None]:
+def _explained(objective: ExampleLoss) -> Iterator[None]:
     """Let SearchFailed say why the first candidate could not be scored."""
     try:
         yield
@@ -208,45 +198,40 @@ def shown(bench: Bench, adapter: Adapter, split: Split, steps: int = 0) -> Selec
     )
 
 
-class InContextAdapter(Trial):
-    """The trial of the bench's `start` as it is, asked under the examples that a split sees."""
+def of_start(bench: Bench) -> Trial:
+    """Return the trial of the bench's `start` as it is, asked under the examples that a split sees."""
 
-    learns = False
+    def choose(trial: Trial, splits: Sequence[Split]) -> list[Selection]:
+        assert bench.start is not None
+        return [shown(trial.bench, bench.start, split) for split in splits]
 
-    def choose(self, splits: Sequence[Split]) -> list[Selection]:
-        assert self.bench.start is not None
-        return [shown(self.bench, self.bench.start, split) for split in splits]
+    return Trial("in_context_adapter", bench.with_demonstrations(ORDERS), choose, learns=False)
 
 
-class FewShot(Trial):
-    """The trial of a LoRA that is trained on a split's examples; it begins as the bench's `start`, or as a new adapter.
+def _trained(name: str, bench: Bench, tuning: Tuning, targets: Callable[[], Sequence[str]]) -> Trial:
+    """Return the trial of a LoRA that learns a split's examples; it begins as the bench's `start`, or as a new adapter.
 
-    Under demonstrations each example is learned under the others (arXiv 2110.15943). For an engine,
-    `targets` returns the endings of the paths of the layers that a new adapter gets.
+    Under demonstrations each example is learned under the others (arXiv 2110.15943). `targets` returns the endings of the
+    paths of the layers that a new adapter gets.
     """
+    cost = STEP_COST * tuning.steps
 
-    def __init__(self, name: str, bench: Bench, tuning: Tuning, targets: Callable[[Composer], Sequence[str]]) -> None:
-        super().__init__(name, bench)
-        self._tuning, self._targets = tuning, targets
-
-    def planned(self, num_folds: int) -> int:
-        return STEP_COST * self._tuning.steps * (num_folds + 1)
-
-    def choose(self, splits: Sequence[Split]) -> list[Selection]:
-        bench, names = self.bench, [split.name for split in splits]
+    def choose(trial: Trial, splits: Sequence[Split]) -> list[Selection]:
         trained = tuned_adapters(
             bench.engine.model,
             bench.tokenizer,
             bench.task,
-            dict.fromkeys(names, bench.start),
+            {split.name: bench.start for split in splits},
             {split.name: split.seen for split in splits},
-            self._tuning,
-            target_modules=self._targets(bench.engine),
+            tuning,
+            target_modules=targets(),
             checkpoint=bench.checkpoint,
             progress=bench.progress,
         )
-        self.count(self.planned(len(splits) - 1))
-        return [shown(bench, trained[split.name], split, self._tuning.steps) for split in splits]
+        trial.count(cost * len(splits))
+        return [shown(bench, trained[split.name], split, tuning.steps) for split in splits]
+
+    return Trial(name, bench, choose, cost=cost)
 
 
 def few_shot(bench: Bench, settings: Settings) -> Trial:
@@ -254,48 +239,167 @@ def few_shot(bench: Bench, settings: Settings) -> Trial:
     tuning = FEW_SHOT if bench.start is None else BEGUN
     options = settings.options if settings.method == "few_shot" else {}
     tuning = replace(tuning, **options, seed=settings.seed)
-    return FewShot("few_shot", bench.with_demonstrations(ORDERS), tuning, lambda engine: linear_targets(engine.model))
+    return _trained("few_shot", bench.with_demonstrations(ORDERS), tuning, partial(linear_targets, bench.engine.model))
 
 
 def long_lora(bench: Bench, settings: Settings) -> Trial:
     """Return the trial of a new LoRA on the pool's layers, trained for long, and asked without demonstrations."""
     folder = None if bench.checkpoint is None else bench.checkpoint / "lora"
     bench = replace(bench, start=None, checkpoint=folder)
-    return FewShot("lora", bench, replace(LONG, seed=settings.seed), lambda engine: targets_of(engine.pool))
+    return _trained("lora", bench, replace(LONG, seed=settings.seed), partial(targets_of, bench.engine.pool))
 
 
-class Averaged(Trial):
-    """The average of the probabilities of what other trials chose, each asked in its own prompts, by `SHARES`."""
+def averaged(parts: Sequence[Trial]) -> Trial:
+    """Return the trial of the averaged probabilities of what others chose, each asked in its own prompts, by `SHARES`."""
+    bench, shares = parts[0].bench, [SHARES.get(part.name, 1.0) for part in parts]
 
-    def __init__(self, parts: Sequence[Trial]) -> None:
-        super().__init__("average", parts[0].bench)
-        self._parts = parts
-
-    def choose(self, splits: Sequence[Split]) -> list[Selection]:
-        by_part = [part.choices_on(splits) for part in self._parts]
-        return [self._average(choices) for choices in zip(*by_part, strict=True)]
-
-    def finish(self) -> None:
-        """Average the losses of the finished parts; answers to examples that were learned from are not looked at."""
-        (self.chosen,) = self.choices_on([self.bench.everything])
-        self.losses_N = self._averaged([part.losses_N for part in self._parts if part.losses_N is not None])
-
-    def _average(self, choices: Sequence[Selection]) -> Selection:
-        def scores(examples: Sequence[int]) -> Scores:
-            _, hits_N = average.answers([self.bench.task.examples[place] for place in examples])
-            return self._averaged([choice.scores(examples)[0] for choice in choices]), hits_N
-
-        members = {
-            part.name: replace(choice, fields={**choice.fields, "share": share})
-            for part, choice, share in zip(self._parts, choices, self._shares, strict=True)
-        }
-        average = replace(self.bench.selection(scores), members=members)
-        return average
-
-    def _averaged(self, losses_by_part: Sequence[np.ndarray]) -> np.ndarray:
-        mean_N: np.ndarray = np.average(losses_by_part, axis=0, weights=self._shares)
+    def mean(losses_by_part: Sequence[np.ndarray]) -> np.ndarray:
+        mean_N: np.ndarray = np.average(losses_by_part, axis=0, weights=shares)
         return mean_N
 
-    @property
-    def _shares(self) -> list[float]:
-        return [SHARES.get(part.name, 1.0) for part in self._parts]
+    def average(choices: Sequence[Selection]) -> Selection:
+        def scores(examples: Sequence[int]) -> Scores:
+            losses_N = mean([choice.scores(examples)[0] for choice in choices])
+            return losses_N, selection.answers([bench.task.examples[place] for place in examples])
+
+        members = {
+            part.name: replace(choice.composition, share=share)
+            for part, choice, share in zip(parts, choices, shares, strict=True)
+        }
+        selection = bench.selection(scores, members=members)
+        return selection
+
+    def choose(_: Trial, splits: Sequence[Split]) -> list[Selection]:
+        return [average(choices) for choices in zip(*(part.choices_on(splits) for part in parts), strict=True)]
+
+    def finished() -> np.ndarray:
+        return mean([part.losses_N for part in parts if part.losses_N is not None])
+
+    return Trial("average", bench, choose, average=finished)
+
+
+# in a composition a longer program's loss must be lower by this share, since with five examples a needless third step often
+# seems to help a little; and three steps are sought from so many programs of two
+GAIN, BEAM = 0.2, 1
+
+
+def program(bench: Bench, retriever: Retriever, settings: Settings) -> Trial:
+    """Return the trial of the program that `lw.order` finds by the first examples that a split sees.
+
+    Its choices raise InvalidTask without descriptions, InvalidLicense for steps that may not be combined.
+    """
+    # what the searches have measured of programs that were chosen, by example
+    read: dict[tuple[Order, int], Reading] = {}
+
+    def search(trial: Trial, examples: Sequence[int]) -> Selection:
+        limits: dict[str, Any] = {"k": settings.k, "gain": GAIN, "beam": BEAM, "progress": bench.progress}
+        searched = search_programs(bench.engine.model, bench.tokenizer, retriever, task_of(bench.task, examples), **limits)
+        # an evaluation is a candidate scored on all examples
+        trial.evaluations += math.ceil(searched.asking.count / len(examples))
+        chosen, _ = searched.best()
+        read.update({(chosen, place): seen for place, seen in zip(examples, searched.readings[chosen], strict=True)})
+        # the base alone combines nothing
+        if names := [step.name for step in chosen if step.name is not None]:
+            settings.require_combinable(pool := retriever.hub.pool(names))
+            return _program_choice(bench, chosen, pool, read)
+        return _program_choice(bench, chosen, None, read)
+
+    return Trial("program", bench, lambda trial, splits: [search(trial, split.seen[:MAX_PACKED]) for split in splits])
+
+
+def _program_choice(
+    bench: Bench, chosen: Order, pool: ExpertPool | None, read: Mapping[tuple[Order, int], Reading]
+) -> Selection:
+    """Return the choice of a program by adapters of the pool; its steps are measured together."""
+
+    def scores(examples: Sequence[int]) -> Scores:
+        if all((chosen, place) in read for place in examples):
+            loss_N, hit_N = zip(*(read[chosen, place] for place in examples), strict=True)
+            return np.array(loss_N), np.array(hit_N, dtype=np.float64)
+        pairs = [bench.task.examples[place] for place in examples]
+        return np.array(selection.composition.losses(pairs)), selection.answers(pairs)
+
+    def part(step: Step) -> Composition:
+        task = step.task(bench.task)
+        if step.name is None or pool is None:
+            return bench.selection(scores, task=task, pool=None).composition
+        result = result_of(MixtureWeights.of({step.name: 1.0}, [step.name]))
+        accepted = Fitting(bench.engine.model).accepted(pool.subset([step.name]))
+        return bench.selection(scores, result, task=task, pool=accepted).composition
+
+    selection = bench.selection(scores, pool=None, steps={step.label: part(step) for step in chosen})
+    return selection
+
+
+# the steps of a router's training without a budget, and the rows of one
+ROUTER_STEPS, ROUTER_BATCH = 20, 8
+
+
+def routed(bench: Bench, settings: Settings) -> Trial:
+    """Return the trial of a router, which weighs the adapters for every token; one that learns sees a split's examples.
+
+    What its options or the pool forbid is raised before anything runs.
+    """
+    match settings.method:
+        case str():
+            router = _new_router(bench, settings)
+        case TokenRouter() as made:
+            router = made.onto(pool_of(made, bench.engine))
+        case router:
+            pass
+    # steps count as 3 evaluations each
+    planned = ROUTER_STEPS if settings.budget is None else max(1, settings.budget // STEP_COST)
+    steps = settings.options.get("steps", planned) if settings.learns else 0
+
+    def choose(trial: Trial, splits: Sequence[Split]) -> list[Selection]:
+        kind = get("objectives", "cross_entropy")(bench.task)
+        # each example in a row of its own: a router may look at the row as a whole
+        encoded = EncodedExamples(bench.engine.model, bench.tokenizer, bench.task, kind, trees=False)
+        chosen = [_fitted(trial, settings, split, steps) if settings.learns else router for split in splits]
+        return [_routed_choice(bench, made, kind, encoded, is_trained=settings.learns) for made in chosen]
+
+    cost = STEP_COST * steps
+    return Trial(settings.name, bench, choose, settings.learns, cost, evaluations=0 if settings.learns else 1)
+
+
+def _routed_choice(bench: Bench, router: Any, kind: Kind, encoded: EncodedExamples, *, is_trained: bool) -> Selection:
+    """Return the choice of a router, measured on the encoded examples."""
+
+    def scores(examples: Sequence[int]) -> Scores:
+        with bench.engine.activate(router):
+            (sums,) = row_sums(bench.engine, encoded, [Job.of(None, examples)], kind.needs | kind.hit_needs)
+        return kind.losses(sums).double().numpy(), kind.hits(sums).numpy()
+
+    count = sum(parameter.numel() for parameter in router.parameters()) if is_trained else 0
+    return bench.selection(scores, result_of(MixtureWeights.of({}, bench.names), count), router=router)
+
+
+def _new_router(bench: Bench, settings: Settings) -> Any:
+    """Return the router of the settings' name and options, drawn by their seed."""
+    # every router that can be read is loaded with it
+    from loraweave.routers.tokens._saved import router
+
+    known = settings.options.items()
+    options = {name: value for name, value in known if name not in TRAINING or not settings.learns}
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return router(settings.name, bench.engine.bound_pool, **options)
+
+
+def _fitted(trial: Trial, settings: Settings, split: Split, steps: int) -> Any:
+    """Return a new router, trained on a split's examples."""
+    bench, folder = trial.bench, trial.bench.checkpoint
+    learned = _new_router(bench, settings)
+    learned.fit(
+        bench.engine,
+        replace(bench.task, examples=[bench.task.examples[place] for place in split.seen]),
+        steps=steps,
+        lr=settings.options.get("lr"),
+        batch_size=min(ROUTER_BATCH, len(split.seen)),
+        seed=settings.seed,
+        warmup=0,
+        checkpoint=None if folder is None else folder / f"{trial.name}-{split.name}",
+        progress=False,
+    )
+    trial.count(STEP_COST * steps)
+    return learned.eval()

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate, chain, islice, pairwise
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraweave.common.chat import Prompt
+from loraweave.common.chat import Prompt, prompt_json
 from loraweave.common.options import NonNegative, check_options, options_of
-from loraweave.composer.compose.examples import EncodedExamples
+from loraweave.composer.compose.examples import EncodedExamples, Examples
 from loraweave.composer.compose.objectives._row_sums import Kind, RowSums
-from loraweave.composer.compose.population import Job, in_passes, joined, pass_slopes, pass_sums
+from loraweave.composer.compose.population import (
+    Job,
+    active_candidate,
+    can_be_factor_sums,
+    factor_sums,
+    in_passes,
+    joined,
+    pass_slopes,
+    pass_sums,
+    row_sums,
+)
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import untouched
-from loraweave.composer.model.scoring import generate
+from loraweave.composer.model.scoring import generate, in_chunks
 from loraweave.errors import InvalidTask, WeightingError, WorkersFailed
 from loraweave.hub.base import fingerprint
 from loraweave.lowrank.algebra import all_finite
 from loraweave.registry import get
-from loraweave.routers.searches._solver import Objective
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
 
@@ -34,83 +43,58 @@ if TYPE_CHECKING:
     from loraweave.composer.compose.scoring_workers import ScoringWorkers
 
 Candidates = Sequence[MixtureWeights]
+# factor sums that are made at a time, since each has as many bytes as an adapter
+MAX_CANDIDATES = 16
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")
 
 
-def together(objectives: Sequence[Objective], candidates: Sequence[Candidates]) -> list[list[float]]:
+def together(objectives: Sequence[Any], candidates: Sequence[Candidates]) -> list[list[float]]:
     """Return the losses that each objective gives its own candidates; views of one ExampleLoss share forward passes."""
-    if _are_views_of_one(objectives):
-        losses = iter(score(_pairs(objectives, candidates)))
-        return [list(islice(losses, len(mixtures))) for mixtures in candidates]
-    return [
-        list(objective(mixtures)) if mixtures else [] for objective, mixtures in zip(objectives, candidates, strict=True)
-    ]
+    if not _are_of_one(objectives):
+        return [
+            list(objective(mixtures)) if mixtures else [] for objective, mixtures in zip(objectives, candidates, strict=True)
+        ]
+    return [[loss for loss, _ in scored] for scored in _scored(objectives, candidates, _losses)]
 
 
 def together_with_gradients(
     objectives: Sequence[Any], candidates: Sequence[Candidates]
 ) -> list[tuple[list[float], list[Tensor]]]:
-    """Return the losses and gradients of each objective's own candidates, in the same way as `together`."""
-    if not _are_views_of_one(objectives):
+    """Return the losses and gradients of each objective's own candidates, in the same way as `together`.
+
+    NaN stands for both of a failed candidate.
+    """
+    if not _are_of_one(objectives):
         return [
             objective.gradients(mixtures) if mixtures else ([], [])
             for objective, mixtures in zip(objectives, candidates, strict=True)
         ]
-    losses, gradients = score_with_gradients(_pairs(objectives, candidates))
-    places = pairwise(accumulate(map(len, candidates), initial=0))
-    return [(losses[start:end], gradients[start:end]) for start, end in places]
+    first = objectives[0]
+    if not first.differentiable:
+        asked = "a function" if first.function is not None else type(first.kind).__name__
+        raise WeightingError(
+            f"no gradients of objective {asked} with merge method {first.merge_method!r}: use 'cross_entropy', 'labels' or "
+            "'entropy' with 'linear', or a solver that needs none"
+        )
+    return [
+        (
+            [loss for loss, _ in scored],
+            [
+                torch.full_like(mixture.values_BTLE, math.nan) if gradient is None else gradient
+                for (_, gradient), mixture in zip(scored, mixtures, strict=True)
+            ],
+        )
+        for scored, mixtures in zip(_scored(objectives, candidates, _slopes), candidates, strict=True)
+    ]
 
 
-def _are_views_of_one(objectives: Sequence[Any]) -> bool:
-    """Return whether all share one model, one set of encoded examples and one merge method."""
-    shared = {(id(getattr(objective, "encoded", None)), getattr(objective, "merge_method", "")) for objective in objectives}
-    return len(shared) == 1 and hasattr(objectives[0], "encoded")
-
-
-def _pairs(objectives: Sequence[Any], candidates: Sequence[Candidates]) -> list[tuple[ExampleLoss, MixtureWeights]]:
-    return [(objective, mixture) for objective, mixtures in zip(objectives, candidates, strict=True) for mixture in mixtures]
-
-
-class OnExamples:
-    """An objective on some examples: `only` are their indices in the task, by default all. `terms` are those of `Penalty`.
-
-    Views share what the objective has prepared.
-    """
-
-    def __init__(
-        self, engine: Composer, task: Task, merge_method: str, only: Sequence[int] | None, terms: Mapping[str, float]
-    ) -> None:
-        self.engine, self.task, self.merge_method = engine, task, merge_method
-        self.penalty = Penalty(**terms)
-        self.only = tuple(range(len(task.examples)) if only is None else only)
-        self.failures = Failures()
-
-    def view(self, only: Sequence[int]) -> Self:
-        """Return the same objective on these examples, by index among all of the task's. It counts failures of its own."""
-        view = self.penalised(self.penalty)
-        view.only = tuple(only)
-        return view
-
-    def penalised(self, penalty: Penalty) -> Self:
-        """Return the same objective with these terms for the weights."""
-        objective = copy.copy(self)
-        objective.failures = Failures()
-        objective.penalty = penalty
-        return objective
-
-    def _describe_mixtures(self) -> dict[str, Any]:
-        """Return the base model and its dtype, the experts' hashes, and what weights mean and cost, for JSON.
-
-        It opens the experts of a lazy pool.
-        """
-        return {
-            "base": fingerprint(self.engine.model).to_json(),
-            "dtype": str(next(self.engine.model.parameters()).dtype),
-            "experts": {name: adapter.hash for name, adapter in self.engine.pool.adapters.items()},
-            "merge_method": self.merge_method,
-            "penalty": asdict(self.penalty),
-        }
+def _are_of_one(objectives: Sequence[Any]) -> bool:
+    """Return whether all are views of one ExampleLoss, with its encoded examples or function, and its merge method."""
+    if not all(isinstance(objective, ExampleLoss) for objective in objectives):
+        return False
+    shared = {(id(each.function or each.encoded), each.merge_method) for each in objectives}
+    return len(shared) == 1
 
 
 # longer answers tell little more of how sure a model is
@@ -148,10 +132,6 @@ class Failures:
         self.count += 1
         self.first = self.first or why
 
-    def add_error(self, error: Exception) -> None:
-        """Count one that raised an error."""
-        self.add(f"{type(error).__name__}: {error}")
-
 
 # an expert whose weights are all of this size or smaller is not counted
 COUNTED = 0.01
@@ -185,18 +165,22 @@ class Penalty:
         return total
 
 
-class ExampleLoss(OnExamples):
+class ExampleLoss:
     """An objective: the mean over a task's examples of a kind of loss, and terms for the weights alone.
 
-    `kind` is a name of `names("objectives")`, by default the mean loss of the target's tokens; `terms` are those of
+    `kind` is a name of `names("objectives")`, by default the mean loss of the target's tokens, or a function of (model,
+    examples) that returns a number, lower is better: the model answers for the candidate, in evaluation mode and without
+    gradients, and examples are (input, target) pairs, an input of several turns being a `Conversation`. `terms` are those of
     `Penalty`: l1, by default LoraHub's published 0.05, l2 and sparsity. `merge_method` says what weights mean: "linear" is
     the sum of deltas, run live with one mixture a row; any other name is merged and written into the base for each
-    candidate. `only` restricts the loss to some examples, by index. `inputs`, for "entropy" alone, are texts without targets
-    that take the place of the task's examples. With `turned`, examples that the prompts show are asked as `in_turn` says,
-    which costs less than under all others. Forward passes are dealt out to the `workers`, where they are more than one.
+    candidate. `inputs`, for "entropy" alone, are texts without targets that take the place of the task's examples. With
+    `turned`, examples that the prompts show are asked as `in_turn` says, which costs less than under all others. Forward
+    passes are dealt out to the `workers`, where they are more than one; a function, which may close over anything, is called
+    in this process.
 
     A candidate that raises an error, or whose loss is not finite, has the loss NaN; `failures` counts these.
-    Raises InvalidTask for examples that the kind cannot be taken of, WeightingError for terms that cannot be used.
+    Raises UnknownName for an unknown kind, InvalidTask for examples that the kind cannot be taken of and for a function with
+    `inputs`, WeightingError for terms that cannot be used.
     """
 
     def __init__(
@@ -205,36 +189,80 @@ class ExampleLoss(OnExamples):
         tokenizer: Any,
         task: Task,
         *,
-        kind: str = "cross_entropy",
+        kind: str | Callable[[Any, Examples], float] = "cross_entropy",
         merge_method: str = "linear",
-        only: Sequence[int] | None = None,
         inputs: Sequence[Prompt] | None = None,
         turned: bool = False,
         workers: ScoringWorkers | None = None,
         **terms: float,
     ) -> None:
         if inputs is not None and kind != "entropy":
-            raise InvalidTask(f"objective {kind!r} needs targets; inputs without them are for 'entropy'")
-        task = task if inputs is None else with_own_answers(engine, tokenizer, task, inputs)
-        super().__init__(engine, task, merge_method, only, terms)
-        self.kind: Kind = get("objectives", kind)(task)
-        # invocation tokens are looked for in one text, and in a tree a token may have several before it
-        trees = engine.pool.lazy or not engine.pool.invocations()
-        self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind, trees=trees, turned=turned)
-        made = partial(ExampleLoss, task=task, kind=kind, merge_method=merge_method, turned=turned)
-        self._deal = None if workers is None else workers.dealing(made)
+            raise InvalidTask(
+                "a function as the objective is called with the task's examples; inputs are for 'entropy'"
+                if callable(kind)
+                else f"objective {kind!r} needs targets; inputs without them are for 'entropy'"
+            )
+        self.engine, self.merge_method, self.penalty = engine, merge_method, Penalty(**terms)
+        self.task = task if inputs is None else with_own_answers(engine, tokenizer, task, inputs)
+        # the examples that count, by index: a view has others
+        self.only = tuple(range(len(self.task.examples)))
+        self.failures = Failures()
+        self.function = kind if callable(kind) else None
+        self._deal: Callable[..., list[Any]] | None = None
+        if not callable(kind):
+            self.kind: Kind = get("objectives", kind)(self.task)
+            # invocation tokens are looked for in one text, and in a tree a token may have several before it
+            trees = engine.pool.lazy or not engine.pool.invocations()
+            self.encoded = EncodedExamples(engine.model, tokenizer, self.task, self.kind, trees=trees, turned=turned)
+            if workers is not None:
+                made = partial(ExampleLoss, task=self.task, kind=kind, merge_method=merge_method, turned=turned)
+                self._deal = workers.dealing(made)
+
+    def view(self, only: Sequence[int]) -> Self:
+        """Return the same objective on these examples, by index among all of the task's, with failures of its own.
+
+        Views share what the objective has prepared.
+        """
+        view = self.penalised(self.penalty)
+        view.only = tuple(only)
+        return view
+
+    def penalised(self, penalty: Penalty) -> Self:
+        """Return the same objective with these terms for the weights."""
+        objective = copy.copy(self)
+        objective.failures = Failures()
+        objective.penalty = penalty
+        return objective
 
     def describe(self) -> dict[str, Any]:
-        """Return what the losses depend on: the kind and its terms, the tokens, the experts and the base model."""
-        return {"kind": type(self.kind).__name__, "tokens": self.encoded.digest(self.only), **self._describe_mixtures()}
+        """Return what the losses depend on, for JSON: kind, tokens, base, experts, and what weights mean and cost.
+
+        Of a function it has the name, and the examples as texts. It opens the experts of a lazy pool.
+        """
+        if self.function is None:
+            asked: dict[str, Any] = {"kind": type(self.kind).__name__, "tokens": self.encoded.digest(self.only)}
+        else:
+            asked = {
+                "function": getattr(self.function, "__qualname__", type(self.function).__name__),
+                "instruction": self.task.instruction,
+                "examples": [[prompt_json(prompt), target] for prompt, target in self.shown()],
+            }
+        return {
+            **asked,
+            "base": fingerprint(self.engine.model).to_json(),
+            "dtype": str(next(self.engine.model.parameters()).dtype),
+            "experts": {name: adapter.hash for name, adapter in self.engine.pool.adapters.items()},
+            "merge_method": self.merge_method,
+            "penalty": asdict(self.penalty),
+        }
 
     @property
     def differentiable(self) -> bool:
         """True if `gradients` can be asked for."""
-        return self.kind.differentiable and self.merge_method == "linear"
+        return self.function is None and self.kind.differentiable and self.merge_method == "linear"
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
-        return score([(self, candidate) for candidate in candidates])
+        return together([self], [candidates])[0]
 
     def deal(self, work: Callable[[ExampleLoss, Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
         """Return work(self, piece) of each piece, several by the workers. Raises what the first piece that fails raised."""
@@ -247,9 +275,10 @@ class ExampleLoss(OnExamples):
 
         Several candidates share a forward and a backward pass. The products run in the model's dtype, the weights and
         their gradients have fp32 or better. |w| has the slope 0 at 0, and the count of experts has none.
-        Raises WeightingError where there are no gradients: for a count of misses, and for merges other than the sum.
+        Raises WeightingError where there are no gradients: for functions, for a count of misses, and for merges other than
+        the sum.
         """
-        return score_with_gradients([(self, candidate) for candidate in candidates])
+        return together_with_gradients([self], [candidates])[0]
 
     def scores(self, candidates: Sequence[MixtureWeights]) -> tuple[np.ndarray, np.ndarray]:
         """Return (loss_CN, hit_CN) of every candidate on every example, without the terms for its weights.
@@ -266,10 +295,6 @@ class ExampleLoss(OnExamples):
         losses_CN, hits_CN = self.view(examples).scores([candidate])
         return losses_CN[0], hits_CN[0]
 
-    def total(self, sums: RowSums, values_BTLE: Tensor) -> Tensor:
-        """Return the loss of a candidate with these values, from its sums."""
-        return self.kind.losses(sums).double().mean() + self.penalty(values_BTLE).double()
-
     def term(self, values_BTLE: Tensor) -> tuple[float, Tensor]:
         """Return the terms for the weights alone, and their gradient; in fp32 or better."""
         with torch.inference_mode(False), torch.enable_grad():
@@ -278,30 +303,28 @@ class ExampleLoss(OnExamples):
             (gradient,) = torch.autograd.grad(term, values) if term.requires_grad else (torch.zeros_like(values),)
         return float(term.detach()), gradient.detach()
 
+    def shown(self) -> Examples:
+        """Return the examples that a function is called with."""
+        return [self.task.examples[index] for index in self.only]
+
 
 Pairs = Sequence[tuple[ExampleLoss, MixtureWeights]]
 # the loss of a candidate and, where it was asked for, its gradient
 Found = tuple[float, Tensor | None]
 
 
-def score(pairs: Pairs) -> list[float]:
-    """Return the loss of each pair's candidate by its objective; all are views of one. NaN stands for a failed candidate."""
-    return [loss for loss, _ in _contain_failures(pairs, _losses)]
+def _scored(
+    objectives: Sequence[ExampleLoss], candidates: Sequence[Candidates], evaluate: Callable[[Pairs], list[Found]]
+) -> list[list[Found]]:
+    """Return what `evaluate` makes of each view's own candidates; NaN stands for a failed one.
 
-
-def score_with_gradients(pairs: Pairs) -> tuple[list[float], list[Tensor]]:
-    """Return what `score` returns, and the gradients by the candidates' values; NaN, too, for a failed candidate."""
-    for objective, _ in pairs[:1]:
-        if not objective.differentiable:
-            raise WeightingError(
-                f"no gradients of objective {type(objective.kind).__name__} with merge method {objective.merge_method!r}: "
-                "use 'cross_entropy', 'labels' or 'entropy' with 'linear', or a solver that needs none"
-            )
-    losses, gradients = [], []
-    for (_, candidate), (loss, gradient) in zip(pairs, _contain_failures(pairs, _slopes), strict=True):
-        losses.append(loss)
-        gradients.append(torch.full_like(candidate.values_BTLE, math.nan) if gradient is None else gradient)
-    return losses, gradients
+    All run together, but for functions, which are called for one candidate after the other.
+    """
+    views = zip(objectives, candidates, strict=True)
+    pairs = [(objective, mixture) for objective, own in views for mixture in own]
+    parts = [pairs] if not pairs or pairs[0][0].function is None else [[pair] for pair in pairs]
+    results = chain.from_iterable(_contain_failures(part, evaluate) for part in parts)
+    return [list(islice(results, len(own))) for own in candidates]
 
 
 def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:
@@ -314,7 +337,7 @@ def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) ->
     # an interruption is no Exception, and ends the search
     except Exception as error:
         if len(pairs) == 1:
-            pairs[0][0].failures.add_error(error)
+            pairs[0][0].failures.add(f"{type(error).__name__}: {error}")
             return [(math.nan, None)]
         half = len(pairs) // 2
         return _contain_failures(pairs[:half], evaluate) + _contain_failures(pairs[half:], evaluate)
@@ -329,28 +352,48 @@ def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) ->
 
 
 def _losses(pairs: Pairs) -> list[Found]:
-    sums = _sums(pairs, pairs[0][0].kind.needs)
-    return [
-        (float(objective.total(pair_sums, mixture.values_BTLE)), None)
-        for (objective, mixture), pair_sums in zip(pairs, sums, strict=True)
-    ]
+    first, mixture = pairs[0]
+    if first.function is not None:
+        with untouched(first.engine.model), torch.no_grad(), active_candidate(first.engine, mixture, first.merge_method):
+            loss = float(first.function(first.engine.model, first.shown()))
+        return [(loss + float(first.penalty(mixture.values_BTLE)), None)]
+    results: list[Found] = []
+    for (objective, mixture), sums in zip(pairs, _sums(pairs, first.kind.needs), strict=True):
+        loss_N, term = objective.kind.losses(sums).double(), objective.penalty(mixture.values_BTLE).double()
+        results.append((float(loss_N.mean() + term), None))
+    return results
 
 
 def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
-    """Return the sums of each pair, from one pass for many, or as the merge allows if one is written into the base."""
+    """Return the sums of each pair: from one pass for many, also of sums of factors; any other merge is written alone."""
     first, _ = pairs[0]
     jobs = [Job.of(mixture, objective.only) for objective, mixture in pairs]
     if first.merge_method == "linear":
         passes, counts = in_passes(first.encoded, jobs)
         return joined(first.deal(partial(_live_sums, needs), passes), counts)
-    # merges load what only they need
-    from loraweave.composer.compose.merged_candidates import merged_sums
-
-    return merged_sums(first, jobs, needs)
+    first.encoded.prepare()
+    if first.merge_method == "factor_sum" and can_be_factor_sums(first.engine.bound_pool, [mixture for _, mixture in pairs]):
+        return list(chain.from_iterable(first.deal(partial(_summed, needs), in_chunks(jobs, MAX_CANDIDATES))))
+    return first.deal(partial(_written, needs), jobs)
 
 
 def _live_sums(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list[RowSums]:
     return pass_sums(on.engine, on.encoded, part, needs)
+
+
+def _written(needs: frozenset[str], on: ExampleLoss, job: Job) -> RowSums:
+    assert job.mixture is not None
+    with active_candidate(on.engine, job.mixture, on.merge_method):
+        (sums,) = row_sums(on.engine, on.encoded, [replace(job, mixture=None)], needs)
+    return sums
+
+
+def _summed(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list[RowSums]:
+    """Return the sums for LoraHub's sums of factors, from one pass for many: each candidate is an expert of its own."""
+    engine = factor_sums(on.engine, [job.mixture for job in part if job.mixture is not None])
+    rows = torch.eye(len(part))[:, None, None, None]
+    jobs = [replace(job, mixture=MixtureWeights(row, engine.pool.names)) for row, job in zip(rows, part, strict=True)]
+    return row_sums(engine, on.encoded, jobs, needs)
 
 
 def _slopes(pairs: Pairs) -> list[Found]:

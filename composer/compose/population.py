@@ -1,13 +1,18 @@
-"""The scoring of candidates on examples: as many as fit in one pass, a mixture a row, with or without a backward pass."""
+"""The scoring of candidates on examples: as many as fit in one pass, a mixture a row, with or without a backward pass.
+
+Candidates whose weights are those of a merge come after that: each is written into the base, or a population of sums of
+factors runs at once. A sum of factors has the rank of one expert, however many are in it, so that a population costs little
+more than the base.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +22,9 @@ from loraweave.composer.compose.objectives._row_sums import ENTROPY, LOSS, MISS,
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import IGNORED, untouched
 from loraweave.errors import ScopeError
+from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Factors
 
 # the logits over the vocabulary, and the tokens with hidden values, that one forward pass holds at most
 MAX_LOGITS = 768
@@ -172,3 +179,65 @@ def _sums(logits_BPV: Tensor, batch: JobBatch, needs: frozenset[str]) -> dict[st
         logs_NV = logits_NV.log_softmax(dim=1)
         values[ENTROPY] = -(logs_NV.exp() * logs_NV).sum(dim=1)[place_BRK]
     return {name: torch.where(known_BRK, value_BRK, 0.0).sum(dim=2)[batch.real_BR] for name, value_BRK in values.items()}
+
+
+def active_candidate(engine: Composer, candidate: MixtureWeights, merge_method: str) -> AbstractContextManager[Any]:
+    """Activate a "linear" candidate live; write any other merge into the base until the block ends."""
+    if merge_method == "linear":
+        return engine.activate(candidate)
+    weights = {name: value for name, value in candidate.as_dict().items() if value}
+    # without a weight there is nothing to merge
+    return engine.fused(weights, method=merge_method) if weights else nullcontext()
+
+
+def can_be_factor_sums(pool: ExpertPool, mixtures: Sequence[MixtureWeights]) -> bool:
+    """Return whether all experts can be summed factor by factor, under mixtures of one weight for each of the same experts.
+
+    Where not, the merge method itself says why, or leaves out the experts of weight 0 that keep it from being so.
+    """
+    first = mixtures[0]
+    if not set(first.experts) <= set(pool.names):
+        return False
+    if any(mixture.scope != "task" or mixture.layers or mixture.experts != first.experts for mixture in mixtures):
+        return False
+    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+    for adapter in pool.subset(first.experts).adapters.values():
+        for layer, factors in adapter.layers.items():
+            factor_shapes = factors.a_RI.shape, factors.b_OR.shape
+            if factors.gain_O is not None or not factors.bound or shapes.setdefault(layer, factor_shapes) != factor_shapes:
+                return False
+    return True
+
+
+def factor_sums(engine: Composer, mixtures: Sequence[MixtureWeights]) -> Composer:
+    """Return a Composer with an expert "0", "1", ... for each mixture: a = sum of w_e a_e, b = sum of w_e b_e, by layer."""
+    pool = engine.bound_pool.subset(mixtures[0].experts)
+    w_CE = torch.cat([mixture.values_BTLE for mixture in mixtures])[:, 0, 0].float()
+    layers: list[dict[str, Factors]] = [{} for _ in mixtures]
+    for layer in pool.layer_names:
+        members = enumerate(pool.adapters.values())
+        factors_by_place = {place: adapter.layers[layer] for place, adapter in members if layer in adapter.layers}
+        w_CP = w_CE[:, list(factors_by_place)]
+        a_CRI = _factor_sums(w_CP, [factors.a_RI for factors in factors_by_place.values()])
+        b_COR = _factor_sums(w_CP, [factors.b_OR for factors in factors_by_place.values()])
+        first = next(iter(factors_by_place.values()))
+        bias_CO = None
+        if any(factors.bias_O is not None for factors in factors_by_place.values()):
+            zeros_O = torch.zeros(first.b_OR.shape[0])
+            bias_CO = _factor_sums(
+                w_CP, [zeros_O if factors.bias_O is None else factors.bias_O for factors in factors_by_place.values()]
+            )
+        for number, sums_by_layer in enumerate(layers):
+            bias_O = None if bias_CO is None else bias_CO[number]
+            sums_by_layer[layer] = replace(first, a_RI=a_CRI[number], b_OR=b_COR[number], bias_O=bias_O)
+    first_adapter = next(iter(pool.adapters.values()))
+    made = {
+        str(number): replace(first_adapter, name=str(number), layers=sums_by_layer)
+        for number, sums_by_layer in enumerate(layers)
+    }
+    return Composer(engine.model, ExpertPool(made))
+
+
+def _factor_sums(w_CP: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum over p of w_cp part_p, for each c."""
+    return (w_CP @ torch.stack(list(parts)).float().flatten(1)).view(len(w_CP), *parts[0].shape)

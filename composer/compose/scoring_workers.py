@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, Self, TypeVar
@@ -21,7 +21,6 @@ from loraweave.composer.live.fitting import Fitting
 from loraweave.errors import AdapterNotFound, CompositionError, WorkersFailed
 from loraweave.hub.base_reference import BaseReference
 from loraweave.hub.hub import Hub
-from loraweave.hub.pool import ExpertPool
 
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")
@@ -61,7 +60,7 @@ class ScoringWorkers:
             )
         side = pool if hub is None else {name: adapter.hash for name, adapter in pool.adapters.items()}
         self._crew = crew
-        self._engine = Parcel.of(_Engine(BaseReference.of(engine.model, tokenizer), hub, side))
+        self._engine = Parcel.of((BaseReference.of(engine.model, tokenizer), hub, side))
 
     def dealing(self, make: Callable[..., Any]) -> Callable[..., list[Any]]:
         """Return `deal` for the objective that `make` makes of an engine and a tokenizer."""
@@ -79,28 +78,6 @@ class ScoringWorkers:
         return [results[name] for name in named]
 
 
-@dataclass(frozen=True)
-class _Engine:
-    """The base, and the adapters: a pool, or the names and hashes of a hub's."""
-
-    base: BaseReference
-    hub: Hub | None
-    side: ExpertPool | Mapping[str, str]
-
-    def make(self) -> tuple[Composer, Any]:
-        model, tokenizer = self.base.load()
-        pool = self.side if isinstance(self.side, ExpertPool) else self._of_hub(self.side)
-        return Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer), tokenizer
-
-    def _of_hub(self, hashes: Mapping[str, str]) -> ExpertPool:
-        assert self.hub is not None
-        pool = self.hub.pool(hashes)
-        for name, adapter in pool.adapters.items():
-            if adapter.hash != hashes[name]:
-                raise AdapterNotFound(f"adapter {name!r} of {self.hub} was replaced while the search ran; search again")
-        return pool
-
-
 def _carry_out(engine: Parcel, objective: Parcel, work: Callable[[Any, Piece], Made], piece: Piece) -> Made:
     try:
         made = _objective(engine, objective)
@@ -115,8 +92,14 @@ def _objective(engine: Parcel, objective: Parcel) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _engine(engine: Parcel) -> tuple[Composer, Any]:
+def _engine(parcel: Parcel) -> tuple[Composer, Any]:
+    """Return the Composer and the tokenizer of a base, and of a pool or a hub's adapters of these names and hashes."""
     # objectives of another engine would keep its base in memory
     _objective.cache_clear()
-    made: _Engine = engine.open()
-    return made.make()
+    base, hub, side = parcel.open()
+    model, tokenizer = base.load()
+    pool = side if hub is None else hub.pool(side)
+    for name, adapter in pool.adapters.items() if hub is not None else ():
+        if adapter.hash != side[name]:
+            raise AdapterNotFound(f"adapter {name!r} of {hub} was replaced while the search ran; search again")
+    return Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer), tokenizer

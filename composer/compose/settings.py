@@ -13,6 +13,7 @@ from loraweave.common.checks import require_whole
 from loraweave.common.files import as_path
 from loraweave.common.options import Count, NonNegative, Positive, Range, Seed, check_options, options_of, require_known
 from loraweave.common.rows import GivenRows, read_asked
+from loraweave.composer.compose.examples import Examples
 from loraweave.composer.merge.merge import shared_invocation
 from loraweave.composer.merge.method_call import MethodCall
 from loraweave.errors import InvalidTask, LoraweaveError, ScopeError, UnknownName, WeightingError
@@ -26,8 +27,6 @@ from loraweave.routers.tokens._router import TokenRouter, option_names
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router, Task
 
-# what a function as the objective is called with, beside the model
-Examples = list[tuple[Prompt, str]]
 # what a search's weights mean, as the name of a merge method
 SPACES = {"deltas": "linear", "factors": "factor_sum"}
 # an average of ways needs no guard

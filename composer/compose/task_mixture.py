@@ -13,7 +13,7 @@ from typing import Any
 from loraweave.common.chat import Prompt
 from loraweave.common.display import ShownTable
 from loraweave.common.rows import GivenRows, read_asked
-from loraweave.composer.compose.asked import answer_limit
+from loraweave.composer.compose.program_search import answer_limit
 from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import require_no_router
 from loraweave.composer.composer import Composer
@@ -272,7 +272,7 @@ class TaskMixture:
         if self.steps:
             raise ScopeError(
                 f"{self._said} cannot {verb}: its steps answer one after the other. Ask one of composition.steps, or let "
-                "one adapter learn the program: lw.order(...).distil()"
+                "one adapter learn the program (docs/programs.md)"
             )
         if self.members:
             names = [name for name, member in self.members.items() if not member.steps]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,6 +33,7 @@ from loraweave.types import Task
 if TYPE_CHECKING:
     from loraweave.composer.compose.scoring_workers import ScoringWorkers
 
+NO_REPORT = Report((), "", "", (), 0.0, 0)
 # (loss_N, hit_N) on some examples, without terms for the weights
 Scores = tuple[np.ndarray, np.ndarray]
 
@@ -139,10 +139,33 @@ class Bench:
         self, scores: Callable[[Sequence[int]], Scores], result: SearchResult | None = None, **fields: Any
     ) -> Selection:
         """Return a choice with these fields of a composition; without a result, no adapter of the pool has a weight."""
-        known = {"model": self.engine.model, "tokenizer": self.tokenizer, "task": self.task, "pool": self.engine.pool}
-        if result is None:
-            result = result_of(MixtureWeights.of({}, self.names))
-        return Selection(scores, result, {**known, "merge_method": "linear", **fields})
+        result = result or result_of(MixtureWeights.of({}, self.names))
+        mixture = result.mixture
+        # a weight that cancels out over the layers counts too
+        used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
+        used = {name: mean for (name, mean), is_used in zip(mixture.means().items(), used_E, strict=True) if is_used}
+        known = {"task": self.task, "pool": self.engine.pool, "merge_method": "linear", "all_weights": used, **fields}
+        # licenses were asked for before, and what is returned is told again whether they are to be
+        made = Composition(self.engine.model, self.tokenizer, report=NO_REPORT, allow_licenses=True, **known)
+        return Selection(scores, result, replace(made, by_layer=mixture.by_layer() if mixture.layers else None))
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The choice of a trial: the result with its weights, and the composition, which has no report yet.
+
+    `scores` measures it on examples, by index.
+    """
+
+    scores: Callable[[Sequence[int]], Scores]
+    result: SearchResult
+    composition: Composition
+
+    def answers(self, pairs: Sequence[tuple[Any, str]]) -> np.ndarray:
+        """Return whether the composition answers each input with its target."""
+        answers = self.composition.predict([text for text, _ in pairs])
+        right_N = [answer == target.strip() for answer, (_, target) in zip(answers, pairs, strict=True)]
+        return np.array(right_N, dtype=np.float64)
 
 
 def result_of(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:
@@ -150,85 +173,48 @@ def result_of(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:
     return SearchResult(mixture, math.nan, (), num_trained)
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """What a trial chose: the result with its weights, and what else a composition has of it.
+def reported(made: Composition, report: Report, **fields: Any) -> Composition:
+    """Return the composition with the report, and each of its parts with one of its own; `fields` are those of all."""
 
-    `scores` measures it on examples, by index. `members`, which are averaged, and `steps` are choices by name.
-    """
+    def parts(choices: Mapping[str, Composition], reason: str) -> dict[str, Composition]:
+        return {
+            name: reported(part, replace(report, chosen=name, reason=reason), **fields) for name, part in choices.items()
+        }
 
-    scores: Callable[[Sequence[int]], Scores]
-    result: SearchResult
-    fields: Mapping[str, Any]
-    members: Mapping[str, Selection] = field(default_factory=dict)
-    steps: Mapping[str, Selection] = field(default_factory=dict)
-
-    def composition(self, report: Report, *, seed: int, allow_licenses: bool) -> Composition:
-        """Return the choice as a composition, ready to answer."""
-
-        def parts(choices: Mapping[str, Selection], reason: str) -> dict[str, Composition]:
-            return {
-                name: part.composition(replace(report, chosen=name, reason=reason), seed=seed, allow_licenses=allow_licenses)
-                for name, part in choices.items()
-            }
-
-        weights, by_layer = self.weights()
-        return Composition(
-            all_weights=weights,
-            by_layer=by_layer,
-            report=report,
-            seed=seed,
-            allow_licenses=allow_licenses,
-            members=parts(self.members, "a member of average"),
-            steps=parts(self.steps, f"a step of {' > '.join(self.steps)}"),
-            **self.fields,
-        )
-
-    def weights(self) -> tuple[dict[str, float], dict[str, dict[str, float]] | None]:
-        """Return ({name: mean weight} of the adapters that have a weight somewhere, {layer: {name: weight}} or None)."""
-        mixture = self.result.mixture
-        # a weight that cancels out over the layers counts too
-        used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
-        used = {name: mean for (name, mean), is_used in zip(mixture.means().items(), used_E, strict=True) if is_used}
-        return used, mixture.by_layer() if mixture.layers else None
-
-    def answers(self, pairs: Sequence[tuple[Any, str]]) -> tuple[Composition, np.ndarray]:
-        """Return the choice as a composition, and whether it answers each input with its target."""
-        # licenses were asked for when it was chosen
-        made = self.composition(Report((), "", "", (), 0.0, 0), seed=0, allow_licenses=True)
-        right_N = [
-            answer == target.strip()
-            for answer, (_, target) in zip(made.predict([text for text, _ in pairs]), pairs, strict=True)
-        ]
-        return made, np.array(right_N, dtype=np.float64)
+    members = parts(made.members, "a member of average")
+    return replace(
+        made, report=report, members=members, steps=parts(made.steps, f"a step of {' > '.join(made.steps)}"), **fields
+    )
 
 
-class Trial(ABC):
+# what a trial chooses by: for each split, without a look at the examples held out
+Choose = Callable[["Trial", Sequence[Split]], list[Selection]]
+
+
+@dataclass(eq=False)
+class Trial:
     """One way to choose on splits of the examples, with what was measured: on held-out ones, and once finished on all.
 
-    `learns` is True if the examples have a say in the choice, so that some must be held out to judge it.
+    `choose` returns a choice for each split, which knows nothing of the split's held-out examples. `learns` is True if the
+    examples have a say in the choice, so that some must be held out to judge it. `cost` is the number of evaluations that a
+    choice will take; None where only time bounds them. `average`, of an average alone, is the mean of its finished parts'
+    losses, in place of answers to examples that were learned from.
     """
 
-    learns = True
-
-    def __init__(self, name: str, bench: Bench) -> None:
-        self.name = name
-        self.bench = bench
-        self.evaluations = 0
-        self.seconds = 0.0
-        self.chosen: Selection | None = None
-        self.losses_N: np.ndarray | None = None
-        self._held_losses_N = self._held_hits_N = np.zeros(0)
-        self._was_held_out = False
-        self._known: dict[str, Selection] = {}
-
-    @abstractmethod
-    def choose(self, splits: Sequence[Split]) -> list[Selection]:
-        """Return a choice for each split, which knows nothing of the split's held-out examples."""
-
-    def planned(self, num_folds: int) -> int | None:
-        """Return how many evaluations its searches or trainings will make; None where only time bounds them."""
-        return 0
+    name: str
+    bench: Bench
+    choose: Choose
+    learns: bool = True
+    cost: int | None = 0
+    evaluations: int = 0
+    average: Callable[[], np.ndarray] | None = None
+    seconds: float = 0.0
+    chosen: Selection | None = None
+    losses_N: np.ndarray | None = None
+    _held_losses_N: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    _held_hits_N: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    _was_held_out: bool = False
+    _known: dict[str, Selection] = field(default_factory=dict)
 
     def count(self, made: int) -> None:
         """Count evaluations, and report them as progress."""
@@ -244,7 +230,7 @@ class Trial(ABC):
     def choices_on(self, splits: Sequence[Split]) -> list[Selection]:
         """Return the choices for these splits; none is made twice."""
         if missing := [split for split in splits if split.name not in self._known]:
-            self._known |= {split.name: made for split, made in zip(missing, self.choose(missing), strict=True)}
+            self._known |= {split.name: made for split, made in zip(missing, self.choose(self, missing), strict=True)}
         return [self._known[split.name] for split in splits]
 
     def run(self, folds: Sequence[Split]) -> None:
@@ -268,7 +254,9 @@ class Trial(ABC):
         """Choose on all examples, and measure that on all of them."""
         started, everything = time.perf_counter(), self.bench.everything
         (self.chosen,) = self.choices_on([everything])
-        if everything.seen:
+        if self.average is not None:
+            self.losses_N = self.average()
+        elif everything.seen:
             self.losses_N, hits_N = self.chosen.scores(everything.seen)
             if not self._held_losses_N.size:
                 self._held_losses_N, self._held_hits_N = self.losses_N, hits_N
@@ -288,38 +276,27 @@ class Trial(ABC):
         )
         if self.chosen is None:
             return row
-        result, (weights, by_layer) = self.chosen.result, self.chosen.weights()
+        result, made = self.chosen.result, self.chosen.composition
         losses = tuple(loss if math.isfinite(loss) else None for loss in result.losses)
-        return replace(
-            row, weights=weights, by_layer=by_layer, num_trained=result.num_trained, failed=result.failed, losses=losses
-        )
+        row = replace(row, num_trained=result.num_trained, failed=result.failed, losses=losses)
+        return replace(row, weights=made.all_weights, by_layer=made.by_layer)
 
 
-class Fixed(Trial):
-    """A mixture that no example had a part in choosing."""
-
-    learns = False
-
-    def __init__(self, name: str, bench: Bench, mixture: MixtureWeights, merge_method: str = "linear") -> None:
-        super().__init__(name, bench)
-        self.evaluations = 1
-        self._mixture, self._merge_method = mixture, merge_method
-
-    def choose(self, splits: Sequence[Split]) -> list[Selection]:
-        return [self.bench.mixed(result_of(self._mixture), self._merge_method)] * len(splits)
+def fixed(name: str, bench: Bench, mixture: MixtureWeights, merge_method: str = "linear") -> Trial:
+    """Return the trial of a mixture that no example had a part in choosing."""
+    choice = bench.mixed(result_of(mixture), merge_method)
+    return Trial(name, bench, lambda _, splits: [choice] * len(splits), learns=False, evaluations=1)
 
 
-class BestSingle(Trial):
-    """The adapter of the lowest mean loss on the examples seen, with weight 1; the earlier one when equal."""
+def best_single(bench: Bench) -> Trial:
+    """Return the trial of the adapter of the lowest mean loss on the examples seen; of equal ones the earlier."""
 
-    def __init__(self, bench: Bench) -> None:
-        super().__init__("best_single", bench)
-        self.evaluations = len(bench.names)
+    def single(name: str) -> Selection:
+        losses_N, hits_N = (measured_EN[bench.names.index(name)] for measured_EN in bench.alone)
+        result = result_of(MixtureWeights.of({name: 1.0}, bench.names))
+        return bench.selection(lambda examples: (losses_N[list(examples)], hits_N[list(examples)]), result)
 
-    def choose(self, splits: Sequence[Split]) -> list[Selection]:
-        return [self._single(*self.bench.best(split.seen, 1)) for split in splits]
+    def choose(_: Trial, splits: Sequence[Split]) -> list[Selection]:
+        return [single(*bench.best(split.seen, 1)) for split in splits]
 
-    def _single(self, name: str) -> Selection:
-        losses_N, hits_N = (measured_EN[self.bench.names.index(name)] for measured_EN in self.bench.alone)
-        result = result_of(MixtureWeights.of({name: 1.0}, self.bench.names))
-        return self.bench.selection(lambda examples: (losses_N[list(examples)], hits_N[list(examples)]), result)
+    return Trial("best_single", bench, choose, evaluations=len(bench.names))

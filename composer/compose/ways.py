@@ -13,11 +13,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loraweave.composer.compose.learning import ORDERS, Averaged, InContextAdapter, few_shot, long_lora, search_of
+from loraweave.composer.compose.learning import averaged, few_shot, long_lora, of_start, program, routed, search_of
 from loraweave.composer.compose.loss import ExampleLoss
-from loraweave.composer.compose.program_search import Programmed
 from loraweave.composer.compose.settings import OTHER_WAYS, Settings
-from loraweave.composer.compose.trials import Bench, BestSingle, Fixed, Split, Trial
+from loraweave.composer.compose.trials import Bench, Split, Trial, best_single, fixed
 from loraweave.errors import InvalidLicense, InvalidTask, SearchFailed, WeightingError
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
@@ -40,26 +39,6 @@ CALIBRATING = 20
 SEARCHES = ("gradient", "lorahub")
 
 
-@dataclass(frozen=True)
-class Ways:
-    """The trials of one task, none of which has run: the plain ones, to compare with, and those that were asked for.
-
-    With "auto" the latter are what it may average; some of its trials follow from what others come to.
-    """
-
-    plain: list[Trial]
-    learning: list[Trial]
-
-    def planned(self, num_folds: int) -> int | None:
-        """Return how many evaluations the searches and trainings will make; None where only time bounds one."""
-        planned = 0
-        for trial in self.learning:
-            if (number := trial.planned(num_folds)) is None:
-                return None
-            planned += number
-        return planned
-
-
 @dataclass
 class Outcome:
     """The trials that were run, in order; `to_return` is the name of the way to return, unless a guard finds a better one.
@@ -79,10 +58,14 @@ def calibrated(task: Task, settings: Settings) -> Task:
     return replace(task, calibrated=(settings.inputs or task.examples)[:CALIBRATING])
 
 
-def ways_of(bench: Bench, settings: Settings) -> Ways:
-    """Return the trials of the settings. Raises what settings and pool forbid, before anything runs."""
+def ways_of(bench: Bench, settings: Settings) -> tuple[list[Trial], list[Trial]]:
+    """Return the trials of the settings, none of which has run: the plain ones, to compare with, and those asked for.
+
+    With "auto" the latter are what it may average; some of its trials follow from what others come to. Raises what settings
+    and pool forbid, before anything runs.
+    """
     learning = _learning(bench, settings)
-    return Ways(_plain(bench, {trial.name for trial in learning}), learning)
+    return _plain(bench, {trial.name for trial in learning}), learning
 
 
 def _plain(bench: Bench, requested: set[str]) -> list[Trial]:
@@ -93,17 +76,14 @@ def _plain(bench: Bench, requested: set[str]) -> list[Trial]:
     if not bench.task.examples:
         return []
     uniform = MixtureWeights.of(dict.fromkeys(bench.names, 1 / len(bench.names)), bench.names)
-    base = Fixed("base", bench, MixtureWeights.of({}, bench.names))
-    plain = [base, BestSingle(bench), Fixed("uniform", bench, uniform)]
+    base = fixed("base", bench, MixtureWeights.of({}, bench.names))
+    plain = [base, best_single(bench), fixed("uniform", bench, uniform)]
     return [trial for trial in plain if trial.name not in requested]
 
 
 def _learning(bench: Bench, settings: Settings) -> list[Trial]:
     """Return what was asked for, beyond the plain trials; for "auto" what it may average."""
     if settings.routes:
-        # only routers need it, and it loads the reader of saved ones, with a hub's intake
-        from loraweave.composer.compose.routed import routed
-
         return [routed(bench, settings)]
     match settings.method:
         case "few_shot":
@@ -141,30 +121,30 @@ def _trainings(bench: Bench, settings: Settings) -> list[Trial]:
 
 
 def _in_context(bench: Bench) -> Trial:
-    return Fixed("in_context", bench.with_demonstrations(), MixtureWeights.of({}, bench.names))
+    return fixed("in_context", bench.with_demonstrations(), MixtureWeights.of({}, bench.names))
 
 
-def measure(ways: Ways, bench: Bench, settings: Settings, folds: Sequence[Split]) -> Outcome:
+def measure(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Settings, folds: Sequence[Split]) -> Outcome:
     """Run the trials: base, best single, uniform mixture and, for "auto", the base in context first.
 
     With "auto", a trial none of whose candidates can be scored is left out.
     """
-    for trial in [*ways.plain, *(ways.learning if settings.method != "auto" else [])]:
+    for trial in [*plain, *(learning if settings.method != "auto" else [])]:
         trial.run(folds)
     if settings.method == "auto":
-        measured = _auto(ways, bench, settings, folds)
+        measured = _auto(plain, learning, bench, settings, folds)
     else:
-        measured = Outcome([*ways.plain, *ways.learning], settings.name)
+        measured = Outcome([*plain, *learning], settings.name)
     if bench.start is not None and any(trial.name == "few_shot" for trial in measured.trials):
         measured.remarks.append(f"few_shot began as the hub's {bench.start.name!r}")
     return measured
 
 
-def _auto(ways: Ways, bench: Bench, settings: Settings, folds: Sequence[Split]) -> Outcome:
+def _auto(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Settings, folds: Sequence[Split]) -> Outcome:
     """Return what "auto" measures after the plain trials, and which of it is to be returned."""
     task, remarks = bench.task, list[str]()
     prompts = _that_run(_prompts(bench, settings), lambda trial: trial.run(folds), remarks)
-    plain = [*ways.plain, *prompts]
+    plain = [*plain, *prompts]
     if not folds and _is_sure(plain, bench, settings):
         return Outcome(plain, "best_single", remarks)
     if _is_one(task, settings):
@@ -173,12 +153,12 @@ def _auto(ways: Ways, bench: Bench, settings: Settings, folds: Sequence[Split]) 
     if settings.has_many(task):
         # only the best on the examples held out goes on to learn from all
         programs = _programs(bench, settings, plain)
-        learned = _that_run([*ways.learning, *programs], lambda trial: trial.hold_out(folds), remarks)
+        learned = _that_run([*learning, *programs], lambda trial: trial.hold_out(folds), remarks)
         best = min([*plain, *learned], key=lambda way: way.held_out_loss)
         if best in learned:
             best.finish()
         return Outcome([*plain, *learned], best.name, remarks)
-    members = _that_run(ways.learning, lambda trial: trial.run(folds), remarks)
+    members = _that_run(learning, lambda trial: trial.run(folds), remarks)
     programs = _that_run(_programs(bench, settings, plain), lambda trial: trial.run(folds), remarks)
     averaged = members + [program for program in programs if _joins(program, plain, remarks)]
     if untrained := _untrained(settings):
@@ -202,7 +182,7 @@ def _that_run(trials: Iterable[Trial], run: Callable[[Trial], object], remarks: 
 
 def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split], remarks: list[str]) -> Outcome:
     """Run the average of the members; return all trials, of which the average, or the only member, is the one to return."""
-    average: list[Trial] = [Averaged(members)] if len(members) > 1 else []
+    average: list[Trial] = [averaged(members)] if len(members) > 1 else []
     for trial in average:
         trial.run(folds)
     return Outcome([*trials, *average], next((trial.name for trial in [*average, *members]), None), remarks)
@@ -212,19 +192,20 @@ def _prompts(bench: Bench, settings: Settings) -> list[Trial]:
     """Return the base in context, where there are other examples to show, and the adapter that learned to read them."""
     if bench.task.demonstrations or not (len(bench.task.examples) > 1 or _is_one(bench.task, settings)):
         return []
-    reader = [] if bench.start is None else [InContextAdapter("in_context_adapter", bench.with_demonstrations(ORDERS))]
+    reader = [] if bench.start is None else [of_start(bench)]
     return [_in_context(bench), *reader]
 
 
 def _programs(bench: Bench, settings: Settings, plain: Sequence[Trial]) -> list[Trial]:
     """Return the program of "auto", for tasks without labels that neither prompts nor one adapter come near to."""
     is_sought = bench.task.labels is None and _has_room(bench.task, settings) and _least(plain) >= NEAR
-    return [Programmed(bench, bench.retriever, settings)] if bench.retriever is not None and is_sought else []
+    return [program(bench, bench.retriever, settings)] if bench.retriever is not None and is_sought else []
 
 
 def _joins(program: Trial, plain: Sequence[Trial], remarks: list[str]) -> bool:
     """Return whether the program is a member, and note it; not with one step, whose weight is learned anyway."""
-    steps, loss, least = () if program.chosen is None else program.chosen.steps, program.held_out_loss, _least(plain)
+    steps = [] if program.chosen is None else list(program.chosen.composition.steps)
+    loss, least = program.held_out_loss, _least(plain)
     why = ""
     if len(steps) == 1:
         why = " was left out: it has one step"

@@ -71,10 +71,17 @@ def ensemble(
             raise InvalidTask("labels= follow a row's last token: leave tokens= and num_positions= out, or labels=")
         members_MBL = _label_members(engine, members, batch, tuple(labels), rows_per_pass)
         return EnsemblePrediction(members_MBL, weight_M, tuple(labels))
-    reader = _NextTokens(engine.model, num_positions, None if tokens is None else _token_ids(engine.model, tokens))
-    inputs = without_left_padding(engine.model, batch)
-    fitting = rows_that_fit(batch, reader.logits_per_row(batch)) if rows_per_pass is None else rows_per_pass
-    members_MBV = member_passes(engine, members, inputs, reader.read, rows_per_pass=min(fitting, num_rows * len(members)))
+    if num_positions is not None:
+        require_whole("num_positions", num_positions, 1, CompositionError)
+    ids = None if tokens is None else _token_ids(engine.model, tokens)
+    if rows_per_pass is None:
+        kept = _kept_positions(engine.model, batch, num_positions or 1)
+        length = batch["input_ids"].shape[1] if "input_ids" in batch else 1
+        num_words = int(getattr(engine.model.config.get_text_config(), "vocab_size", 1))
+        rows_per_pass = rows_that_fit(batch, (length if kept is None else len(kept)) * num_words)
+    read = partial(_next_tokens, engine.model, num_positions, ids)
+    inputs, most = without_left_padding(engine.model, batch), min(rows_per_pass, num_rows * len(members))
+    members_MBV = member_passes(engine, members, inputs, read, rows_per_pass=most)
     return EnsemblePrediction(members_MBV, weight_M, () if tokens is None else tuple(tokens))
 
 
@@ -108,50 +115,32 @@ def _label_members(
     return member_passes(engine, members, prefix, read, rows_per_pass=rows_per_pass)
 
 
-class _NextTokens:
-    """Log-probabilities of the next token at the last positions of each row, from one call of the model."""
-
-    def __init__(self, model: Any, num_positions: int | None, tokens: Tensor | None) -> None:
-        if num_positions is not None:
-            require_whole("num_positions", num_positions, 1, CompositionError)
-        self.model = model
-        self.num_positions = num_positions
-        self.tokens = tokens
-
-    def logits_per_row(self, batch: Mapping[str, Any]) -> int:
-        kept = self._kept_positions(batch)
-        length = batch["input_ids"].shape[1] if "input_ids" in batch else 1
-        return (length if kept is None else len(kept)) * int(getattr(self.model.config.get_text_config(), "vocab_size", 1))
-
-    def read(self, inputs: Inputs) -> Tensor:
-        kept = self._kept_positions(inputs)
-        arguments = inputs if kept is None else {**inputs, "logits_to_keep": kept}
-        logits = self.model(**without_cache(self.model, arguments)).logits
-        if logits.dim() == 2:
-            if self.num_positions is not None:
-                raise CompositionError("this model classifies whole rows, and has no num_positions=")
-            return self._log_softmax(logits)
-        count = self.num_positions or 1
+def _next_tokens(model: Any, num_positions: int | None, tokens: Tensor | None, inputs: Inputs) -> Tensor:
+    """Return the log-probabilities of the next token at the last positions of each row, from one call of the model."""
+    count, kept = num_positions or 1, _kept_positions(model, inputs, num_positions or 1)
+    arguments = inputs if kept is None else {**inputs, "logits_to_keep": kept}
+    logits = model(**without_cache(model, arguments)).logits
+    if logits.dim() == 2 and num_positions is not None:
+        raise CompositionError("this model classifies whole rows, and has no num_positions=")
+    if logits.dim() > 2:
         if kept is None:
-            name = "decoder_attention_mask" if self.model.config.is_encoder_decoder else "attention_mask"
+            name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
             place_BK = last_positions(inputs, count, logits.shape[1], name).to(logits.device)
         else:
             place_BK = last_positions(inputs, count, inputs["input_ids"].shape[1]).to(logits.device) - kept[0]
-        index = place_BK.expand(len(logits), -1)[:, :, None].expand(-1, -1, logits.shape[2])
-        log_p = self._log_softmax(logits.gather(1, index))
-        return log_p[:, 0] if self.num_positions is None else log_p
+        logits = logits.gather(1, place_BK.expand(len(logits), -1)[:, :, None].expand(-1, -1, logits.shape[2]))
+        logits = logits[:, 0] if num_positions is None else logits
+    if tokens is not None:
+        logits = logits[..., tokens.to(logits.device)]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
-    def _log_softmax(self, logits: Tensor) -> Tensor:
-        if self.tokens is not None:
-            logits = logits[..., self.tokens.to(logits.device)]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
-    def _kept_positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Return the positions whose logits some row needs; None where the model has to give them all."""
-        if self.model.config.is_encoder_decoder or "input_ids" not in inputs or not takes(self.model, "logits_to_keep"):
-            return None
-        place_BK = last_positions(inputs, self.num_positions or 1, inputs["input_ids"].shape[1])
-        return torch.arange(int(place_BK.min()), int(place_BK.max()) + 1, device=inputs["input_ids"].device)
+def _kept_positions(model: Any, inputs: Mapping[str, Any], count: int) -> Tensor | None:
+    """Return the positions whose logits some row needs; None where the model has to give them all."""
+    if model.config.is_encoder_decoder or "input_ids" not in inputs or not takes(model, "logits_to_keep"):
+        return None
+    place_BK = last_positions(inputs, count, inputs["input_ids"].shape[1])
+    return torch.arange(int(place_BK.min()), int(place_BK.max()) + 1, device=inputs["input_ids"].device)
 
 
 def _token_ids(model: Any, tokens: Sequence[int]) -> Tensor:

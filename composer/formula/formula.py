@@ -16,8 +16,8 @@ from typing import Any, cast
 
 from loraweave.common.files import as_path, replacing
 from loraweave.common.names import MAX_NAME_CHARACTERS, text_digest, unknown_expert
-from loraweave.composer.compose.saved import FILE as COMPOSITION
-from loraweave.composer.compose.saved import FORMAT_WITH_ROUTER, PARTS, SavedRecipe
+from loraweave.composer.compose.report import FILE as COMPOSITION
+from loraweave.composer.compose.report import FORMAT_WITH_ROUTER, PARTS, SavedRecipe
 from loraweave.composer.formula.nodes import (
     AROUND,
     MAX_CHARACTERS,

@@ -305,7 +305,7 @@ def require_free(folder: Path, *own: str, replace: bool = True) -> None:
 
 def recorded_base(folder: Path) -> str | None:
     """Return the base model that a composition folder names, or None; raises what reading the folder raises."""
-    from loraweave.composer.compose.saved import SavedRecipe
+    from loraweave.composer.compose.report import SavedRecipe
 
     return SavedRecipe.read(folder).base_model or None
 
@@ -315,7 +315,7 @@ def require_one_adapter(folder: Path, command: str, *rest: str) -> None:
 
     Parts that are programs themselves are left out.
     """
-    from loraweave.composer.compose.saved import SavedRecipe
+    from loraweave.composer.compose.report import SavedRecipe
 
     recipe = SavedRecipe.read(folder)
     if recipe.parts is None:

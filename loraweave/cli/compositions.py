@@ -336,7 +336,7 @@ def save_composition(
     with open_hub(hub) as opened:
         kept: Path | SavesFolder = Path(composition)
         if (Path(composition) / COMPOSITION_FILE).is_file():
-            from loraweave.composer.compose.saved import SavedRecipe
+            from loraweave.composer.compose.report import SavedRecipe
 
             # a damaged folder is told now, not by who reads it
             SavedRecipe.read(composition)

@@ -19,7 +19,7 @@ from loraweave import registry
 from loraweave.common import state
 from loraweave.composer.compose import learning
 from loraweave.composer.compose.loss import ExampleLoss
-from loraweave.composer.compose.saved import MAX_FILE_BYTES
+from loraweave.composer.compose.report import MAX_FILE_BYTES
 from loraweave.composer.compose.ways import guard
 from loraweave.composer.model import scoring
 from loraweave.errors import CompositionError, InvalidTask, UnknownExpert, WeightingError

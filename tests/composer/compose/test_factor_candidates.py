@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.compose import merged_candidates
+from loraweave.composer.compose import loss
 from loraweave.composer.compose.loss import ExampleLoss, together
-from loraweave.composer.compose.merged_candidates import can_be_factor_sums, factor_sums
+from loraweave.composer.compose.population import can_be_factor_sums, factor_sums
 from loraweave.composer.model.batches import batch, encode, mean_losses
 
 TASK = lw.Task([("a", "ab"), ("b", "ba"), ("cc", "c")], instruction="swap")
@@ -70,7 +70,7 @@ def test_views_together_share_one_forward_pass(engine, tokenizer):
 def test_more_candidates_than_fit_at_a_time_have_the_same_losses(engine, tokenizer, monkeypatch):
     objective = ExampleLoss(engine, tokenizer, TASK, merge_method="factor_sum")
     together_losses = objective(mixtures())
-    monkeypatch.setattr(merged_candidates, "MAX_CANDIDATES", 3)
+    monkeypatch.setattr(loss, "MAX_CANDIDATES", 3)
     assert objective(mixtures()) == pytest.approx(together_losses, rel=1e-5)
 
 

@@ -6,8 +6,7 @@ import pytest
 
 import loraweave as lw
 from loraweave.composer.compose import program_search as searching
-from loraweave.composer.compose.asked import Reading, Step
-from loraweave.composer.compose.program_search import ProgramSearch
+from loraweave.composer.compose.program_search import ProgramSearch, Reading, Step
 from loraweave.errors import SearchFailed
 
 FUNCTIONS = {

@@ -12,10 +12,9 @@ import torch
 
 import loraweave as lw
 from loraweave.common.spread import crew
-from loraweave.composer.compose import merged_candidates, population, scoring_workers
+from loraweave.composer.compose import loss, population, scoring_workers
 from loraweave.composer.compose.loss import ExampleLoss, together
 from loraweave.composer.compose.scoring_workers import Parcel, ScoringWorkers
-from loraweave.composer.compose.user_loss import make_objective
 from loraweave.errors import BaseModelMismatch, CompositionError, WorkersFailed
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe"), ("g", "gg"), ("hh", "h")]
@@ -97,7 +96,7 @@ def test_losses_and_gradients_have_the_bits_of_one_process(side, two, engine, ba
 def test_other_meanings_of_weights_have_the_bits_of_one_process(method, engine, base, scoring, monkeypatch):
     # workers plan the passes of a candidate that is an adapter of its own, by the limits that they know
     monkeypatch.undo()
-    monkeypatch.setattr(merged_candidates, "MAX_CANDIDATES", 2)
+    monkeypatch.setattr(loss, "MAX_CANDIDATES", 2)
     alone, spread = (ExampleLoss(engine, base[1], TASK, merge_method=method, workers=each) for each in (None, scoring))
     assert spread(mixtures(5)) == alone(mixtures(5))
 
@@ -161,5 +160,5 @@ def test_a_function_as_the_objective_is_called_here(engine, base, scoring):
         called.append(os.getpid())
         return 1.0
 
-    make_objective(engine, base[1], TASK, share, workers=scoring)(mixtures(3))
+    ExampleLoss(engine, base[1], TASK, kind=share, workers=scoring)(mixtures(3))
     assert called == [os.getpid()] * 3

@@ -1,1 +1,0 @@
-"""Programs: adapters one after the other, each asked by its own instruction."""
