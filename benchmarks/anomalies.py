@@ -19,9 +19,10 @@ import typer
 
 import loraweave as lw
 from benchmarks._run import Run, Table
+from loraweave.extensions.trust.examiners.anomalies import against_pool
+from loraweave.extensions.trust.figures import CODE_BITS, MAX_DISTANCE, NUM_PIECES, Figures, figures_of, hamming
 from loraweave.hub.adapter import cosine
-from loraweave.hub.intake.anomalies import KINDS, against_pool
-from loraweave.hub.tables.figures import CODE_BITS, MAX_DISTANCE, NUM_PIECES, Figures, figures_of, hamming
+from loraweave.hub.adding import KINDS
 from loraweave.lowrank.algebra import compress, norm
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)

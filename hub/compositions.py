@@ -30,7 +30,6 @@ from loraweave.hub.stores.protocols import BlobStore, Connection
 RECIPES = ("composition.json", "formula.json", "joint.json", "router.json")
 MAX_FILES = 10_000
 
-
 _SELECT = "SELECT name, hash, record, sha256 FROM compositions"
 
 
@@ -167,11 +166,9 @@ class CompositionShelf(Listing):
     def composition(self, name: str) -> StoredComposition:
         """Return the composition with that name. Raises AdapterNotFound, with near misses."""
         with self._catalogue.reading() as connection:
-            row = None
             with suppress(InvalidName):
-                row = find(connection, checked_name(name))
-            if row is not None:
-                return StoredComposition(row, self._blobs)
+                if (row := find(connection, checked_name(name))) is not None:
+                    return StoredComposition(row, self._blobs)
             known = names(connection)
         close = near_misses(str(name), known)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(known)}, none of a like name"
@@ -291,13 +288,11 @@ def put(connection: Connection, row: CompositionRow) -> None:
     connection.execute("UPDATE state SET num_compositions = num_compositions + 1")
 
 
-def delete(connection: Connection, name: str) -> bool:
-    """Remove the row with that name, and return whether there was one. Its files stay for gc."""
-    if connection.execute("SELECT 1 FROM compositions WHERE name = ?", (name,)).fetchone() is None:
-        return False
-    connection.execute("DELETE FROM compositions WHERE name = ?", (name,))
-    connection.execute("UPDATE state SET num_compositions = num_compositions - 1")
-    return True
+def delete(connection: Connection, name: str) -> None:
+    """Remove the row with that name, if there is one. Its files stay for gc."""
+    if connection.execute("SELECT 1 FROM compositions WHERE name = ?", (name,)).fetchone() is not None:
+        connection.execute("DELETE FROM compositions WHERE name = ?", (name,))
+        connection.execute("UPDATE state SET num_compositions = num_compositions - 1")
 
 
 def _decode(found: tuple[Any, ...]) -> CompositionRow:

@@ -9,7 +9,7 @@ Functions that need tensors therefore import them themselves, the accepted excep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loraweave.hub.adapter import Adapter
-    from loraweave.hub.intake.adding import Added, Addition, Read
+    from loraweave.hub.adding import Added, Addition
     from loraweave.hub.pool import ExpertPool
     from loraweave.hub.sources import Repository
-    from loraweave.hub.stores.verify import Asked, Check, Verification
+    from loraweave.hub.stores.verify import Check, Verification
 
 # the number of rows shown of a hub in a notebook
 SHOWN = 20
@@ -106,8 +106,7 @@ class Hub(CompositionShelf):
         record's `anomalies`. The policy `anomalies="quarantine"` sets such an adapter aside until `release`, "refuse" raises
         AdapterSuspicious, "off" does not look, and a mapping chooses by kind.
         """
-        from loraweave.hub.intake.adding import Addition, keep_mixture, prepare
-        from loraweave.hub.intake.anomalies import examine
+        from loraweave.hub.adding import Addition, examine, keep_mixture, prepare
         from loraweave.hub.stores.storing import store
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
@@ -141,11 +140,10 @@ class Hub(CompositionShelf):
         repositories, and write their content into the store; this process writes the rows, in the order of the list
         (docs/howto/many_machines.md). A piece whose workers are lost is in `.refused`.
         """
-        from loraweave.hub.intake.adding import add_many
+        from loraweave.hub.adding import add_many
 
         settings: dict[str, Any] = {"stored_as": stored_as, "allow_pickle": allow_pickle, "replace": replace}
-        settings |= {"anomalies": anomalies, "progress": progress, "n_jobs": n_jobs, "by_worker": partial(_read_piece, self)}
-        return add_many(self._catalogue, self._blobs, sources, **settings)
+        return add_many(self, sources, **settings, anomalies=anomalies, progress=progress, n_jobs=n_jobs)
 
     def __getitem__(self, name: str) -> Adapter:
         """Return the adapter, mapped from its blob. Raises AdapterNotFound, with near misses, or AdapterCorrupt."""
@@ -186,9 +184,8 @@ class Hub(CompositionShelf):
         if lazy:
             listed = self.records() if names is None else [self.record(name) for name in names]
             pinned = {record.name: (record.version, record.hash) for record in listed}
-            return ExpertPool.on_demand(
-                [record.name for record in listed], lambda name: self._get_pinned(name, *pinned[name])
-            )
+            names = [record.name for record in listed]
+            return ExpertPool.on_demand(names, lambda name: self._get_pinned(name, *pinned[name]))
         chosen = [record.name for record in self.records()] if names is None else list(names)
         with paused_collector():
             return ExpertPool([self[name] for name in chosen])
@@ -317,8 +314,7 @@ class Hub(CompositionShelf):
         from loraweave.hub.search import keys
         from loraweave.hub.stores.verify import verify
 
-        index_problems = partial(keys.problems, self.path)
-        return verify(self._catalogue, self._blobs, index_problems, also, partial(_blob_problems, self), n_jobs)
+        return verify(self, partial(keys.problems, self.path), also, n_jobs)
 
     def gc(self) -> int:
         """Delete blobs that no adapter version or composition has, and what killed writers left; return the bytes freed.
@@ -372,18 +368,13 @@ class Hub(CompositionShelf):
 
     def _get_pinned(self, name: str, version: int, content_hash: str) -> Adapter:
         """Return that version. Raises AdapterNotFound if its number has other content by now, as after remove and add."""
-
-        def find() -> rows.Row:
-            row = self._version_row(name, version)
-            rows.require_released(row.record)
-            if row.record.hash != content_hash:
-                raise AdapterNotFound(
-                    f"version {version} of adapter {name!r} had the hash {content_hash[:12]} when the pool was made, and "
-                    f"has {row.record.hash[:12]} now; make the pool again"
-                )
-            return row
-
-        return self._open(find)
+        adapter = self.get(name, version=version)
+        if adapter.hash != content_hash:
+            raise AdapterNotFound(
+                f"version {version} of adapter {name!r} had the hash {content_hash[:12]} when the pool was made, and has "
+                f"{adapter.hash[:12]} now; make the pool again"
+            )
+        return adapter
 
     def _open(self, find: Callable[[], rows.Row]) -> Adapter:
         """Return the adapter whose row `find` reads; a row whose blob is collected before it is mapped is read again."""
@@ -403,18 +394,6 @@ class Hub(CompositionShelf):
 
 def _absolute(place: str | Path) -> str:
     return str(place) if "://" in str(place) else str(Path(place).absolute())
-
-
-def _blob_problems(hub: Hub, asked: Sequence[Asked]) -> list[list[str]]:
-    from loraweave.hub.stores.verify import many_blob_problems
-
-    return many_blob_problems(hub._blobs, asked)
-
-
-def _read_piece(hub: Hub, additions: Sequence[Addition], **reading: Any) -> list[Read]:
-    from loraweave.hub.intake.adding import read_piece
-
-    return read_piece(hub._catalogue, hub._blobs, additions, **reading)
 
 
 @lru_cache(maxsize=8)

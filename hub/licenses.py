@@ -18,6 +18,7 @@ import difflib
 import itertools
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -126,7 +127,34 @@ def as_spdx(license: str) -> str:
 
 def evaluate(expression: str, of_id: Callable[[str, str | None], _T]) -> _T:
     """Return the value of an SPDX expression: `of_id(id, exception)` of each id, in lower case, with | for OR, & for AND."""
-    return _any_of(_WORDS.findall(expression.casefold()), of_id)[0]
+    words = deque(_WORDS.findall(expression.casefold()))
+
+    def alternatives() -> _T:
+        value = joint_terms()
+        while words and words[0] == "or":
+            words.popleft()
+            value = value | joint_terms()
+        return value
+
+    def joint_terms() -> _T:
+        value = one()
+        while words and words[0] == "and":
+            words.popleft()
+            value = value & one()
+        return value
+
+    def one() -> _T:
+        word = words.popleft()
+        if word == "(":
+            value = alternatives()
+            words.popleft()
+            return value
+        if words and words[0] == "with":
+            words.popleft()
+            return of_id(word, words.popleft())
+        return of_id(word, None)
+
+    return alternatives()
 
 
 @lru_cache(maxsize=10_000)
@@ -142,33 +170,6 @@ def _accepted(license: str, wanted: frozenset[str]) -> bool:
         return not ways.isdisjoint(wanted)
 
     return expression in wanted or evaluate(expression, is_wanted)
-
-
-def _any_of(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, list[str]]:
-    """Return (the value of the alternatives that begin `words`, the words after them)."""
-    value, rest = _all_of(words, of_id)
-    while rest and rest[0] == "or":
-        other, rest = _all_of(rest[1:], of_id)
-        value = value | other
-    return value, rest
-
-
-def _all_of(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, list[str]]:
-    value, rest = _one(words, of_id)
-    while rest and rest[0] == "and":
-        other, rest = _one(rest[1:], of_id)
-        value = value & other
-    return value, rest
-
-
-def _one(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, list[str]]:
-    if words[0] == "(":
-        value, rest = _any_of(words[1:], of_id)
-        return value, rest[1:]
-    rest = words[1:]
-    if rest and rest[0] == "with":
-        return of_id(words[0], rest[1]), rest[2:]
-    return of_id(words[0], None), rest
 
 
 def _current(word: str) -> str:

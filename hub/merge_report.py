@@ -95,17 +95,7 @@ class MergeReport(Mapping[str, LayerReport]):
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Return the figures of each layer, to six significant digits, as the card stores them."""
-        return {
-            layer: {
-                "rank_in": row.rank_in,
-                "rank_out": row.rank_out,
-                "relative_error": _round(row.relative_error),
-                "norms": list(map(_round, row.norms)),
-                "cosines": list(map(_round, row.cosines)),
-                "sign_conflict": _round(row.sign_conflict),
-            }
-            for layer, row in self.layers.items()
-        }
+        return {layer: {key: _rounded(value) for key, value in vars(row).items()} for layer, row in self.layers.items()}
 
     def cosines(self) -> list[list[float]]:
         """Return the cosine of each pair of the parents' whole updates, all layers taken as one long vector.
@@ -213,8 +203,10 @@ def _clip(name: str) -> str:
     return shown.replace("$", r"\$")
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")
+def _rounded(value: float | tuple[float, ...]) -> float | list[float]:
+    if isinstance(value, tuple):
+        return [float(f"{number:.6g}") for number in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def interference(

@@ -114,6 +114,8 @@ _MODULES = {
     "composer.train.state": "JobSize load_adapter save_adapter",
     # hubs
     "hub": "compositions",
+    "hub.adapter": "cosine",
+    "hub.adding": "Addition checked_policy",
     "hub.base": (
         "EMBEDDED PIPELINE_PARTS Parts base_config base_id fast_dtype fingerprint require_model require_same_base "
         "rounded_samples sampled_places says_nothing"
@@ -124,8 +126,6 @@ _MODULES = {
     "hub.embedders._embedder": "Embedder embed_in_batches embedder_of readable",
     "hub.embedders.form": "Form",
     "hub.indexes.flat": "Flat Index saved_array",
-    "hub.intake.adding": "Addition",
-    "hub.intake.anomalies": "checked_policy",
     "hub.licenses": "canonical is_accepted stated_license",
     "hub.merge_report": "by_number mixture_interference",
     "hub.pool": "StackedFactors require_everywhere",
@@ -137,6 +137,7 @@ _MODULES = {
     "hub.stores.migrations": "migrate run_step",
     "hub.stores.open_stores": "blobs_of",
     "hub.stores.protocols": "BlobStore CatalogueStore Connection Near SharedCatalogue VectorSearch",
+    "hub.stores.storing": "Prepared stored_adapter",
     "hub.tables": "rows versions",
     "hub.tables.fields": "checked_fields",
     "hub.tables.filtering": "Filters store_labels",

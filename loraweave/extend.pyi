@@ -257,6 +257,9 @@ from loraweave.composer.train.state import save_adapter as save_adapter
 from loraweave.errors import BudgetExceeded as BudgetExceeded
 from loraweave.errors import WorkersFailed as WorkersFailed
 from loraweave.hub import compositions as compositions
+from loraweave.hub.adapter import cosine as cosine
+from loraweave.hub.adding import Addition as Addition
+from loraweave.hub.adding import checked_policy as checked_policy
 from loraweave.hub.base import EMBEDDED as EMBEDDED
 from loraweave.hub.base import PIPELINE_PARTS as PIPELINE_PARTS
 from loraweave.hub.base import Parts as Parts
@@ -320,8 +323,6 @@ from loraweave.hub.formats._safetensors import require_finite as require_finite
 from loraweave.hub.indexes.flat import Flat as Flat
 from loraweave.hub.indexes.flat import Index as Index
 from loraweave.hub.indexes.flat import saved_array as saved_array
-from loraweave.hub.intake.adding import Addition as Addition
-from loraweave.hub.intake.anomalies import checked_policy as checked_policy
 from loraweave.hub.licenses import canonical as canonical
 from loraweave.hub.licenses import is_accepted as is_accepted
 from loraweave.hub.licenses import stated_license as stated_license
@@ -350,6 +351,8 @@ from loraweave.hub.stores.protocols import Connection as Connection
 from loraweave.hub.stores.protocols import Near as Near
 from loraweave.hub.stores.protocols import SharedCatalogue as SharedCatalogue
 from loraweave.hub.stores.protocols import VectorSearch as VectorSearch
+from loraweave.hub.stores.storing import Prepared as Prepared
+from loraweave.hub.stores.storing import stored_adapter as stored_adapter
 from loraweave.hub.tables import rows as rows
 from loraweave.hub.tables import versions as versions
 from loraweave.hub.tables.fields import checked_fields as checked_fields

@@ -31,6 +31,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "writers": (),
     "sources": (),
     "packings": (),
+    "examiners": (),
     "objectives": ("loraweave.composer.compose.objectives",),
     "routers": ("loraweave.routers.searches", "loraweave.routers.tokens"),
     "experts": ("loraweave.routers.recipes",),

@@ -43,7 +43,7 @@ The groups are `loraweave.` with the names below, and `loraweave.recipes` for `e
 ours cannot be taken; a file that cannot be imported raises `PluginFailed` when it is asked for, and only then. What such a
 file is made from (`TokenRouter`, `Recipe`, `Solver`, kinds of options, `traits`) is in `loraweave.extend`.
 
-Eight registries have no entries in the core:
+Nine registries have no entries in the core:
 
 - `hooks`: a `LiveHook` may serve live mixtures in a way of its own (kernels for batches by row, what `torch.compile` traces,
   a mixture for each call of a pipeline);
@@ -51,6 +51,8 @@ Eight registries have no entries in the core:
 - `pipelines`: a subclass of `Parts` presents a pipeline of several models as one module;
 - `sources`: packed files that `hub.add` reads, such as archives. An entry has `suffix(path)`, the end of a name by which it
   knows one, or "", and `unpack(path)`, a context that gives a folder with the files;
+- `examiners`: what looks at adapters that are added, beside the core's refusals: `measure(prepared, blobs)` and
+  `examine(catalogue, blobs, prepared, policies, model)` return the `Prepared` adapter, with its anomalies;
 - `packings`: forms in which a hub stores factors in fewer bits, each the value of `stored_as` of `hub.add` by its name;
 - `checks`: a function returns a check of all records for `Hub.verify(also=)`; the command line knows `signed_by`;
 - `catalogues` and `blobs`: stores of a hub's rows and files outside a folder, named for the scheme of the hub's URL.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from loraweave import registry
@@ -16,6 +18,12 @@ def require_entry(folder: str, name: str) -> None:
     """Skip the test, from inside or from a fixture, where a registry has no such entry."""
     if name not in registry.names(folder):
         pytest.skip(_missing(folder, name))
+
+
+def rebuild(folder: Path) -> list[str]:
+    """Rebuild a hub's catalogue; skip the test where the extension that does so has been taken away."""
+    names: list[str] = pytest.importorskip(f"{registry.EXTENSIONS}.upkeep").rebuild(folder)
+    return names
 
 
 def _missing(folder: str, name: str) -> str:

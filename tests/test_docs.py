@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from installed import needs_entry
 
 import loraweave as lw
 from loraweave import errors, registry
 from loraweave.common.chat import prompt_ids
+from loraweave.hub import adding
 from loraweave.hub.formats._reading import REFUSED
-from loraweave.hub.intake import anomalies
 from loraweave.routers.tokens._saved import router_class
 
 ROOT = Path(__file__).parents[1]
@@ -49,18 +50,13 @@ ROUTERS = re.findall(r"^\| `(\w+)` \|.*\|.*\|.*\|.*\|$", page("routers.md"), re.
         ("registries.md", [name for folder in registry.FOLDERS for name in of_core(folder)], r"\| `{}` \|"),
         ("merging.md", of_core("methods"), "`{}`"),
         ("retrieval.md", of_core("embedders") + of_core("keys"), "`{}`"),
-        ("anomalies.md", anomalies.KINDS, r"\| `{}` \|"),
-        ("anomalies.md", anomalies.POLICIES, '`"{}"`'),
+        ("anomalies.md", adding.KINDS, r"\| `{}` \|"),
+        ("anomalies.md", adding.POLICIES, '`"{}"`'),
         ("architecture.md", [name for name, found in vars(errors).items() if isinstance(found, type)], r"\b{}\b"),
     ],
 )
 def test_a_page_names_every_entry(name, entries, form):
     assert [entry for entry in entries if not re.search(form.format(entry), page(name))] == []
-
-
-def test_the_page_on_anomalies_has_the_thresholds():
-    assert f"beyond {anomalies.THRESHOLD} of them" in page("anomalies.md")
-    assert f"Below {anomalies.MIN_REFERENCE} adapters" in page("anomalies.md")
 
 
 # rows of the table of adapter types: the names in their first column, and what the second says
@@ -170,6 +166,7 @@ def test_the_page_on_adapter_types(run_page):
     assert set(names["both"].layers) == set(names["exact"].layers)
 
 
+@needs_entry("examiners", "anomalies")
 def test_the_page_on_anomalies(run_page):
     names = run_page("docs/anomalies.md")
     assert (names["again"].quarantined, names["again"].anomalies[0].kind) == (True, "duplicate")

@@ -23,7 +23,7 @@ HUB_FLOORS = (
     {"sources"},
     {"adapter", "conversion", "export", "merge_report", "pool", "targets"},
     {"compositions", "listing", "stores", "tables"},
-    {"intake"},
+    {"adding"},
     {"embedders", "indexes", "search"},
     {"hub"},
 )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import loraweave.registry as registry
@@ -25,6 +26,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _FOLDERS = (None, "file", "local")
 # the entry of the registry `blobs` that reads the URLs of all schemes that no entry is named after
 FOR_ANY_SCHEME = "fsspec"
+_FILE = "blobs.json"
 
 
 def hub_exists(place: str) -> bool:
@@ -53,49 +55,58 @@ def open_stores(path: str | Path, blobs: str | Path | None, timeout_s: float) ->
     )
 
 
-def _in_folder(folder: Path, given: str | None, timeout_s: float) -> tuple[Path, CatalogueStore, BlobStore]:
-    claim = read_claim(folder)
+def _in_folder(folder: Path, asked: str | None, timeout_s: float) -> tuple[Path, CatalogueStore, BlobStore]:
+    claim = _read_claim(folder)
     local = FolderBlobs(folder)
-    if claim is None and given is None:
+    if claim is None and asked is None:
         return folder, Catalogue(folder, timeout_s, local), local
-    if claim is not None and given is not None:
-        require_place(given, claim.place, str(folder))
-    blobs = open_blobs(given or (claim.place if claim else ""), str(folder.absolute()))
+    _, noted = claim or ("", None)
+    blobs = _at_one_place(asked, noted, str(folder), str(folder.absolute()))
     if claim is None and (blob := next(iter(local.names()), None)) is not None:
-        raise HubError(f"the hub {folder} keeps its blobs in its own folder, such as {local.place(blob)}, not at {given}")
+        raise HubError(f"the hub {folder} keeps its blobs in its own folder, such as {local.place(blob)}, not at {asked}")
     catalogue = Catalogue(folder, timeout_s, local if claim is None else blobs)
-    try:
+    with _closed_on_error(catalogue):
         if claim is None:
             with catalogue.locked("creating the hub"):
-                claim = read_claim(folder) or write_claim(folder, given or "")
-        settle(catalogue, blobs, claim.identity)
-    except BaseException:
-        catalogue.close()
-        raise
+                claim = _read_claim(folder) or _write_claim(folder, asked or "")
+        _settle(catalogue, blobs, claim[0])
     return folder, catalogue, blobs
 
 
-def _on_server(scheme: str, url: str, given: str | None, timeout_s: float) -> tuple[Path, CatalogueStore, BlobStore]:
+def _on_server(scheme: str, url: str, asked: str | None, timeout_s: float) -> tuple[Path, CatalogueStore, BlobStore]:
     catalogue: SharedCatalogue = registry.get("catalogues", scheme)(url, timeout_s)
-    try:
+    with _closed_on_error(catalogue):
         identity, noted = catalogue.claim()
-        if given is None and noted is None:
+        if asked is None and noted is None:
             raise HubError(
                 f"the hub at {catalogue.where} needs a place for its blobs, which are files: "
                 f'Hub("{scheme}://...", blobs="s3://bucket/prefix"), or a folder that all its users see'
             )
-        if given is not None and noted is not None:
-            require_place(given, noted, catalogue.where)
-        place = given or noted or ""
-        blobs = open_blobs(place, catalogue.where)
-        settle(catalogue, blobs, identity)
+        blobs = _at_one_place(asked, noted, catalogue.where, catalogue.where)
+        _settle(catalogue, blobs, identity)
         # a folder may have another path on another machine
-        if noted is None and catalogue.writable and _scheme(place) not in _FOLDERS:
-            catalogue.note_blobs(without_credentials(place))
+        if asked is not None and noted is None and catalogue.writable and _scheme(asked) not in _FOLDERS:
+            catalogue.note_blobs(without_credentials(asked))
+    return local_folder(catalogue.where), catalogue, blobs
+
+
+@contextmanager
+def _closed_on_error(catalogue: CatalogueStore) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         catalogue.close()
         raise
-    return local_folder(catalogue.where), catalogue, blobs
+
+
+def _at_one_place(asked: str | None, noted: str | None, hub: str, where: str) -> BlobStore:
+    """Return the store of the blobs at the place asked for, or else noted. Raises HubError if these are two places."""
+    if asked is not None and noted is not None and without_credentials(asked) != noted:
+        raise HubError(
+            f"the blobs of the hub {hub} are at {noted}, not at {without_credentials(asked)}; open it without blobs=, or "
+            "move them there first and correct the note (docs/extensions/cluster.md)"
+        )
+    return open_blobs(asked or noted or "", where)
 
 
 def open_blobs(place: str | Path, hub: str) -> BlobStore:
@@ -114,8 +125,8 @@ def open_blobs(place: str | Path, hub: str) -> BlobStore:
 
 def blobs_of(folder: Path) -> BlobStore:
     """Return the store of the blobs of a hub in a folder, wherever it notes them to be."""
-    claim = read_claim(folder)
-    return FolderBlobs(folder) if claim is None else open_blobs(claim.place, str(folder.absolute()))
+    claim = _read_claim(folder)
+    return FolderBlobs(folder) if claim is None else open_blobs(claim[1], str(folder.absolute()))
 
 
 def local_folder(where: str) -> Path:
@@ -128,19 +139,11 @@ def _scheme(place: str | Path) -> str | None:
     return None if hit is None else hit[1].lower()
 
 
-_FILE = "blobs.json"
+def _read_claim(folder: Path) -> tuple[str, str] | None:
+    """Return the (identity, place of the blobs) that a hub notes, or None if they are in its own folder.
 
-
-@dataclass(frozen=True)
-class Claim:
-    """The identity of a hub, and the place of its blobs ("" for the hub's own folder)."""
-
-    identity: str
-    place: str
-
-
-def read_claim(folder: Path) -> Claim | None:
-    """Return a hub's note about its blobs, or None if they are in its own folder. Raises HubCorrupt if it is damaged."""
+    Raises HubCorrupt if the note is damaged.
+    """
     path = folder / _FILE
     with storage_errors(path, "opening the hub"):
         try:
@@ -149,31 +152,22 @@ def read_claim(folder: Path) -> Claim | None:
             return None
     try:
         data = json.loads(text)
-        return Claim(str(data["hub"]), str(data["blobs"]))
+        return str(data["hub"]), str(data["blobs"])
     except (ValueError, KeyError, TypeError) as error:
         raise HubCorrupt(
             f'{path} is damaged ({error}); it says where the hub\'s blobs are: {{"hub": identity, "blobs": URL}}'
         ) from error
 
 
-def write_claim(folder: Path, place: str) -> Claim:
+def _write_claim(folder: Path, place: str) -> tuple[str, str]:
     """Note where the blobs of a hub in a folder are, and return the note. The caller holds the lock."""
-    claim = Claim(uuid.uuid4().hex, without_credentials(place))
+    identity, noted = uuid.uuid4().hex, without_credentials(place)
     with storage_errors(folder, "opening the hub"), whole_file(folder / _FILE) as temporary:
-        write_new(temporary, json.dumps({"hub": claim.identity, "blobs": claim.place}).encode())
-    return claim
+        write_new(temporary, json.dumps({"hub": identity, "blobs": noted}).encode())
+    return identity, noted
 
 
-def require_place(given: str, noted: str, hub: str) -> None:
-    """Check that `given` is the place that the hub noted for its blobs. Raises HubError if it is another."""
-    if without_credentials(given) != noted:
-        raise HubError(
-            f"the blobs of the hub {hub} are at {noted}, not at {without_credentials(given)}; open it without blobs=, or "
-            "move them there first and correct the note (docs/extensions/cluster.md)"
-        )
-
-
-def settle(catalogue: CatalogueStore, blobs: BlobStore, identity: str) -> None:
+def _settle(catalogue: CatalogueStore, blobs: BlobStore, identity: str) -> None:
     """Check that the blobs belong to the hub with this identity; claim them for a new hub. Raises HubError if not."""
     owner = blobs.owner()
     if owner == identity:

@@ -20,7 +20,6 @@ from loraweave.hub.stores.folder_blobs import LISTED, digests, file_bytes, liste
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.fields import OWN_FIELDS
-from loraweave.hub.tables.figures import Figures, store_figures
 from loraweave.hub.tables.rows import Row
 from loraweave.types import Record
 
@@ -38,29 +37,6 @@ def beside(existing: rows.Row | None, record: Record, *, as_version: bool) -> Re
     # fields that people wrote about the adapter stay unless the new record sets them
     kept = {key: getattr(record, key) or getattr(existing.record, key) for key in OWN_FIELDS}
     return replace(record, version=existing.record.version + 1, **kept)
-
-
-def put_rows(
-    connection: Connection,
-    record: Record,
-    blob: rows.BlobRow,
-    existing: rows.Row | None,
-    figures: Figures | None,
-    *,
-    written: bool,
-) -> Record:
-    """Store the rows of an adapter whose blob is in the store, `written` just now or before, and return its record."""
-    is_new = existing is None or existing.record.hash != record.hash
-    if is_new:
-        filtering.remember(connection, record)
-    if written or is_new:
-        rows.put_blob(connection, blob)
-    if existing is not None and not is_new:
-        return _with_its_files(connection, existing, record)
-    stored = rows.insert(connection, record) if existing is None else versions.supersede(connection, existing, record)
-    if figures is not None:
-        store_figures(connection, record.name, record.hash, figures)
-    return stored
 
 
 def _with_its_files(connection: Connection, existing: rows.Row, record: Record) -> Record:
@@ -102,7 +78,7 @@ def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> ro
 
 @dataclass(frozen=True)
 class Prepared:
-    """An adapter that was read and checked, with its record and the figures to store.
+    """An adapter that was read and checked, with its record, and what an examiner measured, which has `store(..)`.
 
     If a worker read it, `adapter` is None and `blob` is its blob in the store. `origin` is then the record that the worker
     wrote into the blob, or None if the blob was there before, also from another worker.
@@ -110,7 +86,7 @@ class Prepared:
 
     adapter: Adapter | None
     record: Record
-    figures: Figures | None = None
+    figures: Any = None
     num_bytes: int = 0
     blob: rows.BlobRow | None = None
     origin: Record | None = None
@@ -167,8 +143,8 @@ def store(
                         continue
                     blob = written.get(new.hash) or known[new.hash]
                     assert blob is not None
-                    now = new.hash in written or wanted[new.hash].origin is not None
-                    stored = put_rows(connection, new, blob, existing, prepared.figures, written=now)
+                    is_written = new.hash in written or wanted[new.hash].origin is not None
+                    stored = _put_rows(connection, replace(prepared, record=new), blob, existing, is_written)
                     outcomes.append((stored, None))
                     if other_base:
                         warned.append((stored, other_base))
@@ -185,6 +161,24 @@ def store(
             stacklevel=3,
         )
     return outcomes
+
+
+def _put_rows(
+    connection: Connection, prepared: Prepared, blob: rows.BlobRow, existing: rows.Row | None, is_written: bool
+) -> Record:
+    """Store the rows of an adapter whose blob is in the store, written just now or before, and return its record."""
+    record = prepared.record
+    is_new = existing is None or existing.record.hash != record.hash
+    if is_new:
+        filtering.remember(connection, record)
+    if is_written or is_new:
+        rows.put_blob(connection, blob)
+    if existing is not None and not is_new:
+        return _with_its_files(connection, existing, record)
+    stored = rows.insert(connection, record) if existing is None else versions.supersede(connection, existing, record)
+    if prepared.figures is not None:
+        prepared.figures.store(connection, record.name, record.hash)
+    return stored
 
 
 def store_content(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 from loraweave.common.display import progress_bar
@@ -37,48 +39,45 @@ class Verification:
 # the number of adapters whose blobs are one piece of work
 MANY = 64
 
+# errors of reading a damaged row
+DAMAGE = (HubError, sqlite3.Error, ValueError)
+
 # a blob, the content hash in its record, and its owner, for messages
-Asked = tuple[rows.BlobRow, str, str]
+BlobCheck = tuple[rows.BlobRow, str, str]
 # yields a sentence for each problem of some records
 Check = Callable[[Sequence[Record]], Iterable[str]]
-BlobProblems = Callable[[Sequence[Asked]], list[list[str]]]
 
 
 def verify(
-    catalogue: CatalogueStore,
-    blobs: BlobStore,
+    hub: compositions.CompositionShelf,
     index_problems: Callable[[], Iterable[str]],
     also: Check | None,
-    blob_problems: BlobProblems,
     n_jobs: int | None,
 ) -> Verification:
     """Read every row and every blob. Damage is reported, not raised; `index_problems` reports that of the search's files.
 
-    `also` is given the records of all adapters. `blob_problems` is `many_blob_problems` bound to the hub, so that a worker
-    can open it; `n_jobs` is that of `spread`.
+    `also` is given the records of all adapters; `n_jobs` is that of `spread`.
     """
+    catalogue, blobs = hub._catalogue, hub._blobs
     problems: list[str] = []
     newest: list[rows.Row] = []
     older: list[rows.Row] = []
-    try:
-        with catalogue.reading() as connection:
-            problems += catalogue.problems(connection)
-            for seq in [seq for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall()]:
-                newest += _row(connection, seq, problems)
-            for seq, version in versions.every(connection):
-                older += _older(connection, seq, version, problems)
-            problems += _vector_problems(connection)
-            problems += _count_problems(connection)
-            problems += rows.quarantine_problems(connection, [(row.seq, row.record.quarantined) for row in newest])
-    except HubError as error:
-        problems.append(str(error))
     kept: list[compositions.CompositionRow] = []
-    try:
-        with catalogue.reading() as connection:
-            for name in compositions.names(connection):
-                kept += _composition(connection, name, problems)
-    except HubError as error:
-        problems.append(str(error))
+    with _told(problems), catalogue.reading() as connection:
+        problems += catalogue.problems(connection)
+        for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall():
+            with _told(problems, f"row {seq}: ", DAMAGE):
+                newest += _row(connection, seq, problems)
+        for seq, version in versions.every(connection):
+            with _told(problems, f"version {version} of row {seq}: ", DAMAGE):
+                older += filter(None, [versions.at(connection, seq, version)])
+        problems += _vector_problems(connection)
+        problems += _count_problems(connection)
+        problems += rows.quarantine_problems(connection, [(row.seq, row.record.quarantined) for row in newest])
+    with _told(problems), catalogue.reading() as connection:
+        for name in compositions.names(connection):
+            with _told(problems, "", DAMAGE):
+                kept += filter(None, [compositions.find(connection, name)])
     problems += index_problems()
     problems += () if also is None else also([row.record for row in newest])
     intact = []
@@ -86,7 +85,7 @@ def verify(
     checks = [(row.blob, row.record.hash, f"adapter {row.record.name!r}") for row in newest]
     pieces = {f"from adapter {place + 1} on": checks[place : place + MANY] for place in range(0, len(checks), MANY)}
     with progress_bar(False) as bar:
-        read = require_all(dict(spread(blob_problems, pieces, n_jobs=n_jobs, label="reading", bar=bar)))
+        read = require_all(dict(spread(partial(many_blob_problems, hub), pieces, n_jobs=n_jobs, label="reading", bar=bar)))
     for row, blob_faults in zip(newest, chain.from_iterable(read[name] for name in pieces), strict=True):
         faults = [*blob_faults, *file_problems(blobs, row.record, files)]
         if not faults:
@@ -103,18 +102,25 @@ def verify(
             problems += faults if faults and _stands(catalogue, row) else []
         faults = list(file_problems(blobs, row.record, files))
         problems += faults if faults and _stands(catalogue, row) else []
-    for row_of_files in kept:
-        problems += _composition_problems(blobs, row_of_files, files)
+    for stored in kept:
+        for path, (digest, _) in stored.files.items():
+            if fault := blob_fault(blobs, digest, files):
+                problems.append(f"{path} of composition {stored.name!r}: {fault}; save the composition again")
     orphans = tuple(name for name in blobs.names() if name not in seen and name not in files)
     return Verification(tuple(problems), tuple(intact), orphans)
 
 
-def _row(connection: Connection, seq: int, problems: list[str]) -> list[rows.Row]:
+@contextmanager
+def _told(problems: list[str], what: str = "", kinds: tuple[type[Exception], ...] = (HubError,)) -> Iterator[None]:
+    """Add an error of these kinds inside to the problems."""
     try:
-        row = rows.at(connection, seq)
-    except (HubError, sqlite3.Error, UnicodeDecodeError) as error:
-        problems.append(f"row {seq}: {error}")
-        return []
+        yield
+    except kinds as error:
+        problems.append(f"{what}{error}")
+
+
+def _row(connection: Connection, seq: int, problems: list[str]) -> list[rows.Row]:
+    row = rows.at(connection, seq)
     if row is None:
         problems.append(f"row {seq} is listed by an index of the catalogue, but cannot be found")
         return []
@@ -122,30 +128,6 @@ def _row(connection: Connection, seq: int, problems: list[str]) -> list[rows.Row
     if set(stored) != rows.labels(row.record):
         problems.append(f"row {seq}: the labels of adapter {row.record.name!r}, which filters ask for, are not its record's")
     return [row]
-
-
-def _older(connection: Connection, seq: int, version: int, problems: list[str]) -> list[rows.Row]:
-    try:
-        row = versions.at(connection, seq, version)
-    except (HubError, sqlite3.Error, UnicodeDecodeError) as error:
-        problems.append(f"version {version} of row {seq}: {error}")
-        return []
-    return [] if row is None else [row]
-
-
-def _composition(connection: Connection, name: str, problems: list[str]) -> list[compositions.CompositionRow]:
-    try:
-        row = compositions.find(connection, name)
-    except (HubError, sqlite3.Error, UnicodeDecodeError, ValueError) as error:
-        problems.append(str(error))
-        return []
-    return [] if row is None else [row]
-
-
-def _composition_problems(blobs: BlobStore, row: compositions.CompositionRow, known: dict[str, str]) -> Iterator[str]:
-    for path, (digest, _) in row.files.items():
-        if fault := blob_fault(blobs, digest, known):
-            yield f"{path} of composition {row.name!r}: {fault}; save the composition again"
 
 
 def _count_problems(connection: Connection) -> Iterator[str]:
@@ -165,13 +147,13 @@ def _vector_problems(connection: Connection) -> Iterator[str]:
             yield f"the vector of row {seq} from embedder {embedder!r} is damaged; the next search makes it again"
 
 
-def many_blob_problems(blobs: BlobStore, asked: Sequence[Asked]) -> list[list[str]]:
-    """Return the problems of each of these blobs."""
-    return [list(_blob_problems(blobs, check)) for check in asked]
+def many_blob_problems(hub: compositions.CompositionShelf, checks: Sequence[BlobCheck]) -> list[list[str]]:
+    """Return the problems of each of these blobs; a worker opens the hub."""
+    return [list(_blob_problems(hub._blobs, check)) for check in checks]
 
 
-def _blob_problems(blobs: BlobStore, asked: Asked) -> Iterator[str]:
-    blob, expected, who = asked
+def _blob_problems(blobs: BlobStore, check: BlobCheck) -> Iterator[str]:
+    blob, expected, who = check
     place = blobs.place(blob.hash)
     try:
         blobs.require(blob.hash, blob.file_sha256, who)

@@ -16,9 +16,9 @@ from loraweave.common.checks import is_whole
 from loraweave.common.options import require_known
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported, LoraweaveError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.adding import layout_of, layouts
 from loraweave.hub.formats._files import folder_within, listing, present, read_json
 from loraweave.hub.formats._safetensors import hashed_tensors
-from loraweave.hub.intake.adding import layout_of, layouts
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.sources import ADAPTER_FILES, find_folder
 from loraweave.lowrank.algebra import all_finite

@@ -11,6 +11,7 @@ import command_line
 import pytest
 import torch
 from command_line import call
+from installed import needs_entry
 
 import loraweave as lw
 
@@ -264,6 +265,7 @@ def pair(here):
     return here
 
 
+@needs_entry("examiners", "anomalies")
 def test_what_looks_wrong_is_told_and_put_aside_when_asked(pair):
     done = call("hub", "add", "again", "--name", "again", "--anomalies", "quarantine")
     assert done.exit_code == 0, done.stderr
@@ -274,11 +276,13 @@ def test_what_looks_wrong_is_told_and_put_aside_when_asked(pair):
     assert "it has the content of 'a0'" in call("hub", "quarantine").stdout
 
 
+@needs_entry("examiners", "anomalies")
 def test_what_looks_wrong_is_refused_when_asked(pair):
     done = call("hub", "add", "again", "--name", "again", "--anomalies", "refuse")
     assert (done.exit_code, done.stderr.startswith("AdapterSuspicious: ")) == (1, True)
 
 
+@needs_entry("examiners", "anomalies")
 def test_show_has_what_was_found(pair):
     call("hub", "add", "again", "--name", "again")
     told = json.loads(call("hub", "show", "again", "--json").stdout)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from installed import needs_entry
 from store_places import opened, same
 from tiny_hubs import Saved, adapter, flip
 
@@ -176,6 +177,7 @@ def test_a_search_finds_what_it_finds_in_a_folder(tmp_path, hub):
         assert found == wanted
 
 
+@needs_entry("examiners", "anomalies")
 def test_anomalies_are_found_and_put_aside_and_a_search_finds_the_rest(place, hub):
     for seed in range(13):
         hub.add(adapter(seed), description="code")

@@ -6,10 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from installed import rebuild
 from tiny_hubs import adapter
 
 from loraweave.errors import AdapterCorrupt, HubCorrupt
-from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores.folder_blobs import blob_path
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from installed import rebuild
 from tiny_hubs import adapter, flip, run_sql
 
-from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import keys, search
 from loraweave.hub.stores import migrations

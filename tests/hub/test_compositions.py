@@ -7,6 +7,7 @@ import os
 import sqlite3
 
 import pytest
+from installed import rebuild
 from tiny_hubs import Saved, adapter, flip, run_sql
 
 from loraweave.errors import (
@@ -17,7 +18,6 @@ from loraweave.errors import (
     HubError,
     InvalidName,
 )
-from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.compositions import MAX_FILES
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores import migrations

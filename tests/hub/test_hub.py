@@ -13,6 +13,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+from installed import rebuild
 from tiny_hubs import adapter
 
 import loraweave.common.names
@@ -29,7 +30,6 @@ from loraweave.errors import (
     InvalidName,
     InvalidTask,
 )
-from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.types import Factors, Fingerprint

@@ -90,7 +90,7 @@ def test_provenance_survives_a_new_catalogue(hub, repository):
     hub.add("owner/name", name="x")
     hub.close()
     (hub.path / "catalogue.sqlite").unlink()
-    from loraweave.extensions.upkeep import rebuild
+    from installed import rebuild
 
     rebuild(hub.path)
     with Hub(hub.path) as again:

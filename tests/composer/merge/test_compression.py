@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from installed import needs_entry
 from tiny_models import random_factors
 
 from loraweave.composer.merge.arithmetic import byom, compeft
@@ -141,6 +142,7 @@ def test_byom_at_the_rank_it_has_loses_nothing():
     assert byom(given, 4).hash == given.hash
 
 
+@needs_entry("packings", "compeft")
 @pytest.mark.parametrize("per", ["adapter", "tensor"])
 def test_a_hub_stores_it_in_few_bits_and_gives_it_back_bit_for_bit(tmp_path, per):
     big = adapter(**{f"layer {n}": factors(n, rank=8, num_out=96, num_in=160) for n in range(6)})

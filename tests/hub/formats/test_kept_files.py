@@ -9,10 +9,10 @@ import pickle
 import pytest
 import tiny_hubs
 import torch
+from installed import rebuild
 from safetensors.torch import load, save
 
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterUnsupported
-from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats import _files
 from loraweave.hub.hub import Hub

@@ -21,7 +21,6 @@ from loraweave.hub.adapter import Adapter, cosine
 from loraweave.hub.formats import _files, _safetensors
 from loraweave.hub.formats._contents import Bound, cut_update
 from loraweave.hub.hub import Hub
-from loraweave.hub.tables.figures import figures_of
 from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
@@ -64,6 +63,7 @@ def hollow(folder, num_bytes):
 
 
 def test_an_update_of_a_rank_far_above_its_sides_is_read_added_and_compared_without_a_square_of_the_rank(tall, tmp_path):
+    figures_of = pytest.importorskip("loraweave.extensions.trust.figures").figures_of
     with Largest() as torch_made:
         adapter = Adapter.from_pretrained(tall)
         with Hub(tmp_path / "hub") as hub:

@@ -6,11 +6,10 @@ import json
 import sqlite3
 
 import pytest
-from installed import require_entry
+from installed import rebuild, require_entry
 from tiny_hubs import adapter
 
 from loraweave.errors import HubCorrupt, HubError
-from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores import migrations
 from loraweave.hub.stores.folder_blobs import FolderBlobs

@@ -7,12 +7,12 @@ import sqlite3
 
 import numpy as np
 import pytest
+from installed import rebuild
 from tiny_hubs import adapter, flip, run_sql
 
 import loraweave.hub.stores.blobs
 import loraweave.hub.stores.verify
 from loraweave.errors import AdapterCorrupt, HubCorrupt, HubError
-from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores.folder_blobs import blob_path
 

@@ -6,10 +6,10 @@ import sqlite3
 
 import pytest
 import tiny_hubs
+from installed import rebuild
 from tiny_hubs import flip, run_sql
 
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, HubCorrupt, HubError
-from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores import migrations
 from loraweave.hub.stores.folder_blobs import blob_path

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from loraweave.errors import AdapterNotFound, AdapterQuarantined, AdapterSuspicious, AdapterUnsupported
+from loraweave.extensions.trust.examiners.anomalies import MIN_REFERENCE, against_model, against_pool
+from loraweave.extensions.trust.figures import Figures
 from loraweave.extensions.upkeep import rebuild
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.adding import checked_policy
 from loraweave.hub.hub import Hub
-from loraweave.hub.intake.anomalies import MIN_REFERENCE, against_model, against_pool, checked_policy
 from loraweave.hub.search.search import SearchIndex
-from loraweave.hub.tables.figures import Figures
 from loraweave.types import Factors
 
 NAMES = [f"layers.{number}.q" for number in range(6)]

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import tiny_hubs
 import torch
+from installed import require_entry
 
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, AdapterUnsupported, HubError, HubFull
+from loraweave.hub import adding
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.adding import Addition
 from loraweave.hub.hub import Hub
-from loraweave.hub.intake import adding
-from loraweave.hub.intake.adding import Addition
 from loraweave.hub.stores import folder_blobs
 from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.folder_blobs import blob_path
@@ -92,6 +93,8 @@ def all_but_the_time(hub, added):
 @pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize(("n_jobs", "policy"), [(1, "refuse"), (1, "quarantine"), (2, "report")])
 def test_workers_that_read_leave_the_hub_of_one_process(hub, tmp_path, folders, monkeypatch, n_jobs, policy):
+    if policy != "report":
+        require_entry("examiners", "anomalies")
     monkeypatch.setattr(adding, "PIECE", 2)
     with Hub(tmp_path / "other") as other:
         alone = all_but_the_time(other, other.add_many(folders, anomalies=policy))
@@ -103,8 +106,8 @@ def test_workers_that_read_leave_the_hub_of_one_process(hub, tmp_path, folders, 
 
 
 def read_by_a_worker(hub, *sources):
-    own = {"stored_as": "factors", "allow_pickle": False, "figures": False}
-    return adding.read_piece(hub._catalogue, hub._blobs, sources, **own)
+    own = {"stored_as": "factors", "allow_pickle": False, "measured": False}
+    return adding.read_piece(hub, sources, **own)
 
 
 def store_batch(hub, *batch):
@@ -262,3 +265,12 @@ def test_a_store_that_fails_while_an_adapter_is_looked_over_is_told_and_no_adapt
         hub.add_many(MANY)
     assert len(hub) == 0
     assert len(hub.add_many(MANY).records) == len(MANY)
+
+
+def test_a_policy_that_nothing_installed_can_keep_is_refused_and_nothing_is_stored(hub, monkeypatch):
+    monkeypatch.setattr(adding, "_examiners", list)
+    for policy in ("quarantine", "refuse", {"duplicate": "refuse"}):
+        with pytest.raises(AdapterUnsupported, match="nothing installed here looks for anomalies"):
+            hub.add(MANY[0], anomalies=policy)
+    assert len(hub) == 0
+    assert hub.add(MANY[0]).anomalies == hub.add(MANY[1], anomalies="off").anomalies == ()

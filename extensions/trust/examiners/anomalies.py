@@ -17,19 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from loraweave.errors import AdapterSuspicious, AdapterUnsupported, HubCorrupt, HubError
-from loraweave.hub.adapter import Adapter, cosine
-from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
-from loraweave.hub.stores.storing import Prepared, stored_adapter
-from loraweave.hub.tables import rows
-from loraweave.hub.tables.figures import Figures, alike, figures_of, reference
-from loraweave.lowrank import algebra
-from loraweave.types import Anomaly
+from loraweave import Adapter, AdapterSuspicious, Anomaly, HubCorrupt, HubError
+from loraweave.extend import BlobStore, CatalogueStore, Connection, Prepared, algebra, cosine, rows, stored_adapter
+from loraweave.extensions.trust.figures import Figures, alike, figures_of, reference
 
 Array = NDArray[Any]
-
-KINDS = ("norm", "layer_norm", "spectrum", "layer_spectra", "base_norm", "duplicate")
-POLICIES = ("off", "report", "quarantine", "refuse")
 
 # a median of fewer others means little
 MIN_REFERENCE = 12
@@ -42,18 +34,6 @@ MIN_COSINE = 0.99
 # smaller spreads (in logs) come from adapters too few or too alike, and count as these
 _LAYER_FLOOR = 0.1
 _FLOOR = 0.02
-
-
-def checked_policy(policy: str | Mapping[str, str]) -> dict[str, str]:
-    """Return the policy of each kind: one for all, or some by kind, the others "report". Raises AdapterUnsupported."""
-    policies = dict.fromkeys(KINDS, policy) if isinstance(policy, str) else {**dict.fromkeys(KINDS, "report"), **policy}
-    for kind, chosen in policies.items():
-        if kind not in KINDS or chosen not in POLICIES:
-            raise AdapterUnsupported(
-                f"anomalies={policy!r} is not a policy; give one of {', '.join(POLICIES)}, or a mapping to them from "
-                f"{', '.join(KINDS)}"
-            )
-    return policies
 
 
 def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> list[Anomaly]:
@@ -150,41 +130,46 @@ _MAX_COMPARED = 3
 _logger = logging.getLogger(__name__)
 
 
-def examine(
-    catalogue: CatalogueStore,
-    blobs: BlobStore,
-    prepared: Prepared,
-    policy: str | Mapping[str, str],
-    model: nn.Module | None = None,
-) -> Prepared:
-    """Return the adapter with its anomalies in the record, in quarantine if the policy says so, and the figures to store.
+class Anomalies:
+    """The examiner that compares an adapter with the others of its base, and with the base's weights."""
 
-    There are no figures if the policy is "off" for every kind, or if the content is stored under the name already. Raises
-    AdapterSuspicious if the policy refuses an anomaly, AdapterUnsupported for an unknown policy.
-    """
-    chosen, record = checked_policy(policy), prepared.record
-    with catalogue.reading() as connection:
-        existing = rows.find(connection, record.name)
-    if set(chosen.values()) == {"off"} or (existing is not None and existing.record.hash == record.hash):
-        return replace(prepared, figures=None)
-    figures = prepared.figures or figures_of(prepared.read(blobs), record.base_model)
-    with catalogue.reading() as connection:
-        anomalies = against_pool(figures, reference(connection, figures, record.hash))
-        near = [row for name in alike(connection, figures, record.name) if (row := _undamaged(connection, name))]
-    anomalies += _duplicates(blobs, prepared, near)
-    anomalies += against_model(prepared.read(blobs), model) if model is not None else []
-    anomalies = [anomaly for anomaly in anomalies if chosen[anomaly.kind] != "off"]
-    refused = [anomaly for anomaly in anomalies if chosen[anomaly.kind] == "refuse"]
-    if refused:
-        raise AdapterSuspicious(
-            f"adding adapter {record.name!r}: {'; '.join(f'{anomaly.kind}: {anomaly.detail}' for anomaly in refused)}; if "
-            'it is what you want, add it with anomalies="report" or "quarantine"'
-        )
-    for anomaly in anomalies:
-        _logger.info("adapter %r: %s: %s", record.name, anomaly.kind, anomaly.detail)
-    quarantined = any(chosen[anomaly.kind] == "quarantine" for anomaly in anomalies)
-    record = replace(record, anomalies=tuple(anomalies), quarantined=quarantined)
-    return replace(prepared, record=record, figures=figures)
+    @staticmethod
+    def measure(prepared: Prepared, blobs: BlobStore) -> Prepared:
+        """Return the adapter with the figures to compare and to store; no other adapter is looked at."""
+        return replace(prepared, figures=figures_of(prepared.read(blobs), prepared.record.base_model))
+
+    @staticmethod
+    def examine(
+        catalogue: CatalogueStore,
+        blobs: BlobStore,
+        prepared: Prepared,
+        policies: Mapping[str, str],
+        model: nn.Module | None = None,
+    ) -> Prepared:
+        """Return the adapter with its anomalies in the record, in quarantine if a policy says so, and the figures to store.
+
+        Raises AdapterSuspicious if the policy of an anomaly's kind refuses it.
+        """
+        if prepared.figures is None:
+            prepared = Anomalies.measure(prepared, blobs)
+        figures, record = prepared.figures, prepared.record
+        with catalogue.reading() as connection:
+            anomalies = against_pool(figures, reference(connection, figures, record.hash))
+            near = [row for name in alike(connection, figures, record.name) if (row := _undamaged(connection, name))]
+        anomalies += _duplicates(blobs, prepared, near)
+        anomalies += against_model(prepared.read(blobs), model) if model is not None else []
+        anomalies = [anomaly for anomaly in anomalies if policies[anomaly.kind] != "off"]
+        refused = [anomaly for anomaly in anomalies if policies[anomaly.kind] == "refuse"]
+        if refused:
+            reasons = "; ".join(f"{anomaly.kind}: {anomaly.detail}" for anomaly in refused)
+            raise AdapterSuspicious(
+                f"adding adapter {record.name!r}: {reasons}; if it is what you want, add it with "
+                'anomalies="report" or "quarantine"'
+            )
+        for anomaly in anomalies:
+            _logger.info("adapter %r: %s: %s", record.name, anomaly.kind, anomaly.detail)
+        quarantined = any(policies[anomaly.kind] == "quarantine" for anomaly in anomalies)
+        return replace(prepared, record=replace(record, anomalies=tuple(anomalies), quarantined=quarantined))
 
 
 def _undamaged(connection: Connection, name: str) -> rows.Row | None:

@@ -16,6 +16,7 @@ from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+import loraweave.registry as registry
 from loraweave.common.display import progress_bar, tracked
 from loraweave.common.names import checked_name, now
 from loraweave.common.rows import GivenRows
@@ -24,7 +25,6 @@ from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.export import module_names
 from loraweave.hub.formats._contents import require_numbers
-from loraweave.hub.intake.anomalies import checked_policy, examine
 from loraweave.hub.sources import Repository, name_of, without_secrets
 from loraweave.hub.stores.blobs import content_hash, take_apart
 from loraweave.hub.stores.folder_blobs import with_files
@@ -39,9 +39,7 @@ from loraweave.hub.tables.fields import (
     checked_text,
     split_pairs,
 )
-from loraweave.hub.tables.figures import figures_of
 from loraweave.lowrank import algebra
-from loraweave.registry import brought
 from loraweave.types import Factors, Record, Source
 
 if TYPE_CHECKING:
@@ -54,6 +52,9 @@ MAX_BATCH_BYTES = 2**28
 PIECE = 32
 
 Read = Prepared | LoraweaveError
+
+KINDS = ("norm", "layer_norm", "spectrum", "layer_spectra", "base_norm", "duplicate")
+POLICIES = ("off", "report", "quarantine", "refuse")
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ class Added:
 
 
 def add_many(
-    catalogue: CatalogueStore,
-    blobs: BlobStore,
+    hub: CompositionShelf,
     sources: Iterable[str | Path | Adapter | Repository | Addition],
     *,
     stored_as: str,
@@ -94,9 +94,9 @@ def add_many(
     anomalies: str | Mapping[str, str],
     progress: bool,
     n_jobs: int | None,
-    by_worker: Callable[..., list[Read]],
 ) -> Added:
-    """Add all sources, batch by batch; see `Hub.add_many`. `by_worker` is `read_piece` for the hub that a worker opens."""
+    """Add all sources, batch by batch; see `Hub.add_many`."""
+    catalogue, blobs = hub._catalogue, hub._blobs
     records: list[Record] = []
     refused: list[tuple[str, LoraweaveError]] = []
     waiting: list[Prepared] = []
@@ -113,10 +113,10 @@ def add_many(
                 left_out.append(prepared)
         waiting.clear()
 
-    reading = {"stored_as": stored_as, "allow_pickle": allow_pickle}
+    reading: dict[str, Any] = {"stored_as": stored_as, "allow_pickle": allow_pickle}
     if _is_spread(sources, n_jobs):
-        figures = set(checked_policy(anomalies).values()) != {"off"}
-        outcomes = _from_workers(sources, partial(by_worker, figures=figures, **reading), n_jobs, progress)
+        measured = set(checked_policy(anomalies).values()) != {"off"}
+        outcomes = _from_workers(sources, partial(read_piece, hub, measured=measured, **reading), n_jobs, progress)
     else:
         items = tracked(sources, "adding adapters", total=length_hint(sources) or None, shown=progress)
         outcomes = ((addition, _try_to_read(addition, **reading)) for addition in map(_addition, items))
@@ -141,20 +141,14 @@ def add_many(
 
 
 def read_piece(
-    catalogue: CatalogueStore,
-    blobs: BlobStore,
-    additions: Sequence[Addition],
-    *,
-    stored_as: str,
-    allow_pickle: bool,
-    figures: bool,
+    hub: CompositionShelf, additions: Sequence[Addition], *, stored_as: str, allow_pickle: bool, measured: bool
 ) -> list[Read]:
     """Return the prepared adapter or the error of each source, after writing their content, without rows, to the store."""
     done: list[Read] = []
     held: dict[int, Prepared] = {}
 
     def put_away() -> None:
-        stored = store_content(catalogue, blobs, list(held.values()), stored_as=stored_as) if held else []
+        stored = store_content(hub._catalogue, hub._blobs, list(held.values()), stored_as=stored_as) if held else []
         for place, prepared in zip(held, stored, strict=True):
             done[place] = prepared
         held.clear()
@@ -162,8 +156,8 @@ def read_piece(
     for addition in additions:
         prepared = _try_to_read(addition, stored_as=stored_as, allow_pickle=allow_pickle)
         if isinstance(prepared, Prepared):
-            if figures:
-                prepared = replace(prepared, figures=figures_of(prepared.read(blobs), prepared.record.base_model))
+            for examiner in _examiners() if measured else ():
+                prepared = examiner.measure(prepared, hub._blobs)
             held[len(done)] = prepared
         done.append(prepared)
         if sum(prepared.num_bytes for prepared in held.values()) >= MAX_BATCH_BYTES:
@@ -304,9 +298,47 @@ def _source(card: Mapping[str, Any], place: str | None) -> Source | None:
     return None if place is None else Source(without_secrets(place))
 
 
+def checked_policy(policy: str | Mapping[str, str]) -> dict[str, str]:
+    """Return the policy of each kind: one for all, or some by kind, the others "report". Raises AdapterUnsupported."""
+    policies = dict.fromkeys(KINDS, policy) if isinstance(policy, str) else {**dict.fromkeys(KINDS, "report"), **policy}
+    for kind, chosen in policies.items():
+        if kind not in KINDS or chosen not in POLICIES:
+            raise AdapterUnsupported(
+                f"anomalies={policy!r} is not a policy; give one of {', '.join(POLICIES)}, or a mapping to them from "
+                f"{', '.join(KINDS)}"
+            )
+    return policies
+
+
+def examine(
+    catalogue: CatalogueStore, blobs: BlobStore, prepared: Prepared, policy: str | Mapping[str, str], model: Any = None
+) -> Prepared:
+    """Return the adapter as examiners leave it: with its anomalies, in quarantine if the policy says so.
+
+    It has no figures if the policy is "off" for every kind, or if the content is stored under the name already. Raises
+    AdapterSuspicious if the policy refuses an anomaly, AdapterUnsupported for an unknown policy, and for one that needs an
+    examiner if there is none.
+    """
+    policies = checked_policy(policy)
+    if set(policies.values()) - {"off", "report"} and not _examiners():
+        raise AdapterUnsupported(f"anomalies={policy!r}: nothing installed here looks for anomalies (docs/anomalies.md)")
+    with catalogue.reading() as connection:
+        existing = rows.find(connection, prepared.record.name)
+    if set(policies.values()) == {"off"} or (existing is not None and existing.record.hash == prepared.record.hash):
+        return replace(prepared, figures=None)
+    for examiner in _examiners():
+        prepared = examiner.examine(catalogue, blobs, prepared, policies, model)
+    return prepared
+
+
+def _examiners() -> list[Any]:
+    """Return the entries of the registry `examiners`, which have `measure` and `examine`."""
+    return [registry.get("examiners", name) for name in registry.names("examiners")]
+
+
 def layouts() -> list[Any]:
     """Return the modules that know layouts of routers."""
-    return [import_module(module) for module in brought("router_files").values()]
+    return [import_module(module) for module in registry.brought("router_files").values()]
 
 
 def layout_of(folder: Path) -> Any | None:

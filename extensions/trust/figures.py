@@ -18,10 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.stores.protocols import Connection
-from loraweave.lowrank import algebra
-from loraweave.types import Factors
+from loraweave import Adapter, Factors
+from loraweave.extend import Connection, algebra
 
 Array = NDArray[Any]
 
@@ -32,6 +30,19 @@ _FOLD = 4096
 _STACK = 2**22
 # the share of the largest singular value is 1 for rank 1, where its logit would be infinite
 _NEARLY_ALL = 1 - 1e-6
+
+# The figures of a hub's adapters are rows, so that a new one is compared with a sample of its kin and its near-duplicates at
+# once. The sample has the smallest content hashes: random, independent of the order of addition, and found by an index.
+# Near-duplicates share at least one of eight pieces of their sketches' codes, each of which is indexed. Neither look-up
+# takes longer as the hub grows.
+NUM_REFERENCE = 256
+NUM_PIECES = 8
+MAX_LOOKED_AT = 256
+# bits that differ between adapters with cosine 0.99 are 4.5 % of all, give or take 1.8 %
+MAX_DISTANCE = 16
+
+_PIECE_BYTES = CODE_BITS // 8 // NUM_PIECES
+_PIECES = tuple(f"piece_{number}" for number in range(NUM_PIECES))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +59,17 @@ class Figures:
     log_norm_L: Array
     dominance_L: Array
     code: bytes
+
+    def store(self, connection: Connection, name: str, content_hash: str) -> None:
+        """Store or replace the figures of the adapter of that name."""
+        (seq,) = connection.execute("SELECT seq FROM adapters WHERE name = ?", (name,)).fetchone()
+        values = np.stack([self.log_norm_L, self.dominance_L]).astype("<f4").tobytes()
+        connection.execute("DELETE FROM figures WHERE seq = ?", (seq,))
+        connection.execute(
+            f"INSERT INTO figures (seq, kin, hash, numbers, code, {', '.join(_PIECES)}) "
+            f"VALUES (?, ?, ?, ?, ?, {', '.join('?' * NUM_PIECES)})",
+            (seq, self.kin, content_hash, values, self.code, *_keys(self)),
+        )
 
 
 def figures_of(adapter: Adapter, base_model: str) -> Figures:
@@ -148,32 +170,6 @@ def _projection(side: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _signs(size: int, side: int) -> Array:
     return np.random.Generator(np.random.Philox(key=2 + side)).integers(0, 2, size).astype(np.float32) * 2 - 1
-
-
-# The figures of a hub's adapters are rows, so that a new one is compared with a sample of its kin and its near-duplicates at
-# once. The sample has the smallest content hashes: random, independent of the order of addition, and found by an index.
-# Near-duplicates share at least one of eight pieces of their sketches' codes, each of which is indexed. Neither look-up
-# takes longer as the hub grows.
-NUM_REFERENCE = 256
-NUM_PIECES = 8
-MAX_LOOKED_AT = 256
-# bits that differ between adapters with cosine 0.99 are 4.5 % of all, give or take 1.8 %
-MAX_DISTANCE = 16
-
-_PIECE_BYTES = CODE_BITS // 8 // NUM_PIECES
-_PIECES = tuple(f"piece_{number}" for number in range(NUM_PIECES))
-
-
-def store_figures(connection: Connection, name: str, content_hash: str, figures: Figures) -> None:
-    """Store or replace the figures of the adapter of that name."""
-    (seq,) = connection.execute("SELECT seq FROM adapters WHERE name = ?", (name,)).fetchone()
-    values = np.stack([figures.log_norm_L, figures.dominance_L]).astype("<f4").tobytes()
-    connection.execute("DELETE FROM figures WHERE seq = ?", (seq,))
-    connection.execute(
-        f"INSERT INTO figures (seq, kin, hash, numbers, code, {', '.join(_PIECES)}) "
-        f"VALUES (?, ?, ?, ?, ?, {', '.join('?' * NUM_PIECES)})",
-        (seq, figures.kin, content_hash, values, figures.code, *_keys(figures)),
-    )
 
 
 def reference(connection: Connection, figures: Figures, content_hash: str) -> list[tuple[Array, Array]]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from loraweave.extensions.trust.figures import CODE_BITS, figures_of, hamming
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.tables.figures import CODE_BITS, figures_of, hamming
 from loraweave.types import Factors
 
 SHAPES = {"a": (7, 5, 3), "b": (9, 4, 2), "c": (5, 6, 3), "d": (3, 3, 1)}

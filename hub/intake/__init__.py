@@ -1,1 +1,0 @@
-"""The intake of adapters and mixtures: the checks before one is stored."""
