@@ -73,7 +73,6 @@ _MODULES = {
     ),
     "composer.fused.fused": "Fused",
     "composer.fused.overwritten": "LayerLoss WeightWriter",
-    "composer.live.experts": "watched",
     "composer.live.hook": "Activate LiveHook LiveModel MixedLayer Resolve Traced",
     "composer.live.kernels._parts": (
         "AddsInPlace Cost Kernel Lend Part RowKernel RowSets TokenWorkload Workload compiled_threads group_by_mixture "

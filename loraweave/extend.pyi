@@ -134,7 +134,6 @@ from loraweave.composer.formula.nodes import leaves as leaves
 from loraweave.composer.fused.fused import Fused as Fused
 from loraweave.composer.fused.overwritten import LayerLoss as LayerLoss
 from loraweave.composer.fused.overwritten import WeightWriter as WeightWriter
-from loraweave.composer.live.experts import watched as watched
 from loraweave.composer.live.hook import Activate as Activate
 from loraweave.composer.live.hook import LiveHook as LiveHook
 from loraweave.composer.live.hook import LiveModel as LiveModel

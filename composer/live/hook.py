@@ -3,6 +3,7 @@
     a mixture by row   on `devices`: prepare -> kernel for each layer .. release           else kernels of the registry
     torch.compile      traced: a function that the graph of a layer has                      else mixed outside the graph
     a model of parts   calls, install: a mixture for each call of a part                     else one mixture for all calls
+    fused experts      runs_experts, take_experts: their module runs with the updates        else they are only written to
     a server           bytes_beside: what counts of its memory                               else nothing
 
 A hook is an entry of the registry `hooks`; a Composer makes one of each for itself and its pool.
@@ -10,7 +11,7 @@ A hook is an entry of the registry `hooks`; a Composer makes one of each for its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, ClassVar, Protocol
@@ -72,6 +73,10 @@ class LiveModel(Protocol):
         """Let calls of a part of the model begin and end like the model's own, until the handles are removed."""
         ...
 
+    def guards(self, name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]) -> Iterator[Handle]:
+        """Keep copies of both clean, and raise CompositionError if the owner runs without the module's `expected` call."""
+        ...
+
 
 class LiveHook:
     """A hook into the live mixtures of one Composer and pool, made with them; any thread may call it.
@@ -121,6 +126,15 @@ class LiveHook:
 
     def install(self, live: LiveModel) -> Iterable[Handle]:
         """Put into the model what its activations need; yield a handle for each change when it has been made."""
+        return ()
+
+    @classmethod
+    def runs_experts(cls, module: nn.Module) -> bool:
+        """Return whether the hook lets a module run that has the weights of all its experts in one parameter."""
+        return False
+
+    def take_experts(self, live: LiveModel, module: nn.Module, layers: Sequence[TargetLayer]) -> Iterable[Handle]:
+        """Let such a module add the updates of these experts of it; yield a handle for each change that has been made."""
         return ()
 
     def forget(self, expert: str) -> None:

@@ -36,7 +36,6 @@ from torch import Tensor, nn
 
 from loraweave.common.process import holding, lock_of
 from loraweave.composer.live.call import CALL, NO_CALL, ROUTED, CallRouter, Entry, Exit
-from loraweave.composer.live.experts import ExpertsForward
 from loraweave.composer.live.hook import LiveHook, MixedLayer, mix_outside, traced_by
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
@@ -352,21 +351,17 @@ class LiveLayers:
             # a bound method: of any other object torch.compile would look at the identity
             layer.module.forward = forward.run
             if layer.owner is not None:
-                self._clean_copies(layer.owner)
-                self._handles += watch(layer.name, layer.module, layer.owner, partial(self._reaches, layer.name))
+                self._handles.extend(self.guards(layer.name, layer.module, layer.owner, partial(self._reaches, layer.name)))
         for module, group in fused.items():
-            self._take_over_experts(module, group)
+            for hook in self.hooks:
+                if hook.runs_experts(module):
+                    self._handles.extend(hook.take_experts(self, module, group))
 
-    def _take_over_experts(self, module: nn.Module, layers: list[TargetLayer]) -> None:
-        known = (handle for handle in self._handles if isinstance(handle, ExpertsForward) and handle.module is module)
-        if (forward := next(known, None)) is None:
-            forward = ExpertsForward(module, self.current)
-            self._handles.append(forward)
-            self._clean_copies(module)
-            owner = self.model.get_submodule(layers[0].path.rpartition(".")[0])
-            self._clean_copies(owner)
-            self._handles += watch(layers[0].path, module, owner, lambda: forward.mixing() is not None)
-        forward.add(layers)
+    def guards(self, name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]) -> Iterator[Handle]:
+        """Keep copies of both clean, and raise CompositionError if the owner runs without the module's `expected` call."""
+        self._clean_copies(module)
+        self._clean_copies(owner)
+        yield from watch(name, module, owner, expected)
 
     def _reaches(self, layer: str) -> bool:
         activation = self.current()

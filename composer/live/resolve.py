@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from loraweave.common.names import near_misses, unknown_expert
-from loraweave.composer.live.experts import computes_as_known
+from loraweave.composer.live.hook import hook_kinds
 from loraweave.composer.model.layers import TargetLayer, use_of
 from loraweave.errors import InvalidLicense, LayerMismatch, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
@@ -180,7 +180,7 @@ class LiveLimits:
         self._never_called: dict[str, str] = {}
         self._out_of_order: dict[str, str] = {}
         # the layers that are experts of fused parameters
-        self._experts: set[str] = set()
+        self._experts: dict[str, None] = {}
 
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
         """Add the limits of these layers."""
@@ -188,8 +188,8 @@ class LiveLimits:
         of_tokens = _token_embeddings(self._model) if embeddings else None
         for name, layer in layers.items():
             if layer.number is not None:
-                self._experts.add(name)
-                if not computes_as_known(layer.module):
+                self._experts[name] = None
+                if not any(kind.runs_experts(layer.module) for kind in hook_kinds()):
                     self._never_called[name] = (
                         f"one of the experts of a {type(layer.module).__name__}, whose forward is its own"
                     )

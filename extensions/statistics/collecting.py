@@ -24,6 +24,7 @@ from loraweave.extend import (
     algebra,
     check_options,
     expert_matrix,
+    get,
     linear,
     multiplies_columns,
     one_or_many,
@@ -33,7 +34,6 @@ from loraweave.extend import (
     tied_parameters,
     tracked,
     untouched,
-    watched,
 )
 from loraweave.extensions.statistics.saved import LayerStatistics, Statistics
 
@@ -226,7 +226,7 @@ def recording(recorders: Mapping[str, Recorder]) -> Iterator[None]:
             if isinstance(recorder, ExpertRecorder):
                 experts.setdefault(recorder.module, {})[recorder.place] = recorder
         for module, by_place in experts.items():
-            stack.enter_context(watched(module, partial(_show, by_place)))
+            stack.enter_context(get("hooks", "expert_matrices").watched(module, partial(_show, by_place)))
         yield
 
 

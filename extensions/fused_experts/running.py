@@ -19,9 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.live.standing_in import StandIn, give_back
-from loraweave.composer.model.layers import TargetLayer, is_floating, multiplies_columns
-from loraweave.errors import LayerMismatch
+from loraweave import LayerMismatch
+from loraweave.extend import LiveModel, StandIn, TargetLayer, give_back, is_floating, multiplies_columns
 
 # the update of a parameter's expert at tokens: x_NI and their numbers -> update_NO; None where there is nothing to add
 Update = Callable[[str, int, Tensor, Tensor], Tensor | None]
@@ -39,12 +38,12 @@ class Reached(NamedTuple):
 
 
 class ExpertsForward(StandIn):
-    """A stand-in for the `forward` of a module of experts while an activation, which `mixing` returns, is open."""
+    """A stand-in for the `forward` of a module of experts while an activation of `live` is open."""
 
-    def __init__(self, module: nn.Module, mixing: Callable[[], Any]) -> None:
+    def __init__(self, module: nn.Module, live: LiveModel | None = None) -> None:
         self.module = module
+        self.live = live
         self.see: See | None = None
-        self._mixing: Callable[[], Any] | None = mixing
         self._layers: dict[tuple[str, int | None], TargetLayer] = {}
         self._own = vars(module).get("forward")
         self._forward = module.forward
@@ -82,7 +81,7 @@ class ExpertsForward(StandIn):
 
     def mixing(self) -> Any:
         """Return the running call's activation if its mixture updates some of the experts, else None."""
-        activation = None if self._mixing is None else self._mixing()
+        activation = None if self.live is None else self.live.current()
         if activation is None:
             return None
         reaches, lease = activation.plan.reaches, activation.lease
@@ -91,7 +90,7 @@ class ExpertsForward(StandIn):
     def remove(self) -> None:
         """Give the module its own forward back; if another object stands in for this by now, it stays, and calls this."""
         if not give_back(self.module, "forward", self._own, self):
-            self._mixing = None
+            self.live = None
 
 
 @contextmanager
@@ -100,7 +99,7 @@ def watched(module: nn.Module, see: See) -> Iterator[None]:
     if not computes_as_known(module):
         raise LayerMismatch(f"a {type(module).__name__} computes with its experts otherwise than those that can be watched")
     running = getattr(module.forward, "__self__", None)
-    standing = running if isinstance(running, ExpertsForward) else ExpertsForward(module, lambda: None)
+    standing = running if isinstance(running, ExpertsForward) else ExpertsForward(module)
     standing.see = see
     try:
         yield

@@ -1,0 +1,16 @@
+"""How do adapters of fused experts count live, row by row? By experts that run one after the other, with their updates.
+
+Nothing has to be called: a Composer lets a module that has the weights of all experts in one parameter run one by one while
+a mixture updates some of them. `watched` shows every product of an expert. It costs the model's own kernel for experts.
+"""
+
+from typing import TYPE_CHECKING
+
+from loraweave.extend import lazy
+
+if TYPE_CHECKING:
+    from loraweave.extensions.fused_experts.running import watched
+else:
+    __getattr__ = lazy(__name__, {f"{__name__}.running": "watched"})
+
+__all__ = ["watched"]

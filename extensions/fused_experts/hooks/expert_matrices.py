@@ -1,0 +1,32 @@
+"""Live mixtures of a module that has the weights of its experts in parameters of three axes: it runs expert by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from loraweave.extend import Handle, LiveHook, LiveModel, TargetLayer
+from loraweave.extensions.fused_experts.running import ExpertsForward, computes_as_known, watched
+
+
+class ExpertMatrices(LiveHook):
+    """The hook that stands in for the forward of such modules; `watched` shows their products."""
+
+    watched = staticmethod(watched)
+
+    @classmethod
+    def runs_experts(cls, module: nn.Module) -> bool:
+        """Return whether the module computes as one of those that are known."""
+        return computes_as_known(module)
+
+    def take_experts(self, live: LiveModel, module: nn.Module, layers: Sequence[TargetLayer]) -> Iterator[Handle]:
+        """Let the module's forward add the updates of these experts; yield the changes."""
+        running = getattr(module.forward, "__self__", None)
+        if not isinstance(running, ExpertsForward) or running.live is not live:
+            running = ExpertsForward(module, live)
+            yield running
+            path, forward = layers[0].path, running
+            owner = live.model.get_submodule(path.rpartition(".")[0])
+            yield from live.guards(path, module, owner, lambda: forward.mixing() is not None)
+        running.add(layers)
