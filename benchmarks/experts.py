@@ -38,7 +38,7 @@ from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.make import put_expert
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
-from loraweave.composer.train.learner import call_labelled
+from loraweave.extensions.expert_training.feeds import call_labelled
 from loraweave.extensions.recipes import federated_average, fit_clusters, with_options
 
 TASKS = "past_tense,antonym,addition,pick_animal_5"

@@ -58,8 +58,9 @@ _MODULES = {
     "composer.experts.forms._form": "Args Seen Weigh fitting",
     "composer.experts.forms.sum_of_experts": "SumOfExperts",
     "composer.experts.make": "has_expert layers_with put_expert",
-    "composer.experts.parts": "is_named layer_sites numbered_blocks require_all_named shapes_of",
+    "composer.experts.parts": "is_named layer_sites numbered_blocks predicts_tokens require_all_named shapes_of",
     "composer.experts.running": "Running",
+    "composer.experts.saving": "remember_start start_digest training_identity",
     "composer.experts.together": "ExpertJob",
     "routers.recipes._gate": "Call Gate UNKNOWN Weighing draw_linear",
     "routers.recipes._recipe": (
@@ -84,8 +85,8 @@ _MODULES = {
     "composer.live.residents": "Lease",
     "composer.live.standing_in": "Handle StandIn claimed give_back",
     "composer.model.batches": (
-        "EncodedRow IGNORED TargetBatch batch context_length encode end_tokens last_logits mean_losses pad_id "
-        "pad_rows takes target_logits token_losses untouched with_positions"
+        "EncodedRow IGNORED NO_TOKENIZER TargetBatch batch context_length encode end_tokens last_logits mean_losses "
+        "pad_apart pad_id pad_rows takes target_logits token_losses untouched with_positions"
     ),
     "composer.model.generate": "Asked encode_texts generation_call read_prompt",
     "composer.model.gradient_tap": "GradientTap",
@@ -106,11 +107,11 @@ _MODULES = {
     "common.randomness": "caller_randomness seeded with_seed",
     "composer.train.adapters": "require_plain require_startable target_layers train_further training_rows",
     "composer.train.jobs": "JobKind LoraJob LoraJobs LowRank SharedPass TrainingJob given_factors job_losses new_factors",
-    "composer.train.learner": "Feed",
-    "composer.train.rows": "MAX_PACKED Texts can_be_packed",
-    "composer.train.settings": "LoraSettings read_tasks",
+    "composer.train.progress": "Contexts TrainingProgress checkpointed_blocks",
+    "composer.train.rows": "MAX_PACKED Owners RowReader Texts TrainingRow can_be_packed owners_of",
+    "composer.train.settings": "LoraSettings Stream TrainingSettings read_tasks",
     "composer.train.shared": "StepMemory",
-    "composer.train.state": "JobSize load_adapter save_adapter",
+    "composer.train.state": "JobSize KeptState load_adapter save_adapter",
     # hubs
     "hub": "compositions",
     "hub.adapter": "cosine",

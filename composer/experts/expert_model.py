@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import loraweave.registry as registry
 from loraweave.common.process import holding
 from loraweave.composer.experts.forms._form import Form, Weigh
-from loraweave.composer.experts.parts import READER, Parts, Starts, make_parts, shapes_of
+from loraweave.composer.experts.parts import READER, ExpertParts, Parts, Starts, key_of, make_parts, shapes_of
 from loraweave.composer.experts.running import RUNNING, Hook, LikeBase, Running, require_same_call, same_call
 from loraweave.composer.experts.saving import (
     as_adapter,
@@ -29,10 +30,8 @@ from loraweave.composer.experts.saving import (
 from loraweave.composer.live.call import arguments_of
 from loraweave.composer.live.kernels._parts import own_precision
 from loraweave.composer.model.batches import IGNORED, tensors_in
-from loraweave.composer.train.experts import fit
-from loraweave.composer.train.learner import ExpertLearner, key_of
 from loraweave.composer.train.rows import places_of
-from loraweave.errors import CompositionError, ScopeError, TrainingError, WeightingError
+from loraweave.errors import CompositionError, PackageMissing, ScopeError, TrainingError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_id
 from loraweave.hub.formats._card import README, shared_card
@@ -43,7 +42,7 @@ from loraweave.routers.tokens._call import prompted, with_tokenizer
 from loraweave.routers.tokens._learned import Step, TrainingReport
 
 
-class ExpertModel(LikeBase, ExpertLearner):
+class ExpertModel(LikeBase, ExpertParts):
     """An expert model: a recipe's experts and gates, live in calls of this model, on a base that itself answers as before.
 
     It is called and generates like the base, in transformers' pipelines and Trainers too; it has the base's attributes, and
@@ -225,16 +224,19 @@ class ExpertModel(LikeBase, ExpertLearner):
         "instruction" and "task" where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the
         targets, with the recipe's terms. Rows of other models than language models, as of images, are their inputs by name,
         one example each, whose loss is the base's own for "labels", or the setting `loss`. Parameters of the base that were
-        unfrozen by hand learn, too. A recipe without tasks takes the dataset's names. `settings` are those of
-        `composer/train/settings.py`; docs/experts.md explains them. Afterwards there is a `training_report`.
+        unfrozen by hand learn, too. A recipe without tasks takes the dataset's names. docs/experts.md explains `settings`.
+        Afterwards there is a `training_report`.
 
         Raises InvalidTask for rows that cannot be used, UnknownName for unknown tasks, TrainingError for
         settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the model
-        then has the last good parameters.
+        then has the last good parameters. Raises PackageMissing where no extension trains experts.
         """
         self.require_trainable()
-        fit(self, dataset, self.tokenizer if tokenizer is None else tokenizer, settings, same_call=same_call)
-        return self
+        for module in registry.brought("trainer").values():
+            trainer, texts = import_module(module), self.tokenizer if tokenizer is None else tokenizer
+            trainer.fit(self, dataset, texts, settings, same_call=same_call)
+            return self
+        raise PackageMissing("none of the extensions at hand trains expert models by fit(): train_experts() does")
 
     def require_trainable(self) -> None:
         """Raise TrainingError for a closed model, and for one without trainable parameters."""

@@ -1,4 +1,4 @@
-"""The experts and gates of a recipe for the sites of a model, apart from the model."""
+"""The experts and gates of a recipe for the sites of a model, made apart from it and held beside it by name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from loraweave.common.randomness import seeded
 from loraweave.composer.experts.forms._form import place_like
 from loraweave.composer.experts.running import input_embeddings
 from loraweave.composer.model.kinds import LayerKind
-from loraweave.composer.train.learner import key_of
 from loraweave.errors import LayerMismatch, UnknownName
+from loraweave.routers.recipes._gate import Gate
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.tokens._model import block_of
 
@@ -28,6 +28,93 @@ Starts = Mapping[str, Sequence[Start | None]]
 READER = "reader"
 # what recipes are named now that had another name when they were saved
 RENAMED = {"pfedlora": "local_and_shared"}
+
+
+class ExpertParts(nn.Module):
+    """A base with the experts and gates of a recipe, by name: what is saved of an `ExpertModel`, and what learns.
+
+    The last call leaves `own_loss`, the base's loss of a call with labels, `terms`, the recipe's losses by name, and in
+    training mode `notes`, what the gates did. `interrupted` has digests of the parameters that an interrupted training left,
+    and began with; `report` is that of the last training.
+    """
+
+    base_model: nn.Module
+    recipe: Recipe
+    # the sites by their paths; experts and gates by keys
+    sites: dict[str, Site]
+    layers: nn.ModuleDict
+    gates: nn.ModuleDict
+    # of the first experts
+    names: tuple[str, ...]
+    own_loss: Tensor | None
+    terms: dict[str, Tensor]
+    notes: Any
+    report: Mapping[str, Any] | None
+    interrupted: tuple[str, str]
+
+    @property
+    def config(self) -> Any:
+        return self.base_model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base_model.parameters()).device
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that a row may belong to, in the order of the ids."""
+        return self.recipe.tasks
+
+    @property
+    def shapes(self) -> dict[str, ExpertShape]:
+        """The shapes of the experts of each site, by its path."""
+        return {name: layer.shape for name, layer in self.named_layers().items()}
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The names of the experts of the site that has most."""
+        most = max(shape.num_experts for shape in self.shapes.values())
+        return (*self.names, *map(str, range(len(self.names), most)))
+
+    def named_layers(self) -> dict[str, Any]:
+        """Return the experts of each site, by its path."""
+        return {name: self.layers[key_of(name)] for name in self.sites}
+
+    def expert_state(self) -> dict[str, Tensor]:
+        """Return the tensors of experts and gates, by name."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("base_model.")}
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of experts and gates, by name."""
+        return {name: value for name, value in self.named_parameters() if not name.startswith("base_model.")}
+
+    def learning(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that fit() trains, by name: experts, gates, and those of the base unfrozen by hand since."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def gate_of(self, site: Site) -> Gate | None:
+        """Return the gate that weighs the experts of a site; None for weights of 1."""
+        key = key_of(self.recipe.gate_key(site))
+        if key not in self.gates:
+            return None
+        return self.gates[key]  # type: ignore[return-value]
+
+    def moved(self) -> list[nn.Parameter]:
+        """Return the parameters that fit() moves without a gradient."""
+        gates = [gate for gate in self.gates.values() if isinstance(gate, Gate)]
+        return [parameter for part in (*gates, *self.layers.values()) for parameter in part.moved]  # type: ignore[union-attr]
+
+
+def key_of(path: str) -> str:
+    """Return a site's or gate's key, without dots: torch takes a dot in a name for a step down."""
+    return path.replace(".", "/")
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Return whether the model is a language model: it reads token ids, and its outputs are logits of tokens."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return False
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
 
 
 class Parts(NamedTuple):

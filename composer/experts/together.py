@@ -19,12 +19,12 @@ from loraweave.common.options import Count, Positive, Whole, check_options, opti
 from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.experts.parts import key_of, predicts_tokens
 from loraweave.composer.experts.running import Running
+from loraweave.composer.experts.saving import remember_start, start_digest, training_identity
 from loraweave.composer.model.batches import NO_TOKENIZER, EncodedRow, tensors_in, untouched
 from loraweave.composer.model.kinds import linear
-from loraweave.composer.train.experts import identity, remember_start, start_digest
 from loraweave.composer.train.jobs import TrainingJob
-from loraweave.composer.train.learner import key_of, predicts_tokens
 from loraweave.composer.train.rows import PLAIN, HeldOut, Judging, RowReader, TrainingRow, is_empty, owners_of
 from loraweave.composer.train.settings import WARMUP_STEPS, Pace, require_texts
 from loraweave.composer.train.shared import SharedTraining
@@ -203,7 +203,7 @@ class Together:
         model, held_out = self.models[name], self.held_out.get(name)
         learning = [path for path, parameter in model.expert_parameters().items() if parameter.requires_grad]
         judged = None if held_out is None else [list(map(_said, held_out.rows)), held_out.every, held_out.patience]
-        parts = [name, model.recipe.name, identity(model, learning), begun, asdict(self.pace)]
+        parts = [name, model.recipe.name, training_identity(model, learning), begun, asdict(self.pace)]
         content = json.dumps([*parts, list(map(_said, self.rows[name])), judged], sort_keys=True)
         return text_digest(content)[:32]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor
 
 from loraweave.common.checks import is_collection, is_list
 from loraweave.common.descent import warmed_cosine
@@ -17,8 +15,7 @@ from loraweave.common.options import Count, NonNegative, Positive, Range, Whole,
 from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.train.rows import Texts
-from loraweave.errors import InvalidTask, PackageMissing, TrainingError
-from loraweave.registry import brought
+from loraweave.errors import InvalidTask, TrainingError
 from loraweave.routers.weights import LARGEST
 from loraweave.types import Task
 
@@ -210,46 +207,3 @@ def require_texts(what: str, names: Iterable[Any]) -> None:
     """Raise TrainingError for names that are not texts."""
     if strange := [name for name in names if not isinstance(name, str)]:
         raise TrainingError(f"{what} {strange[0]!r} has no text for a name: name it by one")
-
-
-@dataclass(frozen=True)
-class ExpertSettings(TrainingSettings):
-    """The settings of a training of experts: `batch_size` counts the rows of all processes and passes of a step together.
-
-    The others are those of `TrainingSettings`. `callbacks` are transformers' `TrainerCallback`s; every hundredth of the
-    training they are told loss, entropy and the load of each expert in `on_log`.
-
-    `loss(output, columns)` is the mean loss of a pass, instead of the base's own: `columns` are those of its rows, stacked,
-    with the names of their tasks in "task". An extension reads such rows. A checkpoint belongs to one loss.
-    """
-
-    callbacks: Sequence[Any] = ()
-    loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
-
-    def _require_sense(self) -> None:
-        super()._require_sense()
-        callbacks = self.callbacks
-        if not is_list(callbacks) or not all(hasattr(callback, "on_step_end") for callback in callbacks):
-            raise TrainingError(f"callbacks is {callbacks!r:.80}; it must be a list of transformers' TrainerCallbacks")
-        if self.loss is not None and not callable(self.loss):
-            raise TrainingError(f"loss is {self.loss!r:.80}; it must be a function of the output and the rows' columns")
-
-    def products(self, device: torch.device) -> Any:
-        """Return a context that sets the precision of the model's products."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
-
-    def identity(self) -> dict[str, Any]:
-        settings = super().identity()
-        return settings if self.loss is None else {**settings, "loss": feed_module().loss_identity(self.loss)}
-
-    aside: ClassVar[tuple[str, ...]] = (*TrainingSettings.aside, "callbacks", "loss")
-
-
-def feed_module() -> Any:
-    """Return the module of an extension that reads rows of tensors: its `feed_of`, and the `loss_identity` of a loss.
-
-    Raises PackageMissing where no extension brings one.
-    """
-    for module in brought("feeds").values():
-        return import_module(module)
-    raise PackageMissing("rows of a model's inputs and a loss of your own need an extension that reads rows of tensors")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,28 +13,34 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
-from loraweave.common.display import progress_bar
-from loraweave.common.randomness import caller_randomness, seeded
-from loraweave.common.state import tensor_bytes
-from loraweave.composer.train.learner import ExpertLearner, ExpertSteps, Feed, TokenFeed, predicts_tokens
-from loraweave.composer.train.progress import Contexts, checkpointed_blocks
-from loraweave.composer.train.rows import owners_of
-from loraweave.composer.train.settings import ExpertSettings, Stream, feed_module
-from loraweave.composer.train.state import KeptState
-from loraweave.errors import TrainingError
-from loraweave.hub.base import fingerprint
-from loraweave.registry import brought
+from loraweave import TrainingError
+from loraweave.extend import (
+    Contexts,
+    ExpertModel,
+    KeptState,
+    Stream,
+    caller_randomness,
+    checkpointed_blocks,
+    owners_of,
+    progress_bar,
+    remember_start,
+    seeded,
+    start_digest,
+    training_identity,
+)
+from loraweave.extensions.expert_training.feeds import Feed, feed_of
+from loraweave.extensions.expert_training.steps import ExpertSettings, ExpertSteps
 
 
 def fit(
-    model: ExpertLearner, dataset: Any, tokenizer: Any, given: Mapping[str, Any], *, same_call: Callable[[], Contexts]
+    model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, Any], *, same_call: Callable[[], Contexts]
 ) -> None:
     """Train `model` on a dataset with these `ExpertSettings`, as `ExpertModel.fit` says.
 
     `same_call` returns the contexts in which a checkpointed block runs again.
     """
     settings, owners = ExpertSettings.of(model.recipe, given), owners_of(model.recipe)
-    feed = _feed_of(model, dataset, tokenizer, settings)
+    feed = feed_of(model, dataset, tokenizer, settings.loss, digests=settings.checkpoint is not None)
     rows, held = feed.read(dataset, owners), []
     if settings.evaluation is not None:
         held = feed.read(settings.evaluation, owners.closed(), "evaluation")
@@ -44,7 +48,7 @@ def fit(
     if tuple(owners.places) != before:
         model.take_tasks(tuple(owners.places))
     begun = "" if settings.checkpoint is None else start_digest(model)
-    kept = KeptState.of(model.recipe.name, [*identity(model, list(model.learning())), begun], settings, rows, held)
+    kept = KeptState.of(model.recipe.name, [*training_identity(model, list(model.learning())), begun], settings, rows, held)
     course = ExpertSteps(model, settings, rows, held, kept, feed)
     with ExitStack() as stack:
         stack.enter_context(caller_randomness())
@@ -66,19 +70,8 @@ def fit(
         course.finish()
 
 
-def _feed_of(model: ExpertLearner, dataset: Any, tokenizer: Any, settings: ExpertSettings) -> Feed:
-    """Return the way of the rows into the model: an extension's for rows of tensors, or else that of token ids."""
-    is_text = predicts_tokens(model.base_model)
-    if brought("feeds") or settings.loss is not None or not is_text:
-        kept = settings.checkpoint is not None
-        feed: Feed | None = feed_module().feed_of(model, dataset, settings.loss, is_text=is_text, digests=kept)
-        if feed is not None:
-            return feed
-    return TokenFeed(model, tokenizer)
-
-
 @contextmanager
-def _as_it_was(model: ExpertLearner) -> Iterator[None]:
+def _as_it_was(model: ExpertModel) -> Iterator[None]:
     """Restore the modes of the base's modules and its settings afterwards; leave the experts in evaluation mode."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -111,7 +104,7 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: ExpertLearner,
+        model: ExpertModel,
         settings: ExpertSettings,
         rows: Sequence[Any],
         feed: Feed,
@@ -220,7 +213,7 @@ class _RowsOfSteps(Dataset[Any]):
         return self._step[1][offset]
 
 
-def _arguments(model: ExpertLearner, settings: ExpertSettings, folder: str) -> TrainingArguments:
+def _arguments(model: ExpertModel, settings: ExpertSettings, folder: str) -> TrainingArguments:
     """Return the Trainer's arguments. Raises TrainingError for an indivisible batch and for another device."""
     accumulation = settings.gradient_accumulation or 1
     args = TrainingArguments(
@@ -265,33 +258,3 @@ def _scheduler(course: ExpertSteps, settings: ExpertSettings) -> torch.optim.lr_
     return torch.optim.lr_scheduler.LambdaLR(
         progress.optimizer, lambda step: settings.rate(step) / settings.highest_rate, last_epoch=progress.first - 1
     )
-
-
-def identity(model: ExpertLearner, learning: list[str]) -> list[Any]:
-    """Return the recipe's options, the shapes of its experts and the names that learn, as JSON."""
-    options = {name: repr(value) for name, value in model.recipe.options.items()}
-    if model.recipe.revision > 1:
-        options["revision"] = repr(model.recipe.revision)
-    return [options, {name: repr(shape) for name, shape in model.shapes.items()}, learning]
-
-
-def start_digest(model: ExpertLearner) -> str:
-    """Return the digest of the base and parameters that the training begins with, or began with before an interruption."""
-    now = _digest(model)
-    interrupted, began = model.interrupted
-    return began if interrupted == now else now
-
-
-@contextmanager
-def remember_start(model: ExpertLearner, began: str) -> Iterator[None]:
-    """Let the same call on the same model, if an exception interrupts this one, know what the training began with."""
-    try:
-        yield
-    except BaseException:
-        model.interrupted = (_digest(model), began)
-        raise
-
-
-def _digest(model: ExpertLearner) -> str:
-    base = json.dumps(fingerprint(model.base_model).to_json(), sort_keys=True)
-    return hashlib.sha256(base.encode() + tensor_bytes(model.expert_state())).hexdigest()

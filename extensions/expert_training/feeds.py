@@ -1,20 +1,37 @@
-"""Rows of tensors, as a base takes them: examples of expert models that are not language models."""
+"""The ways of rows into an expert model: as token ids and their targets, or as tensors by the names of its inputs."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from loraweave import InvalidTask, Task, TrainingError
-from loraweave.extend import ExpertModel, Feed, located, takes, tracked
-from loraweave.extensions.tensor_rows.losses import loss_identity as loss_identity
+from loraweave.extend import (
+    IGNORED,
+    NO_TOKENIZER,
+    ExpertModel,
+    Owners,
+    RowReader,
+    TrainingRow,
+    batch,
+    has_two_sequences,
+    located,
+    pad_apart,
+    predicts_tokens,
+    prompted,
+    takes,
+    tracked,
+)
 
 LABELS, IMAGES, EMBEDDINGS = "labels", "pixel_values", "inputs_embeds"
 FORMS = (
@@ -25,15 +42,16 @@ FORMS = (
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
 
 
-def feed_of(model: ExpertModel, dataset: Any, loss: Loss | None, *, is_text: bool, digests: bool) -> TensorFeed | None:
-    """Return the feed of a dataset whose rows are read as tensors; None for rows of token ids or texts.
+def feed_of(model: ExpertModel, dataset: Any, tokenizer: Any, loss: Loss | None, *, digests: bool) -> Feed:
+    """Return the feed of a dataset: of rows of token ids or texts, or of rows that are read as tensors.
 
-    Tensors are for a loss of the caller's own, for a model that is not a language model (`is_text`), and for a row that has
-    more than tokens, such as an image.
+    Tensors are for a loss of the caller's own, for a model that is not a language model, and for a row that has more than
+    tokens, such as an image.
     """
-    if loss is not None or not is_text or _has_more_than_tokens(dataset, model.base_model):
-        return TensorFeed(model, loss, counts_rows=loss is not None or not is_text, digests=digests)
-    return None
+    counts_rows = loss is not None or not predicts_tokens(model.base_model)
+    if counts_rows or _has_more_than_tokens(dataset, model.base_model):
+        return TensorFeed(model, loss, counts_rows=counts_rows, digests=digests)
+    return TokenFeed(model, tokenizer)
 
 
 def _has_more_than_tokens(dataset: Any, model: nn.Module) -> bool:
@@ -51,6 +69,109 @@ def _is_numbered(rows: Any) -> bool:
     if isinstance(rows, str) or hasattr(rows, "columns"):
         return False
     return hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+
+
+class Feed(ABC):
+    """The way of a training's rows through its model. With `counts_rows` each row counts alike in the loss of a step."""
+
+    counts_rows: bool
+
+    def __init__(self, model: ExpertModel) -> None:
+        self._model = model
+
+    @abstractmethod
+    def read(self, dataset: Any, owners: Owners, what: str = "dataset") -> Sequence[Any]:
+        """Return the rows of a dataset. Raises InvalidTask for data of another form, UnknownName for an unknown task."""
+
+    @abstractmethod
+    def inputs_of(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """Return the rows as one batch, with each one's place among the tasks in `task`."""
+
+    @abstractmethod
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        """Return the model's output for a batch, and its mean loss. Raises TrainingError where there is no loss."""
+
+    @abstractmethod
+    def size(self, inputs: Mapping[str, Any]) -> int:
+        """Return the batch's size in the report: tokens without padding, or rows."""
+
+    def count(self, inputs: Mapping[str, Any]) -> int:
+        """Return how much of the batch counts: target tokens, or rows."""
+        return len(inputs["task"]) if self.counts_rows else int((inputs[LABELS] != IGNORED).sum())
+
+    def labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return labels_BK of the last tokens, `IGNORED` where no loss is asked; None if labels are not of tokens."""
+        return None if self.counts_rows else inputs[LABELS]
+
+    def _own_loss(self, output: Any) -> tuple[Any, Tensor]:
+        """Return the output of a call with labels, and the base's own loss. Raises TrainingError where it has none."""
+        if self._model.own_loss is None:
+            raise TrainingError(
+                f"{type(self._model.base_model).__name__} gives no loss for labels, so there is nothing to learn: pass "
+                "loss=function(output, row's columns)"
+            )
+        return output, self._model.own_loss
+
+
+class TokenFeed(Feed):
+    """A feed of rows of token ids and their targets; the loss is that of the target tokens."""
+
+    counts_rows = False
+
+    def __init__(self, model: ExpertModel, tokenizer: Any) -> None:
+        super().__init__(model)
+        self._tokenizer = tokenizer
+        base = model.base_model
+        self._two_sequences = has_two_sequences(base)
+        head = getattr(base, "get_output_embeddings", lambda: None)()
+        # where the head has experts, it sees all tokens that the others see
+        whole = any(base.get_submodule(site) is head for site in model.sites)
+        self._labelled = partial(label_rows, base, NO_TOKENIZER if tokenizer is None else tokenizer, whole=whole)
+
+    def read(self, dataset: Any, owners: Owners, what: str = "dataset") -> list[TrainingRow]:
+        return RowReader(owners, self._model.base_model, self._tokenizer).read(dataset, what=what)
+
+    def inputs_of(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
+        return self._labelled(rows)
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        return self._own_loss(call_labelled(model, inputs, two_sequences=self._two_sequences))
+
+    def size(self, inputs: Mapping[str, Any]) -> int:
+        return int(inputs["attention_mask"].sum())
+
+
+def label_rows(base_model: Any, tokenizer: Any, rows: Sequence[TrainingRow], *, whole: bool) -> dict[str, Tensor]:
+    """Return the rows as inputs of the model, with their `labels`, and in `task` each one's place among the tasks.
+
+    The labels of a decoder are aligned with its last tokens, one before the longest target and those of it, where the model
+    can leave out the logits of the others; with `whole`, with all tokens.
+    """
+    made = batch(base_model, tokenizer, rows)
+    if base_model.config.is_encoder_decoder:
+        made = pad_apart(made)
+        labels = made.targets_BK
+    else:
+        length, width = made.inputs["input_ids"].shape[1], made.targets_BK.shape[1]
+        before = 1 if takes(base_model, "logits_to_keep") and not whole else length - width
+        labels = functional.pad(made.targets_BK, (before, 0), value=IGNORED)
+    return {**made.inputs, "labels": labels, "task": torch.tensor([row.expert for row in rows], device=labels.device)}
+
+
+def call_labelled(model: Any, inputs: Mapping[str, Tensor], *, two_sequences: bool) -> Any:
+    """Return the model's output for inputs of `label_rows`, whose prompts are what stands before the first label."""
+    inputs = dict(inputs)
+    task_B, labels = inputs.pop("task"), inputs["labels"]
+    # no row of a task is as if none were given
+    task = None if bool((task_B < 0).all()) else task_B
+    if two_sequences or labels.shape == inputs["input_ids"].shape:
+        return model(**inputs, task=task, use_cache=False)
+    mask_BT, width = inputs["attention_mask"], labels.shape[1]
+    prompt_BT = torch.cat([mask_BT[:, :-width], mask_BT[:, -width:] * ((labels != IGNORED).cumsum(dim=1) == 0)], dim=1)
+    length = mask_BT.shape[1]
+    keep = torch.arange(length - width, length, device=labels.device)
+    with prompted(inputs["input_ids"], prompt_BT):
+        return model(**inputs, logits_to_keep=keep, task=task, use_cache=False)
 
 
 @dataclass(frozen=True)
@@ -89,7 +210,7 @@ class TensorFeed(Feed):
         self._loss, self._digests, self.counts_rows = loss, digests, counts_rows
         self._taken = list(inspect.signature(model.base_model.forward).parameters)
 
-    def read(self, dataset: Any, owners: Any, what: str = "dataset") -> list[TensorRow]:
+    def read(self, dataset: Any, owners: Owners, what: str = "dataset") -> list[TensorRow]:
         """Return the rows of a dataset, all of one shape in each column.
 
         Raises InvalidTask for data of another form, UnknownName for an unknown task.

@@ -1,0 +1,20 @@
+"""How does a mixture of experts learn? By `fit` of an expert model, with transformers' Trainer, on texts, images or tensors.
+
+It adds `fit`: on rows of a language model, or of any base by the names of its inputs, with the base's own loss or `loss=`,
+which a checkpoint knows again by `loss_identity`. It needs accelerate, which Trainer asks for.
+"""
+
+from typing import TYPE_CHECKING
+
+from loraweave.extend import lazy
+
+if TYPE_CHECKING:
+    from loraweave.extensions.expert_training.feeds import feed_of
+    from loraweave.extensions.expert_training.losses import loss_identity
+    from loraweave.extensions.expert_training.steps import ExpertSettings
+    from loraweave.extensions.expert_training.trainer import fit
+else:
+    _MODULES = {"feeds": "feed_of", "losses": "loss_identity", "steps": "ExpertSettings", "trainer": "fit"}
+    __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
+
+__all__ = ["ExpertSettings", "feed_of", "fit", "loss_identity"]

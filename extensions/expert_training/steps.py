@@ -1,0 +1,211 @@
+"""The training of an expert model, step by step: its settings, the checks of its steps, and what is kept of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from loraweave import TrainingError
+from loraweave.extend import ExpertModel, KeptState, Recipe, Stream, TrainingProgress, TrainingSettings, is_list
+from loraweave.extensions.expert_training.feeds import Feed
+from loraweave.extensions.expert_training.losses import loss_identity
+
+# points of the training at which callbacks are told of it
+POINTS = 100
+
+
+@dataclass(frozen=True)
+class ExpertSettings(TrainingSettings):
+    """The settings of a training of experts: `batch_size` counts the rows of all processes and passes of a step together.
+
+    The others are those of `TrainingSettings`. `callbacks` are transformers' `TrainerCallback`s; every hundredth of the
+    training they are told loss, entropy and the load of each expert in `on_log`.
+
+    `loss(output, columns)` is the mean loss of a pass, instead of the base's own: `columns` are those of its rows, stacked,
+    with the names of their tasks in "task". A checkpoint knows it by its name, its code and what it is
+    bound to (`loss_identity`): with another loss, training starts from the beginning.
+    """
+
+    callbacks: Sequence[Any] = ()
+    loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
+
+    def _require_sense(self) -> None:
+        super()._require_sense()
+        callbacks = self.callbacks
+        if not is_list(callbacks) or not all(hasattr(callback, "on_step_end") for callback in callbacks):
+            raise TrainingError(f"callbacks is {callbacks!r:.80}; it must be a list of transformers' TrainerCallbacks")
+        if self.loss is not None and not callable(self.loss):
+            raise TrainingError(f"loss is {self.loss!r:.80}; it must be a function of the output and the rows' columns")
+
+    def products(self, device: torch.device) -> Any:
+        """Return a context that sets the precision of the model's products."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
+
+    def identity(self) -> dict[str, Any]:
+        settings = super().identity()
+        return settings if self.loss is None else {**settings, "loss": loss_identity(self.loss)}
+
+    aside: ClassVar[tuple[str, ...]] = (*TrainingSettings.aside, "callbacks", "loss")
+
+
+class ExpertSteps(TrainerCallback):  # type: ignore[misc]
+    """A watcher of a Trainer's steps, which checks them and keeps their results."""
+
+    def __init__(
+        self,
+        model: ExpertModel,
+        settings: ExpertSettings,
+        rows: Sequence[Any],
+        held: Sequence[Any],
+        kept: KeptState,
+        feed: Feed,
+    ) -> None:
+        self._model, self._settings, self._held, self._feed = model, settings, held, feed
+        named = model.learning()
+        learner = f"recipe {model.recipe.name!r}"
+        self.progress = TrainingProgress(
+            list(named.values()),
+            settings,
+            model.expert_names,
+            kept,
+            experts_of_layers=[range(shape.num_experts) for shape in model.shapes.values()],
+            taught={row.expert for row in rows},
+            learner=learner,
+            owner="model",
+            moved=model.moved(),
+        )
+        self._watchers = model.recipe.watchers(model, self.progress.report)
+        self._first_steps = FirstSteps(model.recipe, {} if self.progress.first else named, rows, settings)
+        self.num_passes = 0
+        self._totals: dict[str, Tensor] = {}
+
+    def begin(self, trainer: Trainer) -> None:
+        """Set the Trainer whose steps these are."""
+        self._trainer = trainer
+
+    def see(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
+        """Note one pass of the running step, with its share of the step's loss and terms."""
+        self.num_passes += 1
+        # terms of processes are averaged, losses of their tokens added up
+        parts = {"": loss.detach(), **{name: term.detach() / self._num_processes for name, term in terms.items()}}
+        for name, value in parts.items():
+            self._totals[name] = self._totals.get(name, 0.0) + value.double()
+        self.progress.watch.see(self._model.notes)
+        for watcher in self._watchers:
+            watcher.see(self._model.notes, self._feed.labels(inputs))
+        self.progress.report.tokens += self._feed.size(inputs)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.global_step:
+            self._evaluate(0)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Check the step: gradients are complete, and no parameter has changed."""
+        number = state.global_step + 1
+        totals = self._sum(torch.stack(list(self._totals.values()))).tolist()
+        values = dict(zip(self._totals, totals, strict=True))
+        self._totals, self.num_passes = {}, 0
+        self.progress.judge(number, values.pop(""), values)
+        if silent := self._first_steps.silent(number):
+            raise TrainingError(f"{self.progress.put_back()}; {silent}")
+        self.progress.good(number - 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        number = state.global_step
+        seen = ""
+        for watcher in self._watchers:
+            seen += watcher.end_step(self._sum)
+        self.progress.close(number, self._evaluate, mean=self._mean, seen=seen, saves=state.is_world_process_zero)
+        self._tell(number)
+        control.should_training_stop = control.should_training_stop or self.progress.stops
+
+    def finish(self) -> None:
+        """Leave the model with the best parameters and the report."""
+        self._model.report = self.progress.finish()
+
+    def _tell(self, number: int) -> None:
+        report = self.progress.report
+        if number % max(1, self._settings.steps // POINTS) == 0:
+            told = {"loss": report.losses[-1], **{f"term/{name}": values[-1] for name, values in report.terms.items()}}
+            if report.entropy:
+                told["entropy"] = report.entropy[-1]
+                told |= {"overflow": report.overflow[-1]} if report.overflow else {}
+                told |= {f"load/{name}": share for name, share in zip(report.experts, report.load[-1][1], strict=True)}
+            self._trainer.log(told)
+
+    @property
+    def _num_processes(self) -> int:
+        return int(self._trainer.accelerator.num_processes)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        reduced: Tensor = self._trainer.accelerator.reduce(values.to(self._model.device), reduction="sum")
+        return reduced
+
+    def _mean(self, seen: Tensor) -> Tensor:
+        if self._num_processes == 1:
+            return seen
+        reduced: Tensor = self._trainer.accelerator.reduce(seen.to(self._model.device), reduction="mean").cpu()
+        return reduced
+
+    @torch.no_grad()
+    def _evaluate(self, number: int) -> None:
+        """Note the mean loss over the rows held out, counted as the feed counts, with the model as it will be used."""
+        if not self._held:
+            return
+        trainer, model, size = self._trainer, self._model, self._settings.batch_size
+        training = model.training
+        model.eval()
+        ordered = sorted(self._held, key=len)
+        parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        sums = torch.zeros(2, dtype=torch.float64, device=model.device)
+        for part in parts[trainer.args.process_index :: trainer.args.world_size]:
+            inputs = self._feed.inputs_of(part)
+            with self._settings.products(model.device):
+                _, mean = self._feed.run(model, inputs)
+            count = self._feed.count(inputs)
+            sums += torch.stack([mean.double() * count, mean.new_tensor(count, dtype=torch.float64)])
+        model.train(training)
+        total, count = self._sum(sums).tolist()
+        self.progress.note_evaluation(number, total / count)
+
+
+class FirstSteps:
+    """A check of which parameters have got a gradient.
+
+    One factor of an expert begins as 0: in the first step it alone has a gradient, and the other factor and the gates have
+    one from the second on, or from the recipe's `num_first_steps`. Parameters are due once each task has had a row.
+    """
+
+    def __init__(
+        self, recipe: Recipe, parameters: Mapping[str, nn.Parameter], rows: Sequence[Any], settings: ExpertSettings
+    ) -> None:
+        self._recipe, self._settings = recipe, settings
+        self._parameters = parameters
+        self._stream = Stream(rows, settings.seed, "rows")
+        self._unseen = {row.expert for row in rows} if recipe.needs_tasks else set()
+        self._due = set(parameters)
+
+    def silent(self, number: int) -> str:
+        """Return what to say of parameters that lack a due gradient after a step's backward passes; "" if none does."""
+        if not self._due:
+            return ""
+        self._due -= {name for name in self._due if bool(self._parameters[name].grad.any())}  # type: ignore[union-attr]
+        if number > 1:
+            self._unseen -= {row.expert for row in self._stream.at(number - 1, self._settings.batch_size)}
+
+        def waits(name: str) -> bool:
+            return name.startswith("gates.") or any(part in name for part in self._recipe.silent_at_first)
+
+        silent = sorted(name for name in self._due if number >= self._recipe.num_first_steps or not waits(name))
+        if not silent or self._unseen or (number == 1 and self._recipe.needs_tasks):
+            return ""
+        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        return (
+            f"{len(silent)} parameters of recipe {self._recipe.name!r} had no gradient after {number} steps: {shown}. What "
+            "is not to learn is frozen with requires_grad_(False)"
+        )
