@@ -58,10 +58,9 @@ _MODULES = {
     "composer.experts.forms._form": "Args Seen Weigh fitting",
     "composer.experts.forms.sum_of_experts": "SumOfExperts",
     "composer.experts.make": "has_expert layers_with put_expert",
-    "composer.experts.parts": "is_named layer_sites numbered_blocks predicts_tokens require_all_named shapes_of",
+    "composer.experts.parts": "is_named layer_sites numbered_blocks require_all_named shapes_of",
     "composer.experts.running": "Running",
-    "composer.experts.saving": "remember_start start_digest training_identity",
-    "composer.experts.together": "ExpertJob",
+    "composer.experts.together": "ExpertJob require_shareable",
     "routers.recipes._gate": "Call Gate UNKNOWN Weighing draw_linear",
     "routers.recipes._recipe": (
         "ATTENTION EvenRecipe ExpertShape FEED_FORWARD Recipe Site TopKRecipe Watcher balance_term by_layer uniform"
@@ -108,10 +107,12 @@ _MODULES = {
     "composer.train.adapters": "require_plain require_startable target_layers train_further training_rows",
     "composer.train.jobs": "JobKind LoraJob LoraJobs LowRank SharedPass TrainingJob given_factors job_losses new_factors",
     "composer.train.progress": "Contexts TrainingProgress checkpointed_blocks",
-    "composer.train.rows": "MAX_PACKED Owners RowReader Texts TrainingRow can_be_packed owners_of",
-    "composer.train.settings": "LoraSettings Stream TrainingSettings read_tasks",
-    "composer.train.shared": "StepMemory",
-    "composer.train.state": "JobSize KeptState load_adapter save_adapter",
+    "composer.train.rows": (
+        "HeldOut Judging MAX_PACKED Owners PLAIN RowReader Texts TrainingRow can_be_packed is_empty owners_of"
+    ),
+    "composer.train.settings": "LoraSettings Pace Stream TrainingSettings read_tasks require_texts",
+    "composer.train.shared": "SharedTraining StepMemory",
+    "composer.train.state": "JobReport JobSize KeptState PlannedJob SharedReport load_adapter save_adapter",
     # hubs
     "hub": "compositions",
     "hub.adapter": "cosine",
@@ -165,7 +166,7 @@ _MODULES = {
     "common.process": "free_host_bytes launched_processes lock_of",
     "common.rows": "GivenRows Row located read_asked read_inputs read_rows",
     "common.spread": "Failed processes_here require_all spread",
-    "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors",
+    "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors tensor_bytes",
     "common.storage_errors": "is_damage remote_errors storage_errors without_credentials",
     "common.yaml_file": "read_yaml",
     "errors": "BudgetExceeded WorkersFailed",

@@ -69,7 +69,8 @@ These groups are not registries. An entry point of theirs names
   object with `merge(find, seed=, **rules)` and `dtype`, or None for another kind of file; `READS` names the keys of its own;
 - `loraweave.router_files`: a module that opens routers which others saved, with `is_router(folder)`, `is_mixture(folder)`
   (false for what is an adapter, too), `read(folder, pool, model)`, and `FILES`, patterns of its files;
-- `loraweave.trainer`: a module whose `fit(model, dataset, tokenizer, settings, same_call=)` trains an expert model
+- `loraweave.trainer`: a module whose `fit(model, dataset, tokenizer, settings, same_call=)` trains an expert model, and
+  `train_together(model, tokenizer, jobs, pace, judging, ..)` several, as `lw.train_experts` asks
   ([expert_training](extensions/expert_training.md));
 - `loraweave.step_memory`: a module whose `EstimatedMemory(model, tokenizer, job, allowed, share=)` is the `StepMemory` of a
   training ([training_at_scale](extensions/training_at_scale.md));

@@ -232,11 +232,8 @@ class ExpertModel(LikeBase, ExpertParts):
         then has the last good parameters. Raises PackageMissing where no extension trains experts.
         """
         self.require_trainable()
-        for module in registry.brought("trainer").values():
-            trainer, texts = import_module(module), self.tokenizer if tokenizer is None else tokenizer
-            trainer.fit(self, dataset, texts, settings, same_call=same_call)
-            return self
-        raise PackageMissing("none of the extensions at hand trains expert models by fit(): train_experts() does")
+        trainer().fit(self, dataset, self.tokenizer if tokenizer is None else tokenizer, settings, same_call=same_call)
+        return self
 
     def require_trainable(self) -> None:
         """Raise TrainingError for a closed model, and for one without trainable parameters."""
@@ -423,6 +420,13 @@ class ExpertModel(LikeBase, ExpertParts):
         """Return task_B of names or ids, one for each row, or one for all. Raises UnknownName for an unknown one."""
         places = places_of(self.recipe, task)
         return None if places is None else torch.tensor(places, device=self.device)
+
+
+def trainer() -> Any:
+    """Return an extension's module that trains expert models. Raises PackageMissing where none does."""
+    for module in registry.brought("trainer").values():
+        return import_module(module)
+    raise PackageMissing("none of the extensions at hand trains expert models")
 
 
 def _share_of_step(kwargs: Mapping[str, Any]) -> Any:

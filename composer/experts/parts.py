@@ -110,13 +110,6 @@ def key_of(path: str) -> str:
     return path.replace(".", "/")
 
 
-def predicts_tokens(model: nn.Module) -> bool:
-    """Return whether the model is a language model: it reads token ids, and its outputs are logits of tokens."""
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        return False
-    return getattr(model, "get_output_embeddings", lambda: None)() is not None
-
-
 class Parts(NamedTuple):
     """The sites with experts by their names; their experts and gates, by keys."""
 

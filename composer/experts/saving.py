@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from loraweave.common.checks import is_whole
 from loraweave.common.files import as_path, replacing, whole_file
 from loraweave.common.state import tensor_bytes
 from loraweave.common.storage_errors import storage_errors
-from loraweave.composer.experts.parts import RENAMED, ExpertParts, asked_tensors
+from loraweave.composer.experts.parts import RENAMED, asked_tensors
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterNotFound,
@@ -245,33 +244,3 @@ def as_adapter(
     about = {"method": "loraweave.experts", "recipe": recipe.name, **card}
     base = base_id(base_model)
     return Adapter(name, base, layers, fingerprint(base_model), {"recipe": about})
-
-
-def training_identity(model: ExpertParts, learning: list[str]) -> list[Any]:
-    """Return the recipe's options, the shapes of its experts and the names that learn, as JSON."""
-    options = {name: repr(value) for name, value in model.recipe.options.items()}
-    if model.recipe.revision > 1:
-        options["revision"] = repr(model.recipe.revision)
-    return [options, {name: repr(shape) for name, shape in model.shapes.items()}, learning]
-
-
-def start_digest(model: ExpertParts) -> str:
-    """Return the digest of the base and parameters that the training begins with, or began with before an interruption."""
-    now = _digest(model)
-    interrupted, began = model.interrupted
-    return began if interrupted == now else now
-
-
-@contextmanager
-def remember_start(model: ExpertParts, began: str) -> Iterator[None]:
-    """Let the same call on the same model, if an exception interrupts this one, know what the training began with."""
-    try:
-        yield
-    except BaseException:
-        model.interrupted = (_digest(model), began)
-        raise
-
-
-def _digest(model: ExpertParts) -> str:
-    base = json.dumps(fingerprint(model.base_model).to_json(), sort_keys=True)
-    return hashlib.sha256(base.encode() + tensor_bytes(model.expert_state())).hexdigest()

@@ -1,11 +1,9 @@
-"""The training of several expert models on one base in the same passes."""
+"""Expert models on one base as jobs that are trained in the same passes."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,25 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.common.display import progress_bar
-from loraweave.common.names import text_digest
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
-from loraweave.common.randomness import caller_randomness, seeded
-from loraweave.common.state import checkpoint_folder
-from loraweave.composer.experts.expert_model import ExpertModel
-from loraweave.composer.experts.parts import key_of, predicts_tokens
+from loraweave.common.randomness import seeded
+from loraweave.composer.experts.expert_model import ExpertModel, trainer
+from loraweave.composer.experts.parts import key_of
 from loraweave.composer.experts.running import Running
-from loraweave.composer.experts.saving import remember_start, start_digest, training_identity
-from loraweave.composer.model.batches import NO_TOKENIZER, EncodedRow, tensors_in, untouched
+from loraweave.composer.model.batches import EncodedRow, tensors_in
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.train.jobs import TrainingJob
-from loraweave.composer.train.rows import PLAIN, HeldOut, Judging, RowReader, TrainingRow, is_empty, owners_of
-from loraweave.composer.train.settings import WARMUP_STEPS, Pace, require_texts
-from loraweave.composer.train.shared import SharedTraining
-from loraweave.composer.train.state import JobReport, PlannedJob, SharedReport, load_finished, save_finished
-from loraweave.errors import BudgetExceeded, TrainingError, UnknownName, WeightingError
+from loraweave.composer.train.rows import Judging
+from loraweave.composer.train.settings import WARMUP_STEPS, Pace
+from loraweave.composer.train.state import SharedReport
+from loraweave.errors import TrainingError
 from loraweave.routers.tokens._call import has_two_sequences, unprompted
-from loraweave.types import Task
 
 
 def train_experts(
@@ -62,156 +54,15 @@ def train_experts(
 
     Raises TrainingError for a model of another base, for one that is given twice, and for recipes whose experts are no
     updates of linear layers; InvalidTask for rows that cannot be used, or are of no task where the recipe needs it,
-    UnknownName for unknown tasks.
+    UnknownName for unknown tasks, PackageMissing where no extension trains experts.
     """
     pace = Pace(steps, lr, batch_size, seed, warmup)
     shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
     checked = {**vars(pace), **shared_by, "evaluate_every": evaluate_every, "patience": patience}
     check_options("train_experts()", checked, options_of(train_experts), error=TrainingError)
-    _require_jobs(jobs)
-    models = {name: made for name, (made, _) in jobs.items()}
-    _require_apart(model, models)
-    owners = {name: owners_of(made.recipe) for name, made in models.items()}
-
-    readers = {name: RowReader(row_owners, model, tokenizer) for name, row_owners in owners.items()}
-    all_rows = {name: readers[name].read(examples, what=f"job {name!r}") for name, (_, examples) in jobs.items()}
-
-    def held(name: str, examples: Any) -> list[TrainingRow]:
-        """Return rows to judge by, in the prompts of the job's Task unless they are a Task themselves."""
-        taught = jobs[name][1]
-        reader = RowReader(owners[name].closed(), model, tokenizer)
-        return reader.read(examples, what=f"held_out[{name!r}]", task=taught if isinstance(taught, Task) else PLAIN)
-
-    judging = Judging(held_out, evaluate_every, patience)
-    judging.require({name: len(job_rows) for name, job_rows in all_rows.items()})
-    rows, judged = judging.split(all_rows, held, seed)
-    folder = checkpoint_folder(checkpoint)
-    with ExitStack() as stack:
-        stack.enter_context(caller_randomness())
-        stack.enter_context(untouched(model))
-        stack.enter_context(_with_tasks(models, {name: tuple(row_owners.places) for name, row_owners in owners.items()}))
-        stack.enter_context(_in_their_modes(models.values()))
-        bar = stack.enter_context(progress_bar(progress, field="loss"))
-        texts = NO_TOKENIZER if tokenizer is None else tokenizer
-        shared = SharedTraining(model, texts, bar, folder=folder, **shared_by)
-        return Together(shared, models, rows, judged, pace).train()
-
-
-@contextmanager
-def _with_tasks(models: Mapping[str, ExpertModel], tasks: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
-    """Give the models these tasks; restore their own after errors that come before the first step."""
-    before = {name: made.tasks for name, made in models.items()}
-    try:
-        for name, made in models.items():
-            if made.tasks != tasks[name]:
-                made.take_tasks(tasks[name])
-        yield
-    except (WeightingError, UnknownName, BudgetExceeded):
-        for name, made in models.items():
-            if made.tasks != before[name]:
-                made.take_tasks(before[name])
-        raise
-
-
-@contextmanager
-def _in_their_modes(models: Iterable[ExpertModel]) -> Iterator[None]:
-    """Restore the mode of every module afterwards."""
-    modes = [(module, module.training) for made in models for module in made.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _require_jobs(jobs: Any) -> None:
-    if not isinstance(jobs, Mapping) or not jobs:
-        raise TrainingError("no expert models to train: pass a mapping of names to (model, examples)")
-    require_texts("job", jobs)
-    for name, job in jobs.items():
-        match job:
-            case [ExpertModel(), examples]:
-                if is_empty(examples):
-                    raise TrainingError(f"job {name!r} has no examples")
-            case _:
-                raise TrainingError(
-                    f"job {name!r} is no pair (model, examples) whose model lw.experts has made, but a {type(job).__name__}"
-                )
-
-
-def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
-    if not predicts_tokens(model):
-        raise TrainingError(
-            f"jobs share passes of a language model's tokens, and {type(model).__name__} is none: fit() each model by itself"
-        )
-    seen: dict[int, str] = {}
-    for name, made in models.items():
-        if made.base_model is not model:
-            raise TrainingError(
-                f"job {name!r} is an expert model of another base: make it with lw.experts(recipe, this base)"
-            )
-        if id(made) in seen:
-            raise TrainingError(f"jobs {seen[id(made)]!r} and {name!r} are one expert model: make one for each")
-        seen[id(made)] = name
-        made.require_trainable()
-        require_shareable(name, made)
-
-
-@dataclass(frozen=True)
-class Together:
-    """A training of several models, by the names of their jobs, with the `rows` that each learns from and is judged by."""
-
-    shared: SharedTraining
-    models: Mapping[str, ExpertModel]
-    rows: Mapping[str, Sequence[TrainingRow]]
-    held_out: Mapping[str, HeldOut]
-    pace: Pace
-
-    def train(self) -> SharedReport:
-        """Train the models and return the report. A model that was finished before is loaded, not trained again."""
-        kept = self.shared.folder is not None
-        begun = {name: start_digest(model) for name, model in self.models.items()} if kept else {}
-        reports: dict[str, JobReport] = {}
-
-        def load(folder: Path, name: str, key: str) -> bool:
-            if (finished := load_finished(folder, key)) is not None:
-                tensors, reports[name] = finished
-                self.models[name].load_state_dict(tensors, strict=False)
-            return finished is not None
-
-        def save(folder: Path | None, key: str, job: TrainingJob, report: JobReport) -> None:
-            if folder is not None:
-                save_finished(folder, key, self.models[job.name].expert_state(), report)
-
-        with ExitStack() as stack:
-            for name in begun:
-                stack.enter_context(remember_start(self.models[name], begun[name]))
-            report = self.shared.train(self.models, self._plan, lambda name: self._key(name, begun[name]), load, save)
-        report.jobs = {name: (reports | report.jobs)[name] for name in self.models}
-        return report
-
-    def _plan(self, name: str) -> PlannedJob:
-        rows = self.rows[name]
-        # what is counted before the first step are rows of no task
-        task = rows[0].expert if rows[0].expert >= 0 else None
-        job = ExpertJob(name, self.models[name], task=task, seed=self.pace.seed)
-        size = sum(parameter.numel() for parameter in job.parameters())
-        return PlannedJob(name, lambda: job, size, rows, self.pace, self.held_out.get(name))
-
-    def _key(self, name: str, begun: str) -> str:
-        """Return the digest of everything the job's result depends on."""
-        model, held_out = self.models[name], self.held_out.get(name)
-        learning = [path for path, parameter in model.expert_parameters().items() if parameter.requires_grad]
-        judged = None if held_out is None else [list(map(_said, held_out.rows)), held_out.every, held_out.patience]
-        parts = [name, model.recipe.name, training_identity(model, learning), begun, asdict(self.pace)]
-        content = json.dumps([*parts, list(map(_said, self.rows[name])), judged], sort_keys=True)
-        return text_digest(content)[:32]
-
-
-def _said(row: EncodedRow) -> dict[str, Any]:
-    """Return a row in the form that keys of checkpoints have."""
-    assert isinstance(row, TrainingRow)
-    return {"prompt": row.prompt, "target": row.target, "labels": row.labels, "task": row.expert}
+    judging, kept = Judging(held_out, evaluate_every, patience), {"checkpoint": checkpoint, "progress": progress}
+    report: SharedReport = trainer().train_together(model, tokenizer, jobs, pace, judging, **shared_by, **kept)
+    return report
 
 
 class ExpertJob(TrainingJob):

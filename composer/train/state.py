@@ -174,7 +174,7 @@ def _numbered(state: TrainingState, part: str) -> list[Tensor]:
 
 logger = logging.getLogger(__name__)
 
-FINISHED, TENSOR = "finished", "tensor."
+FINISHED = "finished"
 
 
 def save_adapter(folder: Path, key: str, adapter: Adapter) -> None:
@@ -192,21 +192,6 @@ def load_adapter(folder: Path, key: str) -> Adapter | None:
     except LoraweaveError as error:
         logger.warning("the finished adapter %s is damaged (%s); it is trained again", path, error)
         return None
-
-
-def save_finished(folder: Path, key: str, tensors: Mapping[str, Tensor], report: JobReport) -> None:
-    """Keep the tensors that a job has ended with."""
-    kept = {f"{TENSOR}{name}": value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    save_state(folder, key, TrainingState(report.steps, kept, report.to_json()), place=FINISHED)
-
-
-def load_finished(folder: Path, key: str) -> tuple[dict[str, Tensor], JobReport] | None:
-    """Return what `save_finished` kept under that key, or None; a damaged file is logged and counts as none."""
-    state = load_state(folder, key, place=FINISHED)
-    if state is None:
-        return None
-    tensors = {name.removeprefix(TENSOR): value for name, value in state.tensors.items()}
-    return tensors, JobReport.from_json(state.about)
 
 
 @dataclass

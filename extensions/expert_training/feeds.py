@@ -27,7 +27,6 @@ from loraweave.extend import (
     has_two_sequences,
     located,
     pad_apart,
-    predicts_tokens,
     prompted,
     takes,
     tracked,
@@ -52,6 +51,13 @@ def feed_of(model: ExpertModel, dataset: Any, tokenizer: Any, loss: Loss | None,
     if counts_rows or _has_more_than_tokens(dataset, model.base_model):
         return TensorFeed(model, loss, counts_rows=counts_rows, digests=digests)
     return TokenFeed(model, tokenizer)
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Return whether the model is a language model: it reads token ids, and its outputs are logits of tokens."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return False
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
 
 
 def _has_more_than_tokens(dataset: Any, model: nn.Module) -> bool:

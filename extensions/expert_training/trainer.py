@@ -23,13 +23,12 @@ from loraweave.extend import (
     checkpointed_blocks,
     owners_of,
     progress_bar,
-    remember_start,
     seeded,
-    start_digest,
-    training_identity,
 )
 from loraweave.extensions.expert_training.feeds import Feed, feed_of
+from loraweave.extensions.expert_training.identity import remember_start, start_digest, training_identity
 from loraweave.extensions.expert_training.steps import ExpertSettings, ExpertSteps
+from loraweave.extensions.expert_training.together import train_together as train_together
 
 
 def fit(
