@@ -85,14 +85,12 @@ _MODULES = {
     "composer.live.standing_in": "Handle StandIn claimed give_back",
     "composer.model.batches": (
         "EncodedRow IGNORED NO_TOKENIZER TargetBatch batch context_length encode end_tokens last_logits mean_losses "
-        "pad_apart pad_id pad_rows takes target_logits token_losses untouched with_positions"
+        "pad_apart pad_id pad_rows padded_inputs takes target_logits text_rows token_losses untouched with_positions"
     ),
     "composer.model.generate": "Asked encode_texts generation_call read_prompt",
-    "composer.model.gradient_tap": "GradientTap",
     "composer.model.kinds": "by_row conv is_near linear",
-    "composer.model.layers": "TargetLayer is_floating multiplies_columns target_layer tied_parameters",
+    "composer.model.layers": "GradientTap TargetLayer is_floating multiplies_columns target_layer tied_parameters",
     "composer.model.scoring": "encode_pairs in_chunks predict",
-    "composer.model.text_rows": "padded_inputs text_rows",
     # compositions and formulas
     "composer.compose.candidates": "experts_of in_context_adapter",
     "composer.compose.compose": "ComposeCall",

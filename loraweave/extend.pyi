@@ -209,8 +209,10 @@ from loraweave.composer.model.batches import mean_losses as mean_losses
 from loraweave.composer.model.batches import pad_apart as pad_apart
 from loraweave.composer.model.batches import pad_id as pad_id
 from loraweave.composer.model.batches import pad_rows as pad_rows
+from loraweave.composer.model.batches import padded_inputs as padded_inputs
 from loraweave.composer.model.batches import takes as takes
 from loraweave.composer.model.batches import target_logits as target_logits
+from loraweave.composer.model.batches import text_rows as text_rows
 from loraweave.composer.model.batches import token_losses as token_losses
 from loraweave.composer.model.batches import untouched as untouched
 from loraweave.composer.model.batches import with_positions as with_positions
@@ -218,11 +220,11 @@ from loraweave.composer.model.generate import Asked as Asked
 from loraweave.composer.model.generate import encode_texts as encode_texts
 from loraweave.composer.model.generate import generation_call as generation_call
 from loraweave.composer.model.generate import read_prompt as read_prompt
-from loraweave.composer.model.gradient_tap import GradientTap as GradientTap
 from loraweave.composer.model.kinds import by_row as by_row
 from loraweave.composer.model.kinds import conv as conv
 from loraweave.composer.model.kinds import is_near as is_near
 from loraweave.composer.model.kinds import linear as linear
+from loraweave.composer.model.layers import GradientTap as GradientTap
 from loraweave.composer.model.layers import TargetLayer as TargetLayer
 from loraweave.composer.model.layers import is_floating as is_floating
 from loraweave.composer.model.layers import multiplies_columns as multiplies_columns
@@ -231,8 +233,6 @@ from loraweave.composer.model.layers import tied_parameters as tied_parameters
 from loraweave.composer.model.scoring import encode_pairs as encode_pairs
 from loraweave.composer.model.scoring import in_chunks as in_chunks
 from loraweave.composer.model.scoring import predict as predict
-from loraweave.composer.model.text_rows import padded_inputs as padded_inputs
-from loraweave.composer.model.text_rows import text_rows as text_rows
 from loraweave.composer.train.adapters import require_plain as require_plain
 from loraweave.composer.train.adapters import require_startable as require_startable
 from loraweave.composer.train.adapters import target_layers as target_layers

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import dis
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import CodeType
@@ -397,3 +397,28 @@ def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
         is_question = then[1] in _ABOUT or any(argument == "isinstance" for _, argument in steps[max(0, place - 2) : place])
         if part[1] == "weight" and not is_question:
             yield str(attribute), True
+
+
+# gradient at the output, input of the layer
+Receiver = Callable[[Tensor, Tensor], None]
+
+
+class GradientTap(torch.autograd.Function):
+    """The identity on a layer's output, which hands the gradient that passes, and the layer's input, to a receiver.
+
+    `wanted` is any tensor that requires a gradient: an edge of the graph that makes the backward pass reach it, although
+    neither the model's parameters nor its inputs want one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, wanted: Tensor, x: Tensor, receiver: Receiver) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.receiver = receiver
+        # a copy: a view that a custom function returns may not be changed in place, as some models do next
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.receiver(gradients[0], x)
+        return gradients[0], None, None, None

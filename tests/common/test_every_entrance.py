@@ -13,7 +13,7 @@ import loraweave as lw
 from loraweave.cli._inputs import read_rows as read_file
 from loraweave.composer.compose.report import Report
 from loraweave.composer.ensembles.ensemble import answers
-from loraweave.composer.model.text_rows import text_rows
+from loraweave.composer.model.batches import text_rows
 from loraweave.errors import InvalidTask
 from loraweave.routers.tokens._text import labelled_tasks
 
