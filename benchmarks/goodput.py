@@ -26,7 +26,8 @@ from benchmarks._run import Run, Table, console
 from loraweave.hub.adapter import Adapter
 from loraweave.serving.limits import Limits
 from loraweave.serving.metrics import Metrics, StepTimes
-from loraweave.serving.row import Member, Row, Sampling, Served
+from loraweave.serving.names import Member, Served
+from loraweave.serving.row import Row, Sampling
 from loraweave.serving.scheduler import Scheduler
 
 app = typer.Typer()

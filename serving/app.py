@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 from starlette.applications import Starlette
@@ -30,7 +31,6 @@ from starlette.routing import Route
 from loraweave.common.chat import Prompt
 from loraweave.composer.model.scoring import answer_in
 from loraweave.hub.hub import Hub
-from loraweave.serving.answers import Answer, ChatAnswer, CompletionAnswer, Exchange
 from loraweave.serving.http import (
     EventStream,
     loopback_only,
@@ -40,15 +40,14 @@ from loraweave.serving.http import (
     require_loopback,
     unless_gone,
 )
-from loraweave.serving.limits import Limits, Refusal
+from loraweave.serving.limits import Limits, Refusal, refusal_of
 from loraweave.serving.metrics import CONTENT_TYPE, Metrics
-from loraweave.serving.names import Names, Wanted
-from loraweave.serving.requests import Asked, ChatRequest, CompletionRequest, Given, Prompts
-from loraweave.serving.row import Sampling, Served
+from loraweave.serving.names import Names, Served, Wanted
+from loraweave.serving.requests import Answer, Asked, ChatRequest, CompletionRequest, Given, Prompts
+from loraweave.serving.row import Piece, Row, Sampling
 from loraweave.serving.scheduler import Scheduler, too_busy
 
 T = TypeVar("T")
-Body = TypeVar("Body", bound=Asked)
 Handler = Callable[[Request], Awaitable[Response]]
 
 # threads that read prompts and names, and that open adapters; more only take turns on the interpreter's lock
@@ -82,8 +81,8 @@ def make_app(hub: Hub, model: Any, tokenizer: Any, *, limits: Limits | None = No
         route("/metrics", "GET", face.figures),
         route("/v1/models", "GET", face.models),
         route("/v1/models/{name:path}", "GET", face.model),
-        route("/v1/completions", "POST", face.completions),
-        route("/v1/chat/completions", "POST", face.chat),
+        route("/v1/completions", "POST", partial(face.answer, CompletionRequest)),
+        route("/v1/chat/completions", "POST", partial(face.answer, ChatRequest)),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
     app.state.face = face
@@ -119,6 +118,76 @@ def make_server(
     # a client may keep its stream open for as long as its request may take; stopping waits a few seconds for them
     settings: dict[str, Any] = {"log_level": log_level, "ws": "none", "timeout_graceful_shutdown": 5}
     return uvicorn.Server(uvicorn.Config(answering, host=host, port=port, **settings))
+
+
+class Exchange:
+    """The rows of one request, added before the scheduler has them, and what it tells of them from its thread.
+
+    A context manager, or closed by the stream that it becomes: then the scheduler hears that rows which are not over need
+    not go on.
+    """
+
+    def __init__(self, scheduler: Scheduler, ended: Callable[[], None]) -> None:
+        self.rows: list[Row] = []
+        self._scheduler = scheduler
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._heard: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
+        self._open = True
+
+    def add(self, prompts: Sequence[Sequence[int]], served: Served, sampling: Sampling, deadline: float) -> None:
+        """Add a row, which tells this exchange of its pieces from any thread."""
+        index = len(self.rows)
+
+        def tell(event: Piece | BaseException) -> None:
+            # a loop that is closed has no client left
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._heard.put_nowait, (index, event))
+
+        self.rows.append(Row(prompts, served, sampling, tell, deadline=deadline))
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield (number of the row, piece) until all rows are over. Raises what ended a row."""
+        left = len(self.rows)
+        while left:
+            index, event = await self._heard.get()
+            if isinstance(event, BaseException):
+                raise event
+            left -= event.finish is not None
+            yield index, event
+
+    async def events(
+        self, answer: Answer, first: tuple[int, Piece], rest: AsyncIterator[tuple[int, Piece]]
+    ) -> AsyncIterator[str]:
+        """Yield the data of each server-sent event; an error is the last one, in place of [DONE]."""
+        for body in answer.beginnings():
+            yield json.dumps(body)
+        try:
+            yield json.dumps(answer.piece(*first))
+            async for index, piece in rest:
+                if piece.text or piece.chosen or piece.finish:
+                    yield json.dumps(answer.piece(index, piece))
+        except Exception as error:
+            yield json.dumps(refusal_of(error).body)
+            return
+        for body in answer.ending():
+            yield json.dumps(body)
+        yield "[DONE]"
+
+    def close(self) -> None:
+        """End the rows that are not over. May be called twice."""
+        if self._open:
+            self._open = False
+            for row in self.rows:
+                row.gone = not row.over
+            self._scheduler.wake()
+            self._ended()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 @dataclass(eq=False)
@@ -190,15 +259,7 @@ class Face:
         wanted = await self._wanted(name, "", self._later())
         return JSONResponse(_model(name, 0), headers=_headers(wanted.formula.canonical, wanted.identity))
 
-    async def completions(self, request: Request) -> Response:
-        return await self._answer(request, CompletionRequest, self._prompts.of_completion, CompletionAnswer)
-
-    async def chat(self, request: Request) -> Response:
-        return await self._answer(request, ChatRequest, self._prompts.of_chat, ChatAnswer)
-
-    async def _answer(
-        self, request: Request, form: type[Body], read: Callable[[Body], Given], kind: type[Answer]
-    ) -> Response:
+    async def answer(self, form: type[Asked], request: Request) -> Response:
         body = read_request(form, await read_body(request, self._limits))
         if self._num_open >= self._limits.waiting + self._limits.rows:
             raise too_busy(f"{self._num_open} requests are open")
@@ -206,26 +267,23 @@ class Face:
         self._num_open += 1
         exchange = Exchange(self.scheduler, self._ended)
         try:
-            answer = await unless_gone(request.receive, self._begin(exchange, body, partial(read, body), kind, deadline))
+            answer = await unless_gone(request.receive, self._begin(exchange, body, deadline))
             headers = _headers(answer.served.canonical, answer.served.identity)
+            pieces = exchange.pieces()
             if body.stream:
-                pieces = exchange.pieces()
                 # what fails before the first token is an answer with a status of its own
                 first = await unless_gone(request.receive, anext(pieces))
-                events = exchange.events(answer, first, pieces, usage=body.includes_usage)
-                return EventStream(events, exchange.close, headers)
-            whole = await unless_gone(request.receive, exchange.whole(answer))
+                return EventStream(exchange.events(answer, first, pieces), exchange.close, headers)
+            await unless_gone(request.receive, answer.hear(pieces))
         except BaseException:
             exchange.close()
             raise
         exchange.close()
-        return JSONResponse(whole, headers=headers)
+        return JSONResponse(answer.body(), headers=headers)
 
-    async def _begin(
-        self, exchange: Exchange, asked: Asked, read: Callable[[], Given], kind: type[Answer], deadline: float
-    ) -> Answer:
+    async def _begin(self, exchange: Exchange, asked: Asked, deadline: float) -> Answer:
         """Read the prompts, find the composition, and hand the rows to the scheduler."""
-        given = await self._read(deadline, read)
+        given = await self._read(deadline, self._prompts.read, asked)
         if (count := len(given.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
         served = await self._served(await self._wanted(asked.model, given.text, deadline), deadline)
@@ -234,9 +292,9 @@ class Face:
         for of_members in prompts:
             for number in range(num_answers):
                 exchange.add(of_members, served, asked.sampling(num_new, number, served.stops), deadline)
-        exchange.submit()
+        self.scheduler.submit(exchange.rows)
         num_read = sum(len(ids) for of_members in prompts for ids in of_members)
-        return kind(asked.model, served, self._tokenizer, exchange.rows, num_read)
+        return Answer(asked, served, self._tokenizer, exchange.rows, num_read)
 
     async def _asked(self, given: Given, served: Served, deadline: float) -> list[list[tuple[int, ...]]]:
         """Return the token ids that each member gets of each prompt, after the steps before the members have answered."""
@@ -255,7 +313,7 @@ class Face:
         with Exchange(self.scheduler, lambda: None) as exchange:
             for of_members in prompts:
                 exchange.add(of_members, step, Sampling(num_new, temperature=0.0, stop=step.stops), deadline)
-            exchange.submit()
+            self.scheduler.submit(exchange.rows)
             texts = [""] * len(prompts)
             async for index, piece in exchange.pieces():
                 texts[index] += piece.text

@@ -38,7 +38,8 @@ from loraweave.composer.model.batches import (
 from loraweave.errors import CompositionError
 from loraweave.routers.tokens._call import prompted
 from loraweave.serving.memory import Experts, Kept, KeptPrefixes
-from loraweave.serving.row import Row, States
+from loraweave.serving.names import States
+from loraweave.serving.row import Row
 
 
 class Batch:

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,8 @@ from loraweave.hub.base_layer import head_size
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
-from loraweave.serving.row import Row, Served, States
+from loraweave.serving.names import Served, States
+from loraweave.serving.row import Row
 
 # shorter ones save less than they cost
 MIN_TOKENS = 16
@@ -38,11 +39,15 @@ KeysAndValues = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass
-class _About:
-    """The bytes of an adapter or of a router's adapters, and when it came or was last given back, by `time.monotonic`."""
+class Loaded:
+    """An adapter, or a router with a Composer of its own, that the engine has.
+
+    `size` counts the bytes of its adapters, `last_use` is when it came or was last given back, by `time.monotonic`.
+    """
 
     size: int
     last_use: float
+    routed: tuple[Composer, TokenRouter] | None = None
 
 
 class Experts:
@@ -54,17 +59,14 @@ class Experts:
     """
 
     def __init__(self, model: Any, tokenizer: Any, most: int) -> None:
-        self._itemsize = model.dtype.itemsize
         self._hooks = hook_kinds()
         self._model = model
         self._tokenizer = tokenizer
         self._most = most
         self._engine: Composer | None = None
         self._num_users: Counter[str] = Counter()
-        self._loaded: OrderedDict[str, None] = OrderedDict()
-        self._routed: OrderedDict[str, tuple[Composer, TokenRouter]] = OrderedDict()
-        # of each that is there
-        self._about: dict[str, _About] = {}
+        # by content, or a router by its composition's identity; the one loaded longest ago first
+        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         # the rows of the last call, and their weights
         self._active: tuple[Sequence[Served], MixtureWeights] | None = None
         self._loading = threading.Lock()
@@ -73,39 +75,34 @@ class Experts:
     @property
     def loaded(self) -> tuple[str, ...]:
         """The hashes of the adapters that the engine has, the one used longest ago first."""
-        return tuple(self._loaded)
+        return tuple(key for key, loaded in self._loaded.items() if loaded.routed is None)
 
-    @property
-    def kept_bytes(self) -> int:
-        """The bytes of the adapters that no row uses."""
+    def unused(self) -> dict[str, Loaded]:
+        """Return what no row uses."""
         with self._lock:
-            return sum(self._about[key].size for key in self._unused())
-
-    @property
-    def oldest(self) -> float:
-        """The time of the last use of the unused adapter that was used longest ago; infinity where there is none."""
-        with self._lock:
-            return min((self._about[key].last_use for key in self._unused()), default=math.inf)
+            return {key: loaded for key, loaded in self._loaded.items() if not self._num_users[key]}
 
     def drop_oldest(self) -> None:
-        """Drop the unused adapter that was used longest ago."""
+        """Drop what no row uses and was used longest ago."""
+        unused = self.unused()
         with self._loading, self._lock:
-            self._drop(min(self._unused(), key=lambda key: self._about[key].last_use))
+            self._drop(min(unused, key=lambda key: unused[key].last_use))
 
     def sizes(self, served: Served) -> dict[str, int]:
         """Return the bytes of what a composition needs in the engine, by content."""
-        sizes = {content: self._itemsize * adapter.num_values for content, adapter in served.adapters.items()}
+        itemsize = self._model.dtype.itemsize
+        sizes = {content: itemsize * adapter.num_values for content, adapter in served.adapters.items()}
         if served.router is not None:
             return {served.identity: sum(sizes.values())}
-        place = self._model.device, self._model.dtype
         for hook in self._hooks:
-            sizes = {key: size + hook.bytes_beside(served.adapters[key], *place) for key, size in sizes.items()}
+            for key, adapter in served.adapters.items():
+                sizes[key] += hook.bytes_beside(adapter, self._model.device, self._model.dtype)
         return sizes
 
     def has(self, served: Served) -> bool:
         """Return whether everything that a composition needs is loaded."""
         with self._lock:
-            return self._about.keys() >= set(served.needs)
+            return self._loaded.keys() >= set(served.needs)
 
     def load(self, served: Served) -> None:
         """Load what a composition needs and the engine lacks, while others run.
@@ -116,28 +113,28 @@ class Experts:
         with self._loading:
             for member in served.members:
                 MixtureWeights.of([member.weights], tuple(member.weights))
-            held: OrderedDict[str, Any] = self._loaded if served.router is None else self._routed
             with self._lock:
-                missing = [key for key in served.needs if key not in held]
+                missing = [key for key in served.needs if key not in self._loaded]
                 for key in served.needs:
-                    if key in held:
+                    if key in self._loaded:
                         # the last to make room
-                        held.move_to_end(key)
-            if not missing:
-                return
-            sizes = self.sizes(served)
-            if served.router is not None:
-                engine = Composer(self._model, ExpertPool(served.adapters), tokenizer=self._tokenizer)
-                served.router.require_engine(engine)
-                self._note(held, served.identity, (engine, served.router), sizes)
-                return
-            if self._engine is None:
-                self._engine = Composer(self._model, ExpertPool({key: served.adapters[key] for key in missing}))
-            for content in missing:
-                if content not in self._engine.pool.names:
-                    self._engine.load(content, served.adapters[content])
-                self._engine.prefetch([content])
-                self._note(held, content, None, sizes)
+                        self._loaded.move_to_end(key)
+            sizes = self.sizes(served) if missing else {}
+            for key in missing:
+                routed = None
+                if served.router is not None:
+                    engine = Composer(self._model, ExpertPool(served.adapters), tokenizer=self._tokenizer)
+                    served.router.require_engine(engine)
+                    routed = engine, served.router
+                else:
+                    if self._engine is None:
+                        self._engine = Composer(self._model, ExpertPool({key: served.adapters[key] for key in missing}))
+                    elif key not in self._engine.pool.names:
+                        self._engine.load(key, served.adapters[key])
+                    self._engine.prefetch([key])
+                with self._lock:
+                    # from now on it may make room
+                    self._loaded[key] = Loaded(sizes[key], time.monotonic(), routed)
 
     def take(self, served: Served) -> None:
         """Keep what a row's composition needs until `give_back`, loading it if it is missing.
@@ -160,10 +157,11 @@ class Experts:
             self._num_users = +self._num_users
             self._active = None
             for key in served.needs:
-                if key in self._about:
-                    self._about[key].last_use = time.monotonic()
-            for among in (self._loaded, self._routed):
-                unused = [key for key in among if not self._num_users[key]]
+                if key in self._loaded:
+                    self._loaded[key].last_use = time.monotonic()
+            for is_routed in (False, True):
+                of_kind = [key for key, loaded in self._loaded.items() if (loaded.routed is not None) is is_routed]
+                unused = [key for key in of_kind if not self._num_users[key]]
                 for key in unused[: max(0, len(unused) - self._most)]:
                     self._drop(key)
 
@@ -173,8 +171,9 @@ class Experts:
         Where one has a router, all have the same.
         """
         if rows[0].router is not None:
-            engine, router = self._routed[rows[0].identity]
-            return engine.activate(router)
+            routed = self._loaded[rows[0].identity].routed
+            assert routed is not None
+            return routed[0].activate(routed[1])
         if self._engine is None:
             return nullcontext()
         if self._active is None or self._active[0] != rows:
@@ -183,23 +182,12 @@ class Experts:
             self._active = rows, MixtureWeights.of(weights, contents)
         return self._engine.activate(self._active[1])
 
-    def _note(self, held: OrderedDict[str, Any], key: str, value: Any, sizes: Mapping[str, int]) -> None:
-        """Note that a key is loaded; from now on it may make room."""
-        with self._lock:
-            held[key] = value
-            self._about[key] = _About(sizes[key], time.monotonic())
-
-    def _unused(self) -> list[str]:
-        return [key for key in (*self._loaded, *self._routed) if not self._num_users[key]]
-
     def _drop(self, key: str) -> None:
-        del self._about[key]
-        if key in self._routed:
-            self._routed.pop(key)[0].close()
+        if (routed := self._loaded.pop(key).routed) is not None:
+            routed[0].close()
             return
         assert self._engine is not None
-        del self._loaded[key]
-        if self._loaded:
+        if self.loaded:
             self._engine.unload(key)
         else:
             # a pool has one at least
@@ -314,12 +302,14 @@ class Memory:
             # nothing is added up at each step of a server without a limit
             return
         spare = self._max_bytes - self.needed(rows)
-        kept: tuple[KeptPrefixes | Experts, ...] = (self._prefixes, self._experts)
-        while sum(holder.kept_bytes for holder in kept) > spare:
-            oldest = min(kept, key=lambda each: each.oldest)
-            if oldest.oldest == math.inf:
-                break
-            oldest.drop_oldest()
+        while True:
+            unused = self._experts.unused().values()
+            if self._prefixes.kept_bytes + sum(adapter.size for adapter in unused) <= spare:
+                return
+            adapter = min((adapter.last_use for adapter in unused), default=math.inf)
+            if self._prefixes.oldest == adapter == math.inf:
+                return
+            (self._experts if adapter < self._prefixes.oldest else self._prefixes).drop_oldest()
 
 
 def _token_bytes(model: Any) -> int:

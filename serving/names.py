@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from loraweave.common.chat import Conversation, turn_end
@@ -23,15 +25,115 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.search.search import NO_FILTERS
 from loraweave.retrieval.retriever import Retriever
+from loraweave.routers.invoked import last_place
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.serving.limits import Limits, Refusal
-from loraweave.serving.row import Member, Served
 from loraweave.types import LINE, Task
 
 # what `auto` takes at most, how sharply it prefers, and what it leaves out
 NUM_FOUND, TEMPERATURE, LEAST_SHARE = 3, 0.1, 0.1
 # the share of inputs like the hub's, but for none of its adapters, that `auto` may answer with one
 FALSE_ACCEPT = 0.5
+
+
+# pairs (weights, count): a row's first `count` tokens depend on these weights alone; None is all its tokens
+States = list[tuple[Hashable | None, int | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One mixture of a composition: `weights` is {content hash: weight}, `adapters` has these; both empty for the base.
+
+    Where there is a `router`, it weighs `adapters`, under its own names for them, for each token. `share` is the member's
+    part of the average of probabilities, `task` puts inputs into prompts of its own where they are not asked as they stand.
+    The compositions `before` answer first, one after the other; the last answer is the member's input.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    router: TokenRouter | None = None
+    share: float = 1.0
+    task: Task | None = None
+    before: tuple[Served, ...] = ()
+
+    @property
+    def is_alone(self) -> bool:
+        """True if a row under it shares no batch: its router looks at whole calls, and keeps a state beside their cache."""
+        return self.router is not None and (self.router.needs_call or bool(self.router.watched))
+
+    @cached_property
+    def is_activated(self) -> bool:
+        """True if one of its adapters counts from its invocation tokens on."""
+        return any(adapter.invocation for adapter in self.adapters.values())
+
+    def states(self, prompt: Sequence[int]) -> States:
+        """Return what a row's keys and values depend on, with None for weights where that is more than weights.
+
+        An adapter with invocation tokens is among them from these on: a row's keys and values before the first of them are
+        those of a row without it.
+        """
+        if not self.is_activated:
+            return [(frozenset(self.weights.items()), None)]
+        invoked = {content: adapter.invocation for content, adapter in self.adapters.items() if adapter.invocation}
+        starts = {content: last_place(prompt, tokens) for content, tokens in invoked.items()}
+        counting: set[tuple[Hashable, ...]] = {item for item in self.weights.items() if item[0] not in starts}
+        states: States = []
+        for start in sorted({start for start in starts.values() if start is not None}):
+            states.append((frozenset(counting), start))
+            counting |= {(content, self.weights[content], start) for content, place in starts.items() if place == start}
+        return [*states, (frozenset(counting), None)]
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """The members of a row, whose probabilities are averaged at each token; one member but for an average.
+
+    `canonical` is the formula in its one form, `identity` the hash of what it says with the content of its adapters.
+    `stops` end an answer beside what a request asks for; one that others go on from has at most `max_new_tokens`.
+    """
+
+    canonical: str = "base"
+    identity: str = "base"
+    members: tuple[Member, ...] = (Member(),)
+    stops: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+
+    @property
+    def router(self) -> TokenRouter | None:
+        """The router of its only member, or None."""
+        return self.members[0].router
+
+    @cached_property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters of all members, and of the steps before them."""
+        steps = [step for member in self.members for step in member.before]
+        holders: list[Member | Served] = [*self.members, *steps]
+        return {content: adapter for holder in holders for content, adapter in holder.adapters.items()}
+
+    @cached_property
+    def needs(self) -> tuple[str, ...]:
+        """What its rows keep in the engine: adapters by their content, or a router by the composition's identity."""
+        return tuple(self.adapters) if self.router is None else (self.identity,)
+
+    @property
+    def apart(self) -> str:
+        """The reason why a row's tokens have weights of their own, in a member or a step before it; "" if there is none."""
+        if self.router is not None:
+            return f"router {self.router.name!r} weighs each token"
+        for adapter in self.adapters.values():
+            if adapter.invocation:
+                return f"adapter {adapter.name!r} counts from its invocation tokens on"
+        steps = (step.apart for member in self.members for step in member.before)
+        return next(filter(None, steps), "")
+
+    def states(self, prompts: Sequence[Sequence[int]]) -> list[States]:
+        """Return `Member.states` for the prompt of each member.
+
+        A router counts by what the formula says, and not as an object, which would live as long as its keys and values.
+        """
+        if self.router is not None:
+            return [[(None if member.is_alone or member.is_activated else self.identity, None)] for member in self.members]
+        return [member.states(prompt) for member, prompt in zip(self.members, prompts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The requests of clients: the supported parts of the bodies of OpenAI's two generating calls, and prompts as token ids.
+"""OpenAI's two generating calls: the supported parts of their bodies, their answers, and prompts as token ids.
 
 A field that is not there is refused rather than ignored, so that an answer is what the request says.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -21,7 +23,8 @@ from loraweave.common.checks import one_or_many
 from loraweave.composer.model.batches import context_length
 from loraweave.errors import InvalidTask
 from loraweave.serving.limits import Refusal
-from loraweave.serving.row import Sampling, Served
+from loraweave.serving.names import Served
+from loraweave.serving.row import Chosen, Piece, Row, Sampling
 from loraweave.types import Task
 
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_ALTERNATIVES = 16, 256, 20
@@ -43,6 +46,10 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
+# a token's text, its log-probability, and the likeliest tokens with theirs
+Pick = tuple[str, float | None, list[tuple[str, float]]]
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -55,6 +62,10 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
     # new tokens where a request does not say: as many as the server gives
     usual_tokens: ClassVar[float] = math.inf
+    # what ids of answers begin with, and what an answer and a part of it are called
+    prefix: ClassVar[str]
+    whole: ClassVar[str]
+    part: ClassVar[str]
 
     model: Annotated[str, Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -82,10 +93,6 @@ class Asked(BaseModel):
                 raise ValueError(f"{name}={value!r:.60} is not there yet: leave it out")
         return self
 
-    @property
-    def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
     def sampling(self, max_tokens: int, number: int, stops: tuple[str, ...] = ()) -> Sampling:
         """Return the sampling of a prompt's answer of this number, which draws under the request's seed plus the number.
 
@@ -107,12 +114,21 @@ class Asked(BaseModel):
         """The number of alternatives told with each token's log-probability; None where none is asked for."""
         raise NotImplementedError
 
+    def text(self, text: str, *, is_part: bool) -> dict[str, Any]:
+        """Return the fields of a choice that have the text of an answer, or of a part of one."""
+        raise NotImplementedError
+
+    def logprobs_of(self, picks: Sequence[Pick], offset: int) -> dict[str, Any]:
+        """Return the log-probabilities of tokens, the first of which begins at this character of its answer."""
+        raise NotImplementedError
+
 
 class CompletionRequest(Asked):
     """The body of /v1/completions: a prompt or several, as text or as token ids."""
 
     # OpenAI's own default
     usual_tokens: ClassVar[float] = 16
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
     prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
@@ -132,6 +148,16 @@ class CompletionRequest(Asked):
             case str() | [int(), *_]:
                 return [prompt]
         return list(prompt)
+
+    def text(self, text: str, *, is_part: bool) -> dict[str, Any]:
+        return {"text": text}
+
+    def logprobs_of(self, picks: Sequence[Pick], offset: int) -> dict[str, Any]:
+        offsets = [offset + sum(len(word) for word, *_ in picks[:number]) for number in range(len(picks))]
+        # of several tokens that are the same text, such as parts of characters, the likeliest counts
+        top = [dict(reversed(others)) for _, _, others in picks]
+        words, values = [word for word, *_ in picks], [value for _, value, _ in picks]
+        return {"tokens": words, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
 class TextPart(BaseModel):
@@ -160,6 +186,8 @@ class Message(BaseModel):
 class ChatRequest(Asked):
     """The body of /v1/chat/completions: messages, of which the tokenizer's chat template makes a prompt."""
 
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -176,6 +204,101 @@ class ChatRequest(Asked):
     @property
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def text(self, text: str, *, is_part: bool) -> dict[str, Any]:
+        if is_part:
+            return {"delta": {"content": text}}
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def logprobs_of(self, picks: Sequence[Pick], offset: int) -> dict[str, Any]:
+        def entry(word: str, logprob: float | None) -> dict[str, Any]:
+            return {"token": word, "logprob": logprob, "bytes": list(word.encode())}
+
+        told = [{**entry(word, value), "top_logprobs": [entry(*other) for other in others]} for word, value, others in picks]
+        return {"content": told, "refusal": None}
+
+
+@dataclass
+class Choice:
+    """One answer of a request, as far as it has come."""
+
+    row: Row
+    text: str = ""
+    chosen: list[Chosen] = field(default_factory=list)
+    finish: str | None = None
+    # characters of the tokens told so far
+    offset: int = 0
+
+
+class Answer:
+    """The answer to one request, in the form of its call."""
+
+    def __init__(self, asked: Asked, served: Served, tokenizer: Any, rows: Sequence[Row], num_prompt_tokens: int) -> None:
+        self.served = served
+        self.choices = [Choice(row) for row in rows]
+        self._asked = asked
+        self._num_prompt_tokens = num_prompt_tokens
+        self._tokenizer = tokenizer
+        self._head = {
+            "id": f"{asked.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": asked.model,
+            "system_fingerprint": served.canonical,
+        }
+
+    async def hear(self, pieces: AsyncIterator[tuple[int, Piece]]) -> None:
+        """Take in all pieces. Raises what ended a row."""
+        async for index, piece in pieces:
+            choice = self.choices[index]
+            choice.text += piece.text
+            choice.chosen += piece.chosen
+            choice.finish = piece.finish
+
+    def body(self) -> dict[str, Any]:
+        """Return the whole answer's body."""
+        choices = [
+            self._choice(index, self._asked.text(choice.text, is_part=False), choice.chosen, choice.finish)
+            for index, choice in enumerate(self.choices)
+        ]
+        return {**self._head, "object": self._asked.whole, "choices": choices, "usage": self._usage()}
+
+    def beginnings(self) -> list[dict[str, Any]]:
+        """Return the bodies that a stream begins with, before the first piece: of a chat's answers, who speaks."""
+        said = {"delta": {"role": "assistant", "content": ""}}
+        numbers = range(len(self.choices)) if isinstance(self._asked, ChatRequest) else ()
+        return [self._part([{"index": index, **said, "logprobs": None, "finish_reason": None}]) for index in numbers]
+
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """Return the body that a stream has for a piece of one answer."""
+        return self._part([self._choice(index, self._asked.text(piece.text, is_part=True), piece.chosen, piece.finish)])
+
+    def ending(self) -> list[dict[str, Any]]:
+        """Return the bodies that a stream ends with: the usage, if it is asked for."""
+        options = self._asked.stream_options
+        return [self._part([]) | {"usage": self._usage()}] if options is not None and options.include_usage else []
+
+    def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self._asked.part, "choices": choices}
+
+    def _choice(self, index: int, text: dict[str, Any], chosen: Sequence[Chosen], finish: str | None) -> dict[str, Any]:
+        told, choice = None, self.choices[index]
+        if self._asked.alternatives is not None:
+            picks = [
+                (self._word(pick.token), pick.logprob, [(self._word(token), value) for token, value in pick.top])
+                for pick in chosen
+            ]
+            told = self._asked.logprobs_of(picks, choice.offset)
+            choice.offset += sum(len(word) for word, *_ in picks)
+        return {"index": index, **text, "logprobs": told, "finish_reason": finish}
+
+    def _word(self, token: int) -> str:
+        return str(self._tokenizer.decode([token]))
+
+    def _usage(self) -> dict[str, Any]:
+        num_new = sum(len(choice.row.tokens) for choice in self.choices)
+        num_prompt = self._num_prompt_tokens
+        counts = {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": self.choices[0].row.num_kept}}
 
 
 @dataclass(frozen=True)
@@ -196,16 +319,25 @@ class Prompts:
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self.context = context_length(model)
 
-    def of_completion(self, asked: CompletionRequest) -> Given:
+    def read(self, asked: Asked) -> Given:
+        """Return the prompts of a request. Raises Refusal for those that the model cannot read."""
+        if isinstance(asked, ChatRequest):
+            return self._of_chat(asked)
+        assert isinstance(asked, CompletionRequest)
+        return self._of_completion(asked)
+
+    def _of_completion(self, asked: CompletionRequest) -> Given:
         """Return each prompt, and the text of the first. Raises Refusal for unknown ids, and where there is no token."""
+        first = asked.prompts[0]
         with self._lock:
-            ids = [self._ids(prompt) if isinstance(prompt, str) else self._known(prompt) for prompt in asked.prompts]
-            first = asked.prompts[0]
+            ids = [self._ids(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+            if (largest := max(map(max, ids))) >= self._vocabulary:
+                raise Refusal(400, f"token id {largest} is outside the vocabulary of {self._vocabulary}", param="prompt")
             text = first if isinstance(first, str) else str(self._tokenizer.decode(first))
         texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
         return Given(text, [self._fitting(token_ids) for token_ids in ids], texts or None)
 
-    def of_chat(self, asked: ChatRequest) -> Given:
+    def _of_chat(self, asked: ChatRequest) -> Given:
         """Return the template's prompt, and the last message's text. Raises Refusal without a template, or if it refuses."""
         messages = [message.for_template() for message in asked.messages]
         with self._lock:
@@ -282,11 +414,6 @@ class Prompts:
             ids = [int(self._tokenizer.bos_token_id)]
         if not ids:
             raise Refusal(400, "the prompt has no token, and the tokenizer no token to begin with", param="prompt")
-        return ids
-
-    def _known(self, ids: Sequence[int]) -> Sequence[int]:
-        if (largest := max(ids)) >= self._vocabulary:
-            raise Refusal(400, f"token id {largest} is outside the vocabulary of {self._vocabulary}", param="prompt")
         return ids
 
     def _fitting(self, ids: Sequence[int]) -> tuple[int, ...]:

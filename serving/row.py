@@ -1,11 +1,10 @@
-"""An answer on its way: the composition in the form that rows need, its sampling, and its tokens and text so far."""
+"""An answer on its way: its sampling, and its tokens and text so far."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,117 +14,12 @@ from transformers import TopPLogitsWarper
 from loraweave.composer.model.generate import GrowingText
 from loraweave.composer.model.scoring import log_average
 from loraweave.errors import CompositionError
-from loraweave.hub.adapter import Adapter
-from loraweave.routers.invoked import last_place
-from loraweave.routers.tokens._router import TokenRouter
 from loraweave.serving.limits import Refusal
-from loraweave.types import Task
+from loraweave.serving.names import Served
 
 # lower temperatures are greedy: scores divided by them leave fp32
 LEAST_TEMPERATURE = 1e-3
 LEAST_LOGPROB = -9999.0
-
-# pairs (weights, count): a row's first `count` tokens depend on these weights alone; None is all its tokens
-States = list[tuple[Hashable | None, int | None]]
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One mixture of a composition: `weights` is {content hash: weight}, `adapters` has these; both empty for the base.
-
-    Where there is a `router`, it weighs `adapters`, under its own names for them, for each token. `share` is the member's
-    part of the average of probabilities, `task` puts inputs into prompts of its own where they are not asked as they stand.
-    The compositions `before` answer first, one after the other; the last answer is the member's input.
-    """
-
-    weights: Mapping[str, float] = field(default_factory=dict)
-    adapters: Mapping[str, Adapter] = field(default_factory=dict)
-    router: TokenRouter | None = None
-    share: float = 1.0
-    task: Task | None = None
-    before: tuple[Served, ...] = ()
-
-    @property
-    def is_alone(self) -> bool:
-        """True if a row under it shares no batch: its router looks at whole calls, and keeps a state beside their cache."""
-        return self.router is not None and (self.router.needs_call or bool(self.router.watched))
-
-    @cached_property
-    def is_activated(self) -> bool:
-        """True if one of its adapters counts from its invocation tokens on."""
-        return any(adapter.invocation for adapter in self.adapters.values())
-
-    def states(self, prompt: Sequence[int]) -> States:
-        """Return what a row's keys and values depend on, with None for weights where that is more than weights.
-
-        An adapter with invocation tokens is among them from these on: a row's keys and values before the first of them are
-        those of a row without it.
-        """
-        if not self.is_activated:
-            return [(frozenset(self.weights.items()), None)]
-        starts = {
-            content: last_place(prompt, adapter.invocation)
-            for content, adapter in self.adapters.items()
-            if adapter.invocation
-        }
-        counting: set[tuple[Hashable, ...]] = {item for item in self.weights.items() if item[0] not in starts}
-        states: States = []
-        for start in sorted({start for start in starts.values() if start is not None}):
-            states.append((frozenset(counting), start))
-            counting |= {(content, self.weights[content], start) for content, place in starts.items() if place == start}
-        return [*states, (frozenset(counting), None)]
-
-
-@dataclass(frozen=True, eq=False)
-class Served:
-    """The members of a row, whose probabilities are averaged at each token; one member but for an average.
-
-    `canonical` is the formula in its one form, `identity` the hash of what it says with the content of its adapters.
-    `stops` end an answer beside what a request asks for; one that others go on from has at most `max_new_tokens`.
-    """
-
-    canonical: str = "base"
-    identity: str = "base"
-    members: tuple[Member, ...] = (Member(),)
-    stops: tuple[str, ...] = ()
-    max_new_tokens: int = 0
-
-    @property
-    def router(self) -> TokenRouter | None:
-        """The router of its only member, or None."""
-        return self.members[0].router
-
-    @cached_property
-    def adapters(self) -> Mapping[str, Adapter]:
-        """The adapters of all members, and of the steps before them."""
-        steps = [step for member in self.members for step in member.before]
-        holders: list[Member | Served] = [*self.members, *steps]
-        return {content: adapter for holder in holders for content, adapter in holder.adapters.items()}
-
-    @cached_property
-    def needs(self) -> tuple[str, ...]:
-        """What its rows keep in the engine: adapters by their content, or a router by the composition's identity."""
-        return tuple(self.adapters) if self.router is None else (self.identity,)
-
-    @property
-    def apart(self) -> str:
-        """The reason why a row's tokens have weights of their own, in a member or a step before it; "" if there is none."""
-        if self.router is not None:
-            return f"router {self.router.name!r} weighs each token"
-        for adapter in self.adapters.values():
-            if adapter.invocation:
-                return f"adapter {adapter.name!r} counts from its invocation tokens on"
-        steps = (step.apart for member in self.members for step in member.before)
-        return next(filter(None, steps), "")
-
-    def states(self, prompts: Sequence[Sequence[int]]) -> list[States]:
-        """Return `Member.states` for the prompt of each member.
-
-        A router counts by what the formula says, and not as an object, which would live as long as its keys and values.
-        """
-        if self.router is not None:
-            return [[(None if member.is_alone or member.is_activated else self.identity, None)] for member in self.members]
-        return [member.states(prompt) for member, prompt in zip(self.members, prompts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -243,7 +137,7 @@ class Row:
         self.passed = 0
         self._tell = tell
         self._stops = Stops(sampling.stop)
-        self._text: GrowingText | None = None
+        self._text: GrowingText
         self._generator: torch.Generator | None = None
 
     @property
@@ -269,13 +163,26 @@ class Row:
         """
         try:
             if self._generator is None:
+                self._text = GrowingText(tokenizer)
                 self._generator = torch.Generator(logits_MV.device)
                 seed = self.sampling.seed
                 self._generator.manual_seed(self._generator.seed() if seed is None else seed)
-            scores_V = logits_MV[0] if len(logits_MV) == 1 else self._average(logits_MV)
+            scores_V = logits_MV[0]
+            if len(logits_MV) > 1:
+                # scores whose softmax is the average of the members' probabilities
+                share_M = torch.tensor([member.share for member in self.served.members])
+                exact_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+                scores_V = log_average(exact_MV.log_softmax(dim=-1)[:, None], share_M)[0]
             chosen = choose(scores_V, self.sampling, self._generator)
             self.tokens.append(chosen.token)
-            self._tell(self._piece(chosen, tokenizer, ends))
+            ended, full = chosen.token in ends, len(self.tokens) >= self.sampling.max_tokens
+            text, stopped = self._stops.add("" if ended else self._text.text([chosen.token]))
+            if (ended or full) and not stopped:
+                rest, stopped = self._stops.add(self._text.rest())
+                text += rest if stopped else rest + self._stops.rest
+            self.over = ended or full or stopped
+            finish = None if not self.over else "stop" if ended or stopped else "length"
+            self._tell(Piece(text, () if ended or self.sampling.logprobs is None else (chosen,), finish))
         except Exception as error:
             self.fail(error)
 
@@ -290,21 +197,3 @@ class Row:
             self.over = True
         elif not self.over and time.monotonic() > self.deadline:
             self.fail(Refusal(504, f"the deadline passed after {len(self.tokens)} tokens", code="deadline_exceeded"))
-
-    def _average(self, logits_MV: Tensor) -> Tensor:
-        """Return scores whose softmax is the average of the members' probabilities."""
-        share_M = torch.tensor([member.share for member in self.served.members])
-        exact_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
-        return log_average(exact_MV.log_softmax(dim=-1)[:, None], share_M)[0]
-
-    def _piece(self, chosen: Chosen, tokenizer: Any, ends: Collection[int]) -> Piece:
-        growing = self._text = self._text or GrowingText(tokenizer)
-        ended = chosen.token in ends
-        full = len(self.tokens) >= self.sampling.max_tokens
-        text, stopped = self._stops.add("" if ended else growing.text([chosen.token]))
-        if (ended or full) and not stopped:
-            rest, stopped = self._stops.add(growing.rest())
-            text += rest if stopped else rest + self._stops.rest
-        self.over = ended or full or stopped
-        finish = None if not self.over else "stop" if ended or stopped else "length"
-        return Piece(text, () if ended or self.sampling.logprobs is None else (chosen,), finish)

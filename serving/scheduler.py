@@ -27,7 +27,8 @@ from loraweave.serving.batch import Batch
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.serving.memory import Experts, KeptPrefixes, Memory
 from loraweave.serving.metrics import Metrics, StepTimes
-from loraweave.serving.row import Row, Served
+from loraweave.serving.names import Served
+from loraweave.serving.row import Row
 
 # rows that may begin before one that came earlier; then all wait for that one
 MOST_PASSED = 8

@@ -4,7 +4,8 @@ import torch
 
 from loraweave.serving.batch import Batch
 from loraweave.serving.memory import Experts, KeptPrefixes
-from loraweave.serving.row import Member, Row, Sampling, Served
+from loraweave.serving.names import Member, Served
+from loraweave.serving.row import Row, Sampling
 
 PROMPTS = ["abc", "the judge thanked: ", "b", "zebra 12, 34. ", "OPA? "]
 MIXTURES = [{"a": 1.0}, {}, {"b": 0.7, "c": -0.4}, {"c": 1.0}, {"a": 0.5, "b": 0.5, "c": 0.5}]

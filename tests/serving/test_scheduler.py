@@ -16,7 +16,8 @@ import loraweave as lw
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.serving.memory import Memory
 from loraweave.serving.metrics import Metrics, StepTimes
-from loraweave.serving.row import Member, Row, Sampling, Served
+from loraweave.serving.names import Member, Served
+from loraweave.serving.row import Row, Sampling
 from loraweave.serving.scheduler import MOST_PASSED, Scheduler
 
 batch_invariant = needs_entry("kernels", "fixed_shape")
@@ -302,6 +303,10 @@ def test_what_was_read_under_a_router_is_kept_by_what_its_formula_says_and_does_
     assert routed(engine, routers[1]).states([[5]]) == [[(None, None)]]
 
 
+def unused_bytes(experts):
+    return sum(loaded.size for loaded in experts.unused().values())
+
+
 def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, make_scheduler):
     engine, adapters = setting
     sizes = {
@@ -318,7 +323,7 @@ def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, 
     used = []
     hook = engine.model.register_forward_pre_hook(
         lambda module, args: used.append(
-            scheduler._memory.needed(scheduler._running) + scheduler._prefixes.kept_bytes + scheduler._experts.kept_bytes
+            scheduler._memory.needed(scheduler._running) + scheduler._prefixes.kept_bytes + unused_bytes(scheduler._experts)
         )
     )
     for each in rows:
@@ -328,7 +333,7 @@ def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, 
     scheduler.close()
     scheduler._memory.make_room([])
     assert max(used) <= scheduler._limits.memory_bytes
-    assert scheduler._prefixes.kept_bytes + scheduler._experts.kept_bytes <= scheduler._limits.memory_bytes
+    assert scheduler._prefixes.kept_bytes + unused_bytes(scheduler._experts) <= scheduler._limits.memory_bytes
     for start in range(0, len(rows), len(MIXTURES)):
         require_alone(engine, rows[start : start + len(MIXTURES)])
     with pytest.raises(Refusal, match=r"need up to \d+ bytes, and this server has") as refused:
@@ -352,9 +357,9 @@ def test_what_was_used_longest_ago_makes_room_first_whatever_it_is(setting, toke
     prefixes, experts = scheduler._prefixes, scheduler._experts
     by_content = {engine.pool[name].hash: name for name in "abc"}
     order = []
-    while prefixes.kept_bytes + experts.kept_bytes:
+    while prefixes.kept_bytes + unused_bytes(experts):
         before = set(experts.loaded)
-        memory = Memory(engine.model, prefixes.kept_bytes + experts.kept_bytes - 1, prefixes, experts)
+        memory = Memory(engine.model, prefixes.kept_bytes + unused_bytes(experts) - 1, prefixes, experts)
         memory.make_room([])
         gone = before.difference(experts.loaded)
         order.append(by_content[gone.pop()] if gone else "beginning")
