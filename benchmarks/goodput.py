@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,12 +24,12 @@ import typer
 
 from benchmarks._models import base_model, random_adapter
 from benchmarks._run import Run, Table, console
+from loraweave.extensions.operations import Budgets, StepTimes
 from loraweave.hub.adapter import Adapter
 from loraweave.serving.limits import Limits
-from loraweave.serving.metrics import Metrics, StepTimes
 from loraweave.serving.names import Member, Served
 from loraweave.serving.row import Row, Sampling
-from loraweave.serving.scheduler import Scheduler
+from loraweave.serving.scheduler import Metrics, Scheduler
 
 app = typer.Typer()
 
@@ -97,7 +98,7 @@ def served(
     clock, kind = Clock(), WAYS[way]
     limits = Limits(rows=ROWS, waiting=10**6, prefix_bytes=0, token_seconds=float("inf") if kind is None else objective)
     times = (kind or StepTimes)(model.dtype.itemsize, "cpu", clock)
-    scheduler = Scheduler(model, tokenizer, limits, Metrics(), times)
+    scheduler = Scheduler(model, tokenizer, limits, Metrics(), partial(Budgets, step_times=times))
     generator = torch.Generator().manual_seed(seed)
     told: list[list[float]] = [[] for _ in arrivals]
     begun, num_begun = clock(), 0

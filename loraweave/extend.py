@@ -75,8 +75,8 @@ _MODULES = {
     "composer.fused.overwritten": "LayerLoss WeightWriter",
     "composer.live.hook": "Activate LiveHook LiveModel MixedLayer Resolve Traced",
     "composer.live.kernels._parts": (
-        "AddsInPlace Cost Kernel Lend Part RowKernel RowSets TokenWorkload Workload compiled_threads group_by_mixture "
-        "only_kernel own_precision place_of row_kernels weigh_b"
+        "AddsInPlace Cost Kernel Lend Part RowKernel RowSets TokenWorkload Workload compiled_threads costs "
+        "group_by_mixture only_kernel own_precision place_of row_kernels weigh_b"
     ),
     "composer.live.kernels.dense": "sort_by_expert",
     "composer.live.pages": "PlacedFactors find_places",
@@ -146,7 +146,7 @@ _MODULES = {
     "serving.app": "make_app make_server",
     "serving.http": "EventStream loopback_only read_body read_request refused require_loopback unless_gone",
     "serving.limits": "Limits Refusal refusal_of",
-    "serving.scheduler": "too_busy",
+    "serving.scheduler": "Admission Metrics too_busy",
     # the command line
     "cli._application": (
         "AnomaliesOption BaseOption BlobsOption DEFAULT_HUB DtypeOption HubOption JsonOption ManyTagsOption "

@@ -152,6 +152,7 @@ from loraweave.composer.live.kernels._parts import RowSets as RowSets
 from loraweave.composer.live.kernels._parts import TokenWorkload as TokenWorkload
 from loraweave.composer.live.kernels._parts import Workload as Workload
 from loraweave.composer.live.kernels._parts import compiled_threads as compiled_threads
+from loraweave.composer.live.kernels._parts import costs as costs
 from loraweave.composer.live.kernels._parts import group_by_mixture as group_by_mixture
 from loraweave.composer.live.kernels._parts import only_kernel as only_kernel
 from loraweave.composer.live.kernels._parts import own_precision as own_precision
@@ -457,5 +458,7 @@ from loraweave.serving.http import unless_gone as unless_gone
 from loraweave.serving.limits import Limits as Limits
 from loraweave.serving.limits import Refusal as Refusal
 from loraweave.serving.limits import refusal_of as refusal_of
+from loraweave.serving.scheduler import Admission as Admission
+from loraweave.serving.scheduler import Metrics as Metrics
 from loraweave.serving.scheduler import too_busy as too_busy
 from loraweave.types import DEFAULT_TEMPLATE as DEFAULT_TEMPLATE

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import importlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -28,6 +29,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from loraweave import registry
 from loraweave.common.chat import Prompt
 from loraweave.composer.model.scoring import answer_in
 from loraweave.hub.hub import Hub
@@ -41,11 +43,10 @@ from loraweave.serving.http import (
     unless_gone,
 )
 from loraweave.serving.limits import Limits, Refusal, refusal_of
-from loraweave.serving.metrics import CONTENT_TYPE, Metrics
 from loraweave.serving.names import Names, Served, Wanted
 from loraweave.serving.requests import Answer, Asked, ChatRequest, CompletionRequest, Given, Prompts
 from loraweave.serving.row import Piece, Row, Sampling
-from loraweave.serving.scheduler import Scheduler, too_busy
+from loraweave.serving.scheduler import Metrics, Scheduler, too_busy
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -73,17 +74,15 @@ def make_app(hub: Hub, model: Any, tokenizer: Any, *, limits: Limits | None = No
         finally:
             await asyncio.to_thread(face.close)
 
-    def route(path: str, method: str, handler: Handler, *, is_open: bool = False) -> Route:
-        return Route(path, face.guarded(path, handler, is_open=is_open), methods=[method])
-
-    routes = [
-        route("/health", "GET", face.health, is_open=True),
-        route("/metrics", "GET", face.figures),
-        route("/v1/models", "GET", face.models),
-        route("/v1/models/{name:path}", "GET", face.model),
-        route("/v1/completions", "POST", partial(face.answer, CompletionRequest)),
-        route("/v1/chat/completions", "POST", partial(face.answer, ChatRequest)),
+    handlers: list[tuple[str, str, Handler]] = [
+        ("/health", "GET", face.health),
+        ("/metrics", "GET", face.figures),
+        ("/v1/models", "GET", face.models),
+        ("/v1/models/{name:path}", "GET", face.model),
+        ("/v1/completions", "POST", partial(face.answer, CompletionRequest)),
+        ("/v1/chat/completions", "POST", partial(face.answer, ChatRequest)),
     ]
+    routes = [Route(path, face.guarded(path, handler), methods=[method]) for path, method, handler in handlers]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
     app.state.face = face
     return app
@@ -205,7 +204,8 @@ class Face:
         self._limits = limits
         self._api_key = api_key
         self._tokenizer = tokenizer
-        self._metrics = Metrics()
+        parts = [importlib.import_module(module) for module in registry.brought("server").values()]
+        self._metrics = parts[0].make_metrics() if parts else Metrics()
         self._names = Names(hub, model, tokenizer, limits)
         self._prompts = Prompts(model, tokenizer)
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="loraweave-reader")
@@ -215,7 +215,7 @@ class Face:
         self._making: dict[str, Making] = {}
         self._num_open = 0
         self._metrics.watch(open_requests=lambda: self._num_open)
-        self.scheduler = Scheduler(model, tokenizer, limits, self._metrics)
+        self.scheduler = Scheduler(model, tokenizer, limits, self._metrics, parts[0].make_admission if parts else None)
 
     def close(self) -> None:
         self.scheduler.close()
@@ -223,21 +223,24 @@ class Face:
             # a merge that is being made is not waited for
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def guarded(self, path: str, handler: Handler, *, is_open: bool) -> Handler:
-        """Return the handler with the key required, errors turned into answers, and requests counted by path."""
+    def guarded(self, path: str, handler: Handler) -> Handler:
+        """Return the handler as a route has it: with the server's key, errors as answers, and requests counted by path."""
 
         async def answer(request: Request) -> Response:
-            with self._metrics.request(path) as status:
-                try:
-                    if not is_open:
-                        self._require_key(request)
-                    response = await handler(request)
-                except ClientDisconnect:
-                    response = Response(status_code=CLIENT_GONE)
-                except Exception as error:
-                    response = refused(error)
-                status[0] = response.status_code
-                return response
+            begun, response = time.monotonic(), Response(status_code=500)
+            try:
+                key = self._api_key if path != "/health" else None
+                authorization = request.headers.get("authorization", "").encode()
+                if key is not None and not hmac.compare_digest(authorization, f"Bearer {key}".encode()):
+                    raise Refusal(401, "this server wants its key: Authorization: Bearer ...", code="invalid_api_key")
+                response = await handler(request)
+            except ClientDisconnect:
+                response = Response(status_code=CLIENT_GONE)
+            except Exception as error:
+                response = refused(error)
+            finally:
+                self._metrics.request(path, response.status_code, time.monotonic() - begun)
+            return response
 
         return answer
 
@@ -246,10 +249,10 @@ class Face:
         return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
     async def figures(self, request: Request) -> Response:
-        return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(self._metrics.text(), headers={"Content-Type": self._metrics.content_type})
 
     async def models(self, request: Request) -> Response:
-        listed = await self._read(self._later(), self._names.listed)
+        listed = await self._in(self._readers, self._later(), self._names.listed)
         return JSONResponse({"object": "list", "data": [_model(name, created) for name, created in listed]})
 
     async def model(self, request: Request) -> Response:
@@ -283,7 +286,7 @@ class Face:
 
     async def _begin(self, exchange: Exchange, asked: Asked, deadline: float) -> Answer:
         """Read the prompts, find the composition, and hand the rows to the scheduler."""
-        given = await self._read(deadline, self._prompts.read, asked)
+        given = await self._in(self._readers, deadline, self._prompts.read, asked)
         if (count := len(given.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
         served = await self._served(await self._wanted(asked.model, given.text, deadline), deadline)
@@ -304,7 +307,7 @@ class Face:
             for step in before:
                 said = replace(said, inputs=await self._said(said, step, deadline))
             between[before] = said.inputs or ()
-        return await self._read(deadline, self._prompts.of_members, given, served, between)
+        return await self._in(self._readers, deadline, self._prompts.of_members, given, served, between)
 
     async def _said(self, given: Given, step: Served, deadline: float) -> list[Prompt]:
         """Return a step's answer to each input, as Composition.predict passes it on between two steps."""
@@ -321,10 +324,10 @@ class Face:
 
     async def _wanted(self, name: str, prompt: str, deadline: float) -> Wanted:
         """Return what a model name means in the hub as it is now; for `auto`, what is found for the prompt."""
-        wanted = await self._read(deadline, self._names.wanted, name)
+        wanted = await self._in(self._readers, deadline, self._names.wanted, name)
         if wanted.formula.is_auto:
-            searching = self._run(self._searcher, self._names.found_for, prompt)
-            wanted = await self._read(deadline, self._names.wanted, await self._within(deadline, searching))
+            chosen = await self._in(self._searcher, deadline, self._names.found_for, prompt)
+            wanted = await self._in(self._readers, deadline, self._names.wanted, chosen)
         return wanted
 
     async def _served(self, wanted: Wanted, deadline: float) -> Served:
@@ -335,7 +338,8 @@ class Face:
         threads = self._mergers if wanted.merges else self._openers
         making = self._making.get(wanted.identity)
         if making is None:
-            making = self._making[wanted.identity] = Making(self._run(threads, self._make, wanted))
+            loop = asyncio.get_running_loop()
+            making = self._making[wanted.identity] = Making(loop.run_in_executor(threads, self._make, wanted))
         making.num_waiting += 1
         try:
             return await self._within(deadline, asyncio.shield(making.running))
@@ -355,12 +359,8 @@ class Face:
         """Return the deadline of a request that begins now, by `time.monotonic`."""
         return time.monotonic() + self._limits.seconds
 
-    @staticmethod
-    def _run(threads: ThreadPoolExecutor, work: Callable[..., T], *of: Any) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(threads, work, *of)
-
-    async def _read(self, deadline: float, work: Callable[..., T], *of: Any) -> T:
-        return await self._within(deadline, self._run(self._readers, work, *of))
+    async def _in(self, threads: ThreadPoolExecutor, deadline: float, work: Callable[..., T], *of: Any) -> T:
+        return await self._within(deadline, asyncio.get_running_loop().run_in_executor(threads, work, *of))
 
     @staticmethod
     async def _within(deadline: float, running: asyncio.Future[T]) -> T:
@@ -371,11 +371,6 @@ class Face:
                 return await running
         except TimeoutError as error:
             raise Refusal(504, "the deadline passed before the composition was there", code="deadline_exceeded") from error
-
-    def _require_key(self, request: Request) -> None:
-        authorization = request.headers.get("authorization", "")
-        if self._api_key is not None and not hmac.compare_digest(authorization.encode(), f"Bearer {self._api_key}".encode()):
-            raise Refusal(401, "this server wants its key: Authorization: Bearer ...", code="invalid_api_key")
 
     def _ended(self) -> None:
         self._num_open -= 1

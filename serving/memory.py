@@ -1,4 +1,4 @@
-"""What a server holds beside its batch: the engine's adapters, beginnings that were read, and the budget of all its memory.
+"""What a server holds beside its batch: the engine's adapters, and beginnings that were read.
 
 A chat's next turn, and further answers to a prompt, begin with tokens that the model has read. What it made of them depends
 on these tokens and on the weights: {content hash: weight}, or the router. Under any other weights nothing is taken. An
@@ -21,13 +21,10 @@ from torch import Tensor
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.hook import hook_kinds
-from loraweave.errors import CompositionError
-from loraweave.hub.base_layer import head_size
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.serving.names import Served, States
-from loraweave.serving.row import Row
 
 # shorter ones save less than they cost
 MIN_TOKENS = 16
@@ -267,56 +264,3 @@ def _common(kept: Sequence[int], ids: Sequence[int]) -> int:
             break
         count += 1
     return count
-
-
-class Memory:
-    """A budget of `max_bytes` for rows of a model, kept beginnings, and adapters. One thread uses it.
-
-    What running rows need, their adapters included, comes first. What no row uses, of beginnings and of adapters, makes
-    room, those first that were used longest ago.
-
-    A row counts at its longest, prompt and answer, and so do the rows beside it, whose lines are filled up. This adds up
-    bytes and places nothing: the one budget is S-LoRA's (Sheng et al. 2024, arXiv 2311.03285), its pages are not here.
-    """
-
-    def __init__(self, model: Any, max_bytes: float, prefixes: KeptPrefixes, experts: Experts) -> None:
-        self._max_bytes = max_bytes
-        self._token_bytes = 0 if max_bytes == math.inf else _token_bytes(model)
-        self._prefixes, self._experts = prefixes, experts
-
-    def needed(self, rows: Sequence[Row]) -> int:
-        """Return the bytes that these rows need together."""
-        if not rows:
-            return 0
-        lines = sum(len(row.prompts) for row in rows)
-        adapters = {key: size for row in rows for key, size in self._experts.sizes(row.served).items()}
-        return lines * max(row.longest for row in rows) * self._token_bytes + sum(adapters.values())
-
-    def has_room(self, rows: Sequence[Row]) -> bool:
-        """Return whether the rows fit once nothing is kept beside them."""
-        return self._max_bytes == math.inf or self.needed(rows) <= self._max_bytes
-
-    def make_room(self, rows: Sequence[Row]) -> None:
-        """Drop kept prefixes and unused adapters until the rest fits beside these rows."""
-        if self._max_bytes == math.inf:
-            # nothing is added up at each step of a server without a limit
-            return
-        spare = self._max_bytes - self.needed(rows)
-        while True:
-            unused = self._experts.unused().values()
-            if self._prefixes.kept_bytes + sum(adapter.size for adapter in unused) <= spare:
-                return
-            adapter = min((adapter.last_use for adapter in unused), default=math.inf)
-            if self._prefixes.oldest == adapter == math.inf:
-                return
-            (self._experts if adapter < self._prefixes.oldest else self._prefixes).drop_oldest()
-
-
-def _token_bytes(model: Any) -> int:
-    """Return the bytes of one token's keys and values in all layers. Raises CompositionError for an unknown config."""
-    config = model.config.get_text_config()
-    size = head_size(config)
-    if size is None:
-        raise CompositionError("memory_bytes needs a model whose config has the number and the size of its attention heads")
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from loraweave.composer.live.kernels._parts import only_kernel
+from loraweave.errors import CompositionError
 from loraweave.serving.batch import Batch
 from loraweave.serving.limits import Limits, Refusal
-from loraweave.serving.memory import Experts, KeptPrefixes, Memory
-from loraweave.serving.metrics import Metrics, StepTimes
+from loraweave.serving.memory import Experts, KeptPrefixes
 from loraweave.serving.names import Served
 from loraweave.serving.row import Row
 
@@ -36,6 +37,56 @@ MOST_PASSED = 8
 logger = logging.getLogger(__name__)
 
 
+class Metrics:
+    """The figures of one server: each method is told what just happened. This one counts nothing, an extension's does."""
+
+    content_type = "text/plain"
+
+    def request(self, path: str, status: int, seconds: float) -> None:
+        """Count a request with its status and its seconds, of a stream up to its first token."""
+
+    def watch(self, **figures: Callable[[], int]) -> None:
+        """Show what these functions return: running_rows, waiting_rows, open_requests or prefix_bytes."""
+
+    def read(self, num_tokens: int, num_kept: int, num_rows: int) -> None:
+        """Count the tokens of prompts that were read, those that were kept, and a new token for each row."""
+
+    def stepped(self, num_rows: int) -> None:
+        """Count a step of the running batch, and a new token for each row."""
+
+    def ended(self, *, gone: bool) -> None:
+        """Count a row that is over; `gone` says that its client had gone."""
+
+    def text(self) -> bytes:
+        """Return all figures as text."""
+        raise Refusal(404, "this server shows no figures: the extension that counts them is not installed")
+
+
+class Admission:
+    """The decision which rows run together, beside the limits of rows and tokens. This one lets all run."""
+
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
+    # whether rows may pass one that has to wait
+    lets_pass = False
+
+    def require_possible(self, row: Row) -> None:
+        """Raise Refusal for a row that could not even run alone."""
+
+    def has_room(self, rows: Sequence[Row]) -> bool:
+        """Return whether the rows fit once nothing is kept beside them."""
+        return True
+
+    def make_room(self, rows: Sequence[Row]) -> None:
+        """Drop kept prefixes and unused adapters until the rest fits beside these rows."""
+
+    def is_quick(self, rows: Sequence[Row]) -> bool:
+        """Return whether a token of each of these rows is predicted to come in time."""
+        return True
+
+    def saw(self, rows: Sequence[Row], seconds: float) -> None:
+        """Remember the seconds of a step of these rows, by `clock`."""
+
+
 class Scheduler:
     """A thread that runs rows until `close`; `submit`, `wake` and `alive` are for other threads.
 
@@ -43,17 +94,22 @@ class Scheduler:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, limits: Limits, metrics: Metrics, step_times: StepTimes | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        limits: Limits,
+        metrics: Metrics,
+        make_admission: Callable[[Any, Limits, KeptPrefixes, Experts], Admission] | None = None,
     ) -> None:
         self._limits = limits
-        # None where a token may take any time
-        self._step_times: StepTimes | None = None
-        if limits.token_seconds < float("inf"):
-            self._step_times = step_times or StepTimes(model.dtype.itemsize, model.device.type)
         self._metrics = metrics
         self._experts = Experts(model, tokenizer, limits.loaded)
         self._prefixes = KeptPrefixes(limits.prefix_bytes)
-        self._memory = Memory(model, limits.memory_bytes, self._prefixes, self._experts)
+        self._admission = Admission()
+        if min(limits.memory_bytes, limits.token_seconds) < float("inf"):
+            if make_admission is None:
+                raise CompositionError("memory_bytes and token_seconds are kept by an extension, which is not installed")
+            self._admission = make_admission(model, limits, self._prefixes, self._experts)
         self._make_batch = partial(Batch, model, tokenizer, self._experts, self._prefixes)
         # the batch of rows without a router is always there
         self._batches: dict[Hashable, Batch] = {None: self._make_batch()}
@@ -123,13 +179,7 @@ class Scheduler:
                     f"this average asks {len(row.prompts)} prompts at once, and this server runs {self._limits.rows} rows; "
                     "start it with more --rows",
                 )
-            if not self._memory.has_room([row]):
-                raise Refusal(
-                    413,
-                    f"the answer and its adapters need up to {self._memory.needed([row])} bytes, and this server has "
-                    f"{self._limits.memory_bytes:.0f}; ask for fewer max_tokens, or start it with more --memory-bytes",
-                    code="context_length_exceeded",
-                )
+            self._admission.require_possible(row)
         with self._changed:
             if not self.alive:
                 raise Refusal(503, "the server is stopping", code="unavailable")
@@ -193,7 +243,7 @@ class Scheduler:
         """Read the prompts of waiting rows that there is room for."""
         joining: list[Row] = []
         while (row := self._next([*self._running, *joining])) is not None:
-            self._memory.make_room([*self._running, *joining, row])
+            self._admission.make_room([*self._running, *joining, row])
             try:
                 self._experts.take(row.served)
             except Exception as error:
@@ -212,23 +262,19 @@ class Scheduler:
         """Take the first waiting row with room and time for it; None if there is none, or an earlier one must come first."""
         with self._changed:
             for place, row in enumerate(self._waiting):
-                if self._has_room([*others, row]) and (not others or self._is_quick([*others, row])):
+                if self._has_room([*others, row]) and (not others or self._admission.is_quick([*others, row])):
                     for earlier in islice(self._waiting, place):
                         earlier.passed += 1
                     del self._waiting[place]
                     return row
-                if row.passed >= MOST_PASSED or self._step_times is None:
+                if row.passed >= MOST_PASSED or not self._admission.lets_pass:
                     return None
             return None
 
     def _has_room(self, rows: Sequence[Row]) -> bool:
         num_lines = sum(len(row.prompts) for row in rows)
         fits = num_lines <= self._limits.rows and num_lines * max(row.longest for row in rows) <= self._limits.cache_tokens
-        return fits and self._memory.has_room(rows)
-
-    def _is_quick(self, rows: Sequence[Row]) -> bool:
-        """Return whether a token of each of these rows is predicted to come in time."""
-        return self._step_times is None or self._step_times.predict(rows) <= self._limits.token_seconds
+        return fits and self._admission.has_room(rows)
 
     def _read(self, rows: Sequence[Row]) -> None:
         num_tokens = sum(map(len, (ids for row in rows for ids in row.ids)))
@@ -244,11 +290,11 @@ class Scheduler:
             num_kept = sum(row.num_kept for row in rows)
             self._metrics.read(num_tokens - num_kept, num_kept, len(rows))
         self._release(rows)
-        self._memory.make_room(self._running)
+        self._admission.make_room(self._running)
 
     def _step(self, batch: Batch) -> None:
         rows = batch.rows
-        begun = 0.0 if self._step_times is None else self._step_times.clock()
+        begun = self._admission.clock()
         try:
             batch.step()
         except Exception as error:
@@ -256,11 +302,10 @@ class Scheduler:
             batch.keep([])
             self._apart(rows, error)
         else:
-            if self._step_times is not None:
-                self._step_times.saw(rows, self._step_times.clock() - begun)
+            self._admission.saw(rows, self._admission.clock() - begun)
             self._metrics.stepped(len(rows))
         self._release(rows)
-        self._memory.make_room(self._running)
+        self._admission.make_room(self._running)
 
     def _apart(self, rows: Sequence[Row], error: Exception) -> None:
         """Read again alone each row of a batch on which the model failed; one that fails so, or twice, ends."""

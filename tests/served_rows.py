@@ -1,5 +1,7 @@
 """What tests of the server share: compositions without a hub, rows that keep what they hear, and answers of rows alone."""
 
+import time
+
 import torch
 
 from loraweave.serving.batch import Batch
@@ -110,3 +112,21 @@ def averaged(engine, prompts, mixtures, shares, max_tokens=9):
                 total_V = total_V + share * engine.model(torch.tensor([ids])).logits[0, -1].double().softmax(0)
         tokens.append(int(total_V.argmax()))
     return engine.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def wait_for(rows, seconds=60):
+    until = time.monotonic() + seconds
+    while not all(each.row.over for each in rows):
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def require_alone(engine, heard):
+    """Compare rows of the prompts and mixtures above with the engine alone."""
+    for each, prompt, weights in zip(heard, PROMPTS, MIXTURES, strict=True):
+        assert each.error is None
+        assert each.text == alone(engine, prompt, weights)[0]
+
+
+def long_row(tokenizer, adapters, prompt="abc", tokens=40):
+    return Heard(tokenizer, prompt, served(adapters, {"b": 1.0}), Sampling(tokens, temperature=0.0))

@@ -1,0 +1,20 @@
+"""How does a server keep to its memory and its time, and what does it tell of itself? By budgets and Prometheus' figures.
+
+`Limits.memory_bytes` and `Limits.token_seconds` (`loraweave serve --memory-bytes`, `--token-seconds`) are kept by `Budgets`:
+rows wait for memory, and for steps that would be quick enough. `PrometheusMetrics` is what /metrics shows. Both count at
+each step of the model; without a budget nothing is added up.
+"""
+
+from typing import TYPE_CHECKING
+
+from loraweave.extend import lazy
+
+if TYPE_CHECKING:
+    from loraweave.extensions.operations.admission import Budgets, Memory, StepTimes
+    from loraweave.extensions.operations.figures import PrometheusMetrics
+else:
+    __getattr__ = lazy(
+        __name__, {f"{__name__}.admission": "Budgets Memory StepTimes", f"{__name__}.figures": "PrometheusMetrics"}
+    )
+
+__all__ = ["Budgets", "Memory", "PrometheusMetrics", "StepTimes"]

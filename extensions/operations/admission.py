@@ -1,0 +1,199 @@
+"""Which rows run together beside a server's limits: those whose memory is there, and whose tokens come in time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from scipy.optimize import nnls
+
+from loraweave import Adapter, CompositionError
+from loraweave.extend import Admission, Limits, Refusal, Workload, costs, head_size
+
+# the number of steps that are remembered, and of steps that the first guess weighs as much as
+NUM_STEPS, GUESS = 256, 1.0
+# an update takes what it is priced at
+COEFFICIENTS = (0.0, 0.0, 1.0)
+
+# {(inputs, outputs) of a layer: (how many such layers, mean rank in them)}
+Ranks = dict[tuple[int, int], tuple[int, int]]
+
+
+class Budgets(Admission):
+    """The budgets of a server's memory and of the seconds of its steps; no row waits for one that is infinite."""
+
+    def __init__(self, model: Any, limits: Limits, prefixes: Any, experts: Any, step_times: StepTimes | None = None) -> None:
+        self._limits = limits
+        self.memory = Memory(model, limits.memory_bytes, prefixes, experts)
+        self._step_times: StepTimes | None = None
+        if limits.token_seconds < math.inf:
+            self._step_times = step_times or StepTimes(model.dtype.itemsize, model.device.type)
+        self.clock = self._step_times.clock if self._step_times else time.perf_counter
+        self.lets_pass = self._step_times is not None
+
+    def require_possible(self, row: Any) -> None:
+        if not self.memory.has_room([row]):
+            raise Refusal(
+                413,
+                f"the answer and its adapters need up to {self.memory.needed([row])} bytes, and this server has "
+                f"{self._limits.memory_bytes:.0f}; ask for fewer max_tokens, or start it with more --memory-bytes",
+                code="context_length_exceeded",
+            )
+
+    def has_room(self, rows: Sequence[Any]) -> bool:
+        return self.memory.has_room(rows)
+
+    def make_room(self, rows: Sequence[Any]) -> None:
+        self.memory.make_room(rows)
+
+    def is_quick(self, rows: Sequence[Any]) -> bool:
+        return self._step_times is None or self._step_times.predict(rows) <= self._limits.token_seconds
+
+    def saw(self, rows: Sequence[Any], seconds: float) -> None:
+        if self._step_times is not None:
+            self._step_times.saw(rows, seconds)
+
+
+class Memory:
+    """A budget of `max_bytes` for rows of a model, kept beginnings, and adapters. One thread uses it.
+
+    What running rows need, their adapters included, comes first. What no row uses, of beginnings and of adapters, makes
+    room, those first that were used longest ago.
+
+    A row counts at its longest, prompt and answer, and so do the rows beside it, whose lines are filled up. This adds up
+    bytes and places nothing: the one budget is S-LoRA's (Sheng et al. 2024, arXiv 2311.03285), its pages are not here.
+    """
+
+    def __init__(self, model: Any, max_bytes: float, prefixes: Any, experts: Any) -> None:
+        self._max_bytes = max_bytes
+        self._token_bytes = 0 if max_bytes == math.inf else _token_bytes(model)
+        self._prefixes, self._experts = prefixes, experts
+
+    def needed(self, rows: Sequence[Any]) -> int:
+        """Return the bytes that these rows need together."""
+        if not rows:
+            return 0
+        lines = sum(len(row.prompts) for row in rows)
+        adapters = {key: size for row in rows for key, size in self._experts.sizes(row.served).items()}
+        return lines * max(row.longest for row in rows) * self._token_bytes + sum(adapters.values())
+
+    def has_room(self, rows: Sequence[Any]) -> bool:
+        """Return whether the rows fit once nothing is kept beside them."""
+        return self._max_bytes == math.inf or self.needed(rows) <= self._max_bytes
+
+    def make_room(self, rows: Sequence[Any]) -> None:
+        """Drop kept prefixes and unused adapters until the rest fits beside these rows."""
+        if self._max_bytes == math.inf:
+            # nothing is added up at each step of a server without a limit
+            return
+        spare = self._max_bytes - self.needed(rows)
+        while True:
+            unused = self._experts.unused().values()
+            if self._prefixes.kept_bytes + sum(adapter.size for adapter in unused) <= spare:
+                return
+            adapter = min((adapter.last_use for adapter in unused), default=math.inf)
+            if self._prefixes.oldest == adapter == math.inf:
+                return
+            (self._experts if adapter < self._prefixes.oldest else self._prefixes).drop_oldest()
+
+
+def _token_bytes(model: Any) -> int:
+    """Return the bytes of one token's keys and values in all layers. Raises CompositionError for an unknown config."""
+    config = model.config.get_text_config()
+    size = head_size(config)
+    if size is None:
+        raise CompositionError("memory_bytes needs a model whose config has the number and the size of its attention heads")
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)
+
+
+class StepTimes:
+    """A predictor of steps of rows on layers of this dtype and device, in seconds of `clock`. One thread uses it.
+
+        seconds = c0 + c1 * lines + c2 * a        a: what composer/live/kernels/_parts.py prices the lines' updates at
+
+    The model that picks a layer's kernel knows what ranks cost: rows padded to the largest, or each its own. What it prices
+    is the updates' part; what the base and this machine take is fitted to the last steps. CaraServe (Li et al. 2024, arXiv
+    2401.11240) fits two such lines, one for each kind of kernel, and chooses among servers by them; here one server admits.
+    """
+
+    def __init__(self, itemsize: int, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self._itemsize = itemsize
+        self._device = device
+        self._ranks: WeakKeyDictionary[Adapter, Ranks] = WeakKeyDictionary()
+        self._steps: deque[tuple[tuple[float, float, float], float]] = deque(maxlen=NUM_STEPS)
+        self._fitted: np.ndarray | None = None
+
+    def saw(self, rows: Sequence[Any], seconds: float) -> None:
+        """Remember a step of these rows."""
+        self._steps.append((self._features(rows), seconds))
+        self._fitted = None
+
+    def predict(self, rows: Sequence[Any]) -> float:
+        """Return the seconds of a step of these rows; 0 before any step was seen."""
+        if not self._steps:
+            return 0.0
+        if self._fitted is None:
+            self._fitted = self._fit()
+        return float(np.array(self._features(rows)) @ self._fitted)
+
+    def _fit(self) -> np.ndarray:
+        """Fit c0, c1 and c2, none of them negative."""
+        features_SF = np.array([features for features, _ in self._steps])
+        seconds_S = np.array([seconds for _, seconds in self._steps])
+        size_F = np.maximum(features_SF.max(axis=0), 1e-9)
+        # in units of each feature's largest, the guess is as heavy as so many steps
+        guess_F = np.array(COEFFICIENTS) * size_F
+        scaled_SF = np.vstack([features_SF / size_F, GUESS * np.eye(3)])
+        found_F, _ = nnls(scaled_SF, np.concatenate([seconds_S, GUESS * guess_F]))
+        return np.asarray(found_F / size_F)
+
+    def _features(self, rows: Sequence[Any]) -> tuple[float, float, float]:
+        return 1.0, float(sum(len(row.prompts) for row in rows)), self._updates(rows)
+
+    def _updates(self, rows: Sequence[Any]) -> float:
+        """Return the seconds that the cost model gives the updates of one token in each line."""
+        lines = [tuple(member.adapters.items()) for row in rows for member in row.served.members if member.adapters]
+        ranks = {content: self._ranks_of(adapter) for line in lines for content, adapter in line}
+        shapes = {shape for by_shape in ranks.values() for shape in by_shape}
+        total = 0.0
+        for shape in shapes:
+            sums = [sum(ranks[content].get(shape, (0, 0))[1] for content, _ in line) for line in lines]
+            distinct = {tuple(content for content, _ in line): rank for line, rank in zip(lines, sums, strict=True)}
+            work = Workload(
+                num_mixtures=len(lines),
+                largest=max(sums),
+                total=sum(sums),
+                num_segments=len(distinct),
+                distinct=sum(distinct.values()),
+                stacked=sum(by_shape.get(shape, (0, 0))[1] for by_shape in ranks.values()),
+                num_inputs=shape[0],
+                num_outputs=shape[1],
+                itemsize=self._itemsize,
+                device=self._device,
+            )
+            total += max(by_shape.get(shape, (0, 0))[0] for by_shape in ranks.values()) * cheapest(work)
+        return total
+
+    def _ranks_of(self, adapter: Adapter) -> Ranks:
+        if adapter not in self._ranks:
+            ranks: dict[tuple[int, int], list[int]] = defaultdict(list)
+            for factors in adapter.layers.values():
+                ranks[factors.a_RI.shape[1], factors.b_OR.shape[0]].append(factors.a_RI.shape[0])
+            self._ranks[adapter] = {
+                shape: (len(shape_ranks), round(sum(shape_ranks) / len(shape_ranks))) for shape, shape_ranks in ranks.items()
+            }
+        return self._ranks[adapter]
+
+
+@lru_cache(maxsize=4096)
+def cheapest(work: Workload) -> float:
+    """Return the seconds of the kernel that would be chosen."""
+    return min(work.rates.seconds(cost) for cost in costs(work).values())

@@ -1,0 +1,17 @@
+"""The parts of a server that this extension brings: what counts, and what admits rows where a budget is set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loraweave.extend import Admission, Limits
+from loraweave.extensions.operations.figures import PrometheusMetrics as make_metrics
+
+__all__ = ["make_admission", "make_metrics"]
+
+
+def make_admission(model: Any, limits: Limits, prefixes: Any, experts: Any) -> Admission:
+    """Return the budgets of a server."""
+    from loraweave.extensions.operations.admission import Budgets
+
+    return Budgets(model, limits, prefixes, experts)
