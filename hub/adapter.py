@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -17,20 +18,80 @@ from torch import Tensor
 from loraweave.common.files import as_path
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.base import model_of
-from loraweave.hub.export import ExportReport, export
 from loraweave.hub.formats import _reading
 from loraweave.hub.formats._card import as_list
+from loraweave.hub.formats._config import extension_module
 from loraweave.hub.formats._contents import MAX_ERROR, Contents
 from loraweave.hub.formats._files import as_kept_files, entry
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.merge_report import MergeReport
-from loraweave.hub.sources import ADAPTER_FILES, README, Repository, name_of, open_source, push
+from loraweave.hub.sources import ADAPTER_FILES, README, Repository, name_of, open_source, push, upload
 from loraweave.lowrank import algebra
 from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory
 
 _NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 Form = tuple[tuple[str, int, int, Kind, tuple[int, ...], bool], ...]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The report of an export: the folder written, its errors, and how a server loads it.
+
+    `rank` is the largest of any layer in the folder (that of every layer for most targets). `errors` has each layer's
+    relative Frobenius error from the cut of its rank, 0 if nothing was cut, and `relative_error` that of the whole update.
+    `flags` are the arguments that a server needs after `program`, its name and the base's; `modules` the layer names that it
+    must know. `license` is that of the card, for a merge that of all its parents; None if it is not known.
+    """
+
+    folder: Path
+    target: str
+    base_model: str
+    rank: int
+    errors: Mapping[str, float]
+    relative_error: float = 0.0
+    modules: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    license: str | None = None
+    program: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The server's command line for a shell; empty if the target is not a server."""
+        return shlex.join([*self.program, *self.flags])
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the folder to `owner/name` on the model hub; return the commit's id. Raises as `Adapter.push_to_hub`."""
+        message = commit_message or f"an export for {self.target}"
+        return upload(self.folder, repository, token=token, private=private, message=message)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "folder": str(self.folder), "command": self.command}
+
+    def __str__(self) -> str:
+        told = "no rank was cut: the update is exact"
+        if cut := [layer for layer, error in self.errors.items() if error]:
+            worst = max(cut, key=lambda layer: self.errors[layer])
+            told = (
+                f"rank cut in {len(cut)} layers: relative error {self.relative_error:.3g} of the whole update, at worst "
+                f"{self.errors[worst]:.3g} in {worst}"
+            )
+        lines = [
+            f"wrote {len(self.errors)} layers of rank up to {self.rank} for {self.target} to {self.folder}",
+            told,
+            f"modules: {', '.join(self.modules)}",
+            f"license: {self.license or 'unknown'}",
+            *(f"note: {text}" for text in self.warnings),
+        ]
+        return "\n".join([*lines, f"serve it: {self.command}"] if self.command else lines)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +198,9 @@ class Adapter:
         if not allow_licenses:
             self._require_license(max_rank)
         path = as_path(folder, "the folder of an export")
-        return export(self._contents(), self.name, path, target=target, max_rank=max_rank, base=base)
+        export, contents = exporting(target).export, self._contents()
+        report: ExportReport = export(contents, self.name, path, target=target, max_rank=max_rank, base=base)
+        return report
 
     def push_to_hub(
         self,
@@ -241,6 +304,11 @@ class Adapter:
 def _one_tuple(form: Form) -> Form:
     """Return the first tuple that was equal to this one, so that equal forms can be recognised by identity."""
     return form
+
+
+def exporting(target: str) -> Any:
+    """Return the module that exports adapters, an extension's. Raises AdapterUnsupported, naming `target`, without one."""
+    return extension_module("export", f"an export for {target!r:.80}", "engines", "writes for other programs")
 
 
 def cosine(left: Adapter, right: Adapter) -> tuple[float, int]:

@@ -23,8 +23,8 @@ from loraweave.common.rows import GivenRows
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, HubError, LoraweaveError, WorkersFailed
 from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.export import module_names
 from loraweave.hub.formats._contents import require_numbers
+from loraweave.hub.formats._peft_config import module_names
 from loraweave.hub.sources import Repository, name_of, without_secrets
 from loraweave.hub.stores.blobs import content_hash, take_apart
 from loraweave.hub.stores.folder_blobs import with_files

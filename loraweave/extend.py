@@ -27,12 +27,11 @@ _MODULES = {
     "composer.merge.methods.breadcrumbs": "prune_both_ends",
     "composer.merge.methods.della": "magprune",
     # formats of adapters, and targets of exports
-    "hub.export": "TIED_MODULES Target module_names",
     "hub.formats._card": "base_model_of_readme json_text license_of_fields read_card readme_text",
     "hub.formats._config": "AdapterConfig config_fields words",
     "hub.formats._contents": "Bound Contents Dense cut_update lora_factors",
     "hub.formats._files": "entry folder_within open_file parse_json present read_bytes read_json",
-    "hub.formats._peft_config": "parse_lora stored_names stored_tensors",
+    "hub.formats._peft_config": "module_names parse_lora stored_names stored_tensors",
     "hub.formats._reading": "is_adapter lora_files names_in",
     "hub.formats._safetensors": "FLOATS INTEGERS file_metadata read_tensors require_finite",
     # routers and searches
@@ -113,7 +112,7 @@ _MODULES = {
     "composer.train.state": "JobReport JobSize KeptState PlannedJob SharedReport load_adapter save_adapter",
     # hubs
     "hub": "compositions",
-    "hub.adapter": "cosine",
+    "hub.adapter": "ExportReport cosine",
     "hub.adding": "Addition checked_policy",
     "hub.base": (
         "EMBEDDED PIPELINE_PARTS Parts base_config base_id fast_dtype fingerprint require_model require_same_base "

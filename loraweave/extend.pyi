@@ -280,6 +280,7 @@ from loraweave.composer.train.state import save_adapter as save_adapter
 from loraweave.errors import BudgetExceeded as BudgetExceeded
 from loraweave.errors import WorkersFailed as WorkersFailed
 from loraweave.hub import compositions as compositions
+from loraweave.hub.adapter import ExportReport as ExportReport
 from loraweave.hub.adapter import cosine as cosine
 from loraweave.hub.adding import Addition as Addition
 from loraweave.hub.adding import checked_policy as checked_policy
@@ -309,9 +310,6 @@ from loraweave.hub.embedders._embedder import embed_in_batches as embed_in_batch
 from loraweave.hub.embedders._embedder import embedder_of as embedder_of
 from loraweave.hub.embedders._embedder import readable as readable
 from loraweave.hub.embedders.form import Form as Form
-from loraweave.hub.export import TIED_MODULES as TIED_MODULES
-from loraweave.hub.export import Target as Target
-from loraweave.hub.export import module_names as module_names
 from loraweave.hub.formats._card import base_model_of_readme as base_model_of_readme
 from loraweave.hub.formats._card import json_text as json_text
 from loraweave.hub.formats._card import license_of_fields as license_of_fields
@@ -332,6 +330,7 @@ from loraweave.hub.formats._files import parse_json as parse_json
 from loraweave.hub.formats._files import present as present
 from loraweave.hub.formats._files import read_bytes as read_bytes
 from loraweave.hub.formats._files import read_json as read_json
+from loraweave.hub.formats._peft_config import module_names as module_names
 from loraweave.hub.formats._peft_config import parse_lora as parse_lora
 from loraweave.hub.formats._peft_config import stored_names as stored_names
 from loraweave.hub.formats._peft_config import stored_tensors as stored_tensors

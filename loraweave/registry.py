@@ -41,8 +41,9 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "keys": ("loraweave.retrieval.keys",),
     "indexes": ("loraweave.hub.indexes",),
     "formats": ("loraweave.hub.formats",),
-    "targets": ("loraweave.hub.targets",),
-    # of extensions alone, too, by the scheme of a hub's URL (`open_stores`): the core keeps hubs in folders
+    # of extensions alone, too: `save_pretrained` writes PEFT's folder
+    "targets": (),
+    # and by the scheme of a hub's URL (`open_stores`): the core keeps hubs in folders
     "catalogues": (),
     "blobs": (),
 }

@@ -54,6 +54,7 @@ Nine registries have no entries in the core:
 - `examiners`: what looks at adapters that are added, beside the core's refusals: `measure(prepared, blobs)` and
   `examine(catalogue, blobs, prepared, policies, model)` return the `Prepared` adapter, with its anomalies;
 - `packings`: forms in which a hub stores factors in fewer bits, each the value of `stored_as` of `hub.add` by its name;
+- `targets`: a subclass of `Target` of `loraweave.extensions.engines.export` writes for a program that loads adapters;
 - `checks`: a function returns a check of all records for `Hub.verify(also=)`; the command line knows `signed_by`;
 - `catalogues` and `blobs`: stores of a hub's rows and files outside a folder, named for the scheme of the hub's URL.
 
@@ -82,6 +83,8 @@ These groups are not registries. An entry point of theirs names
   `saved_modules(heads, layers, recorded)`;
 - `loraweave.peft_parameters`: a module that reads and writes PEFT's matrices of several experts in one parameter, with
   `experts_of(parts, config)`, `unpad(layers, layout)` and `stack_experts(layers)`;
+- `loraweave.export`: a module with `export(contents, name, folder, target=, max_rank=, base=)`, which returns an
+  `ExportReport`, and `require_target(target)` ([engines](extensions/engines.md));
 - `loraweave.harness`: a module whose `evaluate_harness` scores for `loraweave eval --harness`
   ([study](extensions/study.md));
 - `loraweave.panel`: a module whose `panel(engine, prompt, router, max_new_tokens=, title=)` draws a router's weights for the

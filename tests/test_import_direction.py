@@ -21,7 +21,7 @@ HUB_FLOORS = (
     {"base", "base_layer", "base_reference", "licenses"},
     {"formats"},
     {"sources"},
-    {"adapter", "conversion", "export", "merge_report", "pool", "targets"},
+    {"adapter", "conversion", "merge_report", "pool"},
     {"compositions", "listing", "stores", "tables"},
     {"adding"},
     {"embedders", "indexes", "search"},

@@ -42,9 +42,8 @@ from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.merge.merge import parent_of
 from loraweave.composer.model.layers import with_magnitudes
 from loraweave.errors import CompositionError, ScopeError, WeightingError
-from loraweave.hub.adapter import Adapter
+from loraweave.hub.adapter import Adapter, ExportReport
 from loraweave.hub.base import base_id, fingerprint
-from loraweave.hub.export import ExportReport
 from loraweave.hub.formats._card import shared_card
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.pool import ExpertPool

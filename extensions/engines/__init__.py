@@ -1,7 +1,8 @@
 """How does another program use the adapters here? Folders for engines and image tools, and formulas as names in vLLM.
 
-It adds the export targets of vLLM, llama.cpp, OpenVINO, mlx-lm, diffusers and kohya's tools, the plugin that vLLM finds by
-its entry point, and `loraweave load` for SGLang and LoRAX. It costs nothing until it is used; GGUF needs the package gguf.
+It has `Adapter.export` and the targets of PEFT, vLLM, llama.cpp, OpenVINO, mlx-lm, diffusers and kohya's tools, the plugin
+that vLLM finds by its entry point, and `loraweave load` for SGLang and LoRAX. It costs nothing until it is used; GGUF needs
+the package gguf.
 """
 
 from typing import TYPE_CHECKING

@@ -142,16 +142,19 @@ def resolve_patterns(
         raise AdapterUnsupported(f"{folder}: {name}: {error}; write layer names without regular expressions") from error
 
 
-def extension_module(part: str, what: str) -> Any:
-    """Return the module `part` that an extension brings. Raises AdapterUnsupported, naming `what`, without one."""
+def extension_module(part: str, what: str, *missing: str) -> Any:
+    """Return the module `part` that an extension brings. Raises AdapterUnsupported, naming `what`, without one.
+
+    `missing` are the arguments of `missing_extension`.
+    """
     for module in brought(part).values():
         return import_module(module)
-    raise AdapterUnsupported(f"{what}: nothing here reads or writes this form{missing_extension()}")
+    raise AdapterUnsupported(f"{what}: nothing here reads or writes this form{missing_extension(*missing)}")
 
 
-def missing_extension() -> str:
-    """Return the end of an error about a form that nothing reads: the extension to install, or "" if it is installed."""
-    return "" if MORE_FORMATS in extensions() else f"; the extension {MORE_FORMATS!r}, which reads more, is not installed"
+def missing_extension(name: str = MORE_FORMATS, does: str = "reads more") -> str:
+    """Return the end of an error about what nothing here does: the extension to install, or "" if it is installed."""
+    return "" if name in extensions() else f"; the extension {name!r}, which {does}, is not installed"
 
 
 def words(text: str) -> frozenset[str]:

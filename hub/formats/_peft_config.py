@@ -312,6 +312,11 @@ def path_of(layer: str, factors: Factors) -> str:
     return layer.rpartition(".")[0] if factors.kind == "expert" else layer
 
 
+def module_names(layers: Mapping[str, Factors]) -> tuple[str, ...]:
+    """Return the last steps of the layers' paths, such as q_proj, sorted; for an expert, those of its parameter."""
+    return tuple(sorted({path_of(layer, factors).rpartition(".")[2] for layer, factors in layers.items()}))
+
+
 def stored_names(folder: Path) -> list[str]:
     """Return the names of the tensors in a PEFT folder's safetensors files; only headers are read."""
     return [name for file in weight_files(folder) for name in tensor_names(folder, file)]

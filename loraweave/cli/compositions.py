@@ -292,9 +292,9 @@ def export(
 ) -> None:
     """Write a composition or an adapter as a folder for another program, and tell how that is started."""
     import loraweave as lw
-    from loraweave.hub.export import require_target
+    from loraweave.hub.adapter import exporting
 
-    require_free(out, ADAPTER_FILE, require_target(target).file)
+    require_free(out, ADAPTER_FILE, exporting(target).require_target(target).file)
     exported: lw.Composition | lw.Adapter
     if (folder / COMPOSITION_FILE).is_file() or not (folder / ADAPTER_FILE).is_file():
         limit = [] if max_rank is None else ["--max-rank", str(max_rank)]

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 import loraweave as lw
 from loraweave import registry
 from loraweave.errors import AdapterExists, AdapterUnsupported
-from loraweave.hub.export import Target
+from loraweave.extensions.engines.export import Target
 from loraweave.types import Factors
 
 TARGETS = registry.names("targets")

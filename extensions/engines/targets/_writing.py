@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from loraweave import AdapterUnsupported, Factors
-from loraweave.extend import TIED_MODULES, Contents, algebra, readme_text, replacing, require_replaceable, save_tensors
+from loraweave.extend import Contents, algebra, readme_text, replacing, require_replaceable, save_tensors
+from loraweave.extensions.engines.export import TIED_MODULES
 
 README = "README.md"
 

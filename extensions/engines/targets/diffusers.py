@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import PIPELINE_PARTS, Contents, Target, traits
+from loraweave.extend import PIPELINE_PARTS, Contents, traits
+from loraweave.extensions.engines.export import Target
 from loraweave.extensions.engines.targets._writing import place, require_plain, stored_factors, tensors_file
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

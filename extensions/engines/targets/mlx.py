@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import Contents, Target, base_config
+from loraweave.extend import Contents, base_config
+from loraweave.extensions.engines.export import Target
 from loraweave.extensions.engines.targets._experts import require_known, stacked
 from loraweave.extensions.engines.targets._writing import place, require_plain, require_untied, tensors_file
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import TIED_MODULES, Contents, Target, module_names
+from loraweave.extend import Contents, module_names
+from loraweave.extensions.engines.export import TIED_MODULES, Target
 from loraweave.extensions.engines.targets._writing import require_plain
 
 # the values that every release of vLLM takes for --max-lora-rank; recent ones also take 1

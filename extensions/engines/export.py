@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import math
-import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch.nn.functional import pad
 
-from loraweave.errors import AdapterUnsupported, UnknownName, WeightingError
-from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._peft_config import path_of
-from loraweave.hub.formats.peft import Peft
-from loraweave.hub.licenses import stated_license
-from loraweave.hub.sources import upload
-from loraweave.lowrank import algebra
-from loraweave.registry import get, names, nearest
-from loraweave.types import Factors
+from loraweave import AdapterUnsupported, Factors, UnknownName, WeightingError, names
+from loraweave.extend import Contents, ExportReport, algebra, get, module_names, nearest, stated_license
 
 # modules whose weights many base models share with each other
 TIED_MODULES = {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out"}
@@ -48,7 +40,7 @@ class Target(ABC):
     @classmethod
     def write(cls, contents: Contents, name: str, folder: Path, base: Any) -> None:
         """Write the folder, whole or not at all: PEFT's, unless the program has its own layout."""
-        Peft.write(contents, folder)
+        get("formats", "peft").write(contents, folder)
 
     @classmethod
     def program(cls, contents: Contents) -> tuple[str, ...]:
@@ -64,66 +56,6 @@ class Target(ABC):
     def notes(cls, contents: Contents, folder: Path, rank: int) -> list[str]:
         """Return what a user must know about the folder, one sentence each."""
         return []
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """The report of an export: the folder written, its errors, and how a server loads it.
-
-    `rank` is the largest of any layer in the folder (that of every layer for most targets). `errors` has each layer's
-    relative Frobenius error from the cut of its rank, 0 if nothing was cut, and `relative_error` that of the whole update.
-    `flags` are the arguments that a server needs after `program`, its name and the base's; `modules` the layer names that it
-    must know. `license` is that of the card, for a merge that of all its parents; None if it is not known.
-    """
-
-    folder: Path
-    target: str
-    base_model: str
-    rank: int
-    errors: Mapping[str, float]
-    relative_error: float = 0.0
-    modules: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    license: str | None = None
-    program: tuple[str, ...] = ()
-
-    @property
-    def command(self) -> str:
-        """The server's command line for a shell; empty if the target is not a server."""
-        return shlex.join([*self.program, *self.flags])
-
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        token: str | None = None,
-        private: bool | None = None,
-        commit_message: str | None = None,
-    ) -> str:
-        """Upload the folder to `owner/name` on the model hub; return the commit's id. Raises as `Adapter.push_to_hub`."""
-        message = commit_message or f"an export for {self.target}"
-        return upload(self.folder, repository, token=token, private=private, message=message)
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "folder": str(self.folder), "command": self.command}
-
-    def __str__(self) -> str:
-        told = "no rank was cut: the update is exact"
-        if cut := [layer for layer, error in self.errors.items() if error]:
-            worst = max(cut, key=lambda layer: self.errors[layer])
-            told = (
-                f"rank cut in {len(cut)} layers: relative error {self.relative_error:.3g} of the whole update, at worst "
-                f"{self.errors[worst]:.3g} in {worst}"
-            )
-        lines = [
-            f"wrote {len(self.errors)} layers of rank up to {self.rank} for {self.target} to {self.folder}",
-            told,
-            f"modules: {', '.join(self.modules)}",
-            f"license: {self.license or 'unknown'}",
-            *(f"note: {text}" for text in self.warnings),
-        ]
-        return "\n".join([*lines, f"serve it: {self.command}"] if self.command else lines)
 
 
 def require_target(target: str) -> type[Target]:
@@ -180,11 +112,6 @@ def export(
         stated_license(contents.card.get("license")),
         kind.program(out),
     )
-
-
-def module_names(layers: Mapping[str, Factors]) -> tuple[str, ...]:
-    """Return the last steps of the layers' paths, such as q_proj, sorted; for an expert, those of its parameter."""
-    return tuple(sorted({path_of(layer, factors).rpartition(".")[2] for layer, factors in layers.items()}))
 
 
 def _cut_rank(where: str, factors: Factors, max_rank: int | None) -> tuple[Factors, float]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loraweave.hub.export import TIED_MODULES, Target, module_names
-from loraweave.hub.formats._contents import Contents
+from loraweave.extend import Contents, module_names
+from loraweave.extensions.engines.export import TIED_MODULES, Target
 
 
 class Peft(Target):
