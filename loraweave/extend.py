@@ -54,7 +54,7 @@ _MODULES = {
     "routers.tokens.logistic": "Logistic",
     # recipes and their experts
     "composer.experts.expert_model": "ExpertModel require_expert_model",
-    "composer.experts.forms._form": "Args Seen Weigh fitting",
+    "composer.experts.forms._form": "Args Form Seen Weigh fitting",
     "composer.experts.forms.sum_of_experts": "SumOfExperts",
     "composer.experts.make": "has_expert layers_with put_expert",
     "composer.experts.parts": "is_named layer_sites numbered_blocks require_all_named shapes_of",
@@ -122,7 +122,6 @@ _MODULES = {
     "hub.base_reference": "base_loader",
     "hub.embedders": "sentence",
     "hub.embedders._embedder": "Embedder embed_in_batches embedder_of readable",
-    "hub.embedders.form": "Form",
     "hub.indexes.flat": "Flat Index saved_array",
     "hub.licenses": "canonical is_accepted stated_license",
     "hub.merge_report": "by_number mixture_interference",

@@ -114,6 +114,7 @@ from loraweave.composer.ensembles.ensemble import without_cache as without_cache
 from loraweave.composer.experts.expert_model import ExpertModel as ExpertModel
 from loraweave.composer.experts.expert_model import require_expert_model as require_expert_model
 from loraweave.composer.experts.forms._form import Args as Args
+from loraweave.composer.experts.forms._form import Form as Form
 from loraweave.composer.experts.forms._form import Seen as Seen
 from loraweave.composer.experts.forms._form import Weigh as Weigh
 from loraweave.composer.experts.forms._form import fitting as fitting
@@ -309,7 +310,6 @@ from loraweave.hub.embedders._embedder import Embedder as Embedder
 from loraweave.hub.embedders._embedder import embed_in_batches as embed_in_batches
 from loraweave.hub.embedders._embedder import embedder_of as embedder_of
 from loraweave.hub.embedders._embedder import readable as readable
-from loraweave.hub.embedders.form import Form as Form
 from loraweave.hub.formats._card import base_model_of_readme as base_model_of_readme
 from loraweave.hub.formats._card import json_text as json_text
 from loraweave.hub.formats._card import license_of_fields as license_of_fields

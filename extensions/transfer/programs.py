@@ -21,7 +21,6 @@ from loraweave.extend import (
     MAX_PACKED,
     STEP_COST,
     Count,
-    Form,
     GivenRows,
     Positive,
     Program,
@@ -29,6 +28,7 @@ from loraweave.extend import (
     base_loader,
     can_be_packed,
     check_options,
+    get,
     in_chunks,
     linear_targets,
     loss_with,
@@ -165,7 +165,7 @@ def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int, s
     like = list(given) or first_inputs
     inputs = dict.fromkeys([*first_inputs, *recombined([*given, *first_inputs], count, seed)])
     if like and others and len(inputs) < count:
-        form = Form()
+        form = get("embedders", "form")()
         given_ND, others_MD = form.embed(like), form.embed(others)
         similar_MN = others_MD @ given_ND.T
         # how alike the given ones are among themselves: each beside its nearest other
