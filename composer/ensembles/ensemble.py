@@ -132,7 +132,8 @@ def _next_tokens(model: Any, num_positions: int | None, tokens: Tensor | None, i
         logits = logits[:, 0] if num_positions is None else logits
     if tokens is not None:
         logits = logits[..., tokens.to(logits.device)]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    log_p: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    return log_p
 
 
 def _kept_positions(model: Any, inputs: Mapping[str, Any], count: int) -> Tensor | None:
