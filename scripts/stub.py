@@ -1,7 +1,7 @@
-"""Writes loraweave/extend.pyi, where type checkers read the names that loraweave/extend.py loads on first use.
+"""Writes the stubs of loraweave: where type checkers read the names that a module of `STUBS` loads on first use.
 
-python scripts/stub.py              writes it
-python scripts/stub.py --stale      says whether it has to be written
+python scripts/stub.py              writes them
+python scripts/stub.py --stale      says which has to be written
 """
 
 from __future__ import annotations
@@ -9,21 +9,29 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import loraweave
 from loraweave import extend
 
-TARGET = Path(__file__).parents[1] / "loraweave" / "extend.pyi"
+FOLDER = Path(__file__).parents[1] / "loraweave"
+# {stub: (its names by module, what else it has)}
+STUBS = {
+    "__init__.pyi": (loraweave._MODULES, "__version__: str\n"),
+    "extend.pyi": (extend._MODULES | {"common.lazy": "lazy"}, ""),
+}
 
 
-def stub() -> str:
-    """Return the text of the file: every name imported as itself, which is how a stub passes a name on."""
-    places = {"loraweave.common.lazy": "lazy"} | {f"loraweave.{module}": names for module, names in extend._MODULES.items()}
-    lines = (f"from {module} import {name} as {name}" for module, names in places.items() for name in names.split())
-    return "\n".join(sorted(lines)) + "\n"
+def stub(modules: dict[str, str], more: str) -> str:
+    """Return the text of a stub: every name imported as itself, which is how a stub passes a name on."""
+    lines = (
+        f"from loraweave.{module} import {name} as {name}" for module, names in modules.items() for name in names.split()
+    )
+    return "\n".join(sorted(lines)) + "\n" + more
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--stale"]:
-        if TARGET.read_text(encoding="utf-8") != stub():
-            print(TARGET.name)
-    else:
-        TARGET.write_text(stub(), encoding="utf-8")
+    for file, parts in STUBS.items():
+        target = FOLDER / file
+        if sys.argv[1:] != ["--stale"]:
+            target.write_text(stub(*parts), encoding="utf-8")
+        elif not target.is_file() or target.read_text(encoding="utf-8") != stub(*parts):
+            print(file)
