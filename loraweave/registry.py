@@ -46,6 +46,8 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     # and by the scheme of a hub's URL (`open_stores`): the core keeps hubs in folders
     "catalogues": (),
     "blobs": (),
+    # and by the first word of joblib's backend (`spread`): the core's workers are processes of this machine
+    "workers": (),
 }
 
 _SAVED = "of the same adapters (adapters/0, adapters/1 and so on of a router saved with its pool; see docs/tried.md)"

@@ -56,7 +56,9 @@ Nine registries have no entries in the core:
 - `packings`: forms in which a hub stores factors in fewer bits, each the value of `stored_as` of `hub.add` by its name;
 - `targets`: a subclass of `Target` of `loraweave.extensions.engines.export` writes for a program that loads adapters;
 - `checks`: a function returns a check of all records for `Hub.verify(also=)`; the command line knows `signed_by`;
-- `catalogues` and `blobs`: stores of a hub's rows and files outside a folder, named for the scheme of the hub's URL.
+- `catalogues` and `blobs`: stores of a hub's rows and files outside a folder, named for the scheme of the hub's URL;
+- `workers`: clusters that run pieces of work, named for the first word of joblib's backend: a class of (backend, most pieces
+  or None) with `room`, `submit(call)` and `close()`.
 
 An index whose class has a number as `default_from` is taken by searches of this many adapters or more where none is named;
 of several it is the one with the largest number, and without any `flat`.

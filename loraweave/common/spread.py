@@ -1,4 +1,4 @@
-"""Independent pieces of work on the workers that joblib names: processes of this machine, or a cluster of Ray or Dask.
+"""Independent pieces of work on the workers that joblib names: processes of this machine, or an entry of `workers`.
 
 Where pieces run is joblib's to say, as in scikit-learn: `n_jobs=`, or `with joblib.parallel_config(backend="dask"):`. They
 are handed out by the backend's own executor and not by `joblib.Parallel`, which ends all pieces when one worker is lost
@@ -8,9 +8,9 @@ are handed out by the backend's own executor and not by `joblib.Parallel`, which
 from __future__ import annotations
 
 import logging
-import math
 import os
 import pickle
+import re
 import sys
 import threading
 import time
@@ -28,6 +28,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 from joblib.parallel import get_active_backend
 from rich.progress import Progress
 
+import loraweave.registry as registry
 from loraweave.common.checks import is_whole
 from loraweave.errors import WorkersFailed
 
@@ -38,12 +39,8 @@ Result = TypeVar("Result")
 
 # workers that a piece may lose before it is given up: it may be what kills them
 TRIES = 5
-# how long a number of workers is believed
-COUNTED_S = 2.0
-# after so long without any worker a cluster is believed dead; one that grows on demand may take minutes for its first
-GONE_S = 300.0
-# pieces that lie ready for each worker of a cluster, so that none waits for the network
-READY = 2
+# how long a look at running pieces, and at the process that started this one, is believed
+LOOK_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,9 @@ def processes_here(n_jobs: int | None) -> int | None:
     """
     backend, jobs = _asked(n_jobs)
     kind = _kind(backend)
-    if kind in CLUSTERS:
+    if kind not in HERE:
         return 1
-    if kind == "SequentialBackend":
+    if kind == "sequential":
         return None if n_jobs is None else 1
     if jobs is None or jobs > 0:
         return jobs
@@ -96,7 +93,7 @@ def spread(
     `work` and the pieces are pickled. A worker has as many threads of torch as this process, and runs one piece at a time,
     so that a result has the bits that it has here. A piece whose worker dies runs again on another, at most TRIES times, and
     costs the others nothing: what it writes must be the same, and whole, when it is written twice. Leaving the iteration
-    ends what runs. Raises WorkersFailed as `processes_here` does, and where a cluster has had no worker for GONE_S seconds.
+    ends what runs. Raises WorkersFailed as `processes_here` does, and as a cluster's workers do.
     """
     with crew(n_jobs) as workers:
         yield from workers.spread(work, pieces, label=label, bar=bar)
@@ -148,7 +145,7 @@ class Crew:
                 name = waiting.popleft()
                 running[workers.submit(partial(call, pieces[name]))] = name
             bar.update(shown, description=f"{label} {_listed(running.values())}")
-            for future in wait(running, timeout=COUNTED_S, return_when=FIRST_COMPLETED).done:
+            for future in wait(running, timeout=LOOK_S, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
                 # a cluster that goes away cancels what it had
                 lost = CancelledError("cancelled") if future.cancelled() else future.exception()
@@ -223,34 +220,34 @@ def _asked(n_jobs: int | None) -> tuple[Any, int | None]:
     return backend, said if n_jobs is None else n_jobs
 
 
-CLUSTERS = ("DaskDistributedBackend", "RayBackend")
-HERE = ("LokyBackend", "SequentialBackend")
+HERE = ("loky", "sequential")
 
 
 def _kind(backend: Any) -> str:
-    """Return the name of the backend's class, or of the known one that it extends: Ray's and Dask's may not be installed."""
+    """Return the first word of the backend's class, or of one that it extends: of `HERE`, or an entry of `workers`."""
     names = [kind.__name__ for kind in type(backend).__mro__]
-    for name in names:
-        if name in (*CLUSTERS, *HERE):
-            return name
+    words = [re.sub(r"(?<=[a-z])[A-Z].*", "", name).lower() for name in names]
+    if words[0] in HERE:
+        return words[0]
+    known = [*HERE, *registry.names("workers")]
+    for word in words:
+        if word in known:
+            return word
     raise WorkersFailed(
         f"pieces cannot be spread over joblib's {names[0]}: threads would share one model, and other pools do not outlive a "
-        'lost process; name "loky", "dask" or "ray"'
+        f"lost process; name one of {', '.join(known)}"
     )
 
 
 def _workers(n_jobs: int | None) -> Workers | None:
     """Make the workers; None if this process does all the work."""
     backend, jobs = _asked(n_jobs)
-    most = jobs if jobs is not None and jobs > 0 else None
-    match _kind(backend):
-        case "DaskDistributedBackend":
-            return _Dask(backend, most)
-        case "RayBackend":
-            return _Ray(backend, most)
-        case "LokyBackend" if (number := processes_here(n_jobs) or 1) > 1:
-            return _Processes(number)
-    return None
+    kind = _kind(backend)
+    if kind not in HERE:
+        workers: Workers = registry.get("workers", kind)(backend, jobs if jobs is not None and jobs > 0 else None)
+        return workers
+    number = processes_here(n_jobs) or 1
+    return _Processes(number) if number > 1 else None
 
 
 class _Processes:
@@ -292,85 +289,7 @@ def _end_with(driver: int) -> None:
 
     def watch() -> None:
         while os.getppid() == driver:
-            time.sleep(COUNTED_S)
+            time.sleep(LOOK_S)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-class _Counted:
-    """A cluster, whose workers are counted every COUNTED_S seconds, since they come and go."""
-
-    def __init__(self, count: Callable[[], int], most: int | None) -> None:
-        self._count, self._most = count, most
-        # since when no worker was counted: infinity while there is one
-        self._known, self._counted, self._empty = 0, -math.inf, math.inf
-
-    @property
-    def room(self) -> int:
-        now = time.monotonic()
-        if now - self._counted > COUNTED_S:
-            self._known, self._counted = self._count(), now
-            self._empty = math.inf if self._known else min(self._empty, now)
-        if now - self._empty > GONE_S:
-            raise WorkersFailed(
-                f"the cluster has had no worker for {GONE_S:.0f} s: look whether its head and its workers run, connect "
-                "to it again, and make the same call; n_jobs=1 runs the pieces in this process"
-            )
-        return READY * max(1, self._known) if self._most is None else self._most
-
-
-class _Dask(_Counted):
-    """The workers of a Dask client; the scheduler itself moves what a lost worker had."""
-
-    def __init__(self, backend: Any, most: int | None) -> None:
-        super().__init__(lambda: sum(backend.client.ncores().values()), most)
-        self._executor = backend.client.get_executor(pure=False, **backend.submit_kwargs)
-
-    def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        future: Future[Any] = self._executor.submit(call)
-        return future
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=False)
-
-
-class _Ray(_Counted):
-    """Tasks of a Ray cluster; a lost one is a matter of `spread`, so that it is named and counted."""
-
-    def __init__(self, backend: Any, most: int | None) -> None:
-        ray = _ray()
-        # as many cores as torch has threads, unless the backend's arguments say otherwise
-        own = {key: value for key, value in (backend.ray_remote_args or {}).items() if not key.startswith("max_")}
-        options = {"num_cpus": torch.get_num_threads(), **own}
-        super().__init__(lambda: int(ray.cluster_resources().get("CPU", 0) // (options["num_cpus"] or 1)), most)
-        self._run = ray.remote(_called).options(max_retries=0, **options)
-        self._cancel = partial(ray.cancel, force=True)
-        self._references: dict[Future[Any], Any] = {}
-
-    def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        self._references = {future: pending for future, pending in self._references.items() if not future.done()}
-        reference = self._run.remote(call)
-        future: Future[Any] = reference.future()
-        self._references[future] = reference
-        return future
-
-    def close(self) -> None:
-        for future, reference in self._references.items():
-            if not future.done():
-                self._cancel(reference)
-
-
-def _called(call: Callable[[], Any]) -> Any:
-    return call()
-
-
-def _ray() -> Any:
-    """Return Ray, connected to `ray.init`'s cluster or RAY_ADDRESS. None is started: it would listen on every address."""
-    import ray
-
-    if not ray.is_initialized():
-        if "RAY_ADDRESS" not in os.environ:
-            raise WorkersFailed('Ray is not connected: call ray.init(address="...") first, or set RAY_ADDRESS')
-        ray.init()
-    return ray

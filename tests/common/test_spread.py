@@ -1,4 +1,4 @@
-"""Pieces on processes of this machine and on a Dask cluster of several, some of which die."""
+"""Pieces on processes of this machine, some of which die."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import engines
 import joblib
 import psutil
 import pytest
@@ -142,7 +140,7 @@ def test_a_number_that_is_none_is_refused(n_jobs):
 def test_backends_whose_workers_share_a_model_or_cannot_be_lost_are_refused(backend):
     with (
         joblib.parallel_config(backend=backend, n_jobs=2),
-        pytest.raises(WorkersFailed, match='name "loky", "dask" or "ray"'),
+        pytest.raises(WorkersFailed, match="name one of loky, sequential"),
     ):
         processes_here(None)
 
@@ -168,62 +166,3 @@ def test_the_workers_of_a_driver_that_is_killed_end_too():
     _, alive = psutil.wait_procs(workers, timeout=120)
     assert len(workers) >= 2
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
-
-
-@pytest.fixture
-def dask_client():
-    """dask_client(workers): a client of so many worker processes behind a scheduler, all on loopback; then none is left."""
-    distributed = pytest.importorskip("distributed")
-
-    @contextmanager
-    def client(num_workers):
-        settings = {"n_workers": num_workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
-        with distributed.LocalCluster(**settings, silence_logs=50) as cluster, distributed.Client(cluster) as opened:
-            yield opened
-
-    return client
-
-
-def test_a_dask_worker_that_dies_costs_its_piece_and_no_result(dask_client, tmp_path):
-    pieces = {f"piece {number}": number for number in (0, DIES_ONCE, 4)}
-    with dask_client(2), joblib.parallel_config(backend="dask"):
-        found = outcomes(tmp_path, pieces, n_jobs=None)
-    assert {name: result[0] for name, result in found.items()} == {name: number**2 for name, number in pieces.items()}
-    assert runs(tmp_path, DIES_ONCE) == 2
-
-
-def test_a_cluster_whose_workers_stay_away_is_believed_dead(dask_client, tmp_path, monkeypatch):
-    monkeypatch.setattr(spreading, "GONE_S", 1.0)
-    monkeypatch.setattr(spreading, "COUNTED_S", 0.1)
-    with dask_client(0), joblib.parallel_config(backend="dask"), pytest.raises(WorkersFailed, match="had no worker for 1 s"):
-        outcomes(tmp_path, {"piece": 1}, n_jobs=None)
-    assert runs(tmp_path, 1) == 0
-
-
-def test_a_cluster_is_empty_from_the_first_look_that_finds_no_worker(monkeypatch):
-    now, workers = 0.0, 2
-    monkeypatch.setattr(spreading.time, "monotonic", lambda: now)
-    cluster = spreading._Counted(lambda: workers, None)
-    assert cluster.room == 4
-    # nobody looks while the caller does something else
-    now, workers = 1_000.0, 0
-    assert cluster.room == 2
-    now = 1_250.0
-    assert cluster.room == 2
-    now, workers = 1_290.0, 1
-    assert cluster.room == 2
-    now, workers = 1_310.0, 0
-    assert cluster.room == 2
-    now = 1_620.0
-    with pytest.raises(WorkersFailed, match="had no worker for 300 s"):
-        _ = cluster.room
-
-
-@pytest.mark.slow
-def test_a_ray_worker_that_dies_costs_its_piece_and_ray_is_not_started_unasked(tmp_path):
-    script = ROOT / "tests" / "engine_scripts" / "ray_pieces.py"
-    said = engines.run("flower", script, {"root": str(ROOT), "folder": str(tmp_path)}, timeout=500, **engines.RAY)
-    assert said["refused"] == 'Ray is not connected: call ray.init(address="...") first, or set RAY_ADDRESS'
-    assert said["failed"] == {"raises": "ValueError: its disk is full"}
-    assert said["elsewhere"] == ["a", "b", "c", "dies"]
-    assert said["ran"] == {"dies": 2, "raises": 1, "a": 1, "b": 1, "c": 1}

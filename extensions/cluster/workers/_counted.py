@@ -1,0 +1,38 @@
+"""The number of workers of a cluster, where they come and go."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from loraweave.extend import WorkersFailed
+
+# how long a number of workers is believed
+COUNTED_S = 2.0
+# after so long without any worker a cluster is believed dead; one that grows on demand may take minutes for its first
+GONE_S = 300.0
+# pieces that lie ready for each worker, so that none waits for the network
+READY = 2
+
+
+class Counted:
+    """A cluster, whose workers are counted every COUNTED_S seconds, since they come and go."""
+
+    def __init__(self, count: Callable[[], int], most: int | None) -> None:
+        self._count, self._most = count, most
+        # since when no worker was counted: infinity while there is one
+        self._known, self._counted, self._empty = 0, -math.inf, math.inf
+
+    @property
+    def room(self) -> int:
+        now = time.monotonic()
+        if now - self._counted > COUNTED_S:
+            self._known, self._counted = self._count(), now
+            self._empty = math.inf if self._known else min(self._empty, now)
+        if now - self._empty > GONE_S:
+            raise WorkersFailed(
+                f"the cluster has had no worker for {GONE_S:.0f} s: look whether its head and its workers run, connect "
+                "to it again, and make the same call; n_jobs=1 runs the pieces in this process"
+            )
+        return READY * max(1, self._known) if self._most is None else self._most
