@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 
 import loraweave as lw
-from loraweave.common.intervals import wilson
 from loraweave.extensions.tour import read_rows
 from loraweave.hub.sources import adapter_folders
+from loraweave.retrieval.fusion import wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 RESAMPLES = 2000

@@ -1,6 +1,6 @@
 """Tables of what `unseen` has measured.
 
-Shares of right answers have Wilson's interval, as `loraweave.common.intervals` says; all others are the central 95 % of
+Shares of right answers have Wilson's interval, as `loraweave.retrieval.fusion` says; all others are the central 95 % of
 bootstrap draws: each draw resamples a task's seeds and its test items, the same for all ways that are compared.
 """
 

@@ -16,9 +16,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from loraweave.common.files import file_digest, replacing
+from loraweave.common.files import file_digest, replacing, storage_errors
 from loraweave.common.names import checked_name, near_misses, now, text_digest
-from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, HubCorrupt, HubError, InvalidName
 from loraweave.hub.formats._files import entry
 from loraweave.hub.listing import Listing

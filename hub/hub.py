@@ -16,10 +16,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraweave.common.files import storage_errors
 from loraweave.common.names import checked_name
 from loraweave.common.process import paused_collector
 from loraweave.common.rows import GivenRows
-from loraweave.common.storage_errors import storage_errors
 from loraweave.errors import AdapterExists, AdapterNotFound, HubCorrupt, HubError, HubFull
 from loraweave.hub.compositions import CompositionShelf, StoredComposition
 from loraweave.hub.licenses import canonical

@@ -5,7 +5,7 @@ Type checkers read the same names in `__init__.pyi`, which `scripts/stub.py` wri
 
 from __future__ import annotations
 
-from loraweave.common.lazy import lazy
+from loraweave.registry import lazy
 
 _MODULES = {
     "errors": (

@@ -7,14 +7,14 @@ the same names in `extend.pyi`, which `scripts/stub.py` writes.
 
 from __future__ import annotations
 
-from loraweave.common.lazy import lazy
+from loraweave.registry import lazy
 
 _MODULES = {
     # entries of any registry, and their options
     "common.options": (
         "Count Declared Fraction NonNegative Positive Range Rate Share Whole check_options options_of require_known"
     ),
-    "registry": "brought get nearest traits traits_of",
+    "registry": "brought get lazy nearest traits traits_of",
     # merge methods
     "composer.merge.merge": "parent_of",
     "composer.merge.method_call": (
@@ -37,6 +37,7 @@ _MODULES = {
     # routers and searches
     "composer.compose.objectives._row_sums": "RowSums",
     "composer.compose.objectives.cross_entropy": "CrossEntropy",
+    "retrieval.fusion": "wilson",
     "retrieval.query": "KeySpace Query",
     "routers.combined": "ByRow needs_call num_rows_of",
     "routers.searches._solver": "ClosedForm Solver",
@@ -156,15 +157,15 @@ _MODULES = {
     "common.checks": "is_list is_number is_whole one_or_many require_whole",
     "common.compute": "library",
     "common.display": "ShownTable blank_figure progress_bar tracked",
-    "common.files": "as_path cache_folder replacing require_replaceable sync unsynced whole_file",
-    "common.intervals": "wilson",
+    "common.files": (
+        "as_path cache_folder is_damage read_yaml remote_errors replacing require_replaceable storage_errors sync "
+        "unsynced whole_file without_credentials"
+    ),
     "common.names": "MAX_NAME_CHARACTERS checked_name printable text_digest unknown_expert",
     "common.process": "free_host_bytes launched_processes lock_of",
     "common.rows": "GivenRows Row located read_asked read_inputs read_rows",
     "common.spread": "Failed processes_here require_all spread",
     "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors tensor_bytes",
-    "common.storage_errors": "is_damage remote_errors storage_errors without_credentials",
-    "common.yaml_file": "read_yaml",
     "errors": "BudgetExceeded WorkersFailed",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",
@@ -173,7 +174,7 @@ _MODULES = {
 
 __getattr__ = lazy(__name__, {f"loraweave.{module}": names for module, names in _MODULES.items()})
 
-__all__ = ["lazy", *(name for names in _MODULES.values() for name in names.split())]
+__all__ = [name for names in _MODULES.values() for name in names.split()]
 
 
 def __dir__() -> list[str]:

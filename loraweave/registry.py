@@ -11,7 +11,7 @@ import difflib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -109,6 +109,27 @@ CALLED = {"experts": "recipes"}
 
 # whose folders are the extensions; no other file of the core names one
 EXTENSIONS = "loraweave.extensions"
+
+
+def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a package that imports a name's module when the name is first asked for (PEP 562).
+
+    `names` maps dotted modules to their public names, separated by blanks. An `__init__.py` shows type checkers the same:
+
+        if TYPE_CHECKING:
+            from my_package.answers import Answer, ask
+        else:
+            __getattr__ = lazy(__name__, {"my_package.answers": "Answer ask"})
+    """
+    places = {name: module for module, held in names.items() for name in held.split()}
+
+    def load(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        # with a name to take from it, a module that is a package loads a submodule of that name too
+        return getattr(__import__(places[name], fromlist=[name]), name)
+
+    return load
 
 
 def extensions() -> dict[str, Path]:

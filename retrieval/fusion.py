@@ -14,13 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from loraweave.common.intervals import wilson
 from loraweave.errors import RetrievalError
 
 KINDS = ("mean", "reciprocal_rank", "logistic")
 
 # Reciprocal ranks fall by half over this many places (Cormack, Clarke and Buettcher 2009, who use 60 for lists of 1,000).
 RANK_CONSTANT = 60
+
+# the 97.5 % quantile of the normal distribution
+Z = 1.959963984540054
 
 # the relation of output to input is coarse: it decides among adapters whose inputs and outputs fit alike
 _MEAN_WEIGHTS = {"relation": 0.3}
@@ -128,6 +130,23 @@ def _ranks(scores_N: np.ndarray) -> np.ndarray:
     filled_N = _fill(scores_N)
     better_N = len(filled_N) - np.searchsorted(np.sort(filled_N), filled_N, side="right")
     return (RANK_CONSTANT + 1) / (RANK_CONSTANT + 1 + better_N)
+
+
+def wilson(share: float, count: float, drawn_R: np.ndarray | None = None) -> tuple[float, float]:
+    """Return the 95 % interval of a `share`, 0 to 1, of `count` independent answers, above 0, after Wilson (1927).
+
+    It has a width also where all are right, or none is. Of answers that are not independent, over several seeds or tasks,
+    `drawn_R` has bootstrap draws of the share. The interval is then that of as many independent answers as would have the
+    variance of the draws: the effective sample size of Franco, Little, Louis and Slud (2019, Journal of Survey Statistics
+    and Methodology 7). Draws that are all alike say nothing of it; the answers then count as independent.
+    """
+    if drawn_R is not None and float(np.ptp(drawn_R)) >= 1e-9 and share not in (0, 1):
+        count = share * (1 - share) / float(np.var(drawn_R))
+    centre = share + Z * Z / (2 * count)
+    spread = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
+    low, high = ((centre + sign * spread) / (1 + Z * Z / count) for sign in (-1, 1))
+    # 0 and 1 are limits of themselves, which rounding misses
+    return (0.0 if share == 0 else low), (1.0 if share == 1 else high)
 
 
 @dataclass(frozen=True)

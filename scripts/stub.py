@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "loraweave"
 # {stub: (its names by module, what else it has)}
 STUBS = {
     "__init__.pyi": (loraweave._MODULES, "__version__: str\n"),
-    "extend.pyi": (extend._MODULES | {"common.lazy": "lazy"}, ""),
+    "extend.pyi": (extend._MODULES, ""),
 }
 
 

@@ -73,7 +73,7 @@ def test_the_core_does_not_import_its_own_face_for_those_who_extend():
 
 def test_every_name_for_those_who_extend_is_that_of_its_module_and_documented_unless_it_is_a_value():
     assert dir(extend) == sorted(extend.__all__) == sorted(set(extend.__all__))
-    assert {name for names in extend._MODULES.values() for name in names.split()} == set(extend.__all__) - {"lazy"}
+    assert {name for names in extend._MODULES.values() for name in names.split()} == set(extend.__all__)
     for module, names in extend._MODULES.items():
         for name in names.split():
             value = getattr(extend, name)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from loraweave.common.chat import Conversation, Prompt, answered_ids, prompt_ids, turn_end
-from loraweave.common.intervals import wilson
 from loraweave.common.rows import GivenRows, read_rows
 from loraweave.composer.model.batches import (
     IGNORED,
@@ -35,6 +34,7 @@ from loraweave.composer.model.batches import (
     with_positions,
 )
 from loraweave.errors import InvalidTask
+from loraweave.retrieval.fusion import wilson
 from loraweave.routers.tokens._call import prompted
 from loraweave.types import LINE, Task
 

@@ -17,8 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loraweave.common.files import sync
-from loraweave.common.storage_errors import storage_errors
+from loraweave.common.files import storage_errors, sync
 from loraweave.errors import HubCorrupt, HubError, HubLocked, HubReadOnly
 from loraweave.hub.stores.migrations import migrate, needs_migration
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection

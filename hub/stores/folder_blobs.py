@@ -16,8 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loraweave.common.files import known_digest, remove_file, sync, whole_file, write_new
-from loraweave.common.storage_errors import storage_errors
+from loraweave.common.files import known_digest, remove_file, storage_errors, sync, whole_file, write_new
 from loraweave.errors import AdapterCorrupt, HubError
 from loraweave.hub.formats._files import as_kept_files
 from loraweave.hub.stores.protocols import BlobStore

@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import loraweave.registry as registry
-from loraweave.common.files import as_path, cache_folder, whole_file, write_new
+from loraweave.common.files import as_path, cache_folder, storage_errors, whole_file, without_credentials, write_new
 from loraweave.common.names import text_digest
-from loraweave.common.storage_errors import storage_errors, without_credentials
 from loraweave.errors import HubCorrupt, HubError
 from loraweave.hub.stores.catalogue import FILE, Catalogue, state_row
 from loraweave.hub.stores.folder_blobs import FolderBlobs

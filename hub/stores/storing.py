@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from loraweave.common.storage_errors import storage_errors
+from loraweave.common.files import storage_errors
 from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError, HubFull, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import Parts, base_key, model_of, require_same_base

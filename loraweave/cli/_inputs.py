@@ -18,9 +18,9 @@ import typer
 from loraweave import registry
 from loraweave.cli._application import note
 from loraweave.common.chat import Prompt
+from loraweave.common.files import read_yaml
 from loraweave.common.options import require_known
 from loraweave.common.rows import Row, located, located_lines, read_row, shared_instruction
-from loraweave.common.yaml_file import read_yaml
 from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidTask, ScopeError, WeightingError
 from loraweave.hub.stores.open_stores import hub_exists
 from loraweave.types import Task

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from loraweave.common.intervals import wilson
 from loraweave.errors import PackageMissing
 from loraweave.extensions.study import results
 from loraweave.extensions.study.cells import Answers
 from loraweave.extensions.study.metrics import metric_of
+from loraweave.retrieval.fusion import wilson
 
 ANSWERS = ["the cat sat on the mat", "A dog", "nothing to see here today", ""]
 TARGETS = [["the cat sat on a mat", "a cat was on the mat"], ["a dog."], ["there is nothing to see here"], ["some words"]]

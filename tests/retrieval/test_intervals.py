@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from loraweave.common.intervals import wilson
+from loraweave.retrieval.fusion import wilson
 
 
 @pytest.mark.parametrize(("right", "count"), [(12, 12), (2, 2), (1, 1), (0, 1), (0, 50), (3, 7), (49, 50), (1, 2000)])

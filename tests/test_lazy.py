@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from loraweave.common.lazy import lazy
+from loraweave.registry import lazy
 
 
 @pytest.fixture
