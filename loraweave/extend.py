@@ -20,12 +20,11 @@ _MODULES = {
     "composer.merge.method_call": (
         "DenseUpdate Experts MethodCall Term TruncatedUpdate Weights surveys terms terms_of_one_rank weighted_bias"
     ),
-    "composer.merge.methods._dropout": "prune_random",
-    "composer.merge.methods._entries": "Entries Prune Rule merge_elected sum_pruned",
+    "composer.merge.methods._entries": "Entries Prune Rule decide divisor merge_elected merged sum_pruned vote",
+    "composer.merge.methods._pruning": (
+        "Cut LEVELS count_of draws_for keep_largest largest prune_random prune_smallest quantise stream"
+    ),
     "composer.merge.methods._span": "combination empty_update gram interpolation mean_weights pair_shares shares",
-    "composer.merge.methods._thresholds": "prune_smallest",
-    "composer.merge.methods.breadcrumbs": "prune_both_ends",
-    "composer.merge.methods.della": "magprune",
     # formats of adapters, and targets of exports
     "hub.formats._card": "base_model_of_readme json_text license_of_fields read_card readme_text",
     "hub.formats._config": "AdapterConfig config_fields words",
@@ -43,11 +42,12 @@ _MODULES = {
     "routers.searches._solver": "ClosedForm Solver",
     "routers.searches.gradient": "Gradient",
     "routers.tokens._caches": "BesideCache RowsAndTokens",
-    "routers.tokens._call": "cache_of current_prompts current_tokenizer has_two_sequences prompted real_tokens",
+    "routers.tokens._call": (
+        "block_of cache_of current_prompts current_tokenizer has_two_sequences prompted real_tokens running_block"
+    ),
     "routers.tokens._forms": "InputGates OutputRouter ScoredRouter output_factors",
     "routers.tokens._learned": "LearnedRouter Step TrainingReport",
     "routers.tokens._members": "LayerTensors Members find_names",
-    "routers.tokens._model": "block_of running_block",
     "routers.tokens._router": "TokenRouter",
     "routers.tokens._saved": "router_class router_names",
     "routers.tokens._scores": "best_of top_k_softmax top_p_of_softmax without",
@@ -61,11 +61,10 @@ _MODULES = {
     "composer.experts.parts": "is_named layer_sites numbered_blocks require_all_named shapes_of",
     "composer.experts.running": "Running",
     "composer.experts.together": "ExpertJob require_shareable",
-    "routers.recipes._gate": "Call Gate UNKNOWN Weighing draw_linear",
+    "routers.recipes._gate": "Call Gate TokenGate UNKNOWN Weighing draw_linear",
     "routers.recipes._recipe": (
         "ATTENTION EvenRecipe ExpertShape FEED_FORWARD Recipe Site TopKRecipe Watcher balance_term by_layer uniform"
     ),
-    "routers.recipes._token_gates": "TokenGate",
     # models, batches and live mixtures
     "composer.ensembles.ensemble": (
         "EnsemblePrediction align_right answers by_rows known_members last_positions member_passes rows_of "

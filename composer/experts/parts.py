@@ -18,7 +18,7 @@ from loraweave.composer.model.kinds import LayerKind
 from loraweave.errors import LayerMismatch, UnknownName
 from loraweave.routers.recipes._gate import Gate
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.tokens._model import block_of
+from loraweave.routers.tokens._call import block_of
 
 # a_RI and b_RO of an expert
 Start = tuple[Tensor, Tensor]

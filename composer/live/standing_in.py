@@ -19,8 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loraweave.common.process import lock_of
 from loraweave.errors import AlreadyActive, CompositionError
-from loraweave.routers.tokens._call import has_two_sequences, prompted
-from loraweave.routers.tokens._model import BlockInput, running
+from loraweave.routers.tokens._call import BlockInput, has_two_sequences, prompted, running
 
 
 class Handle(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -30,10 +30,12 @@ from loraweave.hub.formats._files import shared_files
 from loraweave.hub.licenses import license_of_work, stated_license
 from loraweave.hub.merge_report import LayerReport, MergeReport
 from loraweave.hub.merge_report import interference as compare
-from loraweave.hub.pool import ExpertPool, require_one_base
 from loraweave.lowrank import algebra
 from loraweave.lowrank.factorise import factorise
 from loraweave.types import Factors
+
+if TYPE_CHECKING:
+    from loraweave.hub.pool import ExpertPool
 
 # multiplications of one update's cut, up to which a thread is not worth starting
 SMALL = 1e7
@@ -325,6 +327,9 @@ def _check_together(used: Sequence[Adapter]) -> None:
         alike &= same_base and adapter.form is first.form and adapter.invocation == first.invocation
     if alike:
         return
+    # most merges need no pool
+    from loraweave.hub.pool import require_one_base
+
     require_one_base(by_name)
     shared_invocation(used)
     for adapter in used[1:]:

@@ -24,15 +24,15 @@ from loraweave.extend import (
     Weights,
     is_list,
     is_number,
-    magprune,
     merge_elected,
     nearest,
-    prune_both_ends,
     prune_random,
     prune_smallest,
     require_known,
     sum_pruned,
 )
+from loraweave.extensions.methods.methods.breadcrumbs import prune_both_ends
+from loraweave.extensions.methods.methods.della import magprune
 
 # a norm below it is not rescaled
 TINY = 1e-7

@@ -12,8 +12,7 @@ from torch import Tensor
 from loraweave.common.options import Count, Declared, NonNegative, Positive, Rate
 from loraweave.errors import WeightingError
 from loraweave.routers.losses.mixtral import mixtral
-from loraweave.routers.recipes._gate import Gate
-from loraweave.routers.recipes._token_gates import TokenGate
+from loraweave.routers.recipes._gate import Gate, TokenGate
 from loraweave.routers.tokens._learned import Step, TrainingReport
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraweave.common.options import NonNegative
+from loraweave.routers.recipes._gate import TokenGate
 from loraweave.routers.recipes._recipe import Site, TopKRecipe
-from loraweave.routers.recipes._token_gates import TokenGate
 
 
 @dataclass(frozen=True, kw_only=True)

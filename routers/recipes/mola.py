@@ -11,10 +11,10 @@ from torch import Tensor
 
 from loraweave.common.options import Count, NonNegative
 from loraweave.routers.losses.mixtral import mixtral
+from loraweave.routers.recipes._gate import TokenGate
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.recipes._token_gates import TokenGate
+from loraweave.routers.tokens._call import block_of
 from loraweave.routers.tokens._learned import Step
-from loraweave.routers.tokens._model import block_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,9 @@ from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.combined import under
 from loraweave.routers.tokens._caches import BesideCache
-from loraweave.routers.tokens._call import asked_of_head
+from loraweave.routers.tokens._call import asked_of_head, last_hidden
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._members import Members
-from loraweave.routers.tokens._model import last_hidden
 from loraweave.routers.tokens._scores import top_k_softmax
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from loraweave.common.options import Fraction
 from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
-from loraweave.composer.merge.methods._dropout import prune_random
 from loraweave.composer.merge.methods._entries import sum_pruned
+from loraweave.composer.merge.methods._pruning import prune_random
 from loraweave.registry import traits
 
 

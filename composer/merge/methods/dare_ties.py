@@ -7,8 +7,8 @@ from typing import Literal
 
 from loraweave.common.options import Fraction
 from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
-from loraweave.composer.merge.methods._dropout import prune_random
 from loraweave.composer.merge.methods._entries import merge_elected
+from loraweave.composer.merge.methods._pruning import prune_random
 from loraweave.registry import traits
 
 

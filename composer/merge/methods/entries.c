@@ -1,7 +1,6 @@
 /* The entries of the products b a of several experts, pruned and merged tile by tile: no dense update is ever stored.
 
-   `_entries.py` compiles this file, says what the fields hold and has the same in PyTorch, as have `_thresholds.py` and
-   `_dropout.py`. */
+   `_entries.py` compiles this file, says what the fields hold and has the same in PyTorch, as has `_pruning.py`. */
 
 #include <stdint.h>
 #include <string.h>

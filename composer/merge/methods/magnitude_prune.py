@@ -5,7 +5,7 @@ from __future__ import annotations
 from loraweave.common.options import Fraction
 from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
 from loraweave.composer.merge.methods._entries import sum_pruned
-from loraweave.composer.merge.methods._thresholds import prune_smallest
+from loraweave.composer.merge.methods._pruning import prune_smallest
 from loraweave.registry import traits
 
 

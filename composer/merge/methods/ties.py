@@ -13,7 +13,7 @@ import torch
 from loraweave.common.options import Fraction
 from loraweave.composer.merge.method_call import DenseUpdate, Experts, Term, Weights, surveys, terms
 from loraweave.composer.merge.methods._entries import Entries, Rule, merge_elected, tensors, vote
-from loraweave.composer.merge.methods._thresholds import EVERYTHING, NOTHING, Cut, count_of, kth_largest
+from loraweave.composer.merge.methods._pruning import EVERYTHING, NOTHING, Cut, count_of, kth_largest
 from loraweave.registry import traits
 
 

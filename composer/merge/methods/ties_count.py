@@ -7,7 +7,7 @@ from typing import Literal
 from loraweave.common.options import Fraction
 from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
 from loraweave.composer.merge.methods._entries import merge_elected
-from loraweave.composer.merge.methods._thresholds import prune_smallest
+from loraweave.composer.merge.methods._pruning import prune_smallest
 from loraweave.registry import traits
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from command_line import adapter
-from one_layer_in_peft import in_peft  # noqa: F401
+from entries_ways import entries_way as entries_way
+from one_layer_in_peft import in_peft as in_peft
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from rounding import assert_near, num_terms
 from loraweave.composer.composer import Composer
 from loraweave.errors import LayerMismatch, ScopeError
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._model import block_of
+from loraweave.routers.tokens._call import block_of
 from loraweave.routers.tokens._saved import router
 
 IDS_BT = torch.tensor([[5, 9, 11, 2, 30], [8, 8, 7, 8, 3]])

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional
 
-from loraweave.routers.recipes._token_gates import noisy
+from loraweave.routers.recipes._gate import noisy
 from loraweave.routers.tokens._scores import top_p_of_softmax
 
 

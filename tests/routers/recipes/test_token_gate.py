@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from loraweave.routers.recipes._gate import Call
-from loraweave.routers.recipes._token_gates import TokenGate
+from loraweave.routers.recipes._gate import Call, TokenGate
 
 
 def gate_of(num_experts=4, **options):

@@ -1,18 +1,4 @@
 """Both ways to the entries of an update, and adapters in a PEFT model."""
 
-from __future__ import annotations
-
-import pytest
-from one_layer_in_peft import in_peft  # noqa: F401
-
-from loraweave.composer.merge.methods import _entries
-
-
-@pytest.fixture(params=["compiled", "PyTorch"])
-def entries_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Entries by the library of entries.c, and without it."""
-    if request.param == "PyTorch":
-        monkeypatch.setattr(_entries, "library", lambda: None)
-    elif _entries.library() is None:
-        pytest.skip("there is no C compiler")
-    return str(request.param)
+from entries_ways import entries_way as entries_way
+from one_layer_in_peft import in_peft as in_peft

@@ -10,9 +10,9 @@ import torch
 from tiny_models import random_factors
 
 from loraweave.composer.merge.method_call import terms
-from loraweave.composer.merge.methods import _entries, _thresholds
+from loraweave.composer.merge.methods import _entries, _pruning
 from loraweave.composer.merge.methods._entries import Entries, tensors
-from loraweave.composer.merge.methods._thresholds import kth_largest
+from loraweave.composer.merge.methods._pruning import kth_largest
 from loraweave.composer.merge.methods.dare_linear import dare_linear
 from loraweave.composer.merge.methods.dare_ties import dare_ties
 from loraweave.composer.merge.methods.magnitude_prune import magnitude_prune
@@ -95,7 +95,7 @@ def test_the_cut_is_that_of_a_sorted_list_whatever_a_sample_says(entries_way, wh
     elif what == "mostly zeros":
         update.b_OR[1:] = 0
     entries = entries_of(update)
-    assert entries.size > _thresholds.SAMPLED
+    assert entries.size > _pruning.SAMPLED
     values = entries.read(0, slice(0, 130), torch.empty(shape)).abs().flatten().numpy()
     ordered = np.sort(values)[::-1]
     for count in (1, 2, 259, 16_900, 33_000, 33_799, 33_800):
@@ -108,11 +108,11 @@ def test_the_cut_is_that_of_a_sorted_list_whatever_a_sample_says(entries_way, wh
 def test_of_equal_entries_the_earlier_are_kept_wherever_they_lie(entries_way, monkeypatch, block) -> None:
     monkeypatch.setattr(_entries, "BLOCK", block)
     entries = entries_of(whole(0, 2, (330, 52)))
-    assert entries.size > _thresholds.SAMPLED
+    assert entries.size > _pruning.SAMPLED
     values = entries.read(0, slice(0, 330), torch.empty(entries.shape)).abs().flatten().numpy()
     order = np.argsort(-values, kind="stable")
     for count in (1, 700, 5_000, 9_000, int((values > 0).sum())):
-        (cut,) = _thresholds.keep_largest(entries, count)
+        (cut,) = _pruning.keep_largest(entries, count)
         place = np.arange(len(values))
         kept = (values > cut.value) | ((values == cut.value) & (place <= cut.last))
         assert np.array_equal(np.flatnonzero(kept), np.sort(order[:count]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._thresholds import Cut, largest
+from loraweave.composer.merge.methods._pruning import Cut, largest
 
 SHAPE = (7, 5)
 

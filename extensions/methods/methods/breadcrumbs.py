@@ -8,11 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.common.options import Fraction
-from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
-from loraweave.composer.merge.methods._entries import Entries, Prune, Rule, sum_pruned
-from loraweave.composer.merge.methods._thresholds import Cut, count_of, keep_largest
-from loraweave.registry import traits
+from loraweave.extend import (
+    Cut,
+    DenseUpdate,
+    Entries,
+    Experts,
+    Fraction,
+    Prune,
+    Rule,
+    Weights,
+    count_of,
+    keep_largest,
+    sum_pruned,
+    traits,
+)
 
 
 @traits("lossy")

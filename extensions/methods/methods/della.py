@@ -10,12 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraweave.common.options import Fraction
-from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
-from loraweave.composer.merge.methods._dropout import LEVELS, draws_for, quantise, stream
-from loraweave.composer.merge.methods._entries import Entries, Rule, merge_elected
-from loraweave.errors import WeightingError
-from loraweave.registry import traits
+from loraweave import WeightingError
+from loraweave.extend import (
+    LEVELS,
+    DenseUpdate,
+    Entries,
+    Experts,
+    Fraction,
+    Rule,
+    Weights,
+    draws_for,
+    merge_elected,
+    quantise,
+    stream,
+    traits,
+)
 
 
 @traits("lossy")

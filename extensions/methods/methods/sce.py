@@ -7,10 +7,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from loraweave.common.options import Fraction
-from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights, terms
-from loraweave.composer.merge.methods._entries import Entries, decide, divisor, merged, vote
-from loraweave.composer.merge.methods._thresholds import Cut, count_of, largest
+from loraweave.extend import (
+    Cut,
+    DenseUpdate,
+    Entries,
+    Experts,
+    Fraction,
+    Weights,
+    count_of,
+    decide,
+    divisor,
+    largest,
+    merged,
+    terms,
+    vote,
+)
 
 
 def sce(experts: Experts, weights: Weights, *, density: Fraction = 0.1, scale: float = 1.0) -> DenseUpdate:
