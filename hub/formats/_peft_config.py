@@ -111,11 +111,6 @@ class PeftConfig:
             )
         return {layer: alphas[layer] / (math.sqrt(rank) if self.use_rslora else rank) for layer, rank in ranks.items()}
 
-    def require_plain_activation(self, beside: str) -> None:
-        """Raise AdapterUnsupported for an aLoRA that is also of another kind, `beside`."""
-        if self.invocation:
-            raise AdapterUnsupported(f"{self.folder}: alora_invocation_tokens beside {beside}, which PEFT does not combine")
-
 
 def parse_lora(config: Mapping[str, Any], folder: Path) -> PeftConfig:
     """Return the parsed config.

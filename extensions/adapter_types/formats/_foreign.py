@@ -312,8 +312,14 @@ class LoraVariant(ForeignFormat):
         for name, value in {**flags, "bias": settings.bias != "none" and settings.bias}.items():
             if value:
                 raise AdapterUnsupported(f"{folder}: {name}={value!r} beside {cls.field}, which is not supported")
-        settings.require_plain_activation(cls.field)
+        require_plain_activation(settings, cls.field)
         return config
+
+
+def require_plain_activation(settings: Any, beside: str) -> None:
+    """Raise AdapterUnsupported for the config of an aLoRA that is also of another kind, `beside`."""
+    if settings.invocation:
+        raise AdapterUnsupported(f"{settings.folder}: alora_invocation_tokens beside {beside}, which PEFT does not combine")
 
 
 def check_size(layer: StoredLayer, rows: int, columns: int) -> None:

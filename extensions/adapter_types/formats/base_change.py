@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
 from loraweave.extend import AdapterConfig, Bound, Contents, base_layer, cut_update, entry, fingerprint, get, parse_lora
-from loraweave.extensions.adapter_types.formats._foreign import PeftReader, plain_factors
+from loraweave.extensions.adapter_types.formats._foreign import PeftReader, plain_factors, require_plain_activation
 
 INITS = ("pissa", "olora", "milora")
 
@@ -48,7 +48,7 @@ class BaseChange(PeftReader):
             source, assumed={"init_lora_weights": True}, allow_pickle=allow_pickle
         )
         settings = parse_lora({**fields, "init_lora_weights": True}, source)
-        settings.require_plain_activation(f"init_lora_weights={init!r}")
+        require_plain_activation(settings, f"init_lora_weights={init!r}")
         scales = settings.scales({name: factors.rank for name, factors in contents.layers.items()})
         modules = dict(model.named_modules())
         layers: dict[str, Factors] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 from loraweave import AdapterCorrupt, AdapterUnsupported
 from loraweave.extend import PIPELINE_PARTS, parse_json, parse_lora
+from loraweave.extensions.adapter_types.formats._foreign import require_plain_activation
 from loraweave.extensions.adapter_types.formats._lora_file import LoraFile, Parts, rank_of
 from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement
 
@@ -81,7 +82,7 @@ class Diffusers(LoraFile):
             parsed = parse_lora({"peft_type": "LORA", **config}, Path(where))
             if parsed.use_dora or parsed.lora_bias:
                 raise AdapterUnsupported(f"{where}: {component!r} has use_dora or lora_bias, which are not supported")
-            parsed.require_plain_activation(f"the layers of {component!r}")
+            require_plain_activation(parsed, f"the layers of {component!r}")
             component_parts = {name: parts for name, parts in held.items() if _component(name) == component}
             below = {name: name.removeprefix(f"{component}.") for name in component_parts}
             ranks = {below[name]: rank_of(parts) or 1 for name, parts in component_parts.items()}

@@ -8,7 +8,12 @@ from typing import Any
 
 from loraweave import AdapterCorrupt, Factors
 from loraweave.extend import AdapterConfig, parse_lora, stored_names
-from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
+from loraweave.extensions.adapter_types.formats._foreign import (
+    ForeignFormat,
+    StoredLayer,
+    plain_factors,
+    require_plain_activation,
+)
 
 MIDDLE = "default_lora_latent_mapping.weight"
 # older versions of PEFT remove ".default" from every tensor name, this one's too
@@ -45,7 +50,7 @@ class LoraXs(ForeignFormat):
         settings = parse_lora(config.fields, folder)
         if settings.use_dora or settings.lora_bias:
             raise AdapterCorrupt(f"{folder}: LoRA-XS has neither use_dora nor lora_bias")
-        settings.require_plain_activation("LoRA-XS's middle matrix")
+        require_plain_activation(settings, "LoRA-XS's middle matrix")
         return config
 
     @classmethod
