@@ -118,7 +118,7 @@ def load_base(
 def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype | None):
         return dtype
-    known = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+    known: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
     if str(dtype).removeprefix("torch.") not in known:
         raise WeightingError(
             f"dtype={dtype!r} is no dtype of weights{registry.nearest(str(dtype), known)}: give {', '.join(known)}, as a "

@@ -69,14 +69,24 @@ def digest_of(record: Spoken) -> str:
 def made_keys(embed: Embed, given: Any, records: Sequence[Spoken]) -> Iterator[tuple[Sequence[Spoken], list[np.ndarray]]]:
     """Yield (records, their keys (D,)) part by part; the workers of `joblib.parallel_config`, if any, make the keys of many.
 
-    `given` is the embedder as the user named it, which a worker opens for itself.
+    `given` is the embedder as the user named it, which a worker opens for itself. When all parts have ended, raises the
+    error of the first that failed.
     """
     if len(records) > NUM_SPREAD:
         # imports torch, which a search by another embedder can do without
-        from loraweave.common.spread import processes_here
+        from loraweave.common.display import progress_bar
+        from loraweave.common.spread import Failed, processes_here, require_all, spread
 
         if processes_here(None) is not None:
-            yield from _spread_keys(given, records)
+            parts = [records[start : start + NUM_SPREAD] for start in range(0, len(records), NUM_SPREAD)]
+            pieces = {part[0].name: part for part in parts}
+            ended = {}
+            with progress_bar(sys.stderr.isatty()) as bar:
+                for name, outcome in spread(partial(_keys_by, given), pieces, n_jobs=None, label="embedding", bar=bar):
+                    ended[name] = outcome
+                    if not isinstance(outcome, Failed):
+                        yield pieces[name], outcome
+            require_all(ended)
             return
     for start in range(0, len(records), _BATCH):
         part = records[start : start + _BATCH]
@@ -94,22 +104,6 @@ def _keys_of(embed: Embed, records: Sequence[Spoken]) -> list[np.ndarray]:
             key_D = unit(key_D + DESCRIPTION_WEIGHT * rows_ND[-1])
         keys.append(key_D)
     return keys
-
-
-def _spread_keys(given: Any, records: Sequence[Spoken]) -> Iterator[tuple[Sequence[Spoken], list[np.ndarray]]]:
-    """Yield each piece with its keys as it ends. When all have ended, raise the error of the first that failed."""
-    from loraweave.common.display import progress_bar
-    from loraweave.common.spread import Failed, require_all, spread
-
-    parts = [records[start : start + NUM_SPREAD] for start in range(0, len(records), NUM_SPREAD)]
-    pieces = {part[0].name: part for part in parts}
-    ended = {}
-    with progress_bar(sys.stderr.isatty()) as bar:
-        for name, outcome in spread(partial(_keys_by, given), pieces, n_jobs=None, label="embedding", bar=bar):
-            ended[name] = outcome
-            if not isinstance(outcome, Failed):
-                yield pieces[name], outcome
-    require_all(ended)
 
 
 def _keys_by(given: Any, records: Sequence[Spoken]) -> list[np.ndarray]:
