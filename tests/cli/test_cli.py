@@ -320,7 +320,7 @@ def test_train_goes_on_from_its_checkpoint(here, base, rows, monkeypatch):
     words = ["train", rows, "--out", "trained", "--base", base, "--rank", "1", "--steps", "2"]
     assert call(*words).exit_code == 0
     first = lw.Adapter.from_pretrained("trained/rows").hash
-    monkeypatch.setattr("loraweave.composer.train.shared.SharedTraining.run", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("loraweave.composer.train.shared.SharedTraining._run", lambda *_, **__: pytest.fail("trained again"))
     assert call(*words).exit_code == 0
     assert lw.Adapter.from_pretrained("trained/rows").hash == first
 
