@@ -101,7 +101,7 @@ _MODULES = {
     # training
     "common.descent": "Descent backward descend warmed_cosine",
     "common.randomness": "caller_randomness seeded with_seed",
-    "composer.train.adapters": "require_plain require_startable target_layers train_further training_rows",
+    "composer.train.adapters": "Apart require_plain require_startable target_layers train_further training_rows",
     "composer.train.jobs": "JobKind LoraJob LoraJobs LowRank SharedPass TrainingJob given_factors job_losses new_factors",
     "composer.train.progress": "Contexts TrainingProgress checkpointed_blocks",
     "composer.train.rows": (
@@ -109,7 +109,7 @@ _MODULES = {
     ),
     "composer.train.settings": "LoraSettings Pace Stream TrainingSettings read_tasks require_texts",
     "composer.train.shared": "SharedTraining StepMemory",
-    "composer.train.state": "JobReport JobSize KeptState PlannedJob SharedReport load_adapter save_adapter",
+    "composer.train.state": "JobReport JobSize KeptState PlannedJob SharedReport TrainedAdapters load_adapter save_adapter",
     # hubs
     "hub": "compositions",
     "hub.adapter": "ExportReport cosine",

@@ -243,6 +243,7 @@ from loraweave.composer.model.layers import tied_parameters as tied_parameters
 from loraweave.composer.model.scoring import encode_pairs as encode_pairs
 from loraweave.composer.model.scoring import in_chunks as in_chunks
 from loraweave.composer.model.scoring import predict as predict
+from loraweave.composer.train.adapters import Apart as Apart
 from loraweave.composer.train.adapters import require_plain as require_plain
 from loraweave.composer.train.adapters import require_startable as require_startable
 from loraweave.composer.train.adapters import target_layers as target_layers
@@ -284,6 +285,7 @@ from loraweave.composer.train.state import JobSize as JobSize
 from loraweave.composer.train.state import KeptState as KeptState
 from loraweave.composer.train.state import PlannedJob as PlannedJob
 from loraweave.composer.train.state import SharedReport as SharedReport
+from loraweave.composer.train.state import TrainedAdapters as TrainedAdapters
 from loraweave.composer.train.state import load_adapter as load_adapter
 from loraweave.composer.train.state import save_adapter as save_adapter
 from loraweave.errors import BudgetExceeded as BudgetExceeded

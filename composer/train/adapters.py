@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from loraweave.common.names import text_digest
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
 from loraweave.common.process import launched_processes
 from loraweave.common.rows import GivenRows
-from loraweave.common.spread import processes_here, require_all, spread
+from loraweave.common.spread import processes_here
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model.batches import EncodedRow, untouched
@@ -29,13 +30,13 @@ from loraweave.composer.train.jobs import LORA, JobKind, LoraJob, TrainingJob, l
 from loraweave.composer.train.rows import HeldOut, Judging, Texts, can_be_packed, pack_task
 from loraweave.composer.train.settings import WARMUP_STEPS, LoraSettings, read_tasks
 from loraweave.composer.train.shared import SharedTraining, groups, step_memory
-from loraweave.composer.train.state import JobReport, PlannedJob, SharedReport, TrainedAdapters, load_adapter, save_adapter
-from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
+from loraweave.composer.train.state import JobReport, PlannedJob, TrainedAdapters, load_adapter, save_adapter
+from loraweave.errors import AdapterUnsupported, PackageMissing, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint
-from loraweave.hub.base_reference import base_loader
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import require_everywhere
+from loraweave.registry import brought
 from loraweave.types import Fingerprint, Task
 
 
@@ -92,8 +93,9 @@ def train_adapters(
 
     Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a name in `start`
     or `held_out`, BudgetExceeded for a task that alone exceeds the memory, TrainingError for settings out of range, a
-    checkpoint that cannot be written and a loss that is not finite, WorkersFailed for lost workers, AdapterExists for a name
-    that the hub has, BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start from.
+    checkpoint that cannot be written and a loss that is not finite, PackageMissing for `hub`, `n_jobs` and `memory_bytes`
+    without their extension, WorkersFailed for lost workers, AdapterExists for a name that the hub has, BaseModelMismatch,
+    LayerMismatch or AdapterUnsupported for an adapter that no task can start from.
     """
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
@@ -109,8 +111,12 @@ def train_adapters(
     with untouched(model), progress_bar(progress, field="loss") as bar:
         shared = SharedTraining(model, tokenizer, bar, folder=checkpoint_folder(checkpoint), **shared_by)
         apart = Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, kind, fingerprint(model))
-        alone = hub is None and processes_here(n_jobs) is None
-        return apart.train() if alone else _in_groups(apart, judging, hub, n_jobs)
+        if hub is None and processes_here(n_jobs) is None:
+            return apart.train()
+        for module in brought("groups").values():
+            trained: TrainedAdapters = import_module(module).train_in_groups(apart, judging, hub, n_jobs)
+            return trained
+    raise PackageMissing("hub= and n_jobs= train in groups, which none of the extensions at hand does: leave them out")
 
 
 def _settings(
@@ -122,83 +128,6 @@ def _settings(
     options = {**lora, **others, "alpha": alpha}
     check_options("train_adapters()", options, options_of(train_adapters), error=TrainingError)
     return LoraSettings.of(target_modules, alpha, **lora, linearized=kind.linearized)
-
-
-# the arguments of a group's training by task, and the keys of what its adapters depend on
-Group = tuple[Mapping[str, Mapping[str, Any]], Mapping[str, str]]
-
-
-def _in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | None) -> TrainedAdapters:
-    """Train the jobs in groups, each by a call of its own, here or by workers, to the same bits for any number of these.
-
-    With a hub the worker adds a group's adapters as one batch, which is there whole or not at all, and a group that is there
-    under the same keys is not trained again. When all others have ended, raises what the first group that failed has raised.
-    """
-    shared, planned = apart.shared, [apart.plan(name) for name in apart.tasks]
-    keys = {name: apart.key(name) for name in apart.tasks}
-    largest, here = max(planned, key=lambda job: job.num_parameters).make(), processes_here(n_jobs) or 1
-    # as many processes of this machine share what is free
-    memory = step_memory(
-        shared.model,
-        shared.tokenizer,
-        largest,
-        shared.memory_bytes,
-        share=lambda free: None if free is None else free // here,
-    )
-    sizes = {job.name: job.size(shared.model) for job in planned}
-    together = groups(sizes, shared.jobs_per_batch, memory.fits)
-    by_name: dict[str, Mapping[str, Any]] = {"tasks": apart.tasks, "start": apart.begins}
-    options = {
-        **{name: value for name, value in asdict(apart.settings).items() if name != "linearized"},
-        "kind": apart.kind,
-        "jobs_per_batch": shared.jobs_per_batch,
-        "memory_bytes": memory.budget,
-        "evaluate_every": judging.every,
-        "patience": judging.patience,
-        "checkpoint": shared.folder,
-        "progress": False,
-    }
-    if isinstance(judging.held_out, Mapping):
-        by_name["held_out"] = judging.held_out
-    else:
-        options["held_out"] = judging.held_out
-    pieces: dict[str, Group] = {}
-    for names in together:
-        values = {option: {name: of[name] for name in names if name in of} for option, of in by_name.items()}
-        pieces[", ".join(names)] = values, {name: keys[name] for name in names}
-    work = partial(_train_group, base_loader(shared.model, shared.tokenizer, n_jobs), options, hub)
-    spread_groups = spread(work, pieces, n_jobs=n_jobs, label="training", bar=shared.bar)
-    trained = list(require_all(dict(spread_groups)).values())
-    by_task = hub if hub is not None else {name: adapter for group in trained for name, adapter in group.items()}
-    adapters = {name: by_task[name] for name in keys}
-    report = SharedReport.of([group.report for group in trained])
-    report.note_jobs(adapters)
-    return TrainedAdapters(adapters, report)
-
-
-def _train_group(
-    load: Callable[[], tuple[Any, Any]], options: Mapping[str, Any], hub: Hub | None, group: Group
-) -> TrainedAdapters:
-    """Train a group; return its adapters, or none if the hub has them: they travel as its names."""
-    by_name, keys = group
-    if hub is not None and all(_is_there(hub, name, key) for name, key in keys.items()):
-        return TrainedAdapters({}, SharedReport())
-    model, tokenizer = load()
-    arguments: dict[str, Any] = {**by_name, **options}
-    trained = train_adapters(model, tokenizer, **arguments)
-    if hub is None:
-        return trained
-    recipes = {name: {**adapter.card["recipe"], "key": keys[name]} for name, adapter in trained.items()}
-    keyed = [replace(adapter, card={**adapter.card, "recipe": recipes[name]}) for name, adapter in trained.items()]
-    for _, error in hub.add_many(keyed).refused:
-        raise error
-    return TrainedAdapters({}, trained.report)
-
-
-def _is_there(hub: Hub, name: str, key: str) -> bool:
-    """Return whether the hub has the adapter of that name, trained from the very same."""
-    recipe = hub.record(name).card.get("recipe") if name in hub else None
-    return isinstance(recipe, Mapping) and recipe.get("key") == key
 
 
 def read_rows(
@@ -304,6 +233,18 @@ class Apart:
         else:
             num_parameters = sum(part.a_RI.numel() + part.b_OR.numel() for part in start.values())
         return PlannedJob(name, make, num_parameters, self.rows[name], settings, self.held_out.get(name))
+
+    def groups(self, here: int) -> tuple[list[list[str]], int | None]:
+        """Return which tasks share steps, and the bytes that a step may take if `here` processes share what is free."""
+        planned, shared = [self.plan(name) for name in self.tasks], self.shared
+        largest = max(planned, key=lambda job: job.num_parameters).make()
+
+        def share(free: int | None) -> int | None:
+            return None if free is None else free // here
+
+        memory = step_memory(shared.model, shared.tokenizer, largest, shared.memory_bytes, share=share)
+        sizes = {job.name: job.size(shared.model) for job in planned}
+        return groups(sizes, shared.jobs_per_batch, memory.fits), memory.budget
 
     def _adapter(self, job: LoraJob, report: JobReport) -> Adapter:
         start = self.begins.get(job.name)

@@ -66,17 +66,6 @@ class SharedReport:
     estimated_bytes: int = 0
     peak_bytes: int | None = None
 
-    @classmethod
-    def of(cls, reports: Sequence[SharedReport]) -> SharedReport:
-        """Return the sums of reports, and the largest of their bytes; no job is among them."""
-        total = cls()
-        for report in reports:
-            for count in ("num_tokens", "num_computed", "num_steps", "seconds"):
-                setattr(total, count, getattr(total, count) + getattr(report, count))
-        total.estimated_bytes = max((report.estimated_bytes for report in reports), default=0)
-        total.peak_bytes = max((report.peak_bytes for report in reports if report.peak_bytes is not None), default=None)
-        return total
-
     def note_jobs(self, adapters: Mapping[str, Adapter]) -> None:
         """Read the jobs from the adapters' cards; cards of other versions may say nothing of the training."""
         told = {name: adapter.card["training"] for name, adapter in adapters.items() if "training" in adapter.card}

@@ -1,7 +1,7 @@
-"""How are many adapters trained in the memory that there is? As many jobs share a step as fit, by an estimate of its peak.
+"""How are many adapters trained, on the machines and in the memory that there are? In groups, by workers, into a hub.
 
-`train_adapters` and `train_experts` then keep each step within `memory_bytes`, or within what is free, and report the peak.
-It needs no other package, and costs three forwards of two short rows before the first step.
+`train_adapters` then takes `hub=` and `n_jobs=`, and keeps each step within `memory_bytes`, or within what is free, by an
+estimate that costs three forwards of two short rows. Workers are joblib's; it needs no other package.
 """
 
 from typing import TYPE_CHECKING
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from loraweave.extend import lazy
 
 if TYPE_CHECKING:
+    from loraweave.extensions.training_at_scale.groups import train_in_groups
     from loraweave.extensions.training_at_scale.step_memory import EstimatedMemory, MemoryModel
 else:
-    __getattr__ = lazy(__name__, {f"{__name__}.step_memory": "EstimatedMemory MemoryModel"})
+    _MODULES = {"groups": "train_in_groups", "step_memory": "EstimatedMemory MemoryModel"}
+    __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
 
-__all__ = ["EstimatedMemory", "MemoryModel"]
+__all__ = ["EstimatedMemory", "MemoryModel", "train_in_groups"]

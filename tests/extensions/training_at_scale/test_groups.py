@@ -5,6 +5,7 @@ from __future__ import annotations
 import joblib
 import pytest
 import torch
+from watched_steps import watch_steps as watch_steps
 
 import loraweave as lw
 from loraweave.composer.train.adapters import train_adapters
@@ -72,16 +73,16 @@ def test_a_group_of_which_a_part_is_missing_is_trained_whole_again(base, alone, 
 
 
 def test_a_failed_group_is_named_after_the_others_have_ended(base, tmp_path, monkeypatch):
-    from loraweave.composer.train import adapters
+    from loraweave.extensions.training_at_scale import groups
 
-    plain = adapters._train_group
+    plain = groups._train_group
 
     def fail(base, options, hub, group):
         if "count" in group[1]:
             raise TrainingError("the loss is not finite")
         return plain(base, options, hub, group)
 
-    monkeypatch.setattr(adapters, "_train_group", fail)
+    monkeypatch.setattr(groups, "_train_group", fail)
     with lw.Hub(tmp_path / "hub") as hub:
         with pytest.raises(TrainingError, match="not finite") as raised:
             train(base, hub=hub, jobs_per_batch=1)
