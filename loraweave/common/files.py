@@ -185,12 +185,12 @@ def read_yaml(path: Path, error: type[LoraweaveError]) -> dict[str, Any]:
 
     Raises `error`, with the line, for anything else.
     """
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise error(f"{path} has {path.stat().st_size} bytes, above the limit of {MAX_YAML_BYTES}")
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_plain_loader())
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_plain_loader(yaml))
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"{path} cannot be read ({problem}); give a YAML file") from problem
     except yaml.YAMLError as problem:
@@ -201,9 +201,8 @@ def read_yaml(path: Path, error: type[LoraweaveError]) -> dict[str, Any]:
 
 
 @cache
-def _plain_loader() -> Any:
+def _plain_loader(yaml: Any) -> Any:
     """Return a YAML loader without aliases, which could stand for any amount, and without keys that are given twice."""
-    import yaml  # type: ignore[import-untyped]
 
     class Plain(yaml.SafeLoader):  # type: ignore[misc]
         def compose_node(self, parent: Any, index: Any) -> Any:
