@@ -1,8 +1,8 @@
 """How are adapters of the rarer types read? As the factors that they stand for, by the same call as any other adapter.
 
 It adds formats: most types that PEFT trains beyond LoRA, variants of LoRA, files of diffusers, sd-scripts, Megatron, mlx-lm
-and Segment Anything, and ternary adapters. It reads pickles, and trained heads and LoRA on fused experts in PEFT's folders.
-Its formats are imported, in some 50 ms, when a process first reads an adapter.
+and Segment Anything, and ternary adapters. It reads pickles, and trained heads in PEFT's folders. Its
+formats are imported, in some 50 ms, when a process first reads an adapter.
 """
 
 from typing import TYPE_CHECKING

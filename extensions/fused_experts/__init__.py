@@ -2,6 +2,7 @@
 
 Nothing has to be called: a Composer lets a module that has the weights of all experts in one parameter run one by one while
 a mixture updates some of them. `watched` shows every product of an expert. It costs the model's own kernel for experts.
+PEFT's folders with `target_parameters` are read and written.
 """
 
 from typing import TYPE_CHECKING

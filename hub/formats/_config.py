@@ -28,8 +28,9 @@ CONFIG = "adapter_config.json"
 MAX_TEXT = 4_096
 MAX_NAMES = 1_000
 MAX_COUNT = 2**31 - 1
-# the extension that reads the rarer forms of adapters; only errors name it
+# the extensions for the rarer forms of adapters; only errors name them
 MORE_FORMATS = "adapter_types"
+EXPERTS = ("fused_experts", "reads and writes experts in one parameter")
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,7 @@ def resolve_patterns(
 
 
 def extension_module(part: str, what: str, *missing: str) -> Any:
-    """Return the module `part` that an extension brings. Raises AdapterUnsupported, naming `what`, without one.
-
-    `missing` are the arguments of `missing_extension`.
-    """
+    """Return an extension's module `part`. Raises AdapterUnsupported without one; `missing` is for `missing_extension`."""
     for module in brought(part).values():
         return import_module(module)
     raise AdapterUnsupported(f"{what}: nothing here reads or writes this form{missing_extension(*missing)}")

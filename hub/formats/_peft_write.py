@@ -15,7 +15,7 @@ from loraweave.common.files import replacing, require_replaceable
 from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, SIDECAR, readme_text, sidecar_text
-from loraweave.hub.formats._config import CONFIG, extension_module
+from loraweave.hub.formats._config import CONFIG, EXPERTS, extension_module
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._files import entry
 from loraweave.hub.formats._peft_config import HEAD_TASKS, INDEX, PREFIX, WEIGHTS, Key, parse_key
@@ -40,9 +40,8 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
     others = {layer: factors for layer, factors in contents.layers.items() if factors.kind != "expert"}
     stacked, ranks, notes = {}, {}, {}
     if experts:
-        writer = extension_module(
-            "peft_parameters", f"cannot write to {folder}: {next(iter(experts))!r} is an expert of a parameter"
-        )
+        what = f"cannot write to {folder}: {next(iter(experts))!r} is an expert of a parameter"
+        writer = extension_module("peft_parameters", what, *EXPERTS)
         stacked, ranks, notes = writer.stack_experts(experts)
     config = _config(contents, ranks)
     tensors = _tensors(others, stacked, bool(config["lora_bias"]), dtype) | _heads(contents.heads, dtype)

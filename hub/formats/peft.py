@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._card import base_model_of_readme, read_card
-from loraweave.hub.formats._config import CONFIG, AdapterConfig, extension_module
+from loraweave.hub.formats._config import CONFIG, EXPERTS, AdapterConfig, extension_module
 from loraweave.hub.formats._contents import Contents, lora_factors
 from loraweave.hub.formats._files import entry, present
 from loraweave.hub.formats._peft_config import (
@@ -115,7 +115,8 @@ def _parts_of(stored: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Par
 
 def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[str, Any]) -> dict[str, Factors]:
     # experts of one parameter, each a layer
-    reader = extension_module("peft_parameters", f"{config.folder}: target_parameters") if config.target_parameters else None
+    what = f"{config.folder}: target_parameters"
+    reader = extension_module("peft_parameters", what, *EXPERTS) if config.target_parameters else None
     experts = {} if reader is None else reader.experts_of(parts, config)
     unscaled: dict[str, Factors] = {}
     for layer, held in parts.items():

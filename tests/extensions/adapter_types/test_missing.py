@@ -27,7 +27,6 @@ def tree(folder):
     save_file(tensors, folder / "style.safetensors")
     save(peft.LoHaConfig(r=2, **FREE), folder / "loha")
     put(folder / "head", {**lora(), "score.weight": torch.ones(2, 3)}, modules_to_save=["score"])
-    put(folder / "experts", lora("experts"), target_modules=[], target_parameters=["experts.down_proj"])
     torch.save(lora(), put(folder / "pickled", {}) / "adapter_model.bin")
     (folder / "pickled" / "adapter_model.safetensors").unlink()
     return {path.name: str(path) for path in folder.iterdir()}
@@ -92,7 +91,8 @@ def test_without_the_extension_lora_and_dora_are_read_and_written_as_before(tmp_
     mirror(tmp_path, [])
     told = json.loads(run(tmp_path, PLAIN, json.dumps(paths)))
     assert "'m.down_proj.0' is an expert" in told["experts"]
-    assert told.pop("experts").endswith("the extension 'adapter_types', which reads more, is not installed")
+    wanted = "the extension 'fused_experts', which reads and writes experts in one parameter, is not installed"
+    assert told.pop("experts").endswith(wanted)
     assert told == expected
 
 
