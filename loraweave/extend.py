@@ -58,7 +58,7 @@ _MODULES = {
     "composer.experts.forms._form": "Args Form Seen Weigh fitting",
     "composer.experts.forms.sum_of_experts": "SumOfExperts",
     "composer.experts.make": "has_expert layers_with put_expert",
-    "composer.experts.parts": "is_named layer_sites numbered_blocks require_all_named shapes_of",
+    "composer.experts.parts": "is_named layer_sites make_recipe numbered_blocks require_all_named shapes_of",
     "composer.experts.running": "Running",
     "composer.experts.together": "ExpertJob require_shareable",
     "routers.recipes._gate": "Call Gate TokenGate UNKNOWN Weighing draw_linear",
@@ -72,6 +72,7 @@ _MODULES = {
     ),
     "composer.fused.fused": "Fused",
     "composer.fused.overwritten": "LayerLoss WeightWriter",
+    "composer.live.fitting": "Fitting",
     "composer.live.hook": "Activate LiveHook LiveModel MixedLayer Resolve Traced",
     "composer.live.kernels._parts": (
         "AddsInPlace Cost Kernel Lend Part RowKernel RowSets TokenWorkload Workload compiled_threads costs "
@@ -101,12 +102,10 @@ _MODULES = {
     # training
     "common.descent": "Descent backward descend warmed_cosine",
     "common.randomness": "caller_randomness seeded with_seed",
-    "composer.train.adapters": "Apart require_plain require_startable target_layers train_further training_rows",
+    "composer.train.adapters": "Apart require_plain require_startable target_layers training_rows",
     "composer.train.jobs": "JobKind LoraJob LoraJobs LowRank SharedPass TrainingJob given_factors job_losses new_factors",
     "composer.train.progress": "Contexts TrainingProgress checkpointed_blocks",
-    "composer.train.rows": (
-        "HeldOut Judging MAX_PACKED Owners PLAIN RowReader Texts TrainingRow can_be_packed is_empty owners_of"
-    ),
+    "composer.train.rows": "HeldOut Judging MAX_PACKED Owners PLAIN RowReader Texts TrainingRow can_be_packed is_empty",
     "composer.train.settings": "LoraSettings Pace Stream TrainingSettings read_tasks require_texts",
     "composer.train.shared": "SharedTraining StepMemory",
     "composer.train.state": "JobReport JobSize KeptState PlannedJob SharedReport TrainedAdapters load_adapter save_adapter",

@@ -122,6 +122,7 @@ from loraweave.composer.experts.make import layers_with as layers_with
 from loraweave.composer.experts.make import put_expert as put_expert
 from loraweave.composer.experts.parts import is_named as is_named
 from loraweave.composer.experts.parts import layer_sites as layer_sites
+from loraweave.composer.experts.parts import make_recipe as make_recipe
 from loraweave.composer.experts.parts import numbered_blocks as numbered_blocks
 from loraweave.composer.experts.parts import require_all_named as require_all_named
 from loraweave.composer.experts.parts import shapes_of as shapes_of
@@ -135,6 +136,7 @@ from loraweave.composer.formula.nodes import leaves as leaves
 from loraweave.composer.fused.fused import Fused as Fused
 from loraweave.composer.fused.overwritten import LayerLoss as LayerLoss
 from loraweave.composer.fused.overwritten import WeightWriter as WeightWriter
+from loraweave.composer.live.fitting import Fitting as Fitting
 from loraweave.composer.live.hook import Activate as Activate
 from loraweave.composer.live.hook import LiveHook as LiveHook
 from loraweave.composer.live.hook import LiveModel as LiveModel
@@ -247,7 +249,6 @@ from loraweave.composer.train.adapters import Apart as Apart
 from loraweave.composer.train.adapters import require_plain as require_plain
 from loraweave.composer.train.adapters import require_startable as require_startable
 from loraweave.composer.train.adapters import target_layers as target_layers
-from loraweave.composer.train.adapters import train_further as train_further
 from loraweave.composer.train.adapters import training_rows as training_rows
 from loraweave.composer.train.jobs import JobKind as JobKind
 from loraweave.composer.train.jobs import LoraJob as LoraJob
@@ -271,7 +272,6 @@ from loraweave.composer.train.rows import Texts as Texts
 from loraweave.composer.train.rows import TrainingRow as TrainingRow
 from loraweave.composer.train.rows import can_be_packed as can_be_packed
 from loraweave.composer.train.rows import is_empty as is_empty
-from loraweave.composer.train.rows import owners_of as owners_of
 from loraweave.composer.train.settings import LoraSettings as LoraSettings
 from loraweave.composer.train.settings import Pace as Pace
 from loraweave.composer.train.settings import Stream as Stream

@@ -73,8 +73,8 @@ These groups are not registries. An entry point of theirs names
 - `loraweave.router_files`: a module that opens routers which others saved, with `is_router(folder)`, `is_mixture(folder)`
   (false for what is an adapter, too), `read(folder, pool, model)`, and `FILES`, patterns of its files;
 - `loraweave.trainer`: a module whose `fit(model, dataset, tokenizer, settings, same_call=)` trains an expert model, and
-  `train_together(model, tokenizer, jobs, pace, judging, ..)` several, as `lw.train_experts` asks
-  ([expert_training](extensions/expert_training.md));
+  `train_together(model, tokenizer, jobs, pace, judging, ..)` several; `start_from(name, base_model, pool, ..)` makes a model
+  whose experts begin as adapters ([expert_training](extensions/expert_training.md));
 - `loraweave.groups`: a module whose `train_in_groups(apart, judging, hub, n_jobs)` trains for `hub=` and `n_jobs=` of
   `train_adapters` ([training_at_scale](extensions/training_at_scale.md));
 - `loraweave.step_memory`: a module whose `EstimatedMemory(model, tokenizer, job, allowed, share=)` is the `StepMemory` of a

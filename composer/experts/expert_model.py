@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import loraweave.registry as registry
 from loraweave.common.process import holding
 from loraweave.composer.experts.forms._form import Form, Weigh
-from loraweave.composer.experts.parts import READER, ExpertParts, Parts, Starts, key_of, make_parts, shapes_of
+from loraweave.composer.experts.parts import READER, ExpertParts, Parts, Starts, key_of, make_parts, places_of, shapes_of
 from loraweave.composer.experts.running import RUNNING, Hook, LikeBase, Running, require_same_call, same_call
 from loraweave.composer.experts.saving import (
     as_adapter,
@@ -30,7 +30,6 @@ from loraweave.composer.experts.saving import (
 from loraweave.composer.live.call import arguments_of
 from loraweave.composer.live.kernels._parts import own_precision
 from loraweave.composer.model.batches import IGNORED, tensors_in
-from loraweave.composer.train.rows import places_of
 from loraweave.errors import CompositionError, PackageMissing, ScopeError, TrainingError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_id
@@ -423,10 +422,10 @@ class ExpertModel(LikeBase, ExpertParts):
 
 
 def trainer() -> Any:
-    """Return an extension's module that trains expert models. Raises PackageMissing where none does."""
+    """Return an extension's module that trains expert models and begins them as adapters. Raises PackageMissing for none."""
     for module in registry.brought("trainer").values():
         return import_module(module)
-    raise PackageMissing("none of the extensions at hand trains expert models")
+    raise PackageMissing("none of the extensions at hand trains expert models, or begins them as adapters")
 
 
 def _share_of_step(kwargs: Mapping[str, Any]) -> Any:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import loraweave.registry as registry
+from loraweave.common.checks import is_whole
 from loraweave.common.options import options_of, require_known
 from loraweave.common.randomness import seeded
 from loraweave.composer.experts.forms._form import place_like
 from loraweave.composer.experts.running import input_embeddings
 from loraweave.composer.model.kinds import LayerKind
-from loraweave.errors import LayerMismatch, UnknownName
-from loraweave.routers.recipes._gate import Gate
+from loraweave.errors import LayerMismatch, ScopeError, UnknownName
+from loraweave.routers.recipes._gate import UNKNOWN, Gate
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.tokens._call import block_of
 
@@ -236,7 +237,7 @@ def require_all_named(targets: Sequence[str], found: Collection[str], known: Seq
             raise UnknownName(f"no layer matches {target!r} of target_modules; the model has layers that end in {endings}")
 
 
-def recipe(name: str, options: Mapping[str, Any]) -> Recipe:
+def make_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
     """Return the recipe of that name with these options; lists are taken for tuples.
 
     Raises UnknownName for an unknown name, and for the former name of a recipe.
@@ -253,3 +254,32 @@ def recipe(name: str, options: Mapping[str, Any]) -> Recipe:
         for option, value in options.items()
     }
     return made_of(**option_values)
+
+
+def places_of(recipe: Recipe, task: Any) -> list[int] | None:
+    """Return the places, among the recipe's tasks, of names or ids, one for each row or one for all; None if none is given.
+
+    Raises UnknownName for an unknown task, ScopeError for none where the recipe needs one.
+    """
+    if task is None:
+        if recipe.needs_tasks:
+            known = ", ".join(map(repr, recipe.tasks))
+            raise ScopeError(f"recipe {recipe.name!r} looks at the task of each row: give task=..., of {known}")
+        return None
+    names = task.tolist() if hasattr(task, "tolist") else task
+    names = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+    if not names:
+        raise ScopeError("task is empty: give the task of each row, one for all, or None")
+    places = {task: place for place, task in enumerate(recipe.tasks)}
+    row_places = []
+    for name in names:
+        if isinstance(name, str) and name in places:
+            row_places.append(places[name])
+        elif (name == UNKNOWN and not recipe.needs_tasks) or (is_whole(name, 0) and name < len(places)):
+            row_places.append(int(name))
+        else:
+            known = ", ".join(map(repr, places)) or "none: pass tasks=(...) or fit() it on {task: rows}"
+            raise UnknownName(
+                f"recipe {recipe.name!r} has no task {name!r}{registry.nearest(str(name), places)}; it has {known}"
+            )
+    return row_places

@@ -100,10 +100,14 @@ def train_adapters(
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
     judged: dict[str, Any] = {"evaluate_every": evaluate_every, "patience": patience}
-    settings = _settings(target_modules, kind, alpha, {**shared_by, **judged}, **lora)
+    if not isinstance(kind, JobKind):
+        raise TrainingError(f"kind is {kind!r:.60}; leave it out, or pass a kind of jobs, such as Linearized()")
+    options = {**lora, **shared_by, **judged, "alpha": alpha}
+    check_options("train_adapters()", options, options_of(train_adapters), error=TrainingError)
+    settings = LoraSettings.of(target_modules, alpha, **lora, linearized=kind.linearized)
     prepared, judging = read_tasks(tasks), Judging(held_out, evaluate_every, patience)
     judging.require({name: sum(len(task.examples) for task in parts) for name, parts in prepared.items()})
-    _require_sense(hub, n_jobs)
+    in_groups = _groups(hub, n_jobs)
     kind.require(model, start or ())
     begins = require_startable(model, tasks, start or {})
     layers = target_layers(model, settings.target_modules) if len(begins) < len(tasks) else {}
@@ -111,23 +115,10 @@ def train_adapters(
     with untouched(model), progress_bar(progress, field="loss") as bar:
         shared = SharedTraining(model, tokenizer, bar, folder=checkpoint_folder(checkpoint), **shared_by)
         apart = Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, kind, fingerprint(model))
-        if hub is None and processes_here(n_jobs) is None:
+        if in_groups is None:
             return apart.train()
-        for module in brought("groups").values():
-            trained: TrainedAdapters = import_module(module).train_in_groups(apart, judging, hub, n_jobs)
-            return trained
-    raise PackageMissing("hub= and n_jobs= train in groups, which none of the extensions at hand does: leave them out")
-
-
-def _settings(
-    target_modules: Sequence[str], kind: JobKind, alpha: float | None, others: Mapping[str, Any], **lora: Any
-) -> LoraSettings:
-    """Return the settings of the adapters. Raises TrainingError for a setting out of range, among the others, too."""
-    if not isinstance(kind, JobKind):
-        raise TrainingError(f"kind is {kind!r:.60}; leave it out, or pass a kind of jobs, such as Linearized()")
-    options = {**lora, **others, "alpha": alpha}
-    check_options("train_adapters()", options, options_of(train_adapters), error=TrainingError)
-    return LoraSettings.of(target_modules, alpha, **lora, linearized=kind.linearized)
+        trained: TrainedAdapters = in_groups.train_in_groups(apart, judging, hub, n_jobs)
+        return trained
 
 
 def read_rows(
@@ -161,14 +152,24 @@ def training_rows(
     return rows
 
 
-def _require_sense(hub: Hub | None, n_jobs: int | None) -> None:
-    """Raise TrainingError for a hub that is none and for arguments that exclude each other."""
+def _groups(hub: Hub | None, n_jobs: int | None) -> Any:
+    """Return an extension's module that trains in groups, by workers or into a hub; None where neither is asked for.
+
+    Raises TrainingError for a hub that is none and for arguments that exclude each other, PackageMissing for no extension.
+    """
     if not isinstance(hub, Hub | None):
         raise TrainingError(f"hub is {hub!r:.60}; pass a Hub that takes the adapters, or None")
     whole = {"hub": hub, "n_jobs": processes_here(n_jobs)}
-    alone = [option for option, value in whole.items() if value is not None]
-    if alone and (count := launched_processes()) > 1:
-        raise TrainingError(f"{count} processes were launched, which share the rows of each step, and {alone[0]} is for one")
+    options = [option for option, value in whole.items() if value is not None]
+    if not options:
+        return None
+    if (count := launched_processes()) > 1:
+        raise TrainingError(
+            f"{count} processes were launched, which share the rows of each step, and {options[0]} is for one"
+        )
+    for module in brought("groups").values():
+        return import_module(module)
+    raise PackageMissing(f"{options[0]} trains in groups, which none of the extensions at hand does: leave it out")
 
 
 def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -274,29 +275,6 @@ class Apart:
         if others or isinstance(task, Texts) or task.demonstrations or task.chat:
             parts.append([[row.prompt, row.target, row.labels] for row in self.rows[name]])
         return text_digest(json.dumps(parts, sort_keys=True))[:32]
-
-
-def train_further(
-    model: Any,
-    tokenizer: Any,
-    adapter: Adapter,
-    rows: Sequence[EncodedRow],
-    judges: Sequence[EncodedRow],
-    settings: LoraSettings,
-    *,
-    progress: bool,
-) -> tuple[Adapter, list[tuple[int, float]]]:
-    """Return the adapter after steps on its a and b, and (step, loss) of the rows that judge, before and after.
-
-    Rows are read already. Raises what `train_adapters` does for an adapter that no task can start from, and TrainingError
-    for a loss of a step that is not finite.
-    """
-    name = adapter.name
-    begins, held_out = require_startable(model, [name], {name: adapter}), {name: HeldOut(judges, every=settings.steps)}
-    with untouched(model), progress_bar(progress, field="loss") as bar:
-        shared = SharedTraining(model, tokenizer, bar, jobs_per_batch=1, memory_bytes=None, folder=None)
-        trained = Apart(shared, settings, {}, {name: ()}, {name: rows}, held_out, begins, LORA, fingerprint(model)).train()
-    return trained[name], list(trained.report.jobs[name].held_out)
 
 
 TRAINED = {"a_RI", "b_OR"}

@@ -267,11 +267,6 @@ class LoraJobs(SharedPass):
         """Return the tensors that are trained in all jobs."""
         return [tensor for job in self.members for tensor in job.parameters()]
 
-    def freeze_a(self) -> None:
-        """Train b alone from now on."""
-        for job in self.members:
-            job.freeze_a()
-
     def layers_of(self, name: str) -> dict[str, Factors]:
         """Return one job's update, as detached copies on the CPU."""
         return self.members[self.jobs.index(name)].result()

@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import torch
 
 from loraweave.common.chat import Conversation, Prompt, answered_ids
-from loraweave.common.checks import is_list, is_whole
+from loraweave.common.checks import is_list
 from loraweave.common.names import unknown_expert
 from loraweave.common.options import Count, Range, fits
 from loraweave.common.randomness import seeded
 from loraweave.common.rows import FORMS, located, read_row
 from loraweave.composer.model.batches import IGNORED, EncodedRow, answer_ids, context_length, encode
 from loraweave.composer.model.scoring import encode_pairs
-from loraweave.errors import InvalidTask, ScopeError, TrainingError, UnknownName
-from loraweave.registry import nearest
+from loraweave.errors import InvalidTask, TrainingError, UnknownName
 from loraweave.routers.recipes._gate import UNKNOWN
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.types import Task
-
-if TYPE_CHECKING:
-    from loraweave.routers.recipes._recipe import Recipe
 
 TOKENS = ("input_ids", "labels")
 Row = TypeVar("Row", bound=EncodedRow)
@@ -407,44 +403,3 @@ def _pack_turns(tokenizer: Any, task: Task, pairs: Sequence[tuple[Prompt, str]],
             labels[start : len(upto)] = upto[start:]
     first = begins[0][0]
     return TrainingRow(tuple(ids[:first]), tuple(ids[first:]), tuple(labels[first:]))
-
-
-def owners_of(recipe: Recipe) -> Owners:
-    """Return the tasks that rows may belong to; those that a dataset names, if the recipe has none."""
-    learner, tasks = f"recipe {recipe.name!r}", recipe.tasks
-
-    def unknown(task: object) -> UnknownName:
-        if not isinstance(task, str):
-            return UnknownName(f"{learner} has no task {task!r}: tasks are told by their names, which are texts")
-        known = ", ".join(map(repr, tasks)) or "none yet, but those that the rows it was trained on have named"
-        return UnknownName(f"{learner} has no task {task!r}{nearest(task, tasks)}; it has {known}")
-
-    places = {task: place for place, task in enumerate(tasks)}
-    return Owners(places, learner, "task", recipe.needs_tasks, unknown, grows=not tasks, heeded=recipe.heeds_tasks)
-
-
-def places_of(recipe: Recipe, task: Any) -> list[int] | None:
-    """Return the places, among the recipe's tasks, of names or ids, one for each row or one for all; None if none is given.
-
-    Raises UnknownName for an unknown task, ScopeError for none where the recipe needs one.
-    """
-    if task is None:
-        if recipe.needs_tasks:
-            known = ", ".join(map(repr, recipe.tasks))
-            raise ScopeError(f"recipe {recipe.name!r} looks at the task of each row: give task=..., of {known}")
-        return None
-    names = task.tolist() if hasattr(task, "tolist") else task
-    names = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
-    if not names:
-        raise ScopeError("task is empty: give the task of each row, one for all, or None")
-    places = {task: place for place, task in enumerate(recipe.tasks)}
-    row_places = []
-    for name in names:
-        if isinstance(name, str) and name in places:
-            row_places.append(places[name])
-        elif (name == UNKNOWN and not recipe.needs_tasks) or (is_whole(name, 0) and name < len(places)):
-            row_places.append(int(name))
-        else:
-            known = ", ".join(map(repr, places)) or "none: pass tasks=(...) or fit() it on {task: rows}"
-            raise UnknownName(f"recipe {recipe.name!r} has no task {name!r}{nearest(str(name), places)}; it has {known}")
-    return row_places

@@ -1,7 +1,7 @@
 """How does a mixture of experts learn? By `fit` of an expert model, with transformers' Trainer, on texts, images or tensors.
 
-It adds `fit`: on rows of a language model, or of any base by the names of its inputs, with the base's own loss or `loss=`,
-which a checkpoint knows again by `loss_identity`. It needs accelerate, which Trainer asks for.
+It adds `fit` and `train_experts`, on rows of texts or of any inputs of a base, with a loss of your own, too, and experts
+that begin as stored adapters (`pool=`). It needs accelerate, which Trainer asks for.
 """
 
 from typing import TYPE_CHECKING

@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from loraweave import InvalidTask, Task, TrainingError
+from loraweave import InvalidTask, Task, TrainingError, UnknownName
 from loraweave.extend import (
     IGNORED,
     NO_TOKENIZER,
     ExpertModel,
     Owners,
+    Recipe,
     RowReader,
     TrainingRow,
     batch,
     has_two_sequences,
     located,
+    nearest,
     pad_apart,
     prompted,
     takes,
@@ -51,6 +53,20 @@ def feed_of(model: ExpertModel, dataset: Any, tokenizer: Any, loss: Loss | None,
     if counts_rows or _has_more_than_tokens(dataset, model.base_model):
         return TensorFeed(model, loss, counts_rows=counts_rows, digests=digests)
     return TokenFeed(model, tokenizer)
+
+
+def owners_of(recipe: Recipe) -> Owners:
+    """Return the tasks that rows may belong to; those that a dataset names, if the recipe has none."""
+    learner, tasks = f"recipe {recipe.name!r}", recipe.tasks
+
+    def unknown(task: object) -> UnknownName:
+        if not isinstance(task, str):
+            return UnknownName(f"{learner} has no task {task!r}: tasks are told by their names, which are texts")
+        known = ", ".join(map(repr, tasks)) or "none yet, but those that the rows it was trained on have named"
+        return UnknownName(f"{learner} has no task {task!r}{nearest(task, tasks)}; it has {known}")
+
+    places = {task: place for place, task in enumerate(tasks)}
+    return Owners(places, learner, "task", recipe.needs_tasks, unknown, grows=not tasks, heeded=recipe.heeds_tasks)
 
 
 def predicts_tokens(model: nn.Module) -> bool:

@@ -34,7 +34,6 @@ from loraweave.extend import (
     checkpoint_folder,
     is_empty,
     load_state,
-    owners_of,
     progress_bar,
     require_shareable,
     require_texts,
@@ -42,7 +41,7 @@ from loraweave.extend import (
     text_digest,
     untouched,
 )
-from loraweave.extensions.expert_training.feeds import predicts_tokens
+from loraweave.extensions.expert_training.feeds import owners_of, predicts_tokens
 from loraweave.extensions.expert_training.identity import remember_start, start_digest, training_identity
 
 FINISHED, TENSOR = "finished", "tensor."

@@ -21,12 +21,12 @@ from loraweave.extend import (
     Stream,
     caller_randomness,
     checkpointed_blocks,
-    owners_of,
     progress_bar,
     seeded,
 )
-from loraweave.extensions.expert_training.feeds import Feed, feed_of
+from loraweave.extensions.expert_training.feeds import Feed, feed_of, owners_of
 from loraweave.extensions.expert_training.identity import remember_start, start_digest, training_identity
+from loraweave.extensions.expert_training.starts import start_from as start_from
 from loraweave.extensions.expert_training.steps import ExpertSettings, ExpertSteps
 from loraweave.extensions.expert_training.together import train_together as train_together
 
@@ -40,9 +40,8 @@ def fit(
     """
     settings, owners = ExpertSettings.of(model.recipe, given), owners_of(model.recipe)
     feed = feed_of(model, dataset, tokenizer, settings.loss, digests=settings.checkpoint is not None)
-    rows, held = feed.read(dataset, owners), []
-    if settings.evaluation is not None:
-        held = feed.read(settings.evaluation, owners.closed(), "evaluation")
+    rows, evaluation = feed.read(dataset, owners), settings.evaluation
+    held: Sequence[Any] = () if evaluation is None else feed.read(evaluation, owners.closed(), "evaluation")
     before = model.tasks
     if tuple(owners.places) != before:
         model.take_tasks(tuple(owners.places))

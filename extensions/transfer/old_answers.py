@@ -10,16 +10,22 @@ from typing import Any
 
 from loraweave import Adapter, BaseModelMismatch, Composer, InvalidTask, TrainingError
 from loraweave.extend import (
+    Apart,
     Asked,
     EncodedRow,
+    HeldOut,
+    JobKind,
     LoraSettings,
+    SharedTraining,
     end_tokens,
+    fingerprint,
     generation_call,
     has_two_sequences,
     in_chunks,
+    progress_bar,
     read_prompt,
+    require_startable,
     tracked,
-    train_further,
     untouched,
 )
 from loraweave.extensions.transfer.taught import taught_by
@@ -122,9 +128,12 @@ def learned(
         raise BaseModelMismatch(f"the old base's answers have token {highest}, but the new base's vocabulary has {size}")
     rows_each = min(how.batch_size, len(lessons))
     settings = LoraSettings(how.steps, how.lr, rows_each, how.seed, warmup=0, rank=carried.rank, alpha=2.0 * carried.rank)
-    trained, ((_, before), (_, after)) = train_further(
-        model, tokenizer, carried, lessons, judges, settings, progress=progress
-    )
+    begins, held_out = require_startable(model, [name], {name: carried}), {name: HeldOut(judges, every=how.steps)}
+    with untouched(model), progress_bar(progress, field="loss") as bar:
+        shared = SharedTraining(model, tokenizer, bar, jobs_per_batch=1, memory_bytes=None, folder=None)
+        kind, base = JobKind(), fingerprint(model)
+        trained = Apart(shared, settings, {}, {name: ()}, {name: lessons}, held_out, begins, kind, base).train()
+    (_, before), (_, after) = trained.report.jobs[name].held_out
     if not math.isfinite(after):
         raise TrainingError(
             f"after {how.steps} steps in the new base the loss of adapter {name!r} is {after}: lower lr={how.lr:g}"
@@ -132,4 +141,4 @@ def learned(
     about = {"steps": how.steps, "prompts": len(lessons), "judges": len(judges), "loss": [before, after]}
     if after >= before:
         return carried, {**about, "rolled_back": True}
-    return replace(carried, layers=trained.layers), {**about, "rolled_back": False}
+    return replace(carried, layers=trained[name].layers), {**about, "rolled_back": False}

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import loraweave as lw
 from loraweave import registry
-from loraweave.composer.experts.parts import recipe as make_recipe
+from loraweave.composer.experts.parts import make_recipe
 from loraweave.composer.live.kernels._parts import kernels_with
 from loraweave.errors import WeightingError
 

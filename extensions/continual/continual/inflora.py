@@ -57,7 +57,8 @@ def _learn(course: Course, name: str, prefix: Layers, bases: dict[str, Tensor], 
             )
         begin[layer] = Factors(a_RI, torch.zeros(num_outputs, len(a_RI)))
     jobs = course.jobs([name], begin)
-    jobs.freeze_a()
+    for job in jobs.members:
+        job.freeze_a()
     course.run(jobs, course.plain(jobs, prefix))
     return [added(prefix, jobs.layers_of(name))]
 

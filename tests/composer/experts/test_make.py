@@ -9,12 +9,14 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.composer import Composer
+from loraweave.composer.experts import expert_model
 from loraweave.composer.merge import arithmetic
 from loraweave.errors import (
     AdapterUnsupported,
     BaseModelMismatch,
     CompositionError,
     LayerMismatch,
+    PackageMissing,
     ScopeError,
     UnknownName,
     WeightingError,
@@ -171,3 +173,16 @@ def test_what_cannot_be_begun_from_is_refused(model, adapters, options, error, m
 def test_a_recipe_whose_experts_share_a_factor_is_refused(model, adapters):
     with pytest.raises(ScopeError, match="the experts of recipe 'hydralora' are not each a product of two factors"):
         lw.experts("hydralora", model, pool=adapters)
+
+
+def test_without_the_extension_that_trains_experts_they_answer_and_are_neither_trained_nor_begun(
+    make_model, adapters, monkeypatch
+):
+    monkeypatch.setattr(expert_model.registry, "brought", lambda part: {})
+    model = make_model("llama")
+    with lw.experts("mixtral", model, rank=2) as made:
+        assert made(IDS_BT).logits.shape[:2] == IDS_BT.shape
+        with pytest.raises(PackageMissing, match="none of the extensions at hand trains expert models"):
+            made.fit([("a", "A")], progress=False)
+    with pytest.raises(PackageMissing, match="or begins them as adapters"):
+        lw.experts("mixtral", model, pool=adapters)

@@ -10,12 +10,21 @@ from rounding import assert_near, num_terms
 from torch.nn import functional
 
 from loraweave.composer.model.batches import IGNORED, batch, encode, token_losses
+from loraweave.composer.train import adapters as adapters_module
 from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.composer.train.jobs import LoraJobs, job_losses
 from loraweave.composer.train.rows import PACKED_ROWS, pack_task
 from loraweave.composer.train.settings import LoraSettings
-from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidTask, LayerMismatch, TrainingError, UnknownName
+from loraweave.errors import (
+    AdapterUnsupported,
+    BaseModelMismatch,
+    InvalidTask,
+    LayerMismatch,
+    PackageMissing,
+    TrainingError,
+    UnknownName,
+)
 from loraweave.hub.base import fingerprint
 from loraweave.types import Task
 
@@ -376,3 +385,9 @@ def test_one_adapter_learns_a_list_of_tasks(tiny_llama, tokenizer):
     # the first step's loss is the base's, over all answer tokens of both tasks
     expected = float(losses_BK.sum() / (stacked.targets_BK != IGNORED).sum())
     assert found.report.jobs["all"].losses[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_workers_without_the_extension_that_asks_them_are_refused(tiny_llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(adapters_module, "brought", lambda part: {})
+    with pytest.raises(PackageMissing, match="n_jobs trains in groups, which none of the extensions at hand does"):
+        train_adapters(tiny_llama, tokenizer, {"upper": [("a", "A")]}, progress=False, n_jobs=1)

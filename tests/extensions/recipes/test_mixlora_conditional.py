@@ -5,13 +5,13 @@ import torch
 from rounding import assert_near, num_terms
 
 import loraweave as lw
-from loraweave.composer.experts.parts import recipe
+from loraweave.composer.experts.parts import make_recipe
 from loraweave.errors import ScopeError
 
 
 def test_the_scale_is_that_of_the_released_script():
-    assert recipe("mixlora_conditional", {"num_experts": 16, "rank": 4}).scale == 8.0
-    assert recipe("mixlora_conditional", {"num_experts": 16, "rank": 4, "alpha": 4.0}).scale == 1.0
+    assert make_recipe("mixlora_conditional", {"num_experts": 16, "rank": 4}).scale == 8.0
+    assert make_recipe("mixlora_conditional", {"num_experts": 16, "rank": 4, "alpha": 4.0}).scale == 1.0
 
 
 def test_its_factors_are_no_adapters(make_model):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.experts.parts import recipe
+from loraweave.composer.experts.parts import make_recipe
 from loraweave.errors import ScopeError
 from loraweave.extensions.recipes.forms.multiplied import Multiplied
 from loraweave.routers.recipes._recipe import ExpertShape, Site
@@ -70,6 +70,6 @@ def test_one_rank_is_the_published_product(make_trained):
 
 
 def test_weights_that_vary_within_a_row_are_refused(make_trained):
-    form = Multiplied(recipe("flora", {"tasks": TASKS}), Site("layer", 5, 4), ExpertShape((1, 1)))
+    form = Multiplied(make_recipe("flora", {"tasks": TASKS}), Site("layer", 5, 4), ExpertShape((1, 1)))
     with pytest.raises(ScopeError, match="layer 'layer' are of whole rows, but the weights vary from token to token"):
         form.before(0, torch.nn.Linear(5, 4), (torch.ones(2, 3, 5),), lambda _: torch.full((2, 3, 2), 0.5), {})
