@@ -29,7 +29,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.common.chat import Prompt
 from loraweave.composer.model.scoring import answer_in
 from loraweave.hub.hub import Hub
