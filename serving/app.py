@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
@@ -204,8 +205,9 @@ class Face:
         self._limits = limits
         self._api_key = api_key
         self._tokenizer = tokenizer
-        parts = [importlib.import_module(module) for module in registry.brought("server").values()]
-        self._metrics = parts[0].make_metrics() if parts else Metrics()
+        brought = next(iter(registry.brought("server").values()), None)
+        parts = None if brought is None else importlib.import_module(brought)
+        self._metrics: Metrics = Metrics() if parts is None else parts.make_metrics()
         self._names = Names(hub, model, tokenizer, limits)
         self._prompts = Prompts(model, tokenizer)
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="loraweave-reader")
@@ -215,7 +217,7 @@ class Face:
         self._making: dict[str, Making] = {}
         self._num_open = 0
         self._metrics.watch(open_requests=lambda: self._num_open)
-        self.scheduler = Scheduler(model, tokenizer, limits, self._metrics, parts[0].make_admission if parts else None)
+        self.scheduler = Scheduler(model, tokenizer, limits, self._metrics, None if parts is None else parts.make_admission)
 
     def close(self) -> None:
         self.scheduler.close()
@@ -252,21 +254,21 @@ class Face:
         return Response(self._metrics.text(), headers={"Content-Type": self._metrics.content_type})
 
     async def models(self, request: Request) -> Response:
-        listed = await self._in(self._readers, self._later(), self._names.listed)
+        listed = await self._in(self._readers, time.monotonic() + self._limits.seconds, self._names.listed)
         return JSONResponse({"object": "list", "data": [_model(name, created) for name, created in listed]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name.strip() == "auto":
             return JSONResponse(_model("auto", 0))
-        wanted = await self._wanted(name, "", self._later())
+        wanted = await self._wanted(name, "", time.monotonic() + self._limits.seconds)
         return JSONResponse(_model(name, 0), headers=_headers(wanted.formula.canonical, wanted.identity))
 
     async def answer(self, form: type[Asked], request: Request) -> Response:
         body = read_request(form, await read_body(request, self._limits))
         if self._num_open >= self._limits.waiting + self._limits.rows:
             raise too_busy(f"{self._num_open} requests are open")
-        deadline = self._later()
+        deadline = time.monotonic() + self._limits.seconds
         self._num_open += 1
         exchange = Exchange(self.scheduler, self._ended)
         try:
@@ -286,27 +288,28 @@ class Face:
 
     async def _begin(self, exchange: Exchange, asked: Asked, deadline: float) -> Answer:
         """Read the prompts, find the composition, and hand the rows to the scheduler."""
-        given = await self._in(self._readers, deadline, self._prompts.read, asked)
-        if (count := len(given.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
+        inputs = await self._in(self._readers, deadline, self._prompts.read, asked)
+        if (count := len(inputs.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
-        served = await self._served(await self._wanted(asked.model, given.text, deadline), deadline)
-        prompts = await self._asked(given, served, deadline)
+        served = await self._served(await self._wanted(asked.model, inputs.text, deadline), deadline)
+        prompts = await self._asked(inputs, served, deadline)
         num_new = self._prompts.num_new(prompts, asked.new_tokens, asked.usual_tokens, self._limits.new_tokens)
         for of_members in prompts:
             for number in range(num_answers):
                 exchange.add(of_members, served, asked.sampling(num_new, number, served.stops), deadline)
         self.scheduler.submit(exchange.rows)
-        num_read = sum(len(ids) for of_members in prompts for ids in of_members)
+        num_read = sum(map(len, chain(*prompts)))
         return Answer(asked, served, self._tokenizer, exchange.rows, num_read)
 
     async def _asked(self, given: Given, served: Served, deadline: float) -> list[list[tuple[int, ...]]]:
         """Return the token ids that each member gets of each prompt, after the steps before the members have answered."""
-        between = {}
-        for before in dict.fromkeys(member.before for member in served.members if member.before):
-            said = given
-            for step in before:
-                said = replace(said, inputs=await self._said(said, step, deadline))
-            between[before] = said.inputs or ()
+        between: dict[tuple[Served, ...], Sequence[Prompt]] = {}
+        for member in served.members:
+            if member.before and member.before not in between:
+                said = given
+                for step in member.before:
+                    said = replace(said, inputs=await self._said(said, step, deadline))
+                between[member.before] = said.inputs or ()
         return await self._in(self._readers, deadline, self._prompts.of_members, given, served, between)
 
     async def _said(self, given: Given, step: Served, deadline: float) -> list[Prompt]:
@@ -354,10 +357,6 @@ class Face:
         served = self._names.make(wanted)
         self.scheduler.prepare(served)
         return served
-
-    def _later(self) -> float:
-        """Return the deadline of a request that begins now, by `time.monotonic`."""
-        return time.monotonic() + self._limits.seconds
 
     async def _in(self, threads: ThreadPoolExecutor, deadline: float, work: Callable[..., T], *of: Any) -> T:
         return await self._within(deadline, asyncio.get_running_loop().run_in_executor(threads, work, *of))

@@ -95,7 +95,7 @@ class Batch:
         if self.rows:
             _join(self._cache, cache)
             width = max(self._mask_BW.shape[1], mask_BT.shape[1])
-            mask_BT = torch.cat([_filled_up(self._mask_BW, width), _filled_up(mask_BT, width)])
+            mask_BT = torch.cat([pad(mask_BW, (width - mask_BW.shape[1], 0)) for mask_BW in (self._mask_BW, mask_BT)])
             cache = self._cache
         self.rows, self._cache, self._mask_BW = [*self.rows, *rows], cache, mask_BT
         self._remember(rows)
@@ -217,14 +217,6 @@ def _join(cache: Any, other: Any) -> None:
     for mine, its in zip(cache.layers, other.layers, strict=True):
         width = max(mine.keys.shape[-2], its.keys.shape[-2])
         parts = ((mine.keys, its.keys), (mine.values, its.values))
-        joined.append([torch.cat([_columns_filled_up(states_BHWD, width) for states_BHWD in part]) for part in parts])
+        joined.append([torch.cat([pad(states, (0, 0, width - states.shape[2], 0)) for states in part]) for part in parts])
     for layer, (keys_BHWD, values_BHWD) in zip(cache.layers, joined, strict=True):
         layer.keys, layer.values = keys_BHWD, values_BHWD
-
-
-def _filled_up(mask_BW: Tensor, width: int) -> Tensor:
-    return pad(mask_BW, (width - mask_BW.shape[1], 0))
-
-
-def _columns_filled_up(states_BHWD: Tensor, width: int) -> Tensor:
-    return pad(states_BHWD, (0, 0, width - states_BHWD.shape[2], 0))

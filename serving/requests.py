@@ -320,22 +320,18 @@ class Prompts:
         self.context = context_length(model)
 
     def read(self, asked: Asked) -> Given:
-        """Return the prompts of a request. Raises Refusal for those that the model cannot read."""
+        """Return the prompts of a request, and the text of the first. Raises Refusal for those that cannot be read."""
         if isinstance(asked, ChatRequest):
             return self._of_chat(asked)
         assert isinstance(asked, CompletionRequest)
-        return self._of_completion(asked)
-
-    def _of_completion(self, asked: CompletionRequest) -> Given:
-        """Return each prompt, and the text of the first. Raises Refusal for unknown ids, and where there is no token."""
-        first = asked.prompts[0]
+        prompts = asked.prompts
         with self._lock:
-            ids = [self._ids(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+            ids = [self._ids(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
             if (largest := max(map(max, ids))) >= self._vocabulary:
                 raise Refusal(400, f"token id {largest} is outside the vocabulary of {self._vocabulary}", param="prompt")
-            text = first if isinstance(first, str) else str(self._tokenizer.decode(first))
-        texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
-        return Given(text, [self._fitting(token_ids) for token_ids in ids], texts or None)
+            text = prompts[0] if isinstance(prompts[0], str) else str(self._tokenizer.decode(prompts[0]))
+        inputs = [prompt for prompt in prompts if isinstance(prompt, str)]
+        return Given(text, list(map(self._fitting, ids)), inputs or None)
 
     def _of_chat(self, asked: ChatRequest) -> Given:
         """Return the template's prompt, and the last message's text. Raises Refusal without a template, or if it refuses."""

@@ -100,7 +100,7 @@ class Parser:
         if begin.kind == "word" and begin.value == "auto" and self.following.kind == "end":
             self._take()
             root = Auto()
-        elif called in registry.names("routers") and not _why_no_router(called):
+        elif called and called in registry.names("routers") and not _why_no_router(called):
             root = self._routed()
         elif called == ENSEMBLE:
             root = self._ensemble()

@@ -81,7 +81,7 @@ class Memory:
             return 0
         lines = sum(len(row.prompts) for row in rows)
         adapters = {key: size for row in rows for key, size in self._experts.sizes(row.served).items()}
-        return lines * max(row.longest for row in rows) * self._token_bytes + sum(adapters.values())
+        return int(lines * max(row.longest for row in rows) * self._token_bytes + sum(adapters.values()))
 
     def has_room(self, rows: Sequence[Any]) -> bool:
         """Return whether the rows fit once nothing is kept beside them."""
