@@ -12,6 +12,8 @@ from loraweave.cli._application import note as note
 from loraweave.cli._application import print_json as print_json
 from loraweave.cli._application import print_rows as print_rows
 from loraweave.cli._application import print_table as print_table
+from loraweave.cli._application import record_row as record_row
+from loraweave.cli._application import show_rows as show_rows
 from loraweave.cli._inputs import load_model as load_model
 from loraweave.cli._inputs import open_hub as open_hub
 from loraweave.cli._inputs import recorded_base as recorded_base

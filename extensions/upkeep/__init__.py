@@ -1,7 +1,8 @@
-"""How is a hub saved whose catalogue is damaged or lost? It is made anew from the files of its adapters.
+"""How is a hub kept in order? By versions and a quarantine in the shell, and a lost catalogue is made anew from its files.
 
-`rebuild` reads every blob and every row of the old catalogue that is intact, and writes a new catalogue in its place, all or
-nothing. It costs the time to read all adapters; nothing is deleted.
+`loraweave hub history`, `rollback` and `prune` are for versions, `quarantine` and `release` for adapters that are put aside;
+in Python these are methods of a hub. `rebuild` reads every blob and every row of the old catalogue that is intact, and puts
+a new catalogue in its place, all or nothing. It costs the time to read all adapters; nothing is deleted.
 """
 
 from typing import TYPE_CHECKING

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from loraweave import __version__
-from loraweave.cli import adapters, compositions, servers  # noqa: F401
+from loraweave.cli import adapters, compositions  # noqa: F401
 from loraweave.cli._application import INTERRUPTED, app, progress_to_stderr, quiet_libraries
 
 

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -124,18 +124,11 @@ def _unverified_bases_as_lines() -> Iterator[None]:
     said: set[str] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("always", BaseModelUnverified)
-        show = warnings.showwarning
+        show_warning = warnings.showwarning
 
-        def shown(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
+        def shown(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
             if not issubclass(category, BaseModelUnverified):
-                show(message, category, filename, lineno, file, line)
+                show_warning(message, category, *place, **rest)
             elif str(message) not in said:
                 said.add(str(message))
                 typer.echo(f"warning: {one_line(str(message))}", err=True)
@@ -167,6 +160,14 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     from loraweave.common.display import ShownTable
 
     print_table(ShownTable.of(columns, ([_cell(value) for value in row] for row in rows)))
+
+
+def show_rows(as_json: bool, value: Any, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print the value as JSON on stdout, or rows as a table."""
+    if as_json:
+        print_json(value)
+    else:
+        print_rows(columns, rows)
 
 
 def note(text: str) -> None:

@@ -1,4 +1,4 @@
-"""`loraweave compose`, `eval` and `export`; and `hub save-composition` and its kin: compositions in a hub."""
+"""`loraweave compose`, `eval`, `export` and `serve`; and `hub save-composition` and its kin: compositions in a hub."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from loraweave.cli._application import (
     print_json,
     print_rows,
     print_table,
+    show_rows,
 )
 from loraweave.cli._inputs import (
     ADAPTER_FILE,
@@ -51,6 +52,7 @@ from loraweave.cli._inputs import (
     require_one_adapter,
 )
 from loraweave.cli.hub import hub
+from loraweave.errors import PackageMissing
 
 if TYPE_CHECKING:
     import loraweave as lw
@@ -136,7 +138,12 @@ def compose(
     model, tokenizer = load_model(base, dtype)
     shown = sys.stderr.isatty()
     composed = call(model, tokenizer, n_jobs=workers, progress=shown)
-    composed = _change(composed, prune, tune, rank, shown)
+    if prune is not None and not composed.is_base:
+        composed = composed.prune(prune, progress=shown)
+    if tune is not None:
+        composed = composed.tune(tune, progress=shown)
+    if rank is not None and not composed.is_base:
+        composed = composed.cut(rank)
     if out is not None:
         composed.save_pretrained(out)
     _show(composed, method, out, as_json)
@@ -153,16 +160,6 @@ def _require_changeable(method: str, budget: int) -> None:
         raise typer.BadParameter(
             "--prune, --tune and --rank change one adapter, and auto averages two: pass --method gradient or few_shot"
         )
-
-
-def _change(
-    composed: lw.Composition, prune: float | None, tune: int | None, rank: int | None, shown: bool
-) -> lw.Composition:
-    if prune is not None and not composed.is_base:
-        composed = composed.prune(prune, progress=shown)
-    if tune is not None:
-        composed = composed.tune(tune, progress=shown)
-    return composed if rank is None or composed.is_base else composed.cut(rank)
 
 
 def _show(composed: lw.Composition, method: str, out: Path | None, as_json: bool) -> None:
@@ -216,11 +213,22 @@ def evaluate(
         )
     if (rows is None) == (harness is None):
         raise typer.BadParameter("give either a file of rows, or --harness TASK")
-    if harness is not None:
-        scored = _evaluate_harness(folder, base, dtype, harness, include_path, limit)
-        if as_json:
-            print_json(scored)
-            return
+    asks_harness = next(iter(registry.brought("harness").values()), None)
+    if harness is not None and asks_harness is None:
+        raise typer.BadParameter("--harness: none of the extensions that are installed asks lm_eval's tasks")
+    wanted = read_labels(labels)
+    read = None if rows is None else read_rows(rows, split=split)
+    import loraweave as lw
+
+    adapter = None if composed else lw.Adapter.from_pretrained(folder)
+    task = None if read is None or composed else read.task(instruction, system, labels=wanted)
+    recorded = recorded_base(folder) if adapter is None else adapter.base_model
+    model, tokenizer = load_model(base or recorded or None, dtype)
+    what = lw.Composition.from_pretrained(folder, model, tokenizer) if adapter is None else adapter
+    if read is None:
+        ask: Any = importlib.import_module(str(asks_harness)).evaluate_harness
+        report = ask(what, harness, model=model, tokenizer=tokenizer, include_path=include_path, limit=limit)
+        scored: dict[str, dict[str, Any]] = dict(report["results"])
         # lm_eval joins a metric and its filter by a comma, and has the standard error as one more metric
         shown = [
             (name, metric.partition(",")[0], f"{value:.4f}", figures.get(metric.replace(",", "_stderr,", 1)))
@@ -228,56 +236,19 @@ def evaluate(
             for metric, value in figures.items()
             if isinstance(value, float) and "_stderr," not in metric
         ]
-        print_rows(("task", "metric", "value", "standard error"), shown)
+        show_rows(as_json, scored, ("task", "metric", "value", "standard error"), shown)
         return
-    assert rows is not None
-    wanted = read_labels(labels)
-    read = read_rows(rows, split=split)
-    import loraweave as lw
-
-    if composed:
-        recorded = recorded_base(folder)
-        model, tokenizer = load_model(base or recorded, dtype)
-        result: Mapping[str, Any] = lw.Composition.from_pretrained(folder, model, tokenizer).evaluate(read.accepted())
+    if isinstance(what, lw.Composition):
+        result: Mapping[str, Any] = what.evaluate(read.accepted())
     else:
-        task = read.task(instruction, system, labels=wanted)
-        result = _evaluate_adapter(lw.Adapter.from_pretrained(folder), base, dtype, task, read.accepted())
-    if as_json:
-        print_json(result)
-        return
-    interval = f"{result['low']:.3f} to {result['high']:.3f}"
-    print_rows(
-        ("score", "95 % interval", "loss", "rows"), [(f"{result['value']:.3f}", interval, result["loss"], result["count"])]
-    )
+        from loraweave.composer.model.scoring import evaluate
 
-
-def _evaluate_harness(
-    folder: Path, base: str | None, dtype: str | None, tasks: list[str], include: Path | None, limit: int | None
-) -> dict[str, dict[str, Any]]:
-    """Return {task: {figure: value}} of lm_eval's tasks, by the extension that asks them."""
-    import loraweave as lw
-
-    extensions = registry.brought("harness")
-    if not extensions:
-        raise typer.BadParameter("--harness: none of the extensions that are installed asks lm_eval's tasks")
-    evaluate_harness = importlib.import_module(next(iter(extensions.values()))).evaluate_harness
-
-    adapter = None if (folder / COMPOSITION_FILE).is_file() else lw.Adapter.from_pretrained(folder)
-    recorded = recorded_base(folder) if adapter is None else adapter.base_model
-    model, tokenizer = load_model(base or recorded or None, dtype)
-    what = lw.Composition.from_pretrained(folder, model, tokenizer) if adapter is None else adapter
-    report = evaluate_harness(what, tasks, model=model, tokenizer=tokenizer, include_path=include, limit=limit)
-    return dict(report["results"])
-
-
-def _evaluate_adapter(adapter: Any, base: str | None, dtype: str | None, task: Any, pairs: Any) -> dict[str, Any]:
-    import loraweave as lw
-    from loraweave.composer.model.scoring import evaluate
-
-    model, tokenizer = load_model(base or adapter.base_model or None, dtype)
-    with lw.Composer(model, [adapter]).activate({adapter.name: 1.0}):
-        score = evaluate(model, tokenizer, task, pairs)
-    return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
+        assert task is not None
+        with lw.Composer(model, [what]).activate({what.name: 1.0}):
+            score = evaluate(model, tokenizer, task, read.accepted())
+        result = {name: getattr(score, name) for name in ("value", "low", "high", "loss", "count")}
+    row = (f"{result['value']:.3f}", f"{result['low']:.3f} to {result['high']:.3f}", result["loss"], result["count"])
+    show_rows(as_json, result, ("score", "95 % interval", "loss", "rows"), [row])
 
 
 @app.command(epilog="Example: loraweave export composed --target peft --max-rank 16 --out smaller")
@@ -313,6 +284,71 @@ def export(
         return
     for line in str(report).splitlines():
         typer.echo(one_line(line))
+
+
+@app.command(epilog='Example: loraweave serve --hub adapters   (a client then asks for model "1.1*passive + 0.9*negation")')
+def serve(
+    hub: HubOption = DEFAULT_HUB,
+    base: BaseOption = None,
+    dtype: DtypeOption = None,
+    host: Annotated[str, typer.Option(help="Where to listen; other machines need --api-key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORAWEAVE_API_KEY", help="What clients must send as their bearer token.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs, such as cuda; where it is loaded by default.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Answers that run in one batch.")] = 8,
+    cache_tokens: Annotated[int, typer.Option(min=1, help="Keys and values that the batch keeps at most.")] = 32_768,
+    prefix_bytes: Annotated[int, typer.Option(min=0, help="Bytes of prompts that are not read twice.")] = 1 << 28,
+    waiting: Annotated[int, typer.Option(min=1, help="Answers that wait; more are refused with 429.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of one answer at most.")] = 1024,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
+    token_seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds that a token of a running answer may take; more answers wait.")
+    ] = None,
+    memory_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bytes for keys and values, kept prompts, and adapters together; no limit by default."),
+    ] = None,
+    adapters: Annotated[int, typer.Option(min=1, help="Adapters of one formula at most.")] = 16,
+    loaded: Annotated[int, typer.Option(min=1, help="Adapters, and formulas with theirs, that stay in memory unused.")] = 64,
+    merges: Annotated[bool, typer.Option(help="Whether formulas may have merges by a method, such as ties(a, b).")] = True,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Answers have the same bits whatever runs beside them; slower.")
+    ] = False,
+) -> None:
+    """Serve every formula over a hub to OpenAI clients, requests with different mixtures in one batch."""
+    try:
+        import uvicorn  # noqa: F401
+
+        from loraweave.serving.app import make_server
+        from loraweave.serving.limits import Limits
+    except ModuleNotFoundError as error:
+        raise PackageMissing(
+            f"serving needs packages that are not installed ({error}): pip install 'loraweave[serve]'"
+        ) from error
+
+    limits = Limits(
+        rows=rows,
+        cache_tokens=cache_tokens,
+        prefix_bytes=prefix_bytes,
+        waiting=waiting,
+        new_tokens=max_tokens,
+        seconds=deadline,
+        token_seconds=float("inf") if token_seconds is None else token_seconds,
+        memory_bytes=float("inf") if memory_bytes is None else memory_bytes,
+        adapters=adapters,
+        loaded=loaded,
+        merges=merges,
+        batch_invariant=batch_invariant,
+    )
+    with open_hub(hub) as opened:
+        model, tokenizer = load_model(base, dtype)
+        if device is not None:
+            model.to(device)
+        make_server(opened, model, tokenizer, host=host, port=port, limits=limits, api_key=api_key).run()
 
 
 NameArgument = Annotated[str, typer.Argument(help="A composition of the hub, without the @.")]
@@ -355,11 +391,8 @@ def list_compositions(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False)
     """List the compositions that a hub keeps."""
     with open_hub(hub) as opened:
         rows = [composition_row(stored) for stored in opened.compositions()]
-    if as_json:
-        print_json(rows)
-        return
     shown = [(row["name"], row["created"], row["formula"] or f"composed: {row['chosen']}") for row in rows]
-    print_rows(("name", "created", "what"), shown)
+    show_rows(as_json, rows, ("name", "created", "what"), shown)
 
 
 @hub.command("write-composition", epilog="Example: loraweave hub write-composition support-bot composed")

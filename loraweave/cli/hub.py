@@ -26,6 +26,7 @@ from loraweave.cli._application import (
     print_json,
     print_rows,
     record_row,
+    show_rows,
 )
 from loraweave.cli._inputs import load_model, open_hub
 from loraweave.common.rows import read_rows
@@ -123,11 +124,8 @@ def list_(
     """List the adapters of a hub in order of addition."""
     with open_hub(hub) as opened:
         records = opened.records(base_model=base_model, license=license or None, tags=tag or ())
-    if as_json:
-        print_json([record_row(record) for record in records])
-        return
     rows = [(r.name, r.rank, r.base_model, r.license or "", ", ".join(r.tags), _kilobytes(r.size_bytes)) for r in records]
-    print_rows(("name", "rank", "base model", "license", "tags", "kB"), rows)
+    show_rows(as_json, list(map(record_row, records)), ("name", "rank", "base model", "license", "tags", "kB"), rows)
 
 
 @hub.command(epilog='Example: loraweave hub search "is this review positive?" --k 3')
@@ -152,12 +150,10 @@ def search(
         candidates = lw.Retriever(opened, embedder=encoder or "sentence", keys=()).candidates(
             query, k=k, base_model=base_model, license=license or None, tags=tag or (), min_score=min_score
         )
-    if as_json:
-        print_json([{**record_row(c.record), "score": c.score, "evidence": c.evidence} for c in candidates])
-        return
-    if not candidates:
+    if not candidates and not as_json:
         note("nothing fits: the base model is the answer")
-    print_rows(("name", "score", "evidence"), [(c.name, c.score, c.evidence) for c in candidates])
+    value = [{**record_row(c.record), "score": c.score, "evidence": c.evidence} for c in candidates]
+    show_rows(as_json, value, ("name", "score", "evidence"), [(c.name, c.score, c.evidence) for c in candidates])
 
 
 @hub.command(epilog="Example: loraweave hub show antonym --json")
@@ -239,48 +235,6 @@ def gc(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
     answer(as_json, {"freed_bytes": freed_bytes}, f"freed {_kilobytes(freed_bytes)} kB")
 
 
-@hub.command(epilog="Example: loraweave hub history antonym")
-def history(name: NameArgument, hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
-    """List the versions of an adapter, oldest first; the last one is in use."""
-    with open_hub(hub) as opened:
-        records = opened.history(name)
-    if as_json:
-        print_json([record_row(record) for record in records])
-        return
-    rows = [
-        (r.version, r.created, r.hash[:12], f"back to {r.restored}" if r.restored else "", r.description) for r in records
-    ]
-    print_rows(("version", "created", "hash", "rollback", "description"), rows)
-
-
-@hub.command(epilog="Example: loraweave hub rollback antonym 1")
-def rollback(
-    name: NameArgument,
-    version: Annotated[int, typer.Argument(help="The version to go back to; `hub history` lists them.")],
-    hub: HubOption = DEFAULT_HUB,
-    as_json: JsonOption = False,
-) -> None:
-    """Bring an earlier version back, as a new one: nothing of the history is lost."""
-    with open_hub(hub) as opened:
-        record = opened.rollback(name, version)
-    told = f"{record.name!r} is at version {record.version}, with the content of version {record.restored or version}"
-    answer(as_json, record_row(record), told)
-
-
-@hub.command(epilog="Example: loraweave hub prune antonym --keep 3")
-def prune(
-    name: NameArgument,
-    keep: Annotated[int, typer.Option(min=1, help="How many versions stay, the newest ones.")] = 1,
-    hub: HubOption = DEFAULT_HUB,
-    as_json: JsonOption = False,
-) -> None:
-    """Forget old versions of an adapter; `gc` then frees their files."""
-    with open_hub(hub) as opened:
-        num_forgotten = opened.prune(name, keep=keep)
-    told = f"{num_forgotten} versions of {name!r} are forgotten; `loraweave hub gc` frees their files"
-    answer(as_json, {"forgotten": num_forgotten}, told)
-
-
 @hub.command(epilog="Example: loraweave hub bind antonym --base path/to/model")
 def bind(
     names: NamesArgument,
@@ -297,41 +251,6 @@ def bind(
         records = [opened.bind(name, model) for name in dict.fromkeys(names)]
     told = (f"{record.name!r} fits {record.base_model!r}, whose fingerprint it has now" for record in records)
     answer(as_json, [record_row(record) for record in records], *told)
-
-
-@hub.command(epilog="Example: loraweave hub quarantine antonym")
-def quarantine(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Adapters of the hub.")] = None,
-    hub: HubOption = DEFAULT_HUB,
-    as_json: JsonOption = False,
-) -> None:
-    """Put adapters aside, so that nothing finds or reads them; without a name, list those that are."""
-    with open_hub(hub) as opened:
-        # all or none: a misspelt name is told before anything changes
-        for name in names or ():
-            opened.record(name)
-        for name in names or ():
-            opened.quarantine(name)
-            note(f"{name!r} is in quarantine; `loraweave hub release` takes it back")
-        held = opened.records(quarantined=True)
-    if as_json:
-        print_json([record_row(record) for record in held])
-    elif not names:
-        print_rows(("name", "what was found"), [(r.name, "; ".join(a.detail for a in r.anomalies)) for r in held])
-
-
-@hub.command(epilog="Example: loraweave hub release antonym")
-def release(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters in quarantine.")],
-    hub: HubOption = DEFAULT_HUB,
-) -> None:
-    """Take adapters out of quarantine."""
-    with open_hub(hub) as opened:
-        for name in names:
-            opened.record(name)
-        for name in names:
-            opened.release(name)
-            note(f"released {name!r}")
 
 
 def _samples(path: Path) -> list[str] | list[tuple[str, str]]:

@@ -18,8 +18,7 @@ from loraweave.cli._inputs import read_pool
 from loraweave.registry import EXTENSIONS
 
 COMMANDS = ["compose", "eval", "export", "merge", "serve", "train"]
-HUB_COMMANDS = ["add", "bind", "gc", "history", "list", "prune", "quarantine", "release", "remove", "rollback"]
-HUB_COMMANDS += ["search", "show", "verify"]
+HUB_COMMANDS = ["add", "bind", "gc", "list", "remove", "search", "show", "verify"]
 HUB_COMMANDS += ["compositions", "remove-composition", "save-composition", "write-composition"]
 ROOT = typer.main.get_command(app)
 # with those of extensions

@@ -1,4 +1,4 @@
-"""`loraweave hub history`, `rollback`, `prune` and `bind`."""
+"""`loraweave hub add --replace`, `show` and `bind`."""
 
 import importlib
 import json
@@ -33,32 +33,6 @@ def test_add_with_replace_makes_the_next_version_and_says_so(hub):
     (row,) = json.loads(done.stdout)
     assert (row["version"], row["language"], row["source"]) == (2, ["en"], {"location": "second", "revision": None})
     assert "added 'antonym' as version 2" in done.stderr
-
-
-def test_history_lists_the_versions_and_rollback_goes_back(hub):
-    call("hub", "add", "second", "--name", "antonym", "--replace")
-    done = call("hub", "rollback", "antonym", "1")
-    assert (done.exit_code, done.stderr) == (0, "'antonym' is at version 3, with the content of version 1\n")
-    told = json.loads(call("hub", "history", "antonym", "--json").stdout)
-    assert [(row["version"], row["restored"]) for row in told] == [(1, None), (2, None), (3, 1)]
-    assert [row["hash"] for row in told] == [adapter("", seed).hash for seed in (0, 1, 0)]
-    shown = call("hub", "history", "antonym").stdout
-    assert "back to 1" in shown
-    assert adapter("", 1).hash[:12] in shown
-    assert call("hub", "rollback", "antonym", "1", "--json").exit_code == 0
-
-
-def test_prune_forgets_old_versions(hub):
-    call("hub", "add", "second", "--name", "antonym", "--replace")
-    assert call("hub", "prune", "antonym").stderr.startswith("1 versions of 'antonym' are forgotten")
-    assert [record.version for record in hub.history("antonym")] == [2]
-    assert json.loads(call("hub", "prune", "antonym", "--json").stdout) == {"forgotten": 0}
-    assert call("hub", "prune", "antonym", "--keep", "0").exit_code == 2
-
-
-def test_a_version_that_is_not_there_is_one_line(hub):
-    done = call("hub", "rollback", "antonym", "7")
-    assert (done.exit_code, done.stderr) == (1, "AdapterNotFound: adapter 'antonym' has no version 7; it has 1\n")
 
 
 def test_show_tells_identity_provenance_license_and_versions(hub):
