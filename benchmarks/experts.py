@@ -33,7 +33,7 @@ import loraweave as lw
 from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
 from benchmarks._expert_kinds import KINDS, ONE, RATES, THEN, Kind, report, without_rate
 from benchmarks._run import Run, pairs
-from loraweave.common.randomness import seeded
+from loraweave.common.descent import seeded
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.make import put_expert
 from loraweave.composer.model import scoring

@@ -100,8 +100,10 @@ _MODULES = {
     "composer.compose.report": "ReportRow",
     "composer.formula.nodes": "Named Stored Sum leaves",
     # training
-    "common.descent": "Descent backward descend warmed_cosine",
-    "common.randomness": "caller_randomness seeded with_seed",
+    "common.descent": (
+        "Descent RUNNING TrainingState backward caller_randomness checkpoint_folder descend drop_state load_state "
+        "save_state save_tensors seeded tensor_bytes warmed_cosine with_seed"
+    ),
     "composer.train.adapters": "Apart require_plain require_startable target_layers training_rows",
     "composer.train.jobs": "JobKind LoraJob LoraJobs LowRank SharedPass TrainingJob given_factors job_losses new_factors",
     "composer.train.progress": "Contexts TrainingProgress checkpointed_blocks",
@@ -163,7 +165,6 @@ _MODULES = {
     "common.process": "free_host_bytes launched_processes lock_of",
     "common.rows": "GivenRows Row located read_asked read_inputs read_rows",
     "common.spread": "Failed processes_here require_all spread",
-    "common.state": "RUNNING TrainingState checkpoint_folder drop_state load_state save_state save_tensors tensor_bytes",
     "errors": "BudgetExceeded WorkersFailed",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",

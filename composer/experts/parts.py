@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import loraweave.registry as registry
 from loraweave.common.checks import is_whole
+from loraweave.common.descent import seeded
 from loraweave.common.options import options_of, require_known
-from loraweave.common.randomness import seeded
 from loraweave.composer.experts.forms._form import place_like
 from loraweave.composer.experts.running import input_embeddings
 from loraweave.composer.model.kinds import LayerKind

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.checks import is_whole
+from loraweave.common.descent import tensor_bytes
 from loraweave.common.files import as_path, replacing, storage_errors, whole_file
-from loraweave.common.state import tensor_bytes
 from loraweave.composer.experts.parts import RENAMED, asked_tensors
 from loraweave.errors import (
     AdapterCorrupt,

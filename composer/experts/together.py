@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loraweave.common.descent import seeded
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
-from loraweave.common.randomness import seeded
 from loraweave.composer.experts.expert_model import ExpertModel, trainer
 from loraweave.composer.experts.parts import key_of
 from loraweave.composer.experts.running import Running

@@ -14,13 +14,13 @@ from rich.progress import Progress
 from torch import nn
 
 from loraweave.common.chat import prompt_json
+from loraweave.common.descent import checkpoint_folder
 from loraweave.common.display import progress_bar
 from loraweave.common.names import text_digest
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
 from loraweave.common.process import launched_processes
 from loraweave.common.rows import GivenRows
 from loraweave.common.spread import processes_here
-from loraweave.common.state import checkpoint_folder
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.kinds import linear

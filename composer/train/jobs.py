@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from loraweave.common.randomness import seeded
+from loraweave.common.descent import seeded
 from loraweave.composer.live.call import arguments_of
 from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, pad_apart, tensors_in
 from loraweave.composer.train.settings import LoraSettings

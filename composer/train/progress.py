@@ -20,9 +20,8 @@ from torch import distributed as dist
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from loraweave.common.descent import Descent
+from loraweave.common.descent import Descent, tensor_bytes
 from loraweave.common.process import launched_processes
-from loraweave.common.state import tensor_bytes
 from loraweave.composer.train.settings import TrainingSettings
 from loraweave.composer.train.state import Best, KeptState, copy_values, put_values
 from loraweave.errors import TrainingError, WeightingError

@@ -11,8 +11,8 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from loraweave.common.descent import seeded
 from loraweave.common.display import progress_bar
-from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import (
     IGNORED,
     NO_TOKENIZER,

@@ -11,9 +11,9 @@ import torch
 
 from loraweave.common.chat import Conversation, Prompt, answered_ids
 from loraweave.common.checks import is_list
+from loraweave.common.descent import seeded
 from loraweave.common.names import unknown_expert
 from loraweave.common.options import Count, Range, fits
-from loraweave.common.randomness import seeded
 from loraweave.common.rows import FORMS, located, read_row
 from loraweave.composer.model.batches import IGNORED, EncodedRow, answer_ids, context_length, encode
 from loraweave.composer.model.scoring import encode_pairs

@@ -10,9 +10,8 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, T
 import torch
 
 from loraweave.common.checks import is_collection, is_list
-from loraweave.common.descent import warmed_cosine
+from loraweave.common.descent import seeded, warmed_cosine
 from loraweave.common.options import Count, NonNegative, Positive, Range, Whole, check_options, options_of
-from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.train.rows import Texts
 from loraweave.errors import InvalidTask, TrainingError

@@ -13,9 +13,8 @@ import torch
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from loraweave.common.descent import backward
+from loraweave.common.descent import TrainingState, backward, drop_state, load_state, save_state
 from loraweave.common.names import text_digest
-from loraweave.common.state import TrainingState, drop_state, load_state, save_state
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
 from loraweave.composer.train.jobs import LoraJob, SharedPass, TrainingJob, range_losses, row_losses
 from loraweave.composer.train.progress import Processes

@@ -13,9 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from loraweave.common.descent import Descent, FlatParameters
+from loraweave.common.descent import Descent, FlatParameters, TrainingState, checkpoint_folder, load_state, save_state
 from loraweave.common.names import text_digest
-from loraweave.common.state import TrainingState, checkpoint_folder, load_state, save_state
 from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.train.jobs import TrainingJob
 from loraweave.composer.train.rows import HeldOut

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave.common.descent import save_tensors
 from loraweave.common.files import replacing, require_replaceable
-from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, SIDECAR, readme_text, sidecar_text
 from loraweave.hub.formats._config import CONFIG, EXPERTS, extension_module

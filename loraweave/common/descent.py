@@ -1,18 +1,39 @@
-"""Gradient descent for everything that learns: learning rates, the optimizer, and the checks of a step.
+"""What all training shares: the steps of gradient descent, the random numbers that it draws, and the state that it keeps.
 
 Adapters, continual training, routers, experts, encoders and reward heads bring parameters and losses; all take steps here.
+Random numbers are derived from their purpose, and leave the caller's generators unchanged. A state is safetensors, visible
+only once complete.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import random
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from rich.progress import Progress
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
+from loraweave.common.files import whole_file
 from loraweave.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 GRADIENT_LIMIT = 1.0
 
@@ -128,3 +149,148 @@ def _like(parameter: Tensor, vector: Tensor, start: int) -> Tensor:
     """Return the vector's part from `start` on, with the parameter's shape, and its strides if it has no gaps."""
     strides = torch.empty_like(parameter, device="meta").stride()
     return vector.as_strided(parameter.shape, strides, start)
+
+
+def seeded(*parts: object) -> torch.Generator:
+    """Make a generator on the CPU whose numbers are a function of the parts' representations alone."""
+    return generator_of(repr(parts))
+
+
+def generator_of(text: str) -> torch.Generator:
+    """Make a generator on the CPU whose numbers are a function of the text alone."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+
+
+def with_seed(seed: int, make: Callable[[], Made]) -> Made:
+    """Return make() under a seed of torch; the caller's random numbers continue unaffected."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+@contextmanager
+def caller_randomness() -> Iterator[None]:
+    """Let the block seed the generators of Python, numpy and torch, and restore them afterwards."""
+    python, array = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+
+
+# the subfolder of a checkpoint for states of unfinished jobs
+RUNNING = "running"
+# the tensor of a file that holds `about`, as the bytes of JSON
+REPORT = "report"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The parameters and AdamW moments after `step` steps; `about` is any JSON that is kept with them."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    about: Any = None
+
+    @classmethod
+    def of(cls, step: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> TrainingState:
+        tensors: dict[str, Tensor] = {}
+        for index, parameter in enumerate(parameters):
+            tensors[f"{index}.value"] = parameter.detach().clone()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{index}.{moment}"] = optimizer.state[parameter][moment].clone()
+        return cls(step, tensors)
+
+    def restore(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
+        """Put the state back and return the number of steps already done."""
+        with torch.no_grad():
+            for index, parameter in enumerate(parameters):
+                parameter.copy_(self.tensors[f"{index}.value"])
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": self.tensors[f"{index}.exp_avg"].to(parameter.device),
+                    "exp_avg_sq": self.tensors[f"{index}.exp_avg_sq"].to(parameter.device),
+                }
+        return self.step
+
+
+def checkpoint_folder(given: str | Path | None) -> Path | None:
+    """Return the folder for the states of a training, created if needed; None for None.
+
+    Raises TrainingError unless the value is a path, and for a folder that cannot be created or written to.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, str | Path):
+        raise TrainingError(f"checkpoint is {given!r:.60}; it must be a folder, or None")
+    folder = Path(given)
+    try:
+        running = folder / RUNNING
+        running.mkdir(parents=True, exist_ok=True)
+        # an existing folder may belong to another user
+        tempfile.TemporaryFile(dir=running).close()
+    except OSError as error:
+        raise TrainingError(
+            f"checkpoint is {str(folder)!r}, which cannot be made a folder to write in ({error}): name another"
+        ) from error
+    return folder
+
+
+def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUNNING) -> None:
+    """Write the state under a temporary name, then rename. A full disk is logged and does not end the training."""
+    path = folder / place / f"{key}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"step": torch.tensor([state.step]), **state.tensors}
+    if state.about is not None:
+        tensors[REPORT] = torch.frombuffer(bytearray(json.dumps(state.about).encode()), dtype=torch.uint8)
+    try:
+        with whole_file(path) as temporary:
+            save_tensors(tensors, temporary)
+    except OSError as error:
+        logger.warning("the checkpoint at step %d was not written (%s); training goes on", state.step, error)
+
+
+def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState | None:
+    """Return the last complete state, or None; a damaged file is logged and ignored."""
+    path = folder / place / f"{key}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        # in one read: safetensors opens a file twice, and it may be replaced in between
+        tensors = load(path.read_bytes())
+        report = tensors.pop(REPORT, None)
+        about = None if report is None else json.loads(bytes(report.tolist()))
+        return TrainingState(int(tensors.pop("step")), tensors, about)
+    except (SafetensorError, KeyError, ValueError) as error:
+        logger.warning("the checkpoint %s is damaged (%s); its jobs start again", path, error)
+        return None
+
+
+def drop_state(folder: Path, key: str) -> None:
+    """Remove the state of jobs that are finished."""
+    (folder / RUNNING / f"{key}.safetensors").unlink(missing_ok=True)
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the tensors as a file of safetensors: the same bytes for the same bits."""
+    raw: bytes = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
+    return raw
+
+
+# what safetensors says of a failed write: "I/O error: No space left on device (os error 28)"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the file. Raises OSError with the error number if the file system fails; safetensors hides it."""
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        number = _OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraweave.common.randomness import caller_randomness
+from loraweave.common.descent import caller_randomness
 
 
 def seeded(seed):

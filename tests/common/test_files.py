@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from loraweave.common import state as _saved_tensors
+from loraweave.common import descent as _saved_tensors
+from loraweave.common.descent import TrainingState, load_state, save_state
 from loraweave.common.files import whole_file
-from loraweave.common.state import TrainingState, load_state, save_state
 
 
 def test_a_whole_file_takes_the_place_of_the_old_one_and_leaves_nothing_else(tmp_path):

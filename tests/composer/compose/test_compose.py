@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 import loraweave as lw
 from loraweave import registry
-from loraweave.common import state
+from loraweave.common import descent
 from loraweave.composer.compose import learning
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.report import MAX_FILE_BYTES
@@ -352,7 +352,7 @@ def test_a_composition_that_finds_no_room_is_named_and_leaves_the_one_before(com
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "save_file", full)
+        patch.setattr(descent, "save_file", full)
         with pytest.raises(lw.HubFull, match="free some space"):
             composition.save_pretrained(tmp_path / "kept")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -11,8 +11,8 @@ import torch
 from torch.func import functional_call
 
 import loraweave as lw
+from loraweave.common.descent import seeded
 from loraweave.common.names import text_digest
-from loraweave.common.randomness import seeded
 from loraweave.composer.train.jobs import LoraJob
 from loraweave.composer.train.rows import Texts
 from loraweave.errors import TrainingError

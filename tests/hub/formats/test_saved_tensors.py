@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import random_adapter
 
-from loraweave.common.state import save_tensors
+from loraweave.common.descent import save_tensors
 from loraweave.errors import AdapterCorrupt, HubError, HubFull, HubReadOnly
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats import _peft_write, _safetensors

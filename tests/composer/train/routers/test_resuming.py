@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraweave.common.state import load_state
+from loraweave.common.descent import load_state
 from loraweave.composer.train.progress import TrainingProgress
 from loraweave.composer.train.settings import TrainingSettings
 from loraweave.composer.train.state import KeptState
