@@ -72,9 +72,9 @@ def together_with_gradients(
         ]
     first = objectives[0]
     if not first.differentiable:
-        asked = "a function" if first.function is not None else type(first.kind).__name__
+        kind = "a function" if first.function is not None else type(first.kind).__name__
         raise WeightingError(
-            f"no gradients of objective {asked} with merge method {first.merge_method!r}: use 'cross_entropy', 'labels' or "
+            f"no gradients of objective {kind} with merge method {first.merge_method!r}: use 'cross_entropy', 'labels' or "
             "'entropy' with 'linear', or a solver that needs none"
         )
     return [
@@ -93,7 +93,7 @@ def _are_of_one(objectives: Sequence[Any]) -> bool:
     """Return whether all are views of one ExampleLoss, with its encoded examples or function, and its merge method."""
     if not all(isinstance(objective, ExampleLoss) for objective in objectives):
         return False
-    shared = {(id(each.function or each.encoded), each.merge_method) for each in objectives}
+    shared = {(id(view.function or view.encoded), view.merge_method) for view in objectives}
     return len(shared) == 1
 
 
@@ -240,15 +240,15 @@ class ExampleLoss:
         Of a function it has the name, and the examples as texts. It opens the experts of a lazy pool.
         """
         if self.function is None:
-            asked: dict[str, Any] = {"kind": type(self.kind).__name__, "tokens": self.encoded.digest(self.only)}
+            judge: dict[str, Any] = {"kind": type(self.kind).__name__, "tokens": self.encoded.digest(self.only)}
         else:
-            asked = {
+            judge = {
                 "function": getattr(self.function, "__qualname__", type(self.function).__name__),
                 "instruction": self.task.instruction,
                 "examples": [[prompt_json(prompt), target] for prompt, target in self.shown()],
             }
         return {
-            **asked,
+            **judge,
             "base": fingerprint(self.engine.model).to_json(),
             "dtype": str(next(self.engine.model.parameters()).dtype),
             "experts": {name: adapter.hash for name, adapter in self.engine.pool.adapters.items()},
@@ -321,10 +321,10 @@ def _scored(
     All run together, but for functions, which are called for one candidate after the other.
     """
     views = zip(objectives, candidates, strict=True)
-    pairs = [(objective, mixture) for objective, own in views for mixture in own]
+    pairs = [(objective, mixture) for objective, mixtures in views for mixture in mixtures]
     parts = [pairs] if not pairs or pairs[0][0].function is None else [[pair] for pair in pairs]
     results = chain.from_iterable(_contain_failures(part, evaluate) for part in parts)
-    return [list(islice(results, len(own))) for own in candidates]
+    return [list(islice(results, len(mixtures))) for mixtures in candidates]
 
 
 def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:

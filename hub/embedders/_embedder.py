@@ -45,11 +45,11 @@ def embedder_of(given: str | os.PathLike[str] | Embedder) -> Embedder:
             f"embedder is {given!r:.80}; give a name of names('embedders'), the folder of a trained encoder, or an object "
             "with dim, id and embed"
         )
-    given = os.fspath(given)
-    if given not in registry.names("embedders") and Path(given).is_dir():
-        trained: Embedder = registry.get("embedders", "sentence")(folder=given)
+    name = os.fspath(given)
+    if name not in registry.names("embedders") and Path(name).is_dir():
+        trained: Embedder = registry.get("embedders", "sentence")(folder=name)
         return trained
-    named: Embedder = registry.get("embedders", given)()
+    named: Embedder = registry.get("embedders", name)()
     return named
 
 

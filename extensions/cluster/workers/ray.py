@@ -20,8 +20,8 @@ class Ray(Counted):
     def __init__(self, backend: Any, most: int | None) -> None:
         ray = _ray()
         # as many cores as torch has threads, unless the backend's arguments say otherwise
-        own = {key: value for key, value in (backend.ray_remote_args or {}).items() if not key.startswith("max_")}
-        options = {"num_cpus": torch.get_num_threads(), **own}
+        wanted = {key: value for key, value in (backend.ray_remote_args or {}).items() if not key.startswith("max_")}
+        options = {"num_cpus": torch.get_num_threads(), **wanted}
         super().__init__(lambda: int(ray.cluster_resources().get("CPU", 0) // (options["num_cpus"] or 1)), most)
         self._run = ray.remote(_called).options(max_retries=0, **options)
         self._cancel = partial(ray.cancel, force=True)
