@@ -12,8 +12,7 @@ import torch
 import loraweave as lw
 from loraweave.composer.compose import refine
 from loraweave.composer.compose.learning import BEGUN, FEW_SHOT, ORDERS
-from loraweave.composer.train import shared
-from loraweave.errors import BudgetExceeded, InvalidTask, WeightingError
+from loraweave.errors import InvalidTask, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
 
@@ -50,14 +49,6 @@ def test_in_context_is_the_base_under_the_other_examples(compose_on, tiny_llama,
         for own in EXAMPLES
     ]
     assert found.losses() == pytest.approx(np.concatenate(everyone), rel=1e-4)
-
-
-@pytest.mark.parametrize("method", ["few_shot", "auto"])
-def test_where_memory_is_used_up_compose_names_a_method_that_trains_nothing(compose_on, monkeypatch, method):
-    monkeypatch.setattr(shared, "step_budget", lambda *_: 1000)
-    with pytest.raises(BudgetExceeded, match=r"are free on cpu, .*\. compose\(\) takes no .*'lorahub' trains no adapter$"):
-        compose_on(method=method)
-    assert compose_on(method="lorahub", budget=9, folds=0).report.chosen
 
 
 def test_few_shot_is_the_training_under_demonstrations(compose, tiny_llama, tokenizer, task):

@@ -50,6 +50,18 @@ def test_a_job_that_other_processes_leave_no_memory_for_is_refused_with_a_way_ou
     assert set(train(tiny_llama, tokenizer, memory_bytes=10**9)) == set(TASKS)
 
 
+@pytest.mark.parametrize("method", ["few_shot", "auto"])
+def test_where_memory_is_used_up_compose_names_a_method_that_trains_nothing(
+    tiny_llama, tokenizer, pool, monkeypatch, method
+):
+    monkeypatch.setattr(step_memory, "step_budget", lambda *_: 1000)
+    task = lw.Task(TASKS["upper"], instruction="upper")
+    with pytest.raises(BudgetExceeded, match=r"are free on cpu, .*\. compose\(\) takes no .*'lorahub' trains no adapter$"):
+        lw.compose(tiny_llama, tokenizer, pool, task, method=method, progress=False)
+    asked = {"method": "lorahub", "budget": 9, "folds": 0, "progress": False}
+    assert lw.compose(tiny_llama, tokenizer, pool, task, **asked).report.chosen
+
+
 def test_a_refusal_says_how_many_rows_a_step_would_fit(tiny_llama, tokenizer):
     one = {"upper": TASKS["upper"]}
     most = train(tiny_llama, tokenizer, one, batch_size=5).report.estimated_bytes
