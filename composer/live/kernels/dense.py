@@ -113,6 +113,9 @@ class Dense(RowKernel):
         return self._product(None, x_BTI).view(*x_BTI.shape[:2], self.stack.b_SO.shape[1])
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        if torch._C._are_functorch_transforms_active():
+            y_BTO.add_(self.update(x_BTI))
+            return
         for kernel in kernels_with("add_dense").values():
             if kernel.add_dense(self, x_BTI, y_BTO):
                 return
@@ -195,7 +198,7 @@ class ExpertProduct(torch.autograd.Function):
 
     w_NE are the experts' weights, or w_1E where all tokens share them. x, a and b have one dtype, in which products run;
     weights count in fp32 or better. A weight of zero that does not learn adds exactly nothing. Several rank rows may have
-    one row of a, or of b. Twice differentiated, it raises RuntimeError.
+    one row of a, or of b. Twice differentiated, it raises RuntimeError if w, a or b learns.
     """
 
     @staticmethod
@@ -213,27 +216,34 @@ class ExpertProduct(torch.autograd.Function):
         return _add(y, mixed, b)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, w_NE, a, b, hidden_NS = ctx.saved_tensors
-        rows = ctx.rows
-        learns_y, learns_x, learns_w, learns_a, learns_b = ctx.needs_input_grad[:5]
-        grad_x, grad_w, grad_a, grad_b = None, None, None, None
-        grad_NO = grad.reshape(-1, b.shape[1]).to(b.dtype)
-        if learns_b:
-            grad_b = _mix(hidden_NS, w_NE, b, rows, learns=learns_w).to(b.dtype).T @ grad_NO
-        if learns_x or learns_w or learns_a:
-            grad_NS = _pick(grad_NO @ b.T, rows.b_row_S)
-            if learns_w:
-                by_rank_NS = hidden_NS.to(w_NE.dtype) * grad_NS
-                by_rank_NS = by_rank_NS.sum(dim=0, keepdim=True) if len(w_NE) == 1 else by_rank_NS
-                grad_w = torch.zeros_like(w_NE.T).index_add_(0, rows.owner_S, by_rank_NS.T).T
-            if learns_x or learns_a:
-                inner = weigh(grad_NS, w_NE.index_select(1, rows.owner_S), learns=learns_w)
-                inner = _sum_shared(inner, rows.a_row_S, len(a))
-                grad_x = inner @ a if learns_x else None
-                grad_a = inner.T @ x_NI if learns_a else None
-        return grad if learns_y else None, grad_x, grad_w, grad_a, grad_b, None
+        # what depends on x or on what learns is kept as values alone
+        once = any(ctx.needs_input_grad[2:5])
+        grads: tuple[Tensor | None, ...] = (once_differentiable(_gradients) if once else _gradients)(ctx, grad)
+        return grads
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of y, x, w, a and b, of those that need one."""
+    x_NI, w_NE, a, b, hidden_NS = ctx.saved_tensors
+    rows = ctx.rows
+    learns_y, learns_x, learns_w, learns_a, learns_b = ctx.needs_input_grad[:5]
+    grad_x, grad_w, grad_a, grad_b = None, None, None, None
+    grad_NO = grad.reshape(-1, b.shape[1]).to(b.dtype)
+    if learns_b:
+        grad_b = _mix(hidden_NS, w_NE, b, rows, learns=learns_w).to(b.dtype).T @ grad_NO
+    if learns_x or learns_w or learns_a:
+        grad_NS = _pick(grad_NO @ b.T, rows.b_row_S)
+        if learns_w:
+            by_rank_NS = hidden_NS.to(w_NE.dtype) * grad_NS
+            by_rank_NS = by_rank_NS.sum(dim=0, keepdim=True) if len(w_NE) == 1 else by_rank_NS
+            grad_w = torch.zeros_like(w_NE.T).index_add_(0, rows.owner_S, by_rank_NS.T).T
+        if learns_x or learns_a:
+            inner = weigh(grad_NS, w_NE.index_select(1, rows.owner_S), learns=learns_w)
+            inner = _sum_shared(inner, rows.a_row_S, len(a))
+            grad_x = inner @ a if learns_x else None
+            grad_a = inner.T @ x_NI if learns_a else None
+    return grad if learns_y else None, grad_x, grad_w, grad_a, grad_b, None
 
 
 def _mix(hidden_NS: Tensor, w_NE: Tensor, b: Tensor, rows: RankRows, *, learns: bool) -> Tensor:
@@ -265,7 +275,7 @@ def weigh(hidden: Tensor, w: Tensor, *, learns: bool) -> Tensor:
     """Return the hidden values times their weights, in their own dtype; the axes broadcast."""
     mixed = hidden.to(w.dtype) * w
     # a sum over what has not overflowed is finite, and costs less than a mask; elsewhere than on a CPU one would wait for it
-    if not learns and not (mixed.device.type == "cpu" and math.isfinite(float(mixed.sum()))):
+    if not learns and not (mixed.device.type == "cpu" and math.isfinite(mixed.sum().item())):
         mixed = mixed.masked_fill(w == 0, 0.0)
     return mixed.to(hidden.dtype)
 

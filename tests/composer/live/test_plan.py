@@ -7,6 +7,7 @@ import torch
 from tiny_models import random_adapter
 from torch import nn
 
+from loraweave import registry
 from loraweave.composer.composer import Composer
 from loraweave.routers.weights import MixtureWeights
 
@@ -46,7 +47,11 @@ def test_a_layer_is_the_formula_cold_warm_with_a_gradient_and_with_weights_by_to
         assert torch.allclose(y, formula(engine, x, rows), rtol=1e-12)
 
 
-@pytest.mark.parametrize("mixture", [{"a": 1.0}, ROWS], ids=["one for all", "by row"])
+# rows of their own have the same with what extensions bring
+BY_ROW = pytest.param(ROWS, marks=pytest.mark.skipif("gathered" not in registry.names("kernels"), reason="no such kernel"))
+
+
+@pytest.mark.parametrize("mixture", [{"a": 1.0}, BY_ROW], ids=["one for all", "by row"])
 def test_a_warm_layer_is_three_frames_of_ours_deep(mixture, engine):
     layer, x, depths = engine.model[0], torch.randn(2, 1, 7, dtype=torch.float64), []
 

@@ -70,6 +70,22 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("into_memory", [False, True], ids=["the update", "into the output"])
+def test_a_second_derivative_with_weights_that_are_fixed_is_that_of_the_formula(into_memory):
+    x, y, w = inputs((4, 3))
+    kept, found = stack(), []
+    for ours in (True, False):
+        leaf, z = x.clone().requires_grad_(), y.clone()
+        z = z + leaf[..., :5] if into_memory else z
+        if ours:
+            out = Dense(kept, w).plus(leaf, z * 1) if into_memory else z + Dense(kept, w).update(leaf)
+        else:
+            out = z + formula(leaf, w, kept)
+        (first,) = torch.autograd.grad(out.tanh().square().sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    assert torch.allclose(*found, rtol=1e-10, atol=1e-12)
+
+
 def test_the_sum_is_written_into_the_output_of_the_layer_also_where_gradients_go_through():
     x, y, w = inputs((4, 3))
     for learning in (True, False):
@@ -136,6 +152,9 @@ def test_vectorised_calls_are_the_formula_too():
     kept = stack()
     found = torch.func.vmap(lambda x: Dense(kept, w).update(x))(torch.stack([x, 2 * x]))
     assert torch.allclose(found[1], 2 * formula(x, w, kept), rtol=1e-12, atol=1e-12)
+    added = lambda x, y: (Dense(kept, w).add_(x, y), y)[1]  # noqa: E731
+    sums = torch.func.vmap(added)(torch.stack([x, 2 * x]), torch.zeros(2, 4, 3, 5).to(x))
+    assert torch.allclose(sums, found, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
