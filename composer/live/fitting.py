@@ -134,7 +134,7 @@ class Fitting:
         return fitted
 
     def forget(self, name: str) -> None:
-        """Forget what is known of an expert that is gone."""
+        """Drop the base weights that were noted for an expert, which has left the pool."""
         self._weights.forget(name)
 
     def _fit_lazily(self, name: str, adapter: Adapter) -> Adapter:
@@ -179,7 +179,7 @@ class Fitting:
             self._same.add(its)
 
     def _own_key(self, its: BaseKey) -> BaseKey:
-        """Return the model's key, without a fingerprint where the other has none: then no weight is read."""
+        """Return the model's key to compare with `its`; weights are read for a fingerprint only if `its` has one."""
         return self._key if its.fingerprint else self._unread_key
 
     def _find_layers(self, name: str, adapter: Adapter) -> dict[str, TargetLayer]:

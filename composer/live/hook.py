@@ -30,7 +30,7 @@ from loraweave.types import Router
 
 
 class Prepared(Protocol):
-    """The state that a hook prepares for one mixture's activations; `remembered` has what was made for layers since."""
+    """The state that a hook prepares for one mixture's activations; `remembered` keeps what layers made with it since."""
 
     @property
     def remembered(self) -> dict[str, Any]: ...
@@ -46,9 +46,9 @@ class MixedLayer(Protocol):
     layer: TargetLayer
 
     def mixing(self) -> Any:
-        """Return the activation that counts for the running call, or None.
+        """Return the activation that applies to the running call, or None.
 
-        It has `closed`, and `apply(layer, x, y)`, which returns y with the update, maybe in y's own memory.
+        It has `closed`, and `apply(layer, x, y)`, which returns y plus the update and may write it into y's memory.
         """
         ...
 
@@ -66,7 +66,7 @@ class LiveModel(Protocol):
     model: nn.Module
 
     def current(self) -> Any:
-        """Return the activation that counts for the running call, or None; it has a `plan`."""
+        """Return the activation that applies to the running call, or None; it has a `plan`."""
         ...
 
     def enters(self, part: nn.Module) -> Iterator[Handle]:

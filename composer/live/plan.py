@@ -178,7 +178,7 @@ class Plan:
         return None if kernel is None else kernel.update(x_NI[None].to(kernel.dtype))[0]
 
     def again(self) -> Plan:
-        """Return the plan for another activation: with what was made of the experts, without what was made of calls."""
+        """Return the plan for another activation: it keeps what was made of the experts and drops what was made of calls."""
         if not self.invocations:
             return self
         routed = self._by_token.again()
@@ -350,7 +350,7 @@ class KeptPlans:
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def plan(self, weights: MixtureWeights | Router, pool: ExpertPool) -> Plan:
-        """Return the plan for these weights over this pool, with what was made before where it is kept."""
+        """Return the plan for these weights over this pool; a kept plan is used again, with the kernels that it made."""
         key = _identity(weights)
         kept = None if key is None else self._plans.pop(key, None)
         plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self._of_rows)

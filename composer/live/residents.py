@@ -36,7 +36,7 @@ from loraweave.hub.adapter import Adapter
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """Return whether factors reach the device by way of the host."""
+    """Return True for every device but the CPU: one that factors reach through the host's memory."""
     return device.type != "cpu"
 
 
@@ -58,10 +58,10 @@ class _Page:
 
 
 class Residents:
-    """The lender of experts in the places of their layers. Any thread may lease, prefetch and release.
+    """A cache of experts on the devices of their layers, which lends them. Any thread may lease, prefetch and release.
 
-    `adapter` returns an expert, bound to the base model; `places` the device and dtype of each layer now, as far as known.
-    Experts stay after their last lease, and go when others need their bytes, those used longest ago first.
+    `adapter` returns an expert, bound to the base model; `places` the device and dtype that each layer has now, if known.
+    Experts stay after their last lease until others need their bytes; the least recently used go first.
     `device_budget_bytes` is for all devices that `staged` names, `host_budget_bytes` for the CPU's memory: the factors of
     layers on the CPU, and the copies from which devices are filled. None is no limit.
     """
@@ -93,7 +93,7 @@ class Residents:
         self._process = os.getpid()
 
     def take_from(self, adapter: Callable[[str], Adapter], places: Callable[[], Mapping[str, Place]]) -> None:
-        """Put other experts in place of those given at first; `forget` the names that stand for another one now."""
+        """Replace both sources of experts and places; the caller must `forget` the names that now mean another expert."""
         with self._lock:
             self._adapter, self._places_now = adapter, places
 
@@ -123,7 +123,7 @@ class Residents:
             return worker.submit(lambda: self.lease(wanted).release())
 
     def settle(self) -> None:
-        """Wait until what was asked to be prefetched so far is there, or has failed."""
+        """Wait until all prefetches begun so far have ended, with or without an error."""
         with self._lock:
             worker = self._own_worker()
             done = None if worker is None else worker.submit(lambda: None)
@@ -136,7 +136,7 @@ class Residents:
             return self._num_leases[name] > 0
 
     def forget(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
-        """Drop the experts whose names are wanted, but for those in use; others may then have their names."""
+        """Drop the experts whose names `wanted` accepts, except those in use; the names may then mean other experts."""
         with self._lock:
             self._layout_of = {name: layout for name, layout in self._layout_of.items() if not wanted(name)}
             # a merge may have ranks that no other adapter has

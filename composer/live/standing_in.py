@@ -314,7 +314,7 @@ class _OwnForward:
 
 
 class Step(Hook):
-    """A hook that ignores its arguments."""
+    """A hook of a module that calls `step` without the hook's arguments, and changes no input and no output."""
 
     def __init__(self, step: Callable[[], None]) -> None:
         self._step = step

@@ -370,9 +370,10 @@ def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:
 
 
 class MadeWeights:
-    """The check of what one activation's calls make of their input, or of parameters, for `experts`.
+    """A check that the weights computed during one activation, by a router or from parameters, are finite.
 
-    A GPU is not asked before the end: zeros are summed there, and the sum is no number once a weight was none.
+    Weights on a GPU are checked only in `require_all`, so that no layer waits for the device: until then 0 * w is summed
+    there, which is NaN once a weight was NaN or infinite.
     """
 
     def __init__(self, experts: tuple[str, ...]) -> None:

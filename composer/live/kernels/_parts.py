@@ -22,7 +22,7 @@ import loraweave.registry as registry
 
 @dataclass(frozen=True)
 class Cost:
-    """The work of a path beside the base layer: FLOPs, bytes read and written, calls, and the items of batched calls."""
+    """The work of a path, without the base layer's: FLOPs, bytes read and written, calls, and items of batched calls."""
 
     flops: float
     num_bytes: float
@@ -167,7 +167,7 @@ class Kernel(Protocol):
 
 
 class AddsInPlace:
-    """The `plus` and `adder` of a kernel that knows no shorter way."""
+    """A mixin: the methods `plus` and `adder` in terms of `update` and `add_`."""
 
     def plus(self: Kernel, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         # into the update's own memory rather than a third tensor of this size
@@ -184,9 +184,10 @@ class AddsInPlace:
 
 
 class RowKernel(AddsInPlace):
-    """A kernel of mixtures known for each row before the model runs; the cheapest of the registry's is taken.
+    """The base class of kernels for mixtures whose weights by row are known before the model runs.
 
-    Its fields are the tensors that it made, all of the dtype that it takes, unless it says otherwise.
+    The cheapest of the registry is taken. By default `dtype` and `num_bytes` are read off the instance's fields: all of them
+    are tensors that it made, in the dtype of its inputs. A kernel with other fields overrides both.
     """
 
     # whether it may run in fp32 for a layer in half precision
@@ -204,7 +205,7 @@ class RowKernel(AddsInPlace):
 
     @classmethod
     def runs(cls, device: torch.device, dtype: torch.dtype) -> bool:
-        """Return whether what the kernel needs is there, for layers of this device and dtype."""
+        """Return True if the kernel can run for layers of this device and dtype, with what is installed."""
         return True
 
     @property
@@ -218,13 +219,13 @@ class RowKernel(AddsInPlace):
 
     @classmethod
     def around(cls, model: nn.Module) -> AbstractContextManager[None]:
-        """Return the block in which it is the only kernel of a model's calls. Raises CompositionError for other models."""
+        """Return a context in which the model's calls use this kernel alone. Raises CompositionError if it cannot."""
         return nullcontext()
 
     @staticmethod
     @abstractmethod
     def cost(work: Workload) -> Cost | None:
-        """Return the cost of this path beside the base layer; None for a workload that is not for it."""
+        """Return the cost of this path, without the base layer's; None for a workload that it does not take."""
 
     @classmethod
     @abstractmethod

@@ -55,7 +55,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Groups:
-    """The groups of layers in which the experts of P profiles have the same ranks."""
+    """The layers grouped by the ranks of experts: in all layers of a group, each of P profiles has one rank (G, P)."""
 
     of_layer: Mapping[str, int]
     ranks_GP: NDArray[np.int64]
@@ -63,7 +63,11 @@ class _Groups:
 
 @dataclass(frozen=True, eq=False)
 class Board:
-    """The rank rows of M rows in each group of layers, at fixed addresses; `remembered` is what was made for them."""
+    """A mixture for M rows, as the numbers and weights of the rank rows that each row uses in each group of layers.
+
+    They lie at fixed addresses, an int32 tensor for each device, so that a captured graph can read the next mixture.
+    `remembered` and `kernels` keep what was made for these addresses; a board that is used again keeps them.
+    """
 
     key: tuple[Any, ...]
     groups: _Groups

@@ -267,7 +267,7 @@ class NativeRows(RowKernel):
 
 
 class _Product(torch.autograd.Function):
-    """The updates; their gradient is the same product with a and b in each other's place."""
+    """A kernel's update of x_BTI, with a gradient: x's is the same product of the output's gradient, a and b swapped."""
 
     @staticmethod
     def forward(ctx: Any, x_BTI: Tensor, kernel: NativeRows) -> Tensor:

@@ -20,7 +20,10 @@ S_PER_OP = 2e-6
 
 @dataclass(frozen=True, eq=False)
 class SortedTokens(AddsInPlace):
-    """The factors of single experts and their weights w_BTP for each token, in fp32 or better."""
+    """The kernel that multiplies each of P experts with the tokens alone for which its weight in w_BTP is not zero.
+
+    The weights are fp32 or float64; B divides the rows of x. Inputs and products are in `dtype`.
+    """
 
     parts: Sequence[Part]
     w_BTP: Tensor
