@@ -224,7 +224,10 @@ def require_no_heads(name: str, adapter: Adapter) -> None:
 
 
 def require_everywhere(name: str, adapter: Adapter, what: str) -> None:
-    """Raise ScopeError if the expert acts from its invocation tokens on; `what` says why all tokens are alike."""
+    """Raise ScopeError if the expert counts only from its invocation tokens on.
+
+    `what` is the clause of the message that says why it would have to count for every token.
+    """
     if adapter.invocation:
         raise ScopeError(
             f"expert {name!r} counts from its invocation tokens {list(adapter.invocation)} on, and {what}: activate() or "

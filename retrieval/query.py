@@ -89,7 +89,7 @@ class Request:
         return Filters(self.base_model, self.license, self.tags, self.language, self.max_rank, self.max_size_bytes)
 
     def is_settled_by(self, hits: Sequence[Hit], count: int) -> bool:
-        """Return whether the page of `count` stays as it is when more hits follow these, which are in descending order."""
+        """Return True if the page of `count` hits is final: hits come in descending order, and more cannot change it."""
         if not hits or not count:
             return not count
         if self.min_score is not None and hits[-1].score < self.min_score:

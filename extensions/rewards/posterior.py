@@ -159,11 +159,11 @@ class _Block:
         return cls(u_II, in_I.clamp_min(0), u_OO, out_O.clamp_min(0))
 
     def curvature(self) -> Tensor:
-        """Return the eigenvalues l_OI of H."""
+        """Return the curvature along each pair of eigenvectors, l_OI: the eigenvalues of the Hessian."""
         return self.out_O[:, None] * self.in_I
 
     def draw(self, prior: float, generator: torch.Generator) -> Tensor:
-        """Return noise_OI of covariance (H + prior)^-1."""
+        """Draw noise_OI for W from a normal distribution of mean 0 and precision Hessian + `prior`, float64."""
         noise_OI = torch.randn(len(self.out_O), len(self.in_I), generator=generator, dtype=torch.float64)
         return self.out_OO @ (noise_OI / (self.curvature() + prior).sqrt()) @ self.in_II.T
 

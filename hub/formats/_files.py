@@ -147,7 +147,7 @@ def require_held(descriptor: int, size: int, where: str) -> None:
 
 
 def _held_bytes(descriptor: int, size: int) -> int:
-    """Return the bytes that are no holes, counted until they are enough; all if the file system does not say."""
+    """Return the number of bytes outside of holes, counted until they are enough; all if the file system does not say."""
     held = end = 0
     try:
         while held * MOST_PER_HELD < size:

@@ -105,7 +105,11 @@ def store_labels(connection: Connection) -> None:
 
 
 def _for_base(connection: Connection, base: Filters) -> set[int]:
-    """Return the rows of a base: of equal id for a text, not contradicting a key. Warns of namesakes of a key's model."""
+    """Return the numbers of the rows that pass `base`, filters with only a base model.
+
+    An id selects the adapters that name it; a key, those whose base does not contradict it. Warns of adapters that name the
+    key's id but were made for another model.
+    """
     firsts = [rows.first_labelled(connection, "base", value) for value in rows.label_values(connection, "base")]
     examples = [row.record for row in rows.stored_rows(connection, firsts)]
     fitting = {rows.base_digest(record) for record in examples if base.passes(record)}

@@ -183,7 +183,10 @@ class Classifier(Declared):
         return cosines_N / len(pairs), logits_N
 
     def _fitted(self, records: list[Record], space: KeySpace, *, outputs: bool) -> _Fitted:
-        """Return the fit to these records, kept because one search after another meets the same adapters."""
+        """Return the fit to these records; the latest fits are kept, since searches meet the same adapters again.
+
+        With `outputs`, it compares the outputs of the samples, too, and not their inputs alone.
+        """
         for known in self._kept:
             if known[1] == outputs and known[2] is space and known[0] == records:
                 return known[3]

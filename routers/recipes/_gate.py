@@ -46,7 +46,7 @@ class Gate(nn.Module):
         """Draw the gate's initial values."""
 
     def begin(self, call: Call) -> None:
-        """Look at a call, or at the prompts of a generation, before any layer runs."""
+        """Prepare for a call, or for a generation from its prompts, before any layer runs; by default do nothing."""
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
         """Weigh the experts of a layer's input. Row b depends on row b alone, and on no padding."""

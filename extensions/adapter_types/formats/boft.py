@@ -47,7 +47,10 @@ def _rotated(matrix_OI: Tensor, turned_NBB: Tensor, order_I: Tensor) -> Tensor:
 
 
 def _order(num_in: int, block: int, level: int) -> Tensor:
-    """Return the butterfly of a level: in each group of 2^level blocks, half blocks with even places come first."""
+    """Return the butterfly permutation of a level as indices of inputs (I,); at level 0 it is the identity.
+
+    In each group of 2^level blocks, the half blocks at even places come first, then those at odd places.
+    """
     halves = 2 ** (level + 1)
     sorted_halves = [*range(0, halves, 2), *range(1, halves, 2)]
     half = block // 2

@@ -11,17 +11,18 @@ from loraweave.extensions.recipes.row_gates import FactorGate
 
 @dataclass(frozen=True, kw_only=True)
 class MixloraConditional(Recipe):
-    """The mixture y = y0 + alpha / rank * sum over p of b_p (a_p x), with the p-th best of `num_experts` factors a, and b.
+    """The mixture y = y0 + alpha / rank * sum over p of b_p (a_p x), p = 1 .. rank, for each row with factors of its own.
 
-    With h the mean of a site's input over the prompt of a row, the best `rank` factors a are those of the highest r_a h, and
-    so are those of b where `conditional` is False. Otherwise b is chosen by softmax(r_b h) + `a_weight` * softmax(sum over p
-    of softmax(k_p a_p)), by what was chosen of a. The forward is that of the chosen factors as they are; the selectors
-    learn straight through it, with the gradient that a factor times its softmax score would have. `alpha` None is
-    2 * num_experts, as in the released script.
+    A site has `num_experts` factors a_I and as many b_O, and selectors r_a, r_b and k_1 .. k_rank, one row for each factor.
+    With h the mean of the site's input over a row's prompt, a_p is the factor a of the p-th highest r_a h. b_p is that of
+    the p-th highest r_b h if `conditional` is False, else of the p-th highest softmax(r_b h) + `a_weight` * softmax(sum over
+    q of softmax(k_q a_q)). The chosen factors enter the output unscaled; the selectors learn by a straight-through
+    gradient, the one that a factor times its softmax score would have. `alpha` None is 2 * num_experts, as in the released
+    script.
 
-    In the released code no score meets a factor, so that the selectors keep their random beginning, and padding counts in
-    the mean: `as_released`, where they are frozen. There the mean is of all tokens, in training those of the answer too, and
-    in a generation of the latest one alone; here it is of the prompt, also then.
+    `as_released` follows the released code in two ways: no score is multiplied with a factor, so the selectors never learn
+    and are frozen here, and padding counts in the mean. One difference stays: the released mean is over all tokens (when
+    training the answer's, too; when generating only the latest), here it is over the prompt.
     """
 
     rank: Count = 4

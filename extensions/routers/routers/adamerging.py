@@ -22,11 +22,11 @@ BUDGET = 2000
 
 @dataclass(eq=False, kw_only=True)
 class Adamerging(Gradient):
-    """A `Gradient` search over free weights with the published start, step and number of steps; 1000 are 2000 evaluations.
+    """A `Gradient` search over free weights that starts at 0.3 each and takes 1000 steps of lr 1e-3, as published.
 
-    Layer-wise where `layers` are given, task-wise with `by_layer=False`. Where the budget allows for other than 1000 steps,
-    `lr` is by default 1 / steps, for a weight moves by about `lr` in each. The published code clamps weights to [0, 1] in
-    one of its two forms: low=0, high=1 does.
+    Layer-wise where `layers` are given, task-wise with `by_layer=False`. A step costs two evaluations of the budget. Another
+    budget changes the number of steps, and the default `lr` to 1 / steps: a weight moves by about `lr` a step, so by about 1
+    in all. One form of the published code clamps weights to [0, 1], as low=0, high=1 does here.
     """
 
     loss: ClassVar[str] = "entropy"

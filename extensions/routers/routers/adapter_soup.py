@@ -67,7 +67,11 @@ class AdapterSoup(ClosedForm):
 
 
 def _shares(texts: Sequence[np.ndarray], asked_ND: np.ndarray) -> np.ndarray:
-    """Return the share of the inputs in each expert's Gaussian (E,)."""
+    """Return, for each expert, the share of the task's inputs that fall into its Gaussian (E,), 0 to 1.
+
+    `texts` has an array (M, D) of embeddings for each expert. A text or an input falls into its most probable Gaussian; an
+    expert's Gaussian is the one into which most of its texts fall, which several experts may share.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
