@@ -290,7 +290,7 @@ _TRIED: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], bool]] = Weak
 
 
 def runs_trees(model: nn.Module, tokenizer: Any, rows: Sequence[EncodedRow]) -> bool:
-    """Return whether rows have the same losses as a tree, to rounding, in the model as it is; some of the first are tried.
+    """Return True if the model, as it is, gives rows the same losses in a tree as alone, to rounding; tries the first few.
 
     False, without a trial, for encoder-decoders, for models that take no positions (recurrent ones, ALiBi), for attention
     that takes no mask of four axes, and for windows that are shorter than the longest row.

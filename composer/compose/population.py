@@ -35,9 +35,9 @@ MAX_TOKENS_WITH_GRADIENTS = 1024
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One candidate, to be scored on some examples by index; without a mixture, the model as it is.
+    """A candidate to score on some examples, given by index; without a mixture, the base model.
 
-    `whole` are the examples of all parts of the job, of which this may be one.
+    A large job runs in parts, each a Job again: `whole` has the examples of the job that they are parts of.
     """
 
     mixture: MixtureWeights | None
@@ -51,9 +51,10 @@ class Job:
 
 
 def in_passes(encoded: EncodedExamples, jobs: Sequence[Job], *, backward: bool = False) -> tuple[list[list[Job]], list[int]]:
-    """Return the forward passes of all jobs, each of parts of jobs in their order, and the number of parts of each job.
+    """Split jobs into parts and group them into forward passes; return the passes, and the number of parts of each job.
 
-    Parts share a pass if one batch can hold them under one activation, and they fit; `backward` ones hold fewer tokens.
+    Parts keep the order of their jobs. They share a pass if one activation can serve them and their tokens and logits fit;
+    passes with a `backward` hold fewer tokens.
     """
     max_tokens = MAX_TOKENS_WITH_GRADIENTS if backward else MAX_TOKENS
     encoded.prepare()

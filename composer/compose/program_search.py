@@ -107,7 +107,7 @@ class Asked:
         return len(self._answers) + len(self._readings)
 
     def answers(self, questions: Sequence[Question]) -> list[str]:
-        """Return what each step says greedily after the prompt for its text: the first line, or the turn of a chat."""
+        """Return the greedy answer of each question's step to its text: the first line, or the turn of a chat."""
         new = [question for question in dict.fromkeys(questions) if question not in self._answers]
         prompts = {question: self._prompt(*question) for question in new}
         # rows of one limit, so that no row's answer depends on those beside it
@@ -143,7 +143,10 @@ class Asked:
         return self._tasks[step].prompt(asked)
 
     def _shares(self, rows: Sequence[EncodedRow]) -> bool:
-        """Return whether rows are run as trees; tried once, while no mixture is active."""
+        """Return True if the model runs token trees, in which rows share their common prefix; tried once on these rows.
+
+        The trial needs a model without an active mixture.
+        """
         if rows and self._can_share is None:
             self._can_share = runs_trees(self._engine.model, self._tokenizer, rows)
         return bool(self._can_share)
@@ -159,7 +162,7 @@ class Asked:
             yield some, [Reading(loss / count, hits == count) for loss, hits, count in sums]
 
     def _as_trees(self, rows: dict[Target, EncodedRow]) -> Iterator[tuple[list[Target], list[Reading]]]:
-        """Yield targets and readings: a tree has questions to one step, which share the instruction; a batch has several."""
+        """Yield (targets, readings) for each batch of trees; a tree has the questions to one step, with one instruction."""
         planted: list[tuple[list[Target], TokenTree]] = []
         for _, group in groupby(rows, key=lambda target: target[0]):
             parts = _up_to(group, lambda target: len(rows[target]), MAX_TREE)

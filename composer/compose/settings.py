@@ -77,7 +77,7 @@ class Settings:
 
     @classmethod
     def of(cls, *, folds: int | None, checkpoint: str | Path | None, inputs: GivenRows | None, **arguments: Any) -> Settings:
-        """Return the settings. Raises WeightingError for a checkpoint that is no path, InvalidTask for unreadable inputs."""
+        """Return the settings. Raises WeightingError if `checkpoint` is not a path, InvalidTask for unreadable inputs."""
         if folds is None:
             folds = FOLDS_OF_AUTO if arguments["method"] == "auto" else FOLDS
         texts = None if inputs is None else read_asked(inputs)
@@ -113,11 +113,11 @@ class Settings:
 
     @property
     def meaning(self) -> str | None:
-        """The merge method that the search's weights are of; None for what the search itself says."""
+        """The merge method whose weights the search looks for; None leaves it to the search."""
         return self.merge_method if self.space is None else SPACES[self.space]
 
     def start_name(self, found: type[Solver]) -> str | None:
-        """Return the name of where a search begins; None where weights say it, and for the solver's own default."""
+        """Return the search's start if it is given by name; None if it is given as weights, and for the solver's default."""
         start = self.options.get("start", found.begins(self.options))
         return start if isinstance(start, str) else None
 
@@ -294,7 +294,7 @@ class Settings:
 
 
 def router_name(router: str | Router) -> str:
-    """Return the router's name in the registry, or else that of its class. A name is returned as it is."""
+    """Return the router's name in the registry, or its class's name if it has none; return a name unchanged."""
     match router:
         case str():
             return router

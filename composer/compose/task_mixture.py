@@ -254,7 +254,7 @@ class TaskMixture:
         return list(self.steps.values())[-1] if self.steps else self
 
     def _between(self, texts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Return what the last step is asked: the answers of those before it, in their order, or the texts themselves."""
+        """Return the inputs of the last step: the answers of the step before it, one for each text, or the texts."""
         before = list(self.steps.values())[:-1]
         limit = answer_limit(self.tokenizer, self.task.examples) if before else 0
         for step in before:
@@ -263,7 +263,7 @@ class TaskMixture:
 
     @property
     def _may_share(self) -> bool:
-        """True if the weights of what prompts begin with do not depend on what follows."""
+        """True if prompts with a common beginning may share its cache: its weights do not depend on the rest."""
         return self.router is None and (self.is_base or not self.adapter.invocation)
 
     def _require_one(self, verb: str) -> None:

@@ -223,7 +223,7 @@ class Trial:
 
     @property
     def held_out_loss(self) -> float:
-        """The mean loss on held-out examples; infinite where it is no number, and where there are no examples."""
+        """The mean loss on held-out examples; infinite if it is NaN, or if no examples were held out."""
         loss = float(self._held_losses_N.mean()) if self._held_losses_N.size else math.inf
         return loss if math.isfinite(loss) else math.inf
 

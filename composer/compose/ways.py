@@ -82,7 +82,7 @@ def _plain(bench: Bench, requested: set[str]) -> list[Trial]:
 
 
 def _learning(bench: Bench, settings: Settings) -> list[Trial]:
-    """Return what was asked for, beyond the plain trials; for "auto" what it may average."""
+    """Return the trials of the method beside the plain ones; for "auto", those that it may average."""
     if settings.routes:
         return [routed(bench, settings)]
     match settings.method:
@@ -289,8 +289,9 @@ def guard(
 ) -> tuple[str, str]:
     """Return the name of the way to return, and why; the losses are those of all ways measured.
 
-    Unless it is to be `guarded`, that is what was asked for or, if nothing was, the better of base and best single. Else
-    that gives way to the better of these two where it is worse, or to the best of all, a plain one where they are equal.
+    Without an `asked` way, that is the better of "base" and "best_single". Otherwise it is `asked`, except that a `guarded`
+    one gives way to the better of these two if its loss is higher. With `best_of_all`, guarded, it is the way of the lowest
+    loss, of equal ones the plain one.
     """
     if asked is not None and not guarded:
         return asked, REASONS.get(asked, f"auto became {asked}") if best_of_all else "as asked"

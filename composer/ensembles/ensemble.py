@@ -425,7 +425,7 @@ def by_rows(batch: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> Inp
 
 
 def repeated(tensor: Tensor, count: int, rows: slice = slice(None)) -> Tensor:
-    """Return the chosen rows of a tensor, repeated `count` times on end."""
+    """Return the chosen rows of a tensor, the whole sequence of them repeated `count` times."""
     return tensor[rows].repeat(count, *[1] * (tensor.dim() - 1))
 
 

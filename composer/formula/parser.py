@@ -75,7 +75,7 @@ class Placed:
 
 
 class Parser:
-    """A reader of the pieces of one text; every method begins at the piece at hand and leaves what follows."""
+    """A recursive-descent parser of one text; each method starts at the current piece and stops after what it has read."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -92,7 +92,7 @@ class Parser:
         return self.pieces[min(self.place + 1, len(self.pieces) - 1)]
 
     def root(self) -> Root:
-        """Read the whole text. Raises FormulaError, with the place, for anything that is no formula."""
+        """Read the whole text. Raises FormulaError, with the place, for anything that is not a formula."""
         root: Root
         begin, called = self.piece, self.piece.value if self._is_call() else ""
         if begin.kind == "end":
@@ -195,7 +195,7 @@ class Parser:
         return merge_of(name.value, [part.argument for part in placed], weights, values)
 
     def _call(self, *, takes_options: bool = True) -> tuple[list[Placed], dict[str, tuple[Token, Value]]]:
-        """Read what follows a name, from bracket to bracket; return (arguments, {option: (its place, its value)})."""
+        """Read the bracketed arguments after a name; return (arguments, {option: (its place, its value)})."""
         open_bracket = self._take()
         placed = [self._argument()]
         while self._takes(","):
@@ -346,7 +346,7 @@ class Parser:
         return token
 
     def _takes(self, kind: str) -> bool:
-        """Take the piece at hand if it is of this kind; return whether it was."""
+        """Move past the current piece if it is of this kind; return True if it was."""
         return self.piece.kind == kind and self._take() is not None
 
     def _close(self, bracket: str, begin: Token) -> None:
@@ -359,7 +359,7 @@ class Parser:
         return "the formula ends too early" if self.piece.kind == "end" else f"{self.piece.value!r} cannot stand here"
 
     def _error(self, problem: str, place: Token | None = None) -> FormulaError:
-        """Return the error of a problem at a piece, by default the one at hand."""
+        """Return the error that tells of a problem at a piece, by default the current one."""
         return misplaced(problem, self.text, place or self.piece)
 
     @contextmanager
@@ -374,7 +374,7 @@ class Parser:
 
 
 def _why_no_router(name: str) -> str:
-    """Return why an entry of the registry is no router, or "" if it is one."""
+    """Return why an entry of the registry is not a router, or "" if it is one."""
     try:
         router_class(name)
     except UnknownName as error:
@@ -383,10 +383,10 @@ def _why_no_router(name: str) -> str:
 
 
 class Expansion:
-    """The writing out of stored formulas: `read(leaf)` returns what one says, or None for a composition that stays.
+    """A replacement of stored formulas by their content: `read(leaf)` returns that, or None to keep the leaf.
 
-    Each is read once. Raises FormulaError for a circle, for a router or `auto` inside something else, and above the limit
-    of adapters.
+    Each formula is read once. Raises FormulaError for formulas that contain each other, for a router or `auto` inside
+    something else, and above the limit of adapters.
     """
 
     def __init__(self, read: Callable[[Stored], Root | None]) -> None:

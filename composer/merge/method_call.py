@@ -32,7 +32,7 @@ Weights = Sequence[float]
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One expert that counts: its factors, its weight (finite, not zero), and its place among the experts given."""
+    """One expert that counts in a layer: its factors, its weight (not zero), and its place in the method's `experts`."""
 
     factors: Factors
     weight: float
@@ -64,7 +64,10 @@ def terms(experts: Experts, weights: Weights) -> list[Term]:
 
 
 def terms_of_one_rank(experts: Experts, weights: Weights, *, twin: str) -> list[Term]:
-    """Return `terms` that all have one rank. Raises LayerMismatch, naming the `twin` on updates, for different ranks."""
+    """Return `terms(experts, weights)` for a method that needs all experts to have one rank in the layer.
+
+    Raises LayerMismatch for different ranks; its message recommends `twin`, the method that works on whole updates instead.
+    """
     terms_E = terms(experts, weights)
     for term in terms_E:
         if term.factors.rank != terms_E[0].factors.rank:
@@ -277,7 +280,7 @@ def finite_weights(weights: Any, names: Sequence[str]) -> list[float]:
 
 
 def require_seed(seed: object) -> None:
-    """Raise WeightingError for a seed that is no whole number."""
+    """Raise WeightingError for a seed that is not a whole number."""
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise WeightingError(
             f"seed={seed!r:.80} is no whole number; give one, such as 0, and the same one for the same result"

@@ -177,10 +177,10 @@ def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[Prompt]) -> t
 
 
 def stream(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[str]]:
-    """Yield one piece of text per sequence, as often as there is any; the pieces of a sequence make up its whole text.
+    """Yield lists with one new piece of text per sequence, whenever a piece is not empty; joined, they are its whole text.
 
-    `generate(streamer)` runs in a thread of its own, from the first piece that is asked for on. What it raises is raised
-    here. Whoever stops reading, stops it at its next token: the iterator's `close()`, or its end of life, waits for that.
+    `generate(streamer)` runs in a thread of its own, started by the first `next()`. Its errors are raised here. Closing
+    the iterator, or letting it be collected, stops the generation at its next token and waits for that.
     """
     # autocast is a thread's own
     devices = ("cpu", "cuda", "mps", "xpu")
@@ -224,11 +224,14 @@ def _pieces(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[st
 
 
 class _Stopped(Exception):
-    """The signal, raised in the generating thread, that nobody reads the stream any more."""
+    """The signal, raised in the generating thread, that the stream is no longer read."""
 
 
 class _Streamer:
-    """A streamer of the kind that transformers calls, for a batch of any size."""
+    """A streamer for transformers' `generate`, for a batch of any size: it passes new text to `send`, a piece for each row.
+
+    While `stopped` is True, the next token raises `_Stopped` in the generating thread.
+    """
 
     def __init__(self, tokenizer: Any, send: Callable[[list[str]], None]) -> None:
         self.stopped = False

@@ -339,9 +339,9 @@ _KNOWN: WeakKeyDictionary[type[nn.Module], tuple[set[str], set[str]]] = WeakKeyD
 
 
 def use_of(owner: nn.Module, attribute: str) -> Use:
-    """Return whether the owner's forward calls `self.<attribute>`, reads its weight to compute with it, or does both.
+    """Return how the owner's forward uses `self.<attribute>`: calls it, reads its weight to compute with it, or both.
 
-    "called" also where neither is seen: others may call the layer.
+    If it does neither, "called": another module may call the layer.
     """
     reads, others = _uses(type(owner))
     if attribute not in reads:
@@ -350,7 +350,7 @@ def use_of(owner: nn.Module, attribute: str) -> Use:
 
 
 def _uses(owner: type[nn.Module]) -> tuple[set[str], set[str]]:
-    """Return the attributes whose weights are read, and those that are looked at in any other way."""
+    """Return the attributes whose weights are computed with, and those that are used in any other way."""
     if owner in _KNOWN:
         return _KNOWN[owner]
     reads: set[str] = set()

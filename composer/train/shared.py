@@ -65,12 +65,12 @@ def successor(waiting: Mapping[str, JobSize], running: Sequence[JobSize], fits: 
 
 
 class StepMemory:
-    """The memory that steps take: not estimated here, so that all jobs fit. `budget` is the most that a step may take."""
+    """The base class of estimates of a step's memory: without a `budget`, in bytes, all jobs fit."""
 
     budget: int | None = None
 
     def peak(self, jobs: Sequence[JobSize]) -> int:
-        """Return the bytes of a step in which these jobs are together, the base's weights among them."""
+        """Return the bytes that a step of these jobs together takes, the base's weights included."""
         return 0
 
     def fits(self, jobs: Sequence[JobSize]) -> bool:
@@ -81,16 +81,17 @@ class StepMemory:
         """Raise BudgetExceeded for a job that does not fit alone; measure from now on."""
 
     def measured(self) -> int | None:
-        """Return the bytes that were in use at most since `require`, base and all, if that is known."""
+        """Return the most bytes in use since `require`, the base's weights included; None if unknown."""
         return None
 
 
 def step_memory(
     model: Any, tokenizer: Any, job: TrainingJob, allowed: int | None, *, share: Callable[[int | None], int | None]
 ) -> StepMemory:
-    """Return an extension's estimate for steps with such jobs, or one by which all fit where there is none.
+    """Return an extension's estimate of the memory that steps take; without such an extension, one by which all jobs fit.
 
-    A step may take `allowed` bytes, or the `share` of what is free. Raises PackageMissing for `allowed` without one.
+    `job` stands for the jobs to come. A step may take `allowed` bytes; with None, what `share` makes of the device's free
+    bytes, None for unknown. Raises PackageMissing for `allowed` bytes that no extension can estimate.
     """
     for module in brought("step_memory").values():
         memory: StepMemory = import_module(module).EstimatedMemory(model, tokenizer, job, allowed, share=share)
@@ -221,7 +222,7 @@ class SharedTraining:
         self.report.estimated_bytes = max(self.report.estimated_bytes, self._memory.peak(self._running_sizes()))
 
     def _require_alike(self, runs: Sequence[JobProgress]) -> None:
-        """Raise TrainingError where launched processes cannot share these jobs, or have others."""
+        """Raise TrainingError if the launched processes cannot share these jobs, or do not all have the same ones."""
         if self.processes.count == 1:
             return
         if strange := [run.planned.name for run in runs if not isinstance(run.job, LoraJob)]:
