@@ -220,7 +220,7 @@ def _least(trials: Sequence[Trial]) -> float:
 
 
 def _is_sure(plain: Sequence[Trial], bench: Bench, settings: Settings) -> bool:
-    """Return True if the best single adapter's loss is far below that of prompts alone, and that is no luck.
+    """Return True if the best single adapter's loss is far below that of prompts alone, and not by luck.
 
     No prompt can show the only example that it asks for: of one, the adapter must also be the one that retrieval finds.
     An adapter that writes labels whatever the input has a low loss, too, and a few labels suit one of many by luck.

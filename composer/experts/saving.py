@@ -177,7 +177,7 @@ def read_saved_experts(given: str | Path) -> SavedExperts:
     """
     folder = as_path(given, "the folder that save_pretrained() wrote an expert model to", AdapterNotFound)
     if not present(folder, FILE):
-        raise AdapterNotFound(f"{folder} is no saved expert model: it has no {FILE}, and holds {listing(folder)}")
+        raise AdapterNotFound(f"{folder} is not a saved expert model: it has no {FILE}, and holds {listing(folder)}")
     description = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)
     if is_whole(description.get("format"), FORMAT + 1):
         raise AdapterUnsupported(

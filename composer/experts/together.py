@@ -152,7 +152,7 @@ class ExpertJob(TrainingJob):
 
 
 def require_shareable(name: str, model: ExpertModel) -> None:
-    """Raise TrainingError for a recipe whose experts are no updates of linear layers, or whose gates `fit` moves."""
+    """Raise TrainingError for a recipe whose experts are not updates of linear layers, or whose gates `fit` moves."""
     if model.moved():
         raise TrainingError(
             f"job {name!r}: recipe {model.recipe.name!r} has a bias that fit() moves after each step and a shared pass does "

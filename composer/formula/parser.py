@@ -426,11 +426,11 @@ class Expansion:
         if root is None:
             return leaf
         if not isinstance(root, Sum):
-            raise FormulaError(f"{leaf} is {root}, which stands alone: it can be no part of a formula")
+            raise FormulaError(f"{leaf} is {root}, which stands alone: it cannot be part of a formula")
         return as_argument(root)
 
     def _stored(self, leaf: Stored) -> Root | None:
-        """Return the root of a stored formula, written out; None for a composition that is no formula."""
+        """Return the root of a stored formula, written out; None for a composition that is not a formula."""
         if leaf.name in self._inside:
             circle = " -> ".join(f"@{name}" for name in [*self._inside, leaf.name])
             raise FormulaError(f"stored formulas name each other in a circle: {circle}; save one of them again")

@@ -253,7 +253,7 @@ class Fused:
         return parts
 
     def _lossy(self, layer: TargetLayer) -> Any:
-        """Return the writer for a weight that is no plain one, if a loss is allowed and there is such a writer."""
+        """Return the writer for a weight that does not hold plain floats, if a loss is allowed and there is one."""
         return next((writer for writer in self._writers if writer.takes(layer)), None)
 
     def _restore(self) -> None:

@@ -82,7 +82,7 @@ class Fitting:
         return fitted
 
     def placed(self, pool: ExpertPool) -> ExpertPool:
-        """Return the pool with each adapter as `placed_adapter` returns it; the same pool if the model is no pipeline."""
+        """Return the pool with each adapter as `placed_adapter` returns it; the same pool if the model is not a pipeline."""
         return pool if self._parts is None else _each(pool, self.placed_adapter)
 
     def placed_adapter(self, name: str, adapter: Adapter) -> Adapter:
@@ -346,7 +346,7 @@ class _Seal:
         self._sums = None if parameter is None else row_sums(parameter)
 
     def holds(self, *, closely: bool) -> bool:
-        """Return whether the values are the same. A move to another device or dtype is no change."""
+        """Return True if the values are unchanged. A move to another device or dtype is not a change."""
         parameter = self.layer.parameter(self.part)
         place = _place(parameter)
         if place == self._place and not closely:

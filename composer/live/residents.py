@@ -381,7 +381,7 @@ def _fill_slot(slot: Slot[_Page], make: Callable[[], _Page]) -> _Page:
 
 @dataclass(frozen=True)
 class Residency:
-    """The counts since the Composer was made, and what is resident now. All sizes in bytes; a budget of None is no limit.
+    """The hits and misses since the Composer was made, and what is resident now. A budget of None is no limit.
 
     A hit is an expert of an activation (or prefetch) that was where the layers are; a miss one that had to be brought
     there. `host` is the CPU's memory: the experts of layers on the CPU, and copies kept for other devices. Factors that

@@ -146,7 +146,7 @@ def _align(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
 
 
 def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None:
-    """Warn where a row mixes experts whose licenses exclude each other, or derived works; an expert alone is no mixture."""
+    """Warn if a row mixes experts whose licenses exclude each other or forbid derived works; one expert is not a mixture."""
     licenses = pool.clashing_licenses
     if not licenses:
         return

@@ -132,7 +132,7 @@ class RowWeights:
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
-        """Return what a layer adds. Raises ScopeError, with both counts, for rows that are no multiple of the mixture's."""
+        """Return what a layer adds. Raises ScopeError, with both counts, if its rows are not a multiple of the mixture's."""
         num_rows, num_tokens = x_BTI.shape[:2]
         require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
         held = self._prepared
@@ -203,11 +203,11 @@ class RowWeights:
 
 
 def require_multiple(num_mixtures: int, num_rows: int, what: str) -> None:
-    """Raise ScopeError where the rows of `what` are no multiple of the mixture's."""
+    """Raise ScopeError if the number of rows of `what` is not a multiple of the mixture's."""
     if num_rows % num_mixtures if num_mixtures else num_rows:
         raise ScopeError(
-            f"the weights have {num_mixtures} rows, but the {what} has {num_rows}, no multiple; give one mixture for each "
-            "row of the batch, or one mapping for all"
+            f"the weights have {num_mixtures} rows, but the {what} has {num_rows}, not a multiple; give one mixture for "
+            "each row of the batch, or one mapping for all"
         )
 
 

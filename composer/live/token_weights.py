@@ -234,7 +234,7 @@ class TokenWeights:
     def projected(
         self, layer: TargetLayer, x: Tensor, y_BTO: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> tuple[Tensor, Tensor]:
-        """Return (what to add to y, w_BTE) for an embedding or a convolution, whose hidden values are no product with x.
+        """Return (what to add to y, w_BTE) for an embedding or a convolution, whose hidden values are not x @ a^T.
 
         As (B, T, O) like y, in fp32 or better where some expert has a gain or a bias. Raises what `mixture` raises.
         """
@@ -312,7 +312,7 @@ def _alone(part: Valued, router: Router) -> Valued:
     """Return the part if it is the router itself. Raises ScopeError otherwise: weights made of its own leave V out."""
     if part is not router:
         raise ScopeError(
-            f"router {type(part).__name__} turns what its mixture adds by a matrix of its own, so that it cannot be a part "
+            f"router {type(part).__name__} multiplies what its mixture adds by a matrix of its own, so it cannot be a part "
             f"of {type(router).__name__}: activate it by itself, for all rows and its own pool, or make it with values=False"
         )
     return part

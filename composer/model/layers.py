@@ -84,7 +84,7 @@ class TargetLayer:
         return weight is not None and weight.is_meta and hasattr(self.module, "_hf_hook")
 
     def dense_weight_OI(self) -> Tensor:
-        """Return the weight as (O, I). Raises CompositionError where it is no plain matrix (quantised, packed, meta)."""
+        """Return the weight as (O, I). Raises CompositionError if it is not a plain matrix (quantised, packed, meta)."""
         weight = self.parameter("weight")
         stored = (self.num_inputs, self.num_outputs) if self.transposed else (self.num_outputs, self.num_inputs)
         plain = weight is not None and not weight.is_meta and is_floating(weight.dtype) and weight.ndim > 1

@@ -169,7 +169,7 @@ class TrainingProgress:
 
     @property
     def stops(self) -> bool:
-        """True if so many evaluations were no better that the training ends."""
+        """True if the training ends: as many evaluations in a row as its patience brought no lower loss."""
         return self._settings.patience is not None and self._best.waited >= self._settings.patience
 
     def finish(self) -> dict[str, Any]:

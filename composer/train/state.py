@@ -184,7 +184,7 @@ def load_adapter(folder: Path, key: str) -> Adapter | None:
 
 @dataclass
 class Best:
-    """The parameters with the lowest held-out loss, and how many evaluations were no better since."""
+    """The parameters with the lowest held-out loss, and how many evaluations since then were not better."""
 
     loss: float = math.inf
     values: Sequence[Tensor] = ()

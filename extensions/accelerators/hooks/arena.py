@@ -226,7 +226,7 @@ class Arena(LiveHook):
         return start
 
     def _gap(self, size: int) -> int:
-        """Return the first row from which on `size` rows are nobody's, be they there yet or not."""
+        """Return the first row after which `size` rows are free; they may lie beyond the present capacity."""
         start = 1
         for slot in sorted(self._slots.values(), key=lambda slot: slot.start):
             if slot.start - start >= size:
