@@ -115,7 +115,7 @@ def missing_layer(asker: str, name: str, known: Iterable[str]) -> LayerMismatch:
 
 
 def as_base_layer(name: str, module: nn.Module) -> BaseLayer | None:
-    """Return the module as a layer with one weight matrix, or None if it is no such layer."""
+    """Return the module as a layer with one weight matrix, or None if it is not one."""
     match module:
         case Conv1D():
             return BaseLayer(name, module, int(module.nf), int(module.nx), transposed=True)

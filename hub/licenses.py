@@ -276,7 +276,7 @@ def license_of_all(licenses: Iterable[str | None]) -> str | None:
 
 
 def stated_license(license: object) -> str | None:
-    """Return a card's license as an SPDX expression; None for none, for what is no text, and for "unknown"."""
+    """Return a card's license as an SPDX expression; None if it states none, a value that is not text, or "unknown"."""
     if not isinstance(license, str) or license.strip().casefold() in ("", "unknown"):
         return None
     return as_spdx(license)

@@ -233,7 +233,7 @@ def download(
 def _download_error(
     error: BaseException, repository: str, revision: str | None, token: str | None, local_files_only: bool
 ) -> HubError:
-    """Return the error to raise for a failed download, with what was asked for and the way out."""
+    """Return the error to raise for a failed download, which names the source and says what to do."""
     who = f"the repository {repository!r}" + (f" at revision {revision!r}" if revision else "")
     reason, status = _reason_of(error, token), _status_of(error)
     if _has(error, GatedRepoError) or status == 403:

@@ -147,7 +147,7 @@ def registries() -> list[str]:
 
 
 def brought(part: str) -> dict[str, str]:
-    """Return {name: module} of a part that is no registry: extensions' files `part`.py, then entry points `loraweave.part`.
+    """Return {name: module} of a part without a registry: extensions' files `part`.py, then entry points `loraweave.part`.
 
     Of one name the extension's counts.
     """

@@ -105,7 +105,7 @@ def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:
 
 
 def _require_updates(pool: ExpertPool) -> None:
-    """Raise AdapterUnsupported, naming expert and layer, for an update that is no product of two factors of a layer."""
+    """Raise AdapterUnsupported, naming expert and layer, for an update that is not a product of two factors of a layer."""
     for name, adapter in pool.adapters.items():
         require_everywhere(name, adapter, "an expert model's experts count for every token")
         for layer, factors in adapter.layers.items():

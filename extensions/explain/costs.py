@@ -127,7 +127,7 @@ def _layer_cost(layer: TargetLayer, used: UsedLayer, parts: list[_Part | None]) 
 
 
 def _module_name(layer: str) -> str:
-    """Return the last step of a layer's path that is no number, such as q_proj."""
+    """Return the last step of a layer's path that is not a number, such as q_proj."""
     return next((step for step in reversed(layer.split(".")) if not step.isdecimal()), layer)
 
 

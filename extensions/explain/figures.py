@@ -49,7 +49,7 @@ class TokenFigures:
             )
 
     def with_effects(self, effects: Mapping[str, float]) -> Self:
-        """Return a copy with the effects of leave_one_out(). Raises UnknownExpert for a name that is no expert's."""
+        """Return a copy with the effects of leave_one_out(). Raises UnknownExpert for a name that no expert has."""
         for name in effects:
             if name not in self.experts:
                 raise unknown_expert(name, self.experts)

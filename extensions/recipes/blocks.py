@@ -96,7 +96,7 @@ def _part(name: str, module: nn.Module, place: tuple[int | None, int]) -> Site:
 
 
 def _does_what_it_says(block: nn.Module, layout: Layout) -> bool:
-    """Return whether block and layout agree on a random x; True where the block's weights are no plain numbers."""
+    """Return whether block and layout agree on a random x; True if the block's weights are not plain floats."""
     weights = list(block.parameters())
     if any(weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2 for weight in weights):
         return True

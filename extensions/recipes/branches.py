@@ -63,7 +63,7 @@ class Branch:
         return None if self.num_streams == 1 else (torch.cat([args[0]] * self.num_streams), *args[1:])
 
     def leave(self, output: Any) -> Any:
-        """Return the block's output for the first of the streams; values of a tuple that are no tensors stay as they are."""
+        """Return the block's output for the first of the streams; values of a tuple that are not tensors are kept."""
         if self.left or self.num_streams == 1:
             return output
         return tuple(map(self._first, output)) if isinstance(output, tuple) else self._first(output)

@@ -222,7 +222,7 @@ def known_methods() -> list[str]:
 
 
 def _takes(method: str, parameter: str) -> bool:
-    """Return True if a merge method asks for what is no option of the user's."""
+    """Return True if a merge method takes an argument that the caller supplies, and not the user."""
     return parameter in signature(get("methods", method)).parameters
 
 

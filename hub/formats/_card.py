@@ -76,7 +76,7 @@ def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layou
 
 
 def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None) -> str:
-    """Return the value as JSON. Raises AdapterUnsupported if it is no JSON or above the size that is read back."""
+    """Return the value as JSON. Raises AdapterUnsupported if it has no JSON form, or is larger than what is read back."""
     try:
         separators = (",", ":") if indent is None else None
         text = json.dumps(plain(value), indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)

@@ -122,7 +122,7 @@ class SearchIndex:
         self._embedded = _own_texts(hub, self.embedder)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Return unit vectors (Q, D) of query texts. Raises RetrievalError for an empty query or one that is no text."""
+        """Return unit vectors (Q, D) of query texts. Raises RetrievalError for a query that is empty or not text."""
         self.check(texts)
         return embed_checked(self.embedder, tuple(texts))
 

@@ -23,7 +23,7 @@ _LARGEST = 2**63 - 1
 
 @dataclass(frozen=True)
 class Filters:
-    """The conditions that an adapter must meet; None is no condition. Languages are compared without case.
+    """The conditions that an adapter must meet; None sets none. Languages are compared without case.
 
     It has the base model, one of the licenses, all the tags, one of the languages, and at most that rank and size in bytes.
     """

@@ -17,7 +17,7 @@ def is_whole(value: object, least: int) -> TypeGuard[int]:
 
 
 def is_number(value: object, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> TypeGuard[float]:
-    """Return whether a value is a finite real number in [least, most], of numpy too; True and False are no numbers."""
+    """Return whether a value is a finite real number in [least, most], of numpy too; True and False are not numbers."""
     match value:
         case bool():
             return False

@@ -38,7 +38,7 @@ MAX_FP32 = torch.finfo(torch.float32).max
 
 
 def delta(factors: Factors) -> Tensor:
-    """Return the dense update b a as (O, I), fp32. Raises AdapterUnsupported where the update is no matrix of its own."""
+    """Return the dense update b a as (O, I), fp32. Raises AdapterUnsupported if the update depends on the base weight."""
     _require_bound(factors)
     if factors.gain_O is not None:
         raise AdapterUnsupported("an update with a gain (DoRA, (IA)3) has no dense delta apart from the base weight")

@@ -35,7 +35,7 @@ class Told:
 
     @classmethod
     def read(cls, path: Path, settings: Mapping[str, Any]) -> Told:
-        """Read a checkpoint, empty if there is no file. WeightingError if it is damaged or of other settings."""
+        """Read a checkpoint; it is empty if there is no file. Raises WeightingError if damaged or of other settings."""
         if not path.is_file():
             return cls()
         try:

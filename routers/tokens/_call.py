@@ -66,7 +66,7 @@ def current_prompts() -> Prompts | None:
 
 
 def count_copies(router: str, prompts: Prompts, num_rows: int) -> int:
-    """Return how many consecutive rows each prompt has. Raises ScopeError if the rows are no multiple of the prompts."""
+    """Return how many consecutive rows each prompt has. Raises ScopeError if the rows are not a multiple of the prompts."""
     if not num_rows or num_rows % len(prompts.rows):
         raise ScopeError(
             f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {num_rows} rows, no multiple: call the "

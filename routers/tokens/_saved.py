@@ -177,7 +177,7 @@ def router(
 
 
 def router_class(name: str) -> type[TokenRouter]:
-    """Return the class of that name. UnknownName for an unknown name, and for a search, which is no router."""
+    """Return the class of that name. Raises UnknownName for an unknown name, and for a search, which is not a router."""
     if name not in registry.names("routers"):
         known = router_names()
         raise UnknownName(f"no router {name!r}{registry.nearest(name, known, 'routers')}; there are {', '.join(known)}")

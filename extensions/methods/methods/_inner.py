@@ -19,7 +19,7 @@ def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodC
     """Return the inner method with its options. Raises WeightingError for one that `method` cannot use, or UnknownName."""
     if name == method:
         raise WeightingError(
-            f"{method}: inner={name!r} is the method itself; name the rule it shall apply, like 'ties_per_layer'"
+            f"{method}: inner={name!r} is the method itself; name the rule that it should apply, such as 'ties_per_layer'"
         )
     # core_space goes by factors, too, but by those of the space that it finds itself
     if name != "core_space" and "by_factors" in traits_of(get("methods", name)):
