@@ -319,7 +319,7 @@ def routes(method: str | Router) -> bool:
         return _class_of(method, TokenRouter) is not None
     if isinstance(method, MixtureWeights) or not callable(getattr(method, "weights", None)):
         raise WeightingError(
-            f"method is {method!r}; give the name of a search or a router, or a router that was made. Known weights "
+            f"method is {method!r}; give the name of a search or a router, or a router object. Known weights "
             "go to method='manual' as weights={name: weight}"
         )
     return True

@@ -234,7 +234,7 @@ class Overwritten(WeightWriter):
             if not (-limit <= lowest and highest <= limit):
                 raise CompositionError(
                     f"cannot fuse into {self.name!r}: its new values would be from {lowest:g} to {highest:g}, and "
-                    f"{target.dtype} holds {limit:g} at most; use smaller weights, or leave out what is not sound"
+                    f"{target.dtype} holds {limit:g} at most; use smaller weights, or leave out adapters with such values"
                 )
         target.copy_(exact.view(target.shape))
 

@@ -236,8 +236,8 @@ def require_learning(router: Any) -> None:
     name = getattr(router, "name", type(router).__name__)
     if any(isinstance(part, LearnedRouter) for part in getattr(router, "parts", ())):
         raise TrainingError(
-            f"router {name!r} is the one of another pool, at the places of this one's experts: fit() it in an engine of "
-            "its own pool, and put it onto() this one afterwards"
+            f"router {name!r} was made for another pool and put onto this one's experts: fit() it in an engine of its own "
+            "pool, and put it onto() this one afterwards"
         )
     if callable(fit_method := getattr(type(router), "fit", None)) and fit_method is not TokenRouter.fit:
         raise TrainingError(f"router {name!r} has no parameters to train: call router.fit(engine, dataset)")

@@ -97,8 +97,8 @@ def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[str, Tensor], 
     # for names of ORDER, earlier versions wrote an adapter of only the first expert like this
     if is_single and not (certain and parameter in ORDER):
         raise AdapterUnsupported(
-            f"{where} has an update of one matrix, and target_parameters name {parameter!r}, which would be no parameter of "
-            "several experts: name the module in the list of target_modules, and parameters by whole paths"
+            f"{where} has an update of one matrix, and target_parameters name {parameter!r}, which would not hold several "
+            "experts: name the module in the list of target_modules, and parameters by whole paths"
         )
     return False
 
