@@ -149,7 +149,7 @@ _MODULES = {
     # the command line
     "cli._application": (
         "AnomaliesOption BaseOption BlobsOption DEFAULT_HUB DtypeOption HubOption JsonOption ManyTagsOption "
-        "SeedOption WorkersOption note print_json print_rows print_table record_row show_rows"
+        "SeedOption WorkersOption composition_row note print_json print_rows print_table record_row show_rows"
     ),
     "cli._inputs": "load_model open_hub recorded_base require_dtype require_one_adapter",
     # factors, files, rows and what is shown

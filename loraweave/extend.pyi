@@ -8,6 +8,7 @@ from loraweave.cli._application import JsonOption as JsonOption
 from loraweave.cli._application import ManyTagsOption as ManyTagsOption
 from loraweave.cli._application import SeedOption as SeedOption
 from loraweave.cli._application import WorkersOption as WorkersOption
+from loraweave.cli._application import composition_row as composition_row
 from loraweave.cli._application import note as note
 from loraweave.cli._application import print_json as print_json
 from loraweave.cli._application import print_rows as print_rows

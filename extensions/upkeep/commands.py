@@ -1,7 +1,8 @@
-"""`loraweave hub history`, `rollback` and `prune`: versions; `hub quarantine` and `release`: adapters that are put aside."""
+"""`loraweave hub history`, `rollback`, `prune`: versions; `quarantine`, `release`: put aside; `compositions`: those kept."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from loraweave.extend import (
     DEFAULT_HUB,
     HubOption,
     JsonOption,
+    composition_row,
     note,
     open_hub,
     print_json,
@@ -19,6 +21,7 @@ from loraweave.extend import (
 )
 
 NameArgument = Annotated[str, typer.Argument(help="An adapter of the hub.")]
+CompositionArgument = Annotated[str, typer.Argument(help="A composition of the hub, without the @.")]
 
 hub = typer.Typer()
 
@@ -95,3 +98,32 @@ def release(
         for name in names:
             opened.release(name)
             note(f"released {name!r}")
+
+
+@hub.command("compositions", epilog="Example: loraweave hub compositions --json")
+def list_compositions(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
+    """List the compositions that a hub keeps."""
+    with open_hub(hub) as opened:
+        rows = [composition_row(stored) for stored in opened.compositions()]
+    shown = [(row["name"], row["created"], row["formula"] or f"composed: {row['chosen']}") for row in rows]
+    show_rows(as_json, rows, ("name", "created", "what"), shown)
+
+
+@hub.command("write-composition", epilog="Example: loraweave hub write-composition support-bot composed")
+def write_composition(
+    name: CompositionArgument,
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where its folder goes; eval, explain and export read it.")],
+    hub: HubOption = DEFAULT_HUB,
+) -> None:
+    """Write a stored composition as the folder that it was saved from."""
+    with open_hub(hub) as opened:
+        opened.composition(name).write(out)
+    note(f"wrote {name!r} to {out}")
+
+
+@hub.command("remove-composition", epilog="Example: loraweave hub remove-composition support-bot")
+def remove_composition(name: CompositionArgument, hub: HubOption = DEFAULT_HUB) -> None:
+    """Take a composition out of the hub; `gc` then frees its files."""
+    with open_hub(hub) as opened:
+        opened.remove_composition(name)
+    note(f"removed {name!r}; `loraweave hub gc` frees its files")

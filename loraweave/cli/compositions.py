@@ -1,4 +1,4 @@
-"""`loraweave compose`, `eval`, `export` and `serve`; and `hub save-composition` and its kin: compositions in a hub."""
+"""`loraweave compose`, `eval`, `export`, `serve` and `hub save-composition`."""
 
 from __future__ import annotations
 
@@ -351,9 +351,6 @@ def serve(
         make_server(opened, model, tokenizer, host=host, port=port, limits=limits, api_key=api_key).run()
 
 
-NameArgument = Annotated[str, typer.Argument(help="A composition of the hub, without the @.")]
-
-
 @hub.command("save-composition", epilog='Example: loraweave hub save-composition careful "0.7*antonym - 0.3*negation"')
 def save_composition(
     name: Annotated[str, typer.Argument(help="Its name; a formula says @NAME.")],
@@ -384,32 +381,3 @@ def save_composition(
         stored = opened.save_composition(name, kept, replace=replace)
     told = f"saved {stored.name!r}; formulas and `loraweave merge` know it as @{stored.name}"
     answer(as_json, composition_row(stored), told)
-
-
-@hub.command("compositions", epilog="Example: loraweave hub compositions --json")
-def list_compositions(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
-    """List the compositions that a hub keeps."""
-    with open_hub(hub) as opened:
-        rows = [composition_row(stored) for stored in opened.compositions()]
-    shown = [(row["name"], row["created"], row["formula"] or f"composed: {row['chosen']}") for row in rows]
-    show_rows(as_json, rows, ("name", "created", "what"), shown)
-
-
-@hub.command("write-composition", epilog="Example: loraweave hub write-composition support-bot composed")
-def write_composition(
-    name: NameArgument,
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where its folder goes; eval, explain and export read it.")],
-    hub: HubOption = DEFAULT_HUB,
-) -> None:
-    """Write a stored composition as the folder that it was saved from."""
-    with open_hub(hub) as opened:
-        opened.composition(name).write(out)
-    note(f"wrote {name!r} to {out}")
-
-
-@hub.command("remove-composition", epilog="Example: loraweave hub remove-composition support-bot")
-def remove_composition(name: NameArgument, hub: HubOption = DEFAULT_HUB) -> None:
-    """Take a composition out of the hub; `gc` then frees its files."""
-    with open_hub(hub) as opened:
-        opened.remove_composition(name)
-    note(f"removed {name!r}; `loraweave hub gc` frees its files")

@@ -18,8 +18,7 @@ from loraweave.cli._inputs import read_pool
 from loraweave.registry import EXTENSIONS
 
 COMMANDS = ["compose", "eval", "export", "merge", "serve", "train"]
-HUB_COMMANDS = ["add", "bind", "gc", "list", "remove", "search", "show", "verify"]
-HUB_COMMANDS += ["compositions", "remove-composition", "save-composition", "write-composition"]
+HUB_COMMANDS = ["add", "bind", "gc", "list", "remove", "save-composition", "search", "show", "verify"]
 ROOT = typer.main.get_command(app)
 # with those of extensions
 EVERY = [name for name in ROOT.commands if name != "hub"]

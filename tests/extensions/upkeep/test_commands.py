@@ -1,7 +1,8 @@
-"""`loraweave hub history`, `rollback` and `prune`, and `hub quarantine` and `release`."""
+"""`loraweave hub history`, `rollback` and `prune`, `quarantine` and `release`, and `compositions` and its kin."""
 
 import json
 from functools import partial
+from pathlib import Path
 
 import command_line
 import pytest
@@ -71,3 +72,27 @@ def test_a_misspelt_name_changes_nothing(pair):
     assert (done.exit_code, "AdapterNotFound" in done.stderr) == (1, True)
     with lw.Hub("adapters") as opened:
         assert len(opened) == 2
+
+
+def test_kept_formulas_are_listed_and_removed(pair):
+    assert call("hub", "save-composition", "both", "a1+a0").exit_code == 0
+    (told,) = json.loads(call("hub", "compositions", "--json").stdout)
+    with lw.Hub("adapters") as opened:
+        assert (told["name"], told["formula"], told["hash"]) == ("both", "a0 + a1", opened.composition("both").hash)
+    assert "a0 + a1" in call("hub", "compositions").stdout
+    assert call("hub", "remove-composition", "both").exit_code == 0
+    assert json.loads(call("hub", "compositions", "--json").stdout) == []
+
+
+def test_a_composed_folder_is_listed_and_written_as_it_was_saved(hub, make_model, make_adapters, tokenizer):
+    model = make_model("llama")
+    task = lw.Task([("a", "b"), ("c", "d"), ("e", "f")])
+    composed = lw.compose(model, tokenizer, make_adapters(model, "llama"), task, method="uniform", progress=False)
+    composed.save_pretrained("composed")
+    assert call("hub", "save-composition", "swap", "composed").exit_code == 0
+    (told,) = json.loads(call("hub", "compositions", "--json").stdout)
+    assert told["chosen"] == json.loads(Path("composed/composition.json").read_text())["report"]["chosen"]
+    assert f"composed: {told['chosen']}" in " ".join(call("hub", "compositions").stdout.split())
+    assert call("hub", "write-composition", "swap", "again").exit_code == 0
+    names = [str(path.relative_to("composed")) for path in Path("composed").rglob("*") if path.is_file()]
+    assert [Path("again", name).read_bytes() for name in names] == [Path("composed", name).read_bytes() for name in names]
