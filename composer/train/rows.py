@@ -332,7 +332,8 @@ class Texts:
 
 
 # what a packed row shows at most: examples, and tokens; and the rows that few examples make
-MAX_PACKED, MAX_PACKED_TOKENS, PACKED_ROWS = 8, 1024, 40
+MAX_PACKED = 8
+MAX_PACKED_TOKENS, PACKED_ROWS = 1024, 40
 
 
 def can_be_packed(model: Any, task: Task) -> bool:

@@ -239,7 +239,7 @@ def test_bf16_models_are_recorded_in_fp32(make_model, make_adapter, tokenizer):
     [
         ("a text", {}, "got 'a text', not rows"),
         ([], {}, "list of texts"),
-        (["a", ("b", "c")], {}, "mixture"),
+        (["a", ("b", "c")], {}, "some rows have a target and some have none"),
         (["a", ""], {}, "text 2 .* no token"),
         (["a"], {"what": ("hessian",)}, "hessian"),
         (["a"], {"batch_size": 0}, "batch_size=0"),
