@@ -7,20 +7,18 @@ if the folder is also an adapter; and `read(folder, pool, model)`, which returns
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import import_module
 from operator import length_hint
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import loraweave.registry as registry
-from loraweave.common.display import progress_bar, tracked
+from loraweave.common.display import tracked
 from loraweave.common.names import checked_name, now
 from loraweave.common.rows import GivenRows
-from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, HubError, LoraweaveError, WorkersFailed
+from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, HubError, LoraweaveError
 from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._contents import require_numbers
@@ -29,7 +27,7 @@ from loraweave.hub.sources import Repository, name_of, without_secrets
 from loraweave.hub.stores.blobs import content_hash, take_apart
 from loraweave.hub.stores.folder_blobs import with_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
-from loraweave.hub.stores.storing import Prepared, drop_content, store, store_content
+from loraweave.hub.stores.storing import Prepared, store
 from loraweave.hub.tables import rows
 from loraweave.hub.tables.fields import (
     MAX_LABEL_BYTES,
@@ -48,10 +46,6 @@ if TYPE_CHECKING:
 # a batch ends at either limit: it is in memory until then, and lost if the process is killed
 MAX_BATCH = 256
 MAX_BATCH_BYTES = 2**28
-# the number of sources that are one piece of work
-PIECE = 32
-
-Read = Prepared | LoraweaveError
 
 KINDS = ("norm", "layer_norm", "spectrum", "layer_spectra", "base_norm", "duplicate")
 POLICIES = ("off", "report", "quarantine", "refuse")
@@ -96,6 +90,8 @@ def add_many(
     n_jobs: int | None,
 ) -> Added:
     """Add all sources, batch by batch; see `Hub.add_many`."""
+    from loraweave.common.spread import processes_here, spreader
+
     catalogue, blobs = hub._catalogue, hub._blobs
     records: list[Record] = []
     refused: list[tuple[str, LoraweaveError]] = []
@@ -114,9 +110,14 @@ def add_many(
         waiting.clear()
 
     reading: dict[str, Any] = {"stored_as": stored_as, "allow_pickle": allow_pickle}
-    if _is_spread(sources, n_jobs):
-        measured = set(checked_policy(anomalies).values()) != {"off"}
-        outcomes = _from_workers(sources, partial(read_piece, hub, measured=measured, **reading), n_jobs, progress)
+    workers = None
+    # adapters in memory stay in this process
+    if processes_here(n_jobs) is not None and isinstance(sources, Sequence):
+        additions = [_addition(source) for source in sources]
+        if not any(isinstance(addition.source, Adapter) for addition in additions):
+            workers = spreader("reading", n_jobs)
+    if workers is not None:
+        outcomes = workers.read_many(hub, additions, anomalies=anomalies, n_jobs=n_jobs, progress=progress, **reading)
     else:
         items = tracked(sources, "adding adapters", total=length_hint(sources) or None, shown=progress)
         outcomes = ((addition, _try_to_read(addition, **reading)) for addition in map(_addition, items))
@@ -136,76 +137,16 @@ def add_many(
             settle()
             waiting_bytes = 0
     settle()
-    drop_content(catalogue, blobs, left_out)
+    if workers is not None:
+        workers.drop(hub, left_out)
     return Added(tuple(records), tuple(refused))
-
-
-def read_piece(
-    hub: CompositionShelf, additions: Sequence[Addition], *, stored_as: str, allow_pickle: bool, measured: bool
-) -> list[Read]:
-    """Return the prepared adapter or the error of each source, after writing their content, without rows, to the store."""
-    done: list[Read] = []
-    held: dict[int, Prepared] = {}
-
-    def put_away() -> None:
-        stored = store_content(hub._catalogue, hub._blobs, list(held.values()), stored_as=stored_as) if held else []
-        for place, prepared in zip(held, stored, strict=True):
-            done[place] = prepared
-        held.clear()
-
-    for addition in additions:
-        prepared = _try_to_read(addition, stored_as=stored_as, allow_pickle=allow_pickle)
-        if isinstance(prepared, Prepared):
-            for examiner in _examiners() if measured else ():
-                prepared = examiner.measure(prepared, hub._blobs)
-            held[len(done)] = prepared
-        done.append(prepared)
-        if sum(prepared.num_bytes for prepared in held.values()) >= MAX_BATCH_BYTES:
-            put_away()
-    put_away()
-    return done
-
-
-def _is_spread(sources: Iterable[Any], n_jobs: int | None) -> TypeGuard[Sequence[Any]]:
-    """Return whether workers read the sources: only for a list of places, as adapters in memory stay in this process."""
-    from loraweave.common.spread import processes_here
-
-    return (
-        processes_here(n_jobs) is not None
-        and isinstance(sources, Sequence)
-        and not any(isinstance(_addition(source).source, Adapter) for source in sources)
-    )
-
-
-def _from_workers(
-    sources: Sequence[Any], work: Callable[[Sequence[Addition]], list[Read]], n_jobs: int | None, progress: bool
-) -> Iterator[tuple[Addition, Read]]:
-    """Yield the sources with what workers read, in order. A piece whose workers are lost again and again is refused."""
-    from loraweave.common.spread import spread
-
-    additions = [_addition(source) for source in sources]
-    parts = [additions[start : start + PIECE] for start in range(0, len(additions), PIECE)]
-    pieces = {f"{number} of {len(parts)}, from {part[0].label} on": part for number, part in enumerate(parts, start=1)}
-    ended: dict[str, list[Read]] = {}
-    turn = deque(pieces)
-    with progress_bar(progress) as bar:
-        for name, outcome in spread(work, pieces, n_jobs=n_jobs, label="reading", bar=bar):
-            if isinstance(outcome, list):
-                ended[name] = outcome
-            elif isinstance(outcome.error, WorkersFailed):
-                ended[name] = [outcome.error] * len(pieces[name])
-            else:
-                raise outcome.error
-            while turn and turn[0] in ended:
-                name = turn.popleft()
-                yield from zip(pieces[name], ended.pop(name), strict=True)
 
 
 def _addition(source: str | Path | Adapter | Repository | Addition) -> Addition:
     return source if isinstance(source, Addition) else Addition(source)
 
 
-def _try_to_read(addition: Addition, **reading: Any) -> Read:
+def _try_to_read(addition: Addition, **reading: Any) -> Prepared | LoraweaveError:
     try:
         return prepare(addition, **reading)
     except LoraweaveError as error:
@@ -320,18 +261,18 @@ def examine(
     examiner if there is none.
     """
     policies = checked_policy(policy)
-    if set(policies.values()) - {"off", "report"} and not _examiners():
+    if set(policies.values()) - {"off", "report"} and not examiners():
         raise AdapterUnsupported(f"anomalies={policy!r}: nothing installed here looks for anomalies (docs/anomalies.md)")
     with catalogue.reading() as connection:
         existing = rows.find(connection, prepared.record.name)
     if set(policies.values()) == {"off"} or (existing is not None and existing.record.hash == prepared.record.hash):
         return replace(prepared, figures=None)
-    for examiner in _examiners():
+    for examiner in examiners():
         prepared = examiner.examine(catalogue, blobs, prepared, policies, model)
     return prepared
 
 
-def _examiners() -> list[Any]:
+def examiners() -> list[Any]:
     """Return the entries of the registry `examiners`, which have `measure` and `examine`."""
     return [registry.get("examiners", name) for name in registry.names("examiners")]
 

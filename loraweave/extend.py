@@ -114,7 +114,7 @@ _MODULES = {
     # hubs
     "hub": "compositions",
     "hub.adapter": "ExportReport cosine",
-    "hub.adding": "Addition checked_policy",
+    "hub.adding": "Addition MAX_BATCH_BYTES checked_policy examiners prepare",
     "hub.base": (
         "EMBEDDED PIPELINE_PARTS Parts base_config base_id fast_dtype fingerprint require_model require_same_base "
         "rounded_samples sampled_places says_nothing"
@@ -131,11 +131,12 @@ _MODULES = {
     "hub.sources": "Repository model_hub_client",
     "hub.stores.blobs": "examine_blob put_together take_apart",
     "hub.stores.catalogue": "state_row",
-    "hub.stores.folder_blobs": "FolderBlobs STALE_TMP_S listed",
+    "hub.stores.folder_blobs": "FolderBlobs STALE_TMP_S digests listed",
     "hub.stores.migrations": "migrate run_step",
     "hub.stores.open_stores": "blobs_of",
     "hub.stores.protocols": "BlobStore CatalogueStore Connection Near SharedCatalogue VectorSearch",
-    "hub.stores.storing": "Prepared stored_adapter",
+    "hub.stores.storing": "Prepared put_content recorded_blob stored_adapter usable_blob",
+    "hub.stores.verify": "blob_problems",
     "hub.tables": "rows versions",
     "hub.tables.fields": "checked_fields",
     "hub.tables.filtering": "Filters store_labels",

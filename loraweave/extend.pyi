@@ -297,7 +297,10 @@ from loraweave.hub import compositions as compositions
 from loraweave.hub.adapter import ExportReport as ExportReport
 from loraweave.hub.adapter import cosine as cosine
 from loraweave.hub.adding import Addition as Addition
+from loraweave.hub.adding import MAX_BATCH_BYTES as MAX_BATCH_BYTES
 from loraweave.hub.adding import checked_policy as checked_policy
+from loraweave.hub.adding import examiners as examiners
+from loraweave.hub.adding import prepare as prepare
 from loraweave.hub.base import EMBEDDED as EMBEDDED
 from loraweave.hub.base import PIPELINE_PARTS as PIPELINE_PARTS
 from loraweave.hub.base import Parts as Parts
@@ -376,6 +379,7 @@ from loraweave.hub.stores.blobs import take_apart as take_apart
 from loraweave.hub.stores.catalogue import state_row as state_row
 from loraweave.hub.stores.folder_blobs import FolderBlobs as FolderBlobs
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S as STALE_TMP_S
+from loraweave.hub.stores.folder_blobs import digests as digests
 from loraweave.hub.stores.folder_blobs import listed as listed
 from loraweave.hub.stores.migrations import migrate as migrate
 from loraweave.hub.stores.migrations import run_step as run_step
@@ -387,7 +391,11 @@ from loraweave.hub.stores.protocols import Near as Near
 from loraweave.hub.stores.protocols import SharedCatalogue as SharedCatalogue
 from loraweave.hub.stores.protocols import VectorSearch as VectorSearch
 from loraweave.hub.stores.storing import Prepared as Prepared
+from loraweave.hub.stores.storing import put_content as put_content
+from loraweave.hub.stores.storing import recorded_blob as recorded_blob
 from loraweave.hub.stores.storing import stored_adapter as stored_adapter
+from loraweave.hub.stores.storing import usable_blob as usable_blob
+from loraweave.hub.stores.verify import blob_problems as blob_problems
 from loraweave.hub.tables import rows as rows
 from loraweave.hub.tables import versions as versions
 from loraweave.hub.tables.fields import checked_fields as checked_fields

@@ -77,6 +77,8 @@ These groups are not registries. An entry point of theirs names
   whose experts begin as adapters ([expert_training](extensions/expert_training.md));
 - `loraweave.groups`: a module whose `train_in_groups(apart, judging, hub, n_jobs)` trains for `hub=` and `n_jobs=` of
   `train_adapters` ([training_at_scale](extensions/training_at_scale.md));
+- `loraweave.reading`: a module that reads by workers for `n_jobs=` of a hub's `add_many` (`read_many`, and `drop` for
+  what the hub then refused) and `verify` (`problems_of_blobs`; [cluster](extensions/cluster.md));
 - `loraweave.step_memory`: a module whose `EstimatedMemory(model, tokenizer, job, allowed, share=)` is the `StepMemory` of a
   training ([training_at_scale](extensions/training_at_scale.md));
 - `loraweave.index_files`: a module that keeps search indexes of large hubs in files, by `load`, `save` and `problems`

@@ -16,7 +16,7 @@ from loraweave.hub.base import Parts, base_key, model_of, require_same_base
 from loraweave.hub.base_layer import base_layer, expert_matrix
 from loraweave.hub.formats._files import KeptFile, KeptFiles
 from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
-from loraweave.hub.stores.folder_blobs import LISTED, digests, file_bytes, listed, put_files, reading_blob, without_files
+from loraweave.hub.stores.folder_blobs import LISTED, file_bytes, listed, put_files, reading_blob, without_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.fields import OWN_FIELDS
@@ -55,7 +55,7 @@ def _with_its_files(connection: Connection, existing: rows.Row, record: Record) 
     return existing.record
 
 
-def _recorded_blob(catalogue: CatalogueStore, content: str) -> rows.BlobRow | None:
+def recorded_blob(catalogue: CatalogueStore, content: str) -> rows.BlobRow | None:
     """Return the row of the blob with that content, or None if it is missing or damaged."""
     try:
         with catalogue.reading() as connection:
@@ -66,7 +66,7 @@ def _recorded_blob(catalogue: CatalogueStore, content: str) -> rows.BlobRow | No
 
 def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> rows.BlobRow | None:
     """Return the row of the stored blob with that content, or None if it is missing or damaged and must be written."""
-    known = _recorded_blob(catalogue, content)
+    known = recorded_blob(catalogue, content)
     try:
         if known is None:
             return rows.BlobRow(content, *examine_blob(blobs.local(content, None, "blob"), content)[:2])
@@ -80,36 +80,27 @@ def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> ro
 class Prepared:
     """An adapter that was read and checked, with its record, and what an examiner measured, which has `store(..)`.
 
-    If a worker read it, `adapter` is None and `blob` is its blob in the store. `origin` is then the record that the worker
-    wrote into the blob, or None if the blob was there before, also from another worker.
+    A subclass, whose content is in the store already, has None as its adapter.
     """
 
     adapter: Adapter | None
     record: Record
     figures: Any = None
     num_bytes: int = 0
-    blob: rows.BlobRow | None = None
-    origin: Record | None = None
+
+    @property
+    def has_written(self) -> bool:
+        """True if its blob was written to the store when it was read."""
+        return False
 
     def read(self, blobs: BlobStore) -> Adapter:
-        """Return the adapter. Raises AdapterCorrupt if its blob was collected or damaged since a worker wrote it."""
-        if self.adapter is not None:
-            return self.adapter
-        assert self.blob is not None
-        return stored_adapter(blobs, Row(0, self.record, self.blob))
+        """Return the adapter."""
+        assert self.adapter is not None
+        return self.adapter
 
     def usable_blob(self, catalogue: CatalogueStore, blobs: BlobStore) -> rows.BlobRow | None:
         """Return the row of the stored blob of its content, or None if the blob must be written."""
-        content = self.record.hash
-        if self.blob is not None:
-            known = _recorded_blob(catalogue, content)
-            if known is None and self.origin != self.record:
-                # the blob's metadata has the record of another worker, or the record has changed since
-                return None
-            # an earlier batch may have rewritten the file, and then its row has another digest
-            if known in (None, self.blob) and all(map(blobs.has, (content, *digests([self.record])))):
-                return self.blob
-        return usable_blob(catalogue, blobs, content)
+        return usable_blob(catalogue, blobs, self.record.hash)
 
 
 def store(
@@ -130,7 +121,7 @@ def store(
         absent = [content for content, blob in known.items() if blob is None and not blobs.has(content)]
         try:
             with storage_errors(catalogue.where, doing):
-                written = _put_content(blobs, batch, wanted, known, stored_as)
+                written = put_content(blobs, batch, wanted, known, stored_as)
             with catalogue.transaction(doing) as connection:
                 for prepared in batch:
                     existing = rows.find(connection, prepared.record.name)
@@ -143,7 +134,7 @@ def store(
                         continue
                     blob = written.get(new.hash) or known[new.hash]
                     assert blob is not None
-                    is_written = new.hash in written or wanted[new.hash].origin is not None
+                    is_written = new.hash in written or wanted[new.hash].has_written
                     stored = _put_rows(connection, replace(prepared, record=new), blob, existing, is_written)
                     outcomes.append((stored, None))
                     if other_base:
@@ -181,42 +172,6 @@ def _put_rows(
     return stored
 
 
-def store_content(
-    catalogue: CatalogueStore, blobs: BlobStore, batch: Sequence[Prepared], *, stored_as: str
-) -> list[Prepared]:
-    """Write the blobs and files of a batch, and return the batch without its adapters, for `store` to give it rows."""
-    doing = _doing(batch)
-    wanted: dict[str, Prepared] = {}
-    for prepared in batch:
-        wanted.setdefault(prepared.record.hash, prepared)
-    with catalogue.locked(doing), storage_errors(catalogue.where, doing):
-        known = {content: usable_blob(catalogue, blobs, content) for content in wanted}
-        written = _put_content(blobs, batch, wanted, known, stored_as)
-    return [
-        replace(
-            prepared,
-            adapter=None,
-            blob=written.get(content) or known[content],
-            origin=prepared.record if content in written and wanted[content] is prepared else None,
-        )
-        for prepared in batch
-        for content in [prepared.record.hash]
-    ]
-
-
-def drop_content(catalogue: CatalogueStore, blobs: BlobStore, refused: Sequence[Prepared]) -> None:
-    """Remove the blobs that workers wrote for adapters that the hub then refused, unless a row has the content."""
-    written = [prepared.record.hash for prepared in refused if prepared.origin is not None]
-    doing = f"removing {len(written)} refused adapters"
-    if not written:
-        return
-    with catalogue.locked(doing), storage_errors(catalogue.where, doing), catalogue.reading() as connection:
-        for content in written:
-            if rows.find_blob(connection, content) is None:
-                with suppress(FileNotFoundError):
-                    blobs.remove(content)
-
-
 def _doing(batch: Sequence[Prepared]) -> str:
     return f"adding adapter {batch[0].record.name!r}" if len(batch) == 1 else f"adding {len(batch)} adapters"
 
@@ -235,7 +190,7 @@ def _new_content(catalogue: CatalogueStore, batch: Sequence[Prepared], as_versio
     return wanted
 
 
-def _put_content(
+def put_content(
     blobs: BlobStore,
     batch: Sequence[Prepared],
     wanted: Mapping[str, Prepared],

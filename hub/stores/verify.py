@@ -6,11 +6,8 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
 
-from loraweave.common.display import progress_bar
-from loraweave.common.spread import require_all, spread
+from loraweave.common.spread import spreader
 from loraweave.errors import HubError
 from loraweave.hub import compositions
 from loraweave.hub.stores.blobs import read_blob
@@ -36,9 +33,6 @@ class Verification:
         return not self.problems
 
 
-# the number of adapters whose blobs are one piece of work
-MANY = 64
-
 # errors of reading a damaged row
 DAMAGE = (HubError, sqlite3.Error, ValueError)
 
@@ -56,8 +50,9 @@ def verify(
 ) -> Verification:
     """Read every row and every blob. Damage is reported, not raised; `index_problems` reports that of the search's files.
 
-    `also` is given the records of all adapters; `n_jobs` is that of `spread`.
+    `also` is given the records of all adapters; with `n_jobs`, workers of an extension read the newest blobs.
     """
+    workers = spreader("reading", n_jobs)
     catalogue, blobs = hub._catalogue, hub._blobs
     problems: list[str] = []
     newest: list[rows.Row] = []
@@ -83,10 +78,10 @@ def verify(
     intact = []
     files: dict[str, str] = {}
     checks = [(row.blob, row.record.hash, f"adapter {row.record.name!r}") for row in newest]
-    pieces = {f"from adapter {place + 1} on": checks[place : place + MANY] for place in range(0, len(checks), MANY)}
-    with progress_bar(False) as bar:
-        read = require_all(dict(spread(partial(many_blob_problems, hub), pieces, n_jobs=n_jobs, label="reading", bar=bar)))
-    for row, blob_faults in zip(newest, chain.from_iterable(read[name] for name in pieces), strict=True):
+    read: Iterable[Iterable[str]] = (blob_problems(blobs, check) for check in checks)
+    if workers is not None:
+        read = workers.problems_of_blobs(hub, checks, n_jobs)
+    for row, blob_faults in zip(newest, read, strict=True):
         faults = [*blob_faults, *file_problems(blobs, row.record, files)]
         if not faults:
             intact.append(row.record.name)
@@ -98,7 +93,7 @@ def verify(
         if row.blob.hash not in seen:
             seen.add(row.blob.hash)
             who = f"version {row.record.version} of adapter {row.record.name!r}"
-            faults = list(_blob_problems(blobs, (row.blob, row.record.hash, who)))
+            faults = list(blob_problems(blobs, (row.blob, row.record.hash, who)))
             problems += faults if faults and _stands(catalogue, row) else []
         faults = list(file_problems(blobs, row.record, files))
         problems += faults if faults and _stands(catalogue, row) else []
@@ -147,12 +142,8 @@ def _vector_problems(connection: Connection) -> Iterator[str]:
             yield f"the vector of row {seq} from embedder {embedder!r} is damaged; the next search makes it again"
 
 
-def many_blob_problems(hub: compositions.CompositionShelf, checks: Sequence[BlobCheck]) -> list[list[str]]:
-    """Return the problems of each of these blobs; a worker opens the hub."""
-    return [list(_blob_problems(hub._blobs, check)) for check in checks]
-
-
-def _blob_problems(blobs: BlobStore, check: BlobCheck) -> Iterator[str]:
+def blob_problems(blobs: BlobStore, check: BlobCheck) -> Iterator[str]:
+    """Yield a sentence for each problem of a blob: missing, damaged, or with other content."""
     blob, expected, who = check
     place = blobs.place(blob.hash)
     try:

@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
 import joblib
@@ -30,7 +31,7 @@ from rich.progress import Progress
 
 import loraweave.registry as registry
 from loraweave.common.checks import is_whole
-from loraweave.errors import WorkersFailed
+from loraweave.errors import PackageMissing, WorkersFailed
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,23 @@ def spread(
     """
     with crew(n_jobs) as workers:
         yield from workers.spread(work, pieces, label=label, bar=bar)
+
+
+def spreader(part: str, n_jobs: int | None) -> Any:
+    """Return the extension's module that spreads this part of the work, or None where this process does it all.
+
+    Raises WorkersFailed as `processes_here` does, PackageMissing if workers are asked for and no extension spreads the part.
+    """
+    if processes_here(n_jobs) is None:
+        return None
+    for module in registry.brought(part).values():
+        return import_module(module)
+    if n_jobs == 1:
+        return None
+    raise PackageMissing(
+        f"{part} by workers, which n_jobs or joblib.parallel_config asks for, is done by none of the extensions at hand: "
+        "pass n_jobs=1, which does it in this process"
+    )
 
 
 @contextmanager

@@ -1,21 +1,28 @@
 import errno
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny_hubs
 import torch
-from installed import require_entry
 
-from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, AdapterUnsupported, HubError, HubFull
+from loraweave import registry
+from loraweave.errors import (
+    AdapterCorrupt,
+    AdapterExists,
+    AdapterNotFound,
+    AdapterUnsupported,
+    HubError,
+    HubFull,
+    PackageMissing,
+)
 from loraweave.hub import adding
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.adding import Addition
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores import folder_blobs
-from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.folder_blobs import blob_path
-from loraweave.hub.stores.storing import store
 from loraweave.types import Factors
 
 
@@ -72,75 +79,6 @@ def test_names_and_fields_can_be_given_for_each_and_folders_are_read(hub, tmp_pa
     added = hub.add_many([Addition(MANY[0], name="first", license="mit", tags=["x"]), tmp_path / "folder"])
     assert [(r.name, r.license, r.tags) for r in added.records] == [("first", "MIT", ("x",)), ("a3", None, ("seed 3",))]
     assert hub["a3"].hash == MANY[3].hash
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """Adapters of which one is broken, one asks for the name of another, and one has the content of another."""
-    (tmp_path / "of" / "broken").mkdir(parents=True)
-    for place, one in (*enumerate(MANY[:6]), ("more", MANY[2])):
-        one.save_pretrained(tmp_path / "of" / str(place))
-    more = [tmp_path / "of" / "broken", Addition(tmp_path / "of" / "4", name="a1"), tmp_path / "of" / "more"]
-    return [*(tmp_path / "of" / str(place) for place in range(5)), *more, tmp_path / "of" / "5"]
-
-
-def all_but_the_time(hub, added):
-    records = [replace(record, created="") for aside in (False, True) for record in hub.records(quarantined=aside)]
-    origins = [{**read_blob(blob_path(hub.path, one.hash), "it").origin, "created": ""} for one in records]
-    return records, origins, [(label, str(error)) for label, error in added.refused], hub.verify()
-
-
-@pytest.mark.usefixtures("warm_workers")
-@pytest.mark.parametrize(("n_jobs", "policy"), [(1, "refuse"), (1, "quarantine"), (2, "report")])
-def test_workers_that_read_leave_the_hub_of_one_process(hub, tmp_path, folders, monkeypatch, n_jobs, policy):
-    if policy != "report":
-        require_entry("examiners", "anomalies")
-    monkeypatch.setattr(adding, "PIECE", 2)
-    with Hub(tmp_path / "other") as other:
-        alone = all_but_the_time(other, other.add_many(folders, anomalies=policy))
-    assert all_but_the_time(hub, hub.add_many(folders, anomalies=policy, n_jobs=n_jobs)) == alone
-    records, origins, refused, verification = alone
-    assert [label for label, _ in refused][:2] == [str(tmp_path / "of" / "broken"), "a1"]
-    assert not verification.orphans
-    assert [bool(one["anomalies"]) for one in origins] == [bool(record.anomalies) for record in records]
-
-
-def read_by_a_worker(hub, *sources):
-    own = {"stored_as": "factors", "allow_pickle": False, "measured": False}
-    return adding.read_piece(hub, sources, **own)
-
-
-def store_batch(hub, *batch):
-    return [type(error) for _, error in store(hub._catalogue, hub._blobs, batch, stored_as="factors", as_version=False)]
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-@pytest.mark.parametrize("batches", [[(0, 1)], [(0,), (1,)]])
-def test_a_blob_has_the_record_that_is_stored_whichever_worker_writes_it_first(hub, tmp_path, folders, order, batches):
-    sources = (tmp_path / "of" / "2", tmp_path / "of" / "more")
-    read = {}
-    for place in order:
-        (read[place],) = read_by_a_worker(hub, Addition(sources[place]))
-    for batch in batches:
-        assert store_batch(hub, *(read[place] for place in batch)) == [type(None)] * len(batch)
-    assert read_blob(blob_path(hub.path, hub.record("a2").hash), "it").origin["source"][0] == str(sources[0])
-    assert hub.verify().ok
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_blob_keeps_its_record_when_another_of_its_content_is_refused(hub, tmp_path, folders, order, is_there):
-    if is_there:
-        hub.add(tmp_path / "of" / "1")
-    sources = [
-        (Addition(tmp_path / "of" / "4"),),
-        (Addition(tmp_path / "of" / "1"), Addition(tmp_path / "of" / "4", name="a1")),
-    ]
-    read = {place: read_by_a_worker(hub, *sources[place]) for place in order}
-    assert store_batch(hub, *read[1]) == [type(None), AdapterExists]
-    assert store_batch(hub, *read[0]) == [type(None)]
-    assert read_blob(blob_path(hub.path, hub.record("a4").hash), "it").origin["name"] == "a4"
-    assert hub.verify().ok
 
 
 def test_the_same_content_in_a_batch_is_stored_once_under_both_names(hub):
@@ -268,9 +206,22 @@ def test_a_store_that_fails_while_an_adapter_is_looked_over_is_told_and_no_adapt
 
 
 def test_a_policy_that_nothing_installed_can_keep_is_refused_and_nothing_is_stored(hub, monkeypatch):
-    monkeypatch.setattr(adding, "_examiners", list)
+    monkeypatch.setattr(adding, "examiners", list)
     for policy in ("quarantine", "refuse", {"duplicate": "refuse"}):
         with pytest.raises(AdapterUnsupported, match="nothing installed here looks for anomalies"):
             hub.add(MANY[0], anomalies=policy)
     assert len(hub) == 0
     assert hub.add(MANY[0]).anomalies == hub.add(MANY[1], anomalies="off").anomalies == ()
+
+
+@pytest.mark.parametrize("n_jobs", [2, -2])
+def test_workers_are_refused_by_name_where_no_extension_has_them_read(hub, tmp_path, monkeypatch, n_jobs):
+    MANY[0].save_pretrained(tmp_path / "a0")
+    monkeypatch.setattr(registry, "brought", lambda part: {})
+    for call in (partial(hub.add_many, [tmp_path / "a0"]), hub.verify):
+        with pytest.raises(PackageMissing, match=r"reading by workers, .* is done by none .*: pass n_jobs=1"):
+            call(n_jobs=n_jobs)
+    assert len(hub) == 0
+    assert [record.name for record in hub.add_many([tmp_path / "a0"], n_jobs=1).records] == ["a0"]
+    assert hub.verify(n_jobs=1).intact == ("a0",)
+    assert [record.name for record in hub.add_many([MANY[1]], n_jobs=n_jobs).records] == ["a1"]

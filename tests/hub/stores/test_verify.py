@@ -11,7 +11,6 @@ from installed import rebuild
 from tiny_hubs import adapter, flip, run_sql
 
 import loraweave.hub.stores.blobs
-import loraweave.hub.stores.verify
 from loraweave.errors import AdapterCorrupt, HubCorrupt, HubError
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores.folder_blobs import blob_path
@@ -36,17 +35,6 @@ def test_a_sound_hub_has_no_problems(hub):
     assert report.ok
     assert (report.problems, report.orphans) == ((), ())
     assert report.intact == ("adapter 0", "adapter 1", "adapter 2")
-
-
-@pytest.mark.usefixtures("warm_workers")
-def test_two_processes_find_what_one_finds(hub, monkeypatch):
-    monkeypatch.setattr(loraweave.hub.stores.verify, "MANY", 1)
-    flip(blob_of(hub, "adapter 0"))
-    blob_of(hub, "adapter 2").unlink()
-    found = hub.verify()
-    assert hub.verify(n_jobs=2) == found
-    assert [problem.split(":")[0] for problem in found.problems] == ["adapter 'adapter 0'", "adapter 'adapter 2'"]
-    assert found.intact == ("adapter 1",)
 
 
 @pytest.mark.parametrize("harm", [flip, lambda path: path.unlink(), lambda path: os.truncate(path, 10)])
