@@ -101,6 +101,13 @@ def test_a_blob_keeps_its_record_when_another_of_its_content_is_refused(hub, tmp
     assert hub.verify().ok
 
 
+def test_what_a_worker_wrote_of_an_adapter_that_is_then_refused_is_removed(hub, folders):
+    added = hub.add_many([folders[1], Addition(folders[2], name="a1"), folders[3]], n_jobs=1)
+    assert [type(error) for _, error in added.refused] == [AdapterExists]
+    assert not blob_path(hub.path, MANY[2].hash).exists()
+    assert hub.verify().orphans == ()
+
+
 def test_a_piece_that_is_larger_than_memory_may_hold_is_stored_in_parts(hub, folders, monkeypatch):
     sources = [Addition(folders[place]) for place in (0, 5, 1)]
     monkeypatch.setattr(reading, "MAX_BATCH_BYTES", 1)
