@@ -17,6 +17,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.model.scoring import losses
+from loraweave.extensions.explain import plot_training
 
 HERE = Path(__file__).parent
 
@@ -66,7 +67,7 @@ def main() -> None:
     )
     if asked.out is not None:
         router.save_pretrained(asked.out, pool=pool)
-        report.plot(asked.out / "curve.png")
+        plot_training(report, asked.out / "curve.png")
 
 
 def task_of(path: Path, split: str, count: int) -> lw.Task:

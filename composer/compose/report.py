@@ -1,6 +1,6 @@
 """The report of what compose() measured and chose, and the folder that keeps it with the task: composition.json.
 
-A report has rows, a table, and the curves of searches. The folder is read without a model.
+A report has rows and a table. The folder is read without a model.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from loraweave.common.chat import prompt_json
 from loraweave.common.checks import is_number
-from loraweave.common.display import ShownTable, blank_figure, count_along
+from loraweave.common.display import ShownTable
 from loraweave.common.files import as_path
 from loraweave.composer.composer import Composer
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
@@ -101,30 +100,6 @@ class Report:
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw the lowest loss so far of every search that was run on all examples; the suffix names the format.
-
-        Raises PackageMissing without matplotlib, CompositionError where nothing was searched.
-        """
-        searched = [row for row in self.rows if row.losses]
-        if not searched:
-            raise CompositionError("nothing was searched, so there is no curve to draw: the ways compared are in table()")
-        figure = blank_figure("the curves of searches are drawn with matplotlib", figsize=(6.0, 3.5), layout="constrained")
-        axes = figure.subplots()
-        for row in searched:
-            losses = [math.inf if loss is None else loss for loss in row.losses]
-            axes.step(range(1, len(losses) + 1), list(accumulate(losses, min)), where="post", label=row.name)
-        for row in self.rows:
-            if row.name in ("base", "best_single") and row.loss is not None:
-                axes.axhline(row.loss, linestyle=":", color="#999999")
-                axes.annotate(row.name, (1, row.loss), color="#666666", fontsize="small")
-        axes.set_xlabel("candidates")
-        count_along(axes)
-        axes.set_ylabel("loss on the examples")
-        axes.legend(frameon=False)
-        figure.savefig(path)
-        return Path(path)
 
 
 FORMAT, FORMAT_WITH_ROUTER = 2, 3

@@ -67,11 +67,6 @@ def blank_figure(why: str, **settings: Any) -> Any:
     return Figure(**settings)
 
 
-def count_along(axes: Any) -> None:
-    """Label the horizontal axis with whole numbers only: it counts steps, candidates or evaluations."""
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-
-
 class ShownTable(Table):
     """A rich Table that a plain Python prompt prints as a table and a notebook shows as HTML that holds only text.
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.common.display import blank_figure, count_along
 from loraweave.common.files import whole_file
 from loraweave.errors import WeightingError
 from loraweave.routers.weights import MixtureWeights
@@ -103,17 +102,3 @@ class SearchResult:
         """Return (evaluations so far, lowest loss so far) after each candidate."""
         best = np.minimum.accumulate(self.losses).tolist()
         return [(self.cost * (number + 1), loss) for number, loss in enumerate(best)]
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw the losses, and the lowest so far, in the format of the file's ending. PackageMissing without matplotlib."""
-        spent, best = zip(*self.curve(), strict=True)
-        figure = blank_figure("the curve of a search is drawn with matplotlib", figsize=(6.0, 3.5), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(spent, self.losses, ".", color="#999999", label="candidate")
-        axes.step(spent, best, where="post", color="#0072B2", label="lowest so far")
-        axes.set_xlabel("evaluations")
-        count_along(axes)
-        axes.set_ylabel("loss")
-        axes.legend(frameon=False)
-        figure.savefig(path)
-        return Path(path)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from loraweave.common.display import blank_figure, count_along
 from loraweave.errors import ScopeError, TrainingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
@@ -129,10 +127,6 @@ def require_alike(encoder_BT: Tensor, decoder_BT: Tensor) -> None:
         )
 
 
-# lines in one picture that can be told apart
-NUM_SHOWN = 8
-
-
 @dataclass
 class TrainingReport:
     """The losses of a training by step, and statistics of the weights.
@@ -170,42 +164,3 @@ class TrainingReport:
         """Read a report from JSON. Raises TypeError, KeyError or ValueError for data of another form."""
         pairs = {name: [(int(step), value) for step, value in data[name]] for name in ("evaluations", "load")}
         return cls(**{**data, **pairs, "experts": tuple(data["experts"])})
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw the losses, the load of the experts and the entropy over the steps; the suffix names the format.
-
-        Raises PackageMissing without matplotlib.
-        """
-        figure = blank_figure("a training is drawn with matplotlib", figsize=(6.0, 7.0), layout="constrained")
-        above, middle, below = figure.subplots(3, 1, sharex=True)
-        above.plot(range(1, len(self.losses) + 1), self.losses, color="#9db8d2", linewidth=0.8, label="each step")
-        above.plot(range(1, len(self.losses) + 1), _smooth(self.losses), color="#1f4e79", label="mean of 10 steps")
-        if self.evaluations:
-            above.plot(*zip(*self.evaluations, strict=True), "o-", color="#c0504d", markersize=3, label="held out")
-        above.set_ylabel("loss")
-        above.legend(frameon=False, fontsize="small")
-        self._draw_load(middle)
-        below.plot(range(1, len(self.entropy) + 1), self.entropy, color="#1f4e79")
-        below.set_ylabel("entropy of a token's\nweights (nats)")
-        below.set_xlabel("step")
-        count_along(below)
-        figure.savefig(path)
-        return Path(path)
-
-    def _draw_load(self, axes: Any) -> None:
-        axes.set_ylabel("load")
-        if not self.load:
-            return
-        steps, loads = zip(*self.load, strict=True)
-        largest = sorted(range(len(self.experts)), key=lambda place: -loads[-1][place])[:NUM_SHOWN]
-        for place in largest:
-            axes.plot(steps, [load[place] for load in loads], label=self.experts[place])
-        if len(self.experts) > NUM_SHOWN:
-            others = [sum(load) - sum(load[place] for place in largest) for load in loads]
-            axes.plot(steps, others, color="#999999", linestyle=":", label=f"the other {len(self.experts) - NUM_SHOWN}")
-        axes.legend(frameon=False, fontsize="x-small", ncols=2)
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Return the means of the last ten values, of fewer at the beginning."""
-    return [sum(part) / len(part) for part in (values[max(0, end - 10) : end] for end in range(1, len(values) + 1))]
