@@ -39,6 +39,7 @@ _MODULES = {
     "retrieval.fusion": "wilson",
     "retrieval.query": "KeySpace Query",
     "routers.combined": "ByRow needs_call num_rows_of",
+    "routers.invoked": "last_place",
     "routers.searches._solver": "ClosedForm Solver",
     "routers.searches.gradient": "Gradient",
     "routers.tokens._caches": "BesideCache RowsAndTokens",
@@ -84,8 +85,9 @@ _MODULES = {
     "composer.live.residents": "Lease",
     "composer.live.standing_in": "Handle StandIn claimed give_back",
     "composer.model.batches": (
-        "EncodedRow IGNORED NO_TOKENIZER TargetBatch batch context_length encode end_tokens last_logits mean_losses "
-        "pad_apart pad_id pad_rows padded_inputs takes target_logits text_rows token_losses untouched with_positions"
+        "EncodedRow IGNORED NO_TOKENIZER TargetBatch batch context_length encode end_tokens following last_logits "
+        "mean_losses pad_apart pad_id pad_rows padded_inputs takes target_logits text_rows token_losses untouched "
+        "with_positions"
     ),
     "composer.model.generate": "Asked encode_texts generation_call read_prompt",
     "composer.model.kinds": "by_row conv is_near linear",
@@ -144,6 +146,7 @@ _MODULES = {
     "hub.tables.vectors": "row_sha256",
     # servers
     "serving.app": "make_app make_server",
+    "serving.batch": "Prefixes",
     "serving.http": "EventStream loopback_only read_body read_request refused require_loopback unless_gone",
     "serving.limits": "Limits Refusal refusal_of",
     "serving.scheduler": "Admission Metrics too_busy",

@@ -219,6 +219,7 @@ from loraweave.composer.model.batches import batch as batch
 from loraweave.composer.model.batches import context_length as context_length
 from loraweave.composer.model.batches import encode as encode
 from loraweave.composer.model.batches import end_tokens as end_tokens
+from loraweave.composer.model.batches import following as following
 from loraweave.composer.model.batches import last_logits as last_logits
 from loraweave.composer.model.batches import mean_losses as mean_losses
 from loraweave.composer.model.batches import pad_apart as pad_apart
@@ -417,6 +418,7 @@ from loraweave.retrieval.query import Query as Query
 from loraweave.routers.combined import ByRow as ByRow
 from loraweave.routers.combined import needs_call as needs_call
 from loraweave.routers.combined import num_rows_of as num_rows_of
+from loraweave.routers.invoked import last_place as last_place
 from loraweave.routers.recipes._gate import Call as Call
 from loraweave.routers.recipes._gate import Gate as Gate
 from loraweave.routers.recipes._gate import TokenGate as TokenGate
@@ -470,6 +472,7 @@ from loraweave.routers.tokens._text import read_prompts as read_prompts
 from loraweave.routers.tokens.logistic import Logistic as Logistic
 from loraweave.serving.app import make_app as make_app
 from loraweave.serving.app import make_server as make_server
+from loraweave.serving.batch import Prefixes as Prefixes
 from loraweave.serving.http import EventStream as EventStream
 from loraweave.serving.http import loopback_only as loopback_only
 from loraweave.serving.http import read_body as read_body

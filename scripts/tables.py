@@ -95,9 +95,9 @@ These groups are not registries. An entry point of theirs names
   ([study](extensions/study.md));
 - `loraweave.panel`: a module whose `panel(engine, prompt, router, max_new_tokens=, title=)` draws a router's weights for the
   page over a hub ([ui](extensions/ui.md));
-- `loraweave.server`: a module of what a server counts and admits: `make_metrics()` returns its `Metrics`, and
-  `make_admission(model, limits, prefixes, experts)`, where a budget is set, its `Admission`
-  ([operations](extensions/operations.md));
+- `loraweave.server`: a module of what a server counts, keeps and admits: `make_metrics()` returns its `Metrics`,
+  `make_prefixes(max_bytes)` its `Prefixes`, and `make_admission(model, limits, prefixes, experts)`, where a budget is set,
+  its `Admission` ([operations](extensions/operations.md));
 - `loraweave.collecting`: a module with `collect_statistics` and `record_inputs` ([statistics](extensions/statistics.md)).
 """
 

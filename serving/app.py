@@ -217,7 +217,8 @@ class Face:
         self._making: dict[str, Making] = {}
         self._num_open = 0
         self._metrics.watch(open_requests=lambda: self._num_open)
-        self.scheduler = Scheduler(model, tokenizer, limits, self._metrics, None if parts is None else parts.make_admission)
+        more = () if parts is None else (parts.make_admission, parts.make_prefixes(limits.prefix_bytes))
+        self.scheduler = Scheduler(model, tokenizer, limits, self._metrics, *more)
 
     def close(self) -> None:
         self.scheduler.close()

@@ -16,6 +16,7 @@ Why not the paged cache of transformers' own manager: that packs all rows into o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,12 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicCache
 
 from loraweave.composer.model.batches import (
     cache_name,
     end_tokens,
-    following,
     is_plain,
     last_logits,
     pad_rows,
@@ -37,9 +36,37 @@ from loraweave.composer.model.batches import (
 )
 from loraweave.errors import CompositionError
 from loraweave.routers.tokens._call import prompted
-from loraweave.serving.memory import Experts, Kept, KeptPrefixes
-from loraweave.serving.names import States
+from loraweave.serving.memory import Experts
 from loraweave.serving.row import Row
+
+
+class Prefixes:
+    """What rows begin with that was read before. This keeps nothing, an extension's does. One thread uses it."""
+
+    kept_bytes = 0
+
+    @property
+    def oldest(self) -> float:
+        """The time of the last use of what was used longest ago, by `time.monotonic`; infinity where nothing is kept."""
+        return math.inf
+
+    def drop_oldest(self) -> None:
+        """Drop what was used longest ago."""
+
+    def begin(self, model: Any, tokenizer: Any, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Any, Tensor]:
+        """Return what the model is to read of these rows' lines, the cache before it or None, and the mask of both.
+
+        Sets `num_kept` of rows that begin with what was read.
+        """
+        ids_BT, mask_BT = pad_rows(tokenizer, [line_ids for row in rows for line_ids in row.ids])
+        return with_positions(model, ids_BT, mask_BT), None, mask_BT
+
+    def compact(self, cache: Any, mask_BW: Tensor) -> Tensor:
+        """Close the gaps in lines of a cache that `begin` gave and the model went on with; return the mask."""
+        return mask_BW
+
+    def remember(self, rows: Sequence[Row], ended: Sequence[Row], cache: Any) -> None:
+        """Keep what the model made of the tokens of `ended`, which are among the batch's `rows`, failed ones excepted."""
 
 
 class Batch:
@@ -50,7 +77,7 @@ class Batch:
     keeps more than plain keys and values: rows of different ages cannot share its cache.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, experts: Experts, prefixes: KeptPrefixes) -> None:
+    def __init__(self, model: Any, tokenizer: Any, experts: Experts, prefixes: Prefixes) -> None:
         if model.config.is_encoder_decoder or not takes(model, "position_ids"):
             raise CompositionError(
                 f"cannot serve a {type(model).__name__}: rows of different ages need a decoder that takes position_ids"
@@ -70,35 +97,23 @@ class Batch:
     @torch.no_grad()
     def read(self, rows: Sequence[Row]) -> None:
         """Read rows from their beginning, choose a token for each, and take in those that go on."""
-        ids = [line_ids for row in rows for line_ids in row.ids]
-        known = [self._prefixes.longest(states, line_ids) for states, line_ids in zip(_states(rows), ids, strict=True)]
-        for row in rows:
-            row.num_kept = 0
-        for row, (length, _) in zip(_by_line(rows), known, strict=True):
-            row.num_kept += length
-        width = max(length for length, _ in known)
-        rest_BT, mask_BT = pad_rows(
-            self._tokenizer, [line_ids[length:] for line_ids, (length, _) in zip(ids, known, strict=True)]
-        )
-        before_BP = torch.zeros(len(ids), width, dtype=torch.long)
-        for line, (length, _) in enumerate(known):
-            before_BP[line, width - length :] = 1
-        mask_BT = torch.cat([before_BP, mask_BT], dim=1)
-        inputs = with_positions(self._model, torch.cat([before_BP, rest_BT], dim=1), mask_BT)
-        cache = self._advance(rows, following(inputs, width), _cache_of(known, width))
+        inputs, before, mask_BT = self._prefixes.begin(self._model, self._tokenizer, rows)
+        cache = self._advance(rows, inputs, before)
         if not is_plain(cache):
             raise CompositionError(
                 f"cannot serve a {type(self._model).__name__}: it keeps more than plain keys and values, or only those of a "
                 "window"
             )
-        mask_BT = _compact(cache, mask_BT.to(self._device)) if width else mask_BT.to(self._device)
+        mask_BT = mask_BT.to(self._device)
+        if before is not None:
+            mask_BT = self._prefixes.compact(cache, mask_BT)
         if self.rows:
             _join(self._cache, cache)
             width = max(self._mask_BW.shape[1], mask_BT.shape[1])
             mask_BT = torch.cat([pad(mask_BW, (width - mask_BW.shape[1], 0)) for mask_BW in (self._mask_BW, mask_BT)])
             cache = self._cache
         self.rows, self._cache, self._mask_BW = [*self.rows, *rows], cache, mask_BT
-        self._remember(rows)
+        self._prefixes.remember(self.rows, rows, cache)
         self.keep([row for row in self.rows if not row.over])
 
     @torch.no_grad()
@@ -109,8 +124,7 @@ class Batch:
         inputs = {"input_ids": last_B1, "attention_mask": mask_BW, "position_ids": mask_BW.sum(dim=1, keepdim=True) - 1}
         self._cache = self._advance(self.rows, inputs, self._cache)
         self._mask_BW = mask_BW
-        over = [row for row in self.rows if row.over]
-        self._remember(over)
+        self._prefixes.remember(self.rows, [row for row in self.rows if row.over], self._cache)
         self.keep([row for row in self.rows if not row.over])
 
     def keep(self, rows: Sequence[Row]) -> None:
@@ -153,62 +167,10 @@ class Batch:
             return nullcontext()
         return prompted(*pad_rows(self._tokenizer, [prompt for row in rows for prompt in row.prompts]))
 
-    def _remember(self, rows: Sequence[Row]) -> None:
-        """Keep the keys and values of these rows' tokens as prefixes, except for rows that failed."""
-        read = [ids for row in self.rows for ids in row.ids]
-        for line, (row, states) in enumerate(zip(_by_line(self.rows), _states(self.rows), strict=True)):
-            # the last token was chosen, and not read
-            num_read = len(read[line]) - 1
-            for weights, most in states if row in rows and not row.failed else ():
-                length = num_read if most is None else min(most, num_read)
-                width = self._cache.layers[0].keys.shape[-2]
-                span = slice(width - num_read, width - num_read + length)
-                kept = [(layer.keys[line, :, span], layer.values[line, :, span]) for layer in self._cache.layers]
-                self._prefixes.keep(weights, read[line][:length], kept)
-
-
-def _states(rows: Sequence[Row]) -> list[States]:
-    """Return what each line's keys and values depend on."""
-    return [states for row in rows for states in row.served.states(row.prompts)]
-
 
 def _by_line(rows: Sequence[Row]) -> list[Row]:
     """Return the row of each line."""
     return [row for row in rows for _ in row.prompts]
-
-
-def _cache_of(known: Sequence[tuple[int, Kept | None]], width: int) -> DynamicCache | None:
-    """Make a cache of each line's known beginning, padded on the left; None if no line has one."""
-    like = next((kept for _, kept in known if kept is not None), None)
-    if like is None:
-        return None
-    cache = DynamicCache()
-    for number, (keys_HTD, values_HTD) in enumerate(like.states):
-        states_BHWD = [
-            torch.stack(
-                [
-                    like_HTD.new_zeros(like_HTD.shape[0], width, like_HTD.shape[2])
-                    if kept is None
-                    else pad(kept.states[number][part][:, :length], (0, 0, width - length, 0))
-                    for length, kept in known
-                ]
-            )
-            for part, like_HTD in enumerate((keys_HTD, values_HTD))
-        ]
-        cache.update(*states_BHWD, number)
-    return cache
-
-
-def _compact(cache: Any, mask_BW: Tensor) -> Tensor:
-    """Move every line's columns to the right, in their order, and cut off those that no line fills; return the mask."""
-    width = int(mask_BW.sum(dim=1).max())
-    order_BW = mask_BW.argsort(dim=1, stable=True)[:, -width:]
-    for layer in cache.layers:
-        for name in ("keys", "values"):
-            states_BHWD = getattr(layer, name)
-            index_BHWD = order_BW[:, None, :, None].expand(-1, states_BHWD.shape[1], -1, states_BHWD.shape[3])
-            setattr(layer, name, states_BHWD.gather(2, index_BHWD))
-    return mask_BW.gather(1, order_BW)
 
 
 def _join(cache: Any, other: Any) -> None:

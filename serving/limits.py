@@ -42,15 +42,15 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 class Limits:
     """The numbers of 1 or more above which a request waits or is refused. A row is one answer on its way.
 
-    `rows` run at once, an average having one for each of its prompts, and keep at most `cache_tokens` keys and values: the
-    rows times the longest of them, prompt and answer. `waiting` rows wait for it. Beginnings that were read are kept, up to
-    `prefix_bytes`, which may be 0. A request has at most `body_bytes`, asks for `choices` answers of `new_tokens`, and is
-    over after `seconds`, with whatever it is then; its model has `formula_characters` and `adapters`. `loaded` adapters
-    stay in the engine after use, and the adapters of as many formulas in memory. `merges` says whether merges by a method
-    are made, `batch_invariant` whether an answer has the same bits whatever runs beside it, which needs the extension
-    `accelerators`. A step that gives every running row a token is to take `token_seconds` at most: rows that would make it
-    longer wait, and others pass them a few times. `memory_bytes` are for keys and values, beginnings and adapters together
-    (`Memory`).
+    `rows` run at once, an average having one for each of its prompts, and keep at most `cache_tokens` keys and values:
+    the rows times the longest of them, prompt and answer. `waiting` rows wait for it. An extension keeps beginnings that
+    were read, up to `prefix_bytes`, which may be 0. A request has at most `body_bytes`, asks for `choices` answers of
+    `new_tokens`, and is over after `seconds`, with whatever it is then; its model has `formula_characters` and
+    `adapters`. `loaded` adapters stay in the engine after use, and the adapters of as many formulas in memory. `merges`
+    says whether merges by a method are made, `batch_invariant` whether an answer has the same bits whatever runs beside
+    it, which needs the extension `accelerators`. A step that gives every running row a token is to take `token_seconds`
+    at most: rows that would make it longer wait, and others pass them a few times. `memory_bytes` are for keys and
+    values, beginnings and adapters together (`Memory`).
     """
 
     rows: int = 8

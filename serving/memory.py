@@ -1,38 +1,21 @@
-"""What a server holds beside its batch: the engine's adapters, and beginnings that were read.
-
-A chat's next turn, and further answers to a prompt, begin with tokens that the model has read. What it made of them depends
-on these tokens and on the weights: {content hash: weight}, or the router. Under any other weights nothing is taken. An
-adapter that counts from its invocation tokens on has no weight before them, where what is kept is shared with rows without.
-"""
+"""What a server holds beside its batch: the engine's adapters."""
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
-
-from torch import Tensor
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.hook import hook_kinds
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
-from loraweave.serving.names import Served, States
-
-# shorter ones save less than they cost
-MIN_TOKENS = 16
-# each is looked at for every row that begins
-MAX_KEPT = 1024
-
-# of each layer, keys_HTD and values_HTD of one row
-KeysAndValues = Sequence[tuple[Tensor, Tensor]]
+from loraweave.serving.names import Served
 
 
 @dataclass
@@ -190,77 +173,3 @@ class Experts:
             # a pool has one at least
             self._engine.close()
             self._engine = None
-
-
-@dataclass(eq=False)
-class Kept:
-    """A kept prefix: its tokens, their keys and values in each layer, and its last use, by `time.monotonic`."""
-
-    ids: tuple[int, ...]
-    states: KeysAndValues
-    last_use: float
-
-    @cached_property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for pair in self.states for tensor in pair)
-
-
-class KeptPrefixes:
-    """The prefixes used last, of at most `max_bytes` together, on the model's device. One thread uses it."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._kept: OrderedDict[tuple[Hashable, tuple[int, ...]], Kept] = OrderedDict()
-        self.kept_bytes = 0
-
-    @property
-    def oldest(self) -> float:
-        """The time of the last use of the least recently used prefix; infinity where there is none."""
-        return next((kept.last_use for kept in self._kept.values()), math.inf)
-
-    def drop_oldest(self) -> None:
-        """Drop the prefix that was used longest ago."""
-        self._drop(next(iter(self._kept)))
-
-    def longest(self, states: States, ids: tuple[int, ...]) -> tuple[int, Kept | None]:
-        """Return (number of tokens, prefix) of the longest common beginning, without the last of `ids`; (0, None) for none.
-
-        `states` are those of a Member: weights, and up to how many tokens they are the row's.
-        """
-        most = {weights: len(ids) if count is None else count for weights, count in states if weights is not None}
-        best, best_key = MIN_TOKENS - 1, None
-        for key, kept in self._kept.items() if most else ():
-            if key[0] in most and (common := min(_common(kept.ids, ids), most[key[0]])) > best:
-                best, best_key = common, key
-        if best_key is None:
-            return 0, None
-        self._kept.move_to_end(best_key)
-        self._kept[best_key].last_use = time.monotonic()
-        return best, self._kept[best_key]
-
-    def keep(self, weights: Hashable | None, ids: tuple[int, ...], states: KeysAndValues) -> None:
-        """Keep copies of what the model made of these tokens, in place of shorter beginnings of them."""
-        if weights is None or len(ids) < MIN_TOKENS or not self._max_bytes:
-            return
-        if any(kept_weights == weights and kept[: len(ids)] == ids for kept_weights, kept in self._kept):
-            return
-        for key in [key for key in self._kept if key[0] == weights and ids[: len(key[1])] == key[1]]:
-            self._drop(key)
-        new = Kept(ids, [(keys_HTD.clone(), values_HTD.clone()) for keys_HTD, values_HTD in states], time.monotonic())
-        self._kept[weights, ids] = new
-        self.kept_bytes += new.num_bytes
-        while self.kept_bytes > self._max_bytes or len(self._kept) > MAX_KEPT:
-            self.drop_oldest()
-
-    def _drop(self, key: tuple[Hashable, tuple[int, ...]]) -> None:
-        self.kept_bytes -= self._kept.pop(key).num_bytes
-
-
-def _common(kept: Sequence[int], ids: Sequence[int]) -> int:
-    """Count the tokens that both begin with, the last of `ids` excepted."""
-    count = 0
-    for one, other in zip(kept, ids[:-1], strict=False):
-        if one != other:
-            break
-        count += 1
-    return count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -25,7 +25,6 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.search.search import NO_FILTERS
 from loraweave.retrieval.retriever import Retriever
-from loraweave.routers.invoked import last_place
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.types import LINE, Task
@@ -34,10 +33,6 @@ from loraweave.types import LINE, Task
 NUM_FOUND, TEMPERATURE, LEAST_SHARE = 3, 0.1, 0.1
 # the share of inputs like the hub's, but for none of its adapters, that `auto` may answer with one
 FALSE_ACCEPT = 0.5
-
-
-# pairs (weights, count): a row's first `count` tokens depend on these weights alone; None is all its tokens
-States = list[tuple[Hashable | None, int | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,23 +60,6 @@ class Member:
     def is_activated(self) -> bool:
         """True if one of its adapters counts from its invocation tokens on."""
         return any(adapter.invocation for adapter in self.adapters.values())
-
-    def states(self, prompt: Sequence[int]) -> States:
-        """Return what a row's keys and values depend on, with None for weights where that is more than weights.
-
-        An adapter with invocation tokens is among them from these on: a row's keys and values before the first of them are
-        those of a row without it.
-        """
-        if not self.is_activated:
-            return [(frozenset(self.weights.items()), None)]
-        invoked = {content: adapter.invocation for content, adapter in self.adapters.items() if adapter.invocation}
-        starts = {content: last_place(prompt, tokens) for content, tokens in invoked.items()}
-        counting: set[tuple[Hashable, ...]] = {item for item in self.weights.items() if item[0] not in starts}
-        states: States = []
-        for start in sorted({start for start in starts.values() if start is not None}):
-            states.append((frozenset(counting), start))
-            counting |= {(content, self.weights[content], start) for content, place in starts.items() if place == start}
-        return [*states, (frozenset(counting), None)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,15 +103,6 @@ class Served:
                 return f"adapter {adapter.name!r} counts from its invocation tokens on"
         steps = (step.apart for member in self.members for step in member.before)
         return next(filter(None, steps), "")
-
-    def states(self, prompts: Sequence[Sequence[int]]) -> list[States]:
-        """Return `Member.states` for the prompt of each member.
-
-        A router counts by what the formula says, and not as an object, which would live as long as its keys and values.
-        """
-        if self.router is not None:
-            return [[(None if member.is_alone or member.is_activated else self.identity, None)] for member in self.members]
-        return [member.states(prompt) for member, prompt in zip(self.members, prompts, strict=True)]
 
 
 @dataclass(frozen=True)

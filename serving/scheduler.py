@@ -25,9 +25,9 @@ from typing import Any
 
 from loraweave.composer.live.kernels._parts import only_kernel
 from loraweave.errors import CompositionError
-from loraweave.serving.batch import Batch
+from loraweave.serving.batch import Batch, Prefixes
 from loraweave.serving.limits import Limits, Refusal
-from loraweave.serving.memory import Experts, KeptPrefixes
+from loraweave.serving.memory import Experts
 from loraweave.serving.names import Served
 from loraweave.serving.row import Row
 
@@ -99,12 +99,13 @@ class Scheduler:
         tokenizer: Any,
         limits: Limits,
         metrics: Metrics,
-        make_admission: Callable[[Any, Limits, KeptPrefixes, Experts], Admission] | None = None,
+        make_admission: Callable[[Any, Limits, Prefixes, Experts], Admission] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self._limits = limits
         self._metrics = metrics
         self._experts = Experts(model, tokenizer, limits.loaded)
-        self._prefixes = KeptPrefixes(limits.prefix_bytes)
+        self._prefixes = prefixes or Prefixes()
         self._admission = Admission()
         if min(limits.memory_bytes, limits.token_seconds) < float("inf"):
             if make_admission is None:

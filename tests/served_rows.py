@@ -4,8 +4,8 @@ import time
 
 import torch
 
-from loraweave.serving.batch import Batch
-from loraweave.serving.memory import Experts, KeptPrefixes
+from loraweave.serving.batch import Batch, Prefixes
+from loraweave.serving.memory import Experts
 from loraweave.serving.names import Member, Served
 from loraweave.serving.row import Row, Sampling
 
@@ -26,6 +26,11 @@ def served(adapters, weights):
             ),
         ),
     )
+
+
+def routed(engine, router):
+    """A router over all adapters of the engine, as the server keeps it by its formula."""
+    return Served(router.name, router.name, (Member({}, dict(engine.pool.adapters), router),))
 
 
 class Heard:
@@ -63,9 +68,9 @@ def heard_rows(tokenizer, adapters, max_tokens=9, **options):
     ]
 
 
-def make_batch(model, tokenizer, most=8, prefix_bytes=0):
+def make_batch(model, tokenizer, most=8, prefixes=None):
     experts = Experts(model, tokenizer, most)
-    return Batch(model, tokenizer, experts, KeptPrefixes(prefix_bytes)), experts
+    return Batch(model, tokenizer, experts, prefixes or Prefixes()), experts
 
 
 def join(batch, experts, heard):

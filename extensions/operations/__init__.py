@@ -2,7 +2,8 @@
 
 `Limits.memory_bytes` and `Limits.token_seconds` (`loraweave serve --memory-bytes`, `--token-seconds`) are kept by `Budgets`:
 rows wait for memory, and for steps that would be quick enough. `PrometheusMetrics` is what /metrics shows. Both count at
-each step of the model; without a budget nothing is added up.
+each step of the model; without a budget nothing is added up. `KeptPrefixes` keeps what was read of prompts, up to
+`Limits.prefix_bytes`, so that it is not read again.
 """
 
 from typing import TYPE_CHECKING
@@ -12,9 +13,15 @@ from loraweave.extend import lazy
 if TYPE_CHECKING:
     from loraweave.extensions.operations.admission import Budgets, Memory, StepTimes
     from loraweave.extensions.operations.figures import PrometheusMetrics
+    from loraweave.extensions.operations.prefixes import KeptPrefixes
 else:
     __getattr__ = lazy(
-        __name__, {f"{__name__}.admission": "Budgets Memory StepTimes", f"{__name__}.figures": "PrometheusMetrics"}
+        __name__,
+        {
+            f"{__name__}.admission": "Budgets Memory StepTimes",
+            f"{__name__}.figures": "PrometheusMetrics",
+            f"{__name__}.prefixes": "KeptPrefixes",
+        },
     )
 
-__all__ = ["Budgets", "Memory", "PrometheusMetrics", "StepTimes"]
+__all__ = ["Budgets", "KeptPrefixes", "Memory", "PrometheusMetrics", "StepTimes"]

@@ -1,4 +1,4 @@
-"""The parts of a server that this extension brings: what counts, and what admits rows where a budget is set."""
+"""The parts of a server that this extension brings: what counts, what is kept, and what admits rows under a budget."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 from loraweave.extend import Admission, Limits
 from loraweave.extensions.operations.figures import PrometheusMetrics as make_metrics
+from loraweave.extensions.operations.prefixes import KeptPrefixes as make_prefixes
 
-__all__ = ["make_admission", "make_metrics"]
+__all__ = ["make_admission", "make_metrics", "make_prefixes"]
 
 
 def make_admission(model: Any, limits: Limits, prefixes: Any, experts: Any) -> Admission:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import takewhile
 
 import pytest
 import torch
@@ -16,8 +14,7 @@ from served_rows import Heard as HeardRow
 
 import loraweave as lw
 from loraweave.errors import CompositionError
-from loraweave.serving.batch import Batch
-from loraweave.serving.memory import Experts, KeptPrefixes
+from loraweave.serving.memory import Experts
 from loraweave.serving.row import Sampling, Stops, choose
 
 GREEDY = Sampling(9, temperature=0.0, logprobs=2)
@@ -176,95 +173,6 @@ def test_an_encoder_decoder_and_a_sliding_window_are_refused(make_model, tokeniz
     row = HeardRow(tokenizer, "abc", served([], {}), Sampling(3, temperature=0.0))
     with pytest.raises(CompositionError, match="cannot serve a MistralForCausalLM"):
         join(batch, experts, [row])
-
-
-def test_what_was_read_under_the_same_weights_is_not_read_again(setting, tokenizer):
-    engine, adapters = setting
-    batch, experts = make_batch(engine.model, tokenizer, prefix_bytes=1 << 20)
-    prompts = ["the judge thanked: ", "the judge thanked: zebra 12", "the judge thought: zebra"]
-    first = [HeardRow(tokenizer, prompts[0], served(adapters, weights), GREEDY) for weights in (MIXTURES[2], MIXTURES[0])]
-    join(batch, experts, first)
-    finish(batch)
-    turn = prompts[0] + first[0].text + " and "
-    asked = [(turn, MIXTURES[2]), (prompts[1], MIXTURES[2]), (prompts[2], MIXTURES[2]), (turn, MIXTURES[4]), ("b", {})]
-    later = [HeardRow(tokenizer, prompt, served(adapters, weights), GREEDY) for prompt, weights in asked]
-    widths = []
-    hook = engine.model.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    join(batch, experts, later[:3])
-    join(batch, experts, later[3:])
-    hook.remove()
-    counts = {prompt: len(tokenizer(prompt)["input_ids"]) for prompt, _ in asked}
-    read = [each.row.num_kept for each in later]
-    # of the answer all but the last token was read
-    begun = list(
-        takewhile(lambda pair: pair[0] == pair[1], zip(first[0].row.ids[0][:-1], later[0].row.prompts[0], strict=False))
-    )
-    assert read[0] == len(begun) >= len(first[0].row.prompts[0])
-    assert read[1] == len(tokenizer(prompts[0])["input_ids"])
-    assert read[2:] == [0, 0, 0]
-    assert widths == [counts[prompts[2]], counts[turn]]
-    finish(batch)
-    for each, (prompt, weights) in zip(later, asked, strict=True):
-        text, logprobs = alone(engine, prompt, weights)
-        assert each.text == text
-        assert each.logprobs == pytest.approx(logprobs, abs=1e-5)
-
-
-def test_rows_of_activated_adapters_begin_with_what_the_base_has_read(setting, tokenizer):
-    engine, adapters = setting
-    invocations = {"a": "ask: ", "b": "12: ", "c": ""}
-    mine = [replace(adapter, invocation=tuple(tokenizer(invocations[adapter.name])["input_ids"])) for adapter in adapters]
-    activated = lw.Composer(engine.model, mine, tokenizer=tokenizer)
-    batch, experts = make_batch(engine.model, tokenizer, prefix_bytes=1 << 20)
-    text = "the judge thanked zebra and said nothing. "
-    base = HeardRow(tokenizer, text + "so", served(mine, {}), GREEDY)
-    join(batch, experts, [base])
-    finish(batch)
-    asked = [
-        (text + "ask: ", {"a": 1.0}),
-        (text + "12: yes", {"b": 0.7}),
-        # the plain one counts from the beginning on
-        (text + "ask: ", {"a": 1.0, "c": 1.0}),
-        (text + "of nothing", {"b": 1.0}),
-        (text + "12: ask: no", {"a": 0.5, "b": 0.5}),
-    ]
-    heard = [HeardRow(tokenizer, prompt, served(mine, weights), GREEDY) for prompt, weights in asked]
-    join(batch, experts, heard[:3])
-    batch.step()
-    join(batch, experts, heard[3:])
-    # the same prompt again, and one whose last invocation is a later one
-    later = [(asked[0][0], asked[0][1]), (text + "ask: 9 ask: ", {"a": 1.0})]
-    finish(batch)
-    heard += [HeardRow(tokenizer, prompt, served(mine, weights), GREEDY) for prompt, weights in later]
-    join(batch, experts, heard[5:])
-    finish(batch)
-    for each, (prompt, weights) in zip(heard, asked + later, strict=True):
-        answer, logprobs = alone(activated, prompt, weights)
-        assert each.text == answer
-        assert each.logprobs == pytest.approx(logprobs, abs=1e-5)
-    length, asking = len(tokenizer(text)["input_ids"]), len(tokenizer(asked[0][0])["input_ids"])
-    kept = [each.row.num_kept for each in heard]
-    assert kept[:2] == [length, length]
-    assert kept[2:5] == [0, length, length]
-    # all but the last token, and what stands before the first of both invocations
-    assert kept[5:] == [asking - 1, length]
-
-
-def test_what_is_kept_has_at_most_its_bytes(setting, tokenizer, heard):
-    engine, _ = setting
-    prefixes = KeptPrefixes(1 << 15)
-    experts = Experts(engine.model, tokenizer, 8)
-    batch = Batch(engine.model, tokenizer, experts, prefixes)
-    kept = []
-    for _ in range(3):
-        for each in heard_rows(tokenizer, setting[1]):
-            join(batch, experts, [each])
-            finish(batch)
-            kept.append(prefixes.kept_bytes)
-    assert 0 < max(kept) <= 1 << 15
-    assert len(set(kept)) > 1
 
 
 def cut(pieces, stops):

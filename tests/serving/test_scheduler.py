@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from dataclasses import replace
@@ -10,7 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 from installed import needs_entry
-from served_rows import MIXTURES, PROMPTS, Heard, alone, averaged, heard_rows, long_row, require_alone, served, wait_for
+from served_rows import (
+    MIXTURES,
+    PROMPTS,
+    Heard,
+    alone,
+    averaged,
+    heard_rows,
+    long_row,
+    require_alone,
+    routed,
+    served,
+    wait_for,
+)
 
 import loraweave as lw
 from loraweave.serving.limits import Limits, Refusal
@@ -211,10 +222,6 @@ def routers(setting):
     return [lw.router("arrow", pool, top_k=1), lw.router("similarity", pool, temperature=0.5, **options)]
 
 
-def routed(engine, router):
-    return Served(router.name, router.name, (Member({}, dict(engine.pool.adapters), router),))
-
-
 def test_rows_of_sums_routers_and_averages_each_answer_as_alone(setting, tokenizer, make_scheduler, routers):
     engine, adapters = setting
     greedy = Sampling(9, temperature=0.0)
@@ -248,40 +255,6 @@ def test_an_average_of_more_prompts_than_there_are_rows_is_refused(setting, toke
     with pytest.raises(Refusal, match="asks 3 prompts at once, and this server runs 2 rows") as refused:
         make_scheduler(rows=2).submit([Heard(tokenizer, "abc", average, Sampling(2)).row])
     assert refused.value.status == 413
-
-
-def test_further_answers_to_a_prompt_begin_with_what_the_first_has_read(setting, tokenizer, make_scheduler):
-    engine, adapters = setting
-    composition = served(adapters, MIXTURES[2])
-    prompt = "the judge thanked: zebra"
-    heard = [Heard(tokenizer, prompt, composition, Sampling(9, temperature=0.9, seed=seed)) for seed in range(3)]
-    make_scheduler(rows=3).submit([each.row for each in heard])
-    wait_for(heard)
-    num_tokens = len(heard[0].row.prompts[0])
-    assert [each.row.num_kept for each in heard] == [0, num_tokens - 1, num_tokens - 1]
-    drawn = [
-        engine.generate(
-            [prompt], mixture=MIXTURES[2], seeds=[seed], do_sample=True, temperature=0.9, top_k=0, max_new_tokens=9
-        )
-        for seed in range(3)
-    ]
-    assert [[each.text] for each in heard] == drawn
-
-
-def test_what_was_read_under_a_router_is_kept_by_what_its_formula_says_and_does_not_keep_the_router(
-    setting, tokenizer, make_scheduler, routers
-):
-    engine, _ = setting
-    prompt, scheduler, found = "the judge thanked: zebra", make_scheduler(), []
-    for router in (routers[0], copy.deepcopy(routers[0])):
-        heard = Heard(tokenizer, prompt, routed(engine, router), Sampling(9, temperature=0.0))
-        assert heard.row.served.states(heard.row.prompts) == [[(router.name, None)]]
-        scheduler.submit([heard.row])
-        wait_for([heard])
-        found.append(heard)
-    assert [each.row.num_kept for each in found] == [0, len(found[0].row.prompts[0]) - 1]
-    assert found[0].text == found[1].text == alone(engine, prompt, routers[0])[0]
-    assert routed(engine, routers[1]).states([[5]]) == [[(None, None)]]
 
 
 @batch_invariant

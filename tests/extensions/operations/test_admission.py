@@ -10,7 +10,7 @@ from served_rows import MIXTURES, Heard, heard_rows, long_row, require_alone, se
 
 import loraweave as lw
 from loraweave.errors import CompositionError
-from loraweave.extensions.operations import Budgets, Memory, StepTimes
+from loraweave.extensions.operations import Budgets, KeptPrefixes, Memory, StepTimes
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.serving.row import Row, Sampling
 from loraweave.serving.scheduler import MOST_PASSED, Metrics, Scheduler
@@ -29,7 +29,7 @@ def make_scheduler(setting, tokenizer):
     made = []
 
     def make(**limits):
-        made.append(Scheduler(setting[0].model, tokenizer, Limits(**limits), Metrics(), Budgets))
+        made.append(Scheduler(setting[0].model, tokenizer, Limits(**limits), Metrics(), Budgets, KeptPrefixes(1 << 28)))
         made[-1].start()
         return made[-1]
 
