@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 
 from loraweave.serving.app import make_server
+from loraweave.serving.scheduler import Metrics
 
 
 def running(hub, model, tokenizer, *, limits=None, **options):
@@ -32,6 +33,30 @@ def answering(server):
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+
+
+class Counted(Metrics):
+    """The figures that tests look at, under the names of the extension `operations`, where that is not installed."""
+
+    def __init__(self):
+        self._figures = {"new_tokens_total": 0, 'rows_total{gone="true"}': 0, 'rows_total{gone="false"}': 0}
+        self._watched = {}
+
+    def watch(self, **figures):
+        self._watched |= figures
+
+    def read(self, num_tokens, num_kept, num_rows):
+        self._figures["new_tokens_total"] += num_rows
+
+    def stepped(self, num_rows):
+        self._figures["new_tokens_total"] += num_rows
+
+    def ended(self, *, gone):
+        self._figures[f'rows_total{{gone="{str(gone).lower()}"}}'] += 1
+
+    def text(self):
+        figures = {**self._figures, **{name: read() for name, read in self._watched.items()}}
+        return "".join(f"loraweave_{name} {value}\n" for name, value in figures.items()).encode()
 
 
 class Client:

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from server_clients import Client, running
+from server_clients import Client, Counted, running
 
 import loraweave as lw
+from loraweave.serving import app
 from loraweave.serving.limits import Limits
 
 TEMPLATE = (
@@ -18,8 +19,10 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def serve(tmp_path, make_model, make_adapters, tokenizer):
+def serve(tmp_path, monkeypatch, make_model, make_adapters, tokenizer):
     """serve(limits..., api_key=...): a client of a running server over a hub of the adapters a, b, c and @kept."""
+    # an extension's count where it is installed
+    monkeypatch.setattr(app, "Metrics", Counted)
 
     @contextmanager
     def run(template=TEMPLATE, api_key=None, **limits):
