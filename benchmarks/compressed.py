@@ -24,6 +24,7 @@ import typer
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
 from loraweave.composer.model.scoring import losses
+from loraweave.extensions.methods import compeft
 from loraweave.extensions.tour import DemoTask, load_task
 from loraweave.hub.base import fast_dtype
 from loraweave.lowrank import algebra
@@ -80,7 +81,7 @@ def _composed(model: Any, tokenizer: Any, hub: lw.Hub, unseen: DemoTask, budget:
 def pools(adapters: list[lw.Adapter], densities: list[float]) -> Iterator[tuple[str, list[lw.Adapter]]]:
     yield "as shipped", adapters
     for density in densities:
-        nearest = [lw.compeft(adapter, density=density, scale="least_squares") for adapter in adapters]
+        nearest = [compeft(adapter, density=density, scale="least_squares") for adapter in adapters]
         yield f"{density:g}, nearest", nearest
         yield f"{density:g}, norm", [_with_norm(adapter, density) for adapter in adapters]
 
@@ -98,8 +99,8 @@ def own_loss(run: Run, model: Any, tokenizer: Any, adapters: list[lw.Adapter]) -
 
 def _with_norm(adapter: lw.Adapter, density: float) -> lw.Adapter:
     """Ternary, with the Frobenius norm of the update as it was; the scale is in a and in b."""
-    ratio = _norm(adapter) / _norm(lw.compeft(adapter, density=density))
-    return lw.compeft(adapter, density=density, scale=math.sqrt(ratio))
+    ratio = _norm(adapter) / _norm(compeft(adapter, density=density))
+    return compeft(adapter, density=density, scale=math.sqrt(ratio))
 
 
 def _norm(adapter: lw.Adapter) -> float:

@@ -27,7 +27,6 @@ _MODULES = {
     "composer.compose.composition": "Composition",
     "composer.compose.compose": "compose",
     "composer.formula.formula": "Formula parse",
-    "composer.merge.arithmetic": "byom clusters compeft twin_merging",
     "composer.merge.merge": "merge",
     "composer.ensembles.ensemble": "ensemble",
     "composer.experts.make": "experts",

@@ -7,10 +7,6 @@ from loraweave.composer.experts.make import experts as experts
 from loraweave.composer.experts.together import train_experts as train_experts
 from loraweave.composer.formula.formula import Formula as Formula
 from loraweave.composer.formula.formula import parse as parse
-from loraweave.composer.merge.arithmetic import byom as byom
-from loraweave.composer.merge.arithmetic import clusters as clusters
-from loraweave.composer.merge.arithmetic import compeft as compeft
-from loraweave.composer.merge.arithmetic import twin_merging as twin_merging
 from loraweave.composer.merge.merge import merge as merge
 from loraweave.composer.train.adapters import train_adapters as train_adapters
 from loraweave.errors import AdapterCorrupt as AdapterCorrupt

@@ -19,9 +19,9 @@ AlreadyActive Anomaly BaseKey BaseModelMismatch Candidate Composer Composition C
 EmptyIndex ExpertPool Factors Fingerprint Formula FormulaError Hub HubCorrupt HubError HubFull HubLocked HubReadOnly
 InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record
 RetrievalError Retriever Router ScopeError SearchFailed SourceUnavailable Task TrainingError UnknownExpert
-UnknownName WeightingError base_key byom clusters compeft compose ensemble experts
+UnknownName WeightingError base_key compose ensemble experts
 extract load_base merge names order parse router to_lora
-train_adapters train_experts twin_merging
+train_adapters train_experts
 """
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "faiss", "scipy", "cma", "matplotlib")

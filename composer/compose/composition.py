@@ -16,6 +16,7 @@ from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.refine import (
     STEP_COST,
     Tuning,
+    byom,
     example_loss,
     loss_with,
     num_scalars,
@@ -38,7 +39,6 @@ from loraweave.composer.compose.report import (
 )
 from loraweave.composer.compose.settings import router_name
 from loraweave.composer.compose.task_mixture import TaskMixture
-from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.merge.merge import parent_of
 from loraweave.composer.model.layers import with_magnitudes
 from loraweave.errors import CompositionError, ScopeError, WeightingError

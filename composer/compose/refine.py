@@ -1,4 +1,4 @@
-"""The ways to make a composition better or smaller afterwards: training on, and leaving adapters out.
+"""The ways to make a composition better or smaller afterwards: training on, cutting ranks, and leaving adapters out.
 
 A merged adapter is the best starting point of a few-shot LoRA (Asadi et al. 2024, arXiv 2402.15414, the second step).
 """
@@ -16,9 +16,9 @@ from rich.progress import Progress
 
 from loraweave.common.checks import is_number
 from loraweave.common.display import tracked
+from loraweave.common.options import Count, check_options
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.composer import Composer
-from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.model import kinds, scoring
 from loraweave.composer.model.batches import untouched
 from loraweave.composer.train.adapters import train_adapters
@@ -26,6 +26,7 @@ from loraweave.composer.train.rows import shows_its_examples
 from loraweave.errors import BudgetExceeded, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
+from loraweave.lowrank import algebra
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
@@ -100,6 +101,28 @@ def task_of(task: Task, seen: Sequence[int]) -> Task:
     examples = [task.examples[index] for index in seen]
     shown = examples[: len(task.shown)] if shows_its_examples(task) else task.demonstrations
     return replace(task, examples=examples, demonstrations=shown)
+
+
+def byom(adapter: Adapter, rank: int) -> Adapter:
+    """Return the adapter with every layer's b a cut to at most `rank` by its singular values: BYOM-LoRA (Jiang et al. 2023).
+
+    The cut is the best approximation of each update at that rank, so one of lower rank stays as it is and `rank` = its own
+    loses nothing. The card has the relative Frobenius error by layer and in all. Gains, biases, magnitudes (DoRA's, whose b
+    a is cut) and heads stay. The result is an ordinary adapter of lower rank. Raises WeightingError for a rank below 1.
+    """
+    check_options("byom", {"rank": rank}, {"rank": Count})
+    cuts = {layer: algebra.compress(factors, rank) for layer, factors in adapter.layers.items()}
+    squares = {layer: algebra.norm(factors) ** 2 for layer, factors in adapter.layers.items()}
+    lost, total = sum(cuts[layer][1] ** 2 * square for layer, square in squares.items()), sum(squares.values())
+    errors = {
+        "relative_error": (lost / total) ** 0.5 if total else 0.0,
+        "layers": {layer: error for layer, (_, error) in cuts.items()},
+    }
+    recipe = {"method": "byom", "options": {"rank": rank}, "parents": [{"hash": adapter.hash, "name": adapter.name}]}
+    # the parent's report is of how the parent was made
+    card = {key: value for key, value in adapter.card.items() if key != "report"}
+    layers = {layer: cut for layer, (cut, _) in cuts.items()}
+    return replace(adapter, layers=layers, card={**card, "recipe": recipe, "compression": errors})
 
 
 def num_scalars(adapter: Adapter) -> int:

@@ -39,7 +39,7 @@ def experts(
 
     With a `pool` the experts begin as its adapters, of whatever ranks, in the layers that these update: an ExpertPool,
     adapters, a mapping of names to adapters, a hub, the results of `hub.search`, or candidates of a Retriever with their
-    `hub`. `num_experts` fewer than adapters begin as the means of that many groups of similar adapters (`lw.clusters`). A
+    `hub`. `num_experts` fewer than adapters begin as the means of that many groups of similar adapters. A
     recipe's other experts begin as it says.
 
     `lw.names("experts")` are the recipes, whose options their classes document. Raises UnknownName, which names near misses,

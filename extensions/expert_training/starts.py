@@ -16,7 +16,6 @@ from loraweave import (
     Hub,
     ScopeError,
     WeightingError,
-    clusters,
     merge,
 )
 from loraweave.extend import (
@@ -31,6 +30,7 @@ from loraweave.extend import (
     require_everywhere,
     shapes_of,
 )
+from loraweave.extensions.expert_training.grouping import clusters
 
 FORM = "sum_of_experts"
 

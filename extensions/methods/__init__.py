@@ -1,7 +1,7 @@
 """What else can become of several adapters? More merge methods, the arithmetic of adapters, and mergekit's files.
 
-It adds the methods that papers of the last years propose and those on the factors themselves, functions such as `negate` and
-`unlearn`, and `loraweave merge FILE.yaml` for files of mergekit's. It needs no other package.
+It adds the methods that papers of the last years propose and those on the factors themselves, functions such as `negate`,
+`unlearn`, `twin_merging` and `compeft`, and `loraweave merge FILE.yaml` for files of mergekit's. It needs no other package.
 """
 
 from typing import TYPE_CHECKING
@@ -18,12 +18,27 @@ if TYPE_CHECKING:
         scale,
         subtract,
         subtract_general,
+        twin_merging,
         unlearn,
     )
+    from loraweave.extensions.methods.ternary import compeft
 else:
+    _ARITHMETIC = "add analogy ema genknowsub negate scale subtract subtract_general twin_merging unlearn"
     __getattr__ = lazy(
         __name__,
-        {f"{__name__}.arithmetic": "add analogy ema genknowsub negate scale subtract subtract_general unlearn"},
+        {f"{__name__}.arithmetic": _ARITHMETIC, f"{__name__}.ternary": "compeft"},
     )
 
-__all__ = ["add", "analogy", "ema", "genknowsub", "negate", "scale", "subtract", "subtract_general", "unlearn"]
+__all__ = [
+    "add",
+    "analogy",
+    "compeft",
+    "ema",
+    "genknowsub",
+    "negate",
+    "scale",
+    "subtract",
+    "subtract_general",
+    "twin_merging",
+    "unlearn",
+]

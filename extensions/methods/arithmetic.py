@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from loraweave import Adapter, ExpertPool, WeightingError, merge
-from loraweave.extend import Fraction, NonNegative, check_options, tracked
+from loraweave.extend import Count, Fraction, NonNegative, byom, check_options, tracked
 
 
 def negate(adapter: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:
@@ -94,3 +94,31 @@ def genknowsub(
         raise WeightingError("genknowsub() subtracts the mean of general adapters, and got none: the pool is as it was")
     names = tracked(pool.names, "subtracting", total=len(pool), shown=progress)
     return ExpertPool({name: subtract_general(pool[name], subtracted, name=name) for name in names})
+
+
+def twin_merging(
+    pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
+    shared: Adapter,
+    *,
+    rank: Count = 8,
+    progress: bool = True,
+) -> ExpertPool:
+    """Return {"shared": S, and by each expert's name cut(D_e - S)}: what Twin-Merging mixes (Lu et al., arXiv 2406.15479).
+
+    S is what the experts have in common: any merge of them, such as `merge(pool.adapters.values(), [0.3] * len(pool))`.
+    `rank` is that of each difference, whose largest singular values stay; as the released code's, it is 8 by default.
+    Router "twin_merging" weighs them for each text. Exclusive parts keep the description and the examples of their experts.
+
+    Raises WeightingError for a pool with a "shared" of its own and a rank below 1, and what `merge` raises.
+    """
+    pool = ExpertPool.of(pool)
+    check_options("twin_merging", {"rank": rank}, {"rank": Count})
+    if "shared" in pool.names:
+        raise WeightingError("twin_merging() calls the common part 'shared', and the pool has an expert of that name")
+    parts = {"shared": replace(shared, name="shared")}
+    for name in tracked(pool.names, "subtracting", total=len(pool), shown=progress):
+        difference = merge([pool[name], shared], [1.0, -1.0], name=name, progress=False)
+        part = byom(difference, rank)
+        told = {key: value for key, value in pool[name].card.items() if key in ("description", "examples")}
+        parts[name] = replace(part, card={**part.card, **told})
+    return ExpertPool(parts)

@@ -75,8 +75,8 @@ class Compeft:
         """Write the folder, which appears whole or not at all, and return its path.
 
         An existing one is replaced only if it is empty or holds nothing but such an adapter (else AdapterExists). Raises
-        AdapterUnsupported for factors that are not ternary (`lw.compeft` makes them so), for invocation tokens, and for a
-        card that is not JSON.
+        AdapterUnsupported for factors that are not ternary (`compeft` of the extension `methods` makes them so), for
+        invocation tokens, and for a card that is not JSON.
         """
         folder = Path(folder)
         if contents.invocation:

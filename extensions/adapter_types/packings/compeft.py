@@ -115,7 +115,7 @@ def pack(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
         if signs_and_scale is None:
             raise AdapterUnsupported(
                 f"{name} has values other than -c, 0 and c for one c, which a ternary form cannot hold: make the adapter "
-                "ternary first with lw.compeft(adapter), or store its factors as they are"
+                "ternary first with compeft(adapter) of loraweave.extensions.methods, or store its factors as they are"
             )
         parts.append(signs_and_scale[0])
         scales.append(signs_and_scale[1])

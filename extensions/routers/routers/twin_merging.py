@@ -15,8 +15,8 @@ from loraweave.extend import DEFAULT_TEMPLATE, Logistic, Members, Positive, unkn
 class TwinMerging(Logistic):
     """A router with w = 1 for the expert `shared`, and p = softmax(W u + b) of a text's vector u for all other experts.
 
-    It is for a pool of `lw.twin_merging(pool, shared)`, with which a layer's update is S + sum over t of p_t cut(D_t - S).
-    Without a cut this is sum of p_t D_t, whatever S.
+    It is for a pool of `twin_merging(pool, shared)` of the extension `methods`, with which a layer's update is
+    S + sum over t of p_t cut(D_t - S). Without a cut this is sum of p_t D_t, whatever S.
 
     W and b are fitted as by router `logistic`, whose other options these are; the published R is a trained perceptron of
     three layers on the shared model's last hidden state. `embedder="hidden_state"` comes nearest to that: the base's own

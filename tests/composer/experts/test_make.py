@@ -10,7 +10,6 @@ import torch
 import loraweave as lw
 from loraweave.composer.composer import Composer
 from loraweave.composer.experts import expert_model
-from loraweave.composer.merge import arithmetic
 from loraweave.errors import (
     AdapterUnsupported,
     BaseModelMismatch,
@@ -91,13 +90,6 @@ def test_fewer_experts_begin_as_the_means_of_alike_adapters(model, make_adapter)
         for number, adapter in enumerate([first, second]):
             for layer in adapter.layers:
                 torch.testing.assert_close(made.expert(number).delta(layer), adapter.delta(layer))
-
-
-def test_grouping_adapters_shows_no_bar_since_no_argument_could_leave_it_out(model, make_adapter, monkeypatch, capfd):
-    monkeypatch.setattr(arithmetic, "BLOCK", 2)
-    pool = [make_adapter(model, name, seed=seed) for seed, name in enumerate("abcde")]
-    with lw.experts("mixtral", model, pool=pool, num_experts=2):
-        assert capfd.readouterr().out == ""
 
 
 def test_what_a_search_found_is_taken_from_its_hub(model, adapters, tmp_path):

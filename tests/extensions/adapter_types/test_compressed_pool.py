@@ -9,6 +9,8 @@ import loraweave as lw
 from loraweave import registry
 from loraweave.extensions.adapter_types.packings import compeft as ternary
 
+methods = pytest.importorskip(f"{registry.EXTENSIONS}.methods")
+
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
 CLASSES = {name: registry.get("routers", name) for name in registry.names("routers")}
 # those that need retrieval scores or weights have nothing to search, and the entropy may end where that of the base is lower
@@ -19,7 +21,7 @@ OPTIONS = {"grid": {"coordinate": True}}
 @pytest.fixture
 def compressed(tiny_llama, make_adapter):
     plain = [make_adapter(tiny_llama, name, targets=("q_proj", "down_proj"), seed=seed) for seed, name in enumerate("abc")]
-    adapters = [lw.compeft(adapter, density=0.4) for adapter in plain]
+    adapters = [methods.compeft(adapter, density=0.4) for adapter in plain]
     # in the order in which a hub gives them back: sums over layers round alike
     return [replace(adapter, layers=dict(sorted(adapter.layers.items()))) for adapter in adapters]
 

@@ -148,7 +148,7 @@ def test_a_tensor_is_split_into_signs_and_a_scale_bit_for_bit():
 )
 def test_a_tensor_that_would_not_come_back_bit_for_bit_is_not_ternary(tensor):
     assert split(tensor) is None
-    with pytest.raises(AdapterUnsupported, match=r"'x'.*lw\.compeft"):
+    with pytest.raises(AdapterUnsupported, match=r"'x'.*compeft\(adapter\) of .*methods"):
         pack([("layer 'x'", tensor)])
 
 

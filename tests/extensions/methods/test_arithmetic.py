@@ -176,3 +176,26 @@ def test_without_general_adapters_it_says_so(make_model, make_adapter):
     task = make_adapter(make_model("llama"), "task", rank=2, targets=("q_proj",), seed=0)
     with pytest.raises(WeightingError, match="got none"):
         genknowsub([task], [])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 9])
+def test_twin_merging_parts_are_the_common_one_and_the_best_cuts_of_the_differences_to_it(rank: int) -> None:
+    told = {"description": "counts", "examples": ["one"], "other": 1}
+    experts = {"a": replace(adapter("a", 1), card=told), "b": adapter("b", 2)}
+    shared = adapter("common", 3, rank=1)
+    parts = arithmetic.twin_merging(experts, shared, rank=rank)
+    assert parts.names == ("shared", "a", "b")
+    assert [parts[name].name for name in parts.names] == ["shared", "a", "b"]
+    assert equals(parts["shared"], {shared: 1.0})
+    for name, expert in experts.items():
+        for layer in ("one", "two"):
+            difference = dense(expert.layers[layer]) - dense(shared.layers[layer])
+            u, sigma, vh = torch.linalg.svd(difference, full_matrices=False)
+            wanted = (u[:, :rank] * sigma[:rank]) @ vh[:rank]
+            assert torch.allclose(dense(parts[name].layers[layer]), wanted, rtol=1e-5, atol=1e-5)
+    assert [parts["a"].card[key] for key in ("description", "examples")] == ["counts", ["one"]]
+    assert "other" not in parts["a"].card
+    with pytest.raises(WeightingError, match="has an expert of that name"):
+        arithmetic.twin_merging({**experts, "shared": shared}, shared)
+    with pytest.raises(WeightingError, match="rank"):
+        arithmetic.twin_merging(experts, shared, rank=0)

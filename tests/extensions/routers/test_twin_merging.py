@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import loraweave as lw
+from loraweave import registry
 from loraweave.errors import UnknownExpert, WeightingError
+
+twin_merging = pytest.importorskip(f"{registry.EXTENSIONS}.methods").twin_merging
 
 LAYER = "q"
 EXAMPLES = {"e0": ["red apple", "a pear"], "e1": ["one two", "four"], "e2": ["paris in france", "rome"]}
@@ -42,7 +45,7 @@ def mixed(parts, w_E):
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_an_exclusive_part_is_the_difference_from_the_shared_one_cut_to_its_largest_singular_values(pool, shared, rank):
-    parts = lw.twin_merging(pool, shared, rank=rank, progress=False)
+    parts = twin_merging(pool, shared, rank=rank, progress=False)
     assert parts.names == ("shared", "e0", "e1", "e2")
     assert np.array_equal(delta(parts["shared"]), delta(shared))
     for name in pool:
@@ -52,7 +55,7 @@ def test_an_exclusive_part_is_the_difference_from_the_shared_one_cut_to_its_larg
 
 
 def test_a_text_gets_the_shared_part_and_the_softmax_over_the_exclusive_ones(pool, shared):
-    parts = lw.twin_merging(pool, shared, progress=False)
+    parts = twin_merging(pool, shared, progress=False)
     p_NT = lw.router("logistic", pool, examples=EXAMPLES, embedder="hashing", form="probabilities").of_texts(TEXTS)
     assert torch.allclose(twin(parts).of_texts(TEXTS), torch.cat([torch.ones(3, 1), p_NT], dim=1), atol=1e-5)
     # wherever the shared part stands
@@ -63,7 +66,7 @@ def test_a_text_gets_the_shared_part_and_the_softmax_over_the_exclusive_ones(poo
 
 def test_without_a_cut_a_text_gets_the_weighted_sum_of_the_experts_whatever_is_shared(pool, shared):
     for common in (shared, pool["e1"]):
-        parts = lw.twin_merging(pool, common, rank=99, progress=False)
+        parts = twin_merging(pool, common, rank=99, progress=False)
         for w_E in twin(parts).of_texts(TEXTS).tolist():
             assert sum(w_E) == pytest.approx(2.0)
             assert np.allclose(mixed(parts, w_E), mixed(pool, w_E[1:]), atol=1e-4)
@@ -71,12 +74,12 @@ def test_without_a_cut_a_text_gets_the_weighted_sum_of_the_experts_whatever_is_s
 
 def test_exclusive_parts_keep_the_examples_by_which_texts_choose_them(pool, shared):
     shown = lw.ExpertPool({name: replace(pool[name], card={"examples": EXAMPLES[name]}) for name in pool})
-    made = twin(lw.twin_merging(shown, shared, progress=False), examples=None, template=None)
+    made = twin(twin_merging(shown, shared, progress=False), examples=None, template=None)
     assert made.of_texts(["red apple"])[0].argsort(descending=True)[:2].tolist() == [0, 1]
 
 
 def test_what_cannot_be_meant_is_refused_by_name(pool, shared):
-    parts = lw.twin_merging(pool, shared, progress=False)
+    parts = twin_merging(pool, shared, progress=False)
     with pytest.raises(UnknownExpert, match="'common'"):
         twin(parts, shared="common")
     with pytest.raises(WeightingError, match="the shared part 'shared' alone"):
@@ -84,6 +87,6 @@ def test_what_cannot_be_meant_is_refused_by_name(pool, shared):
     with pytest.raises(WeightingError, match="needs examples of every expert, and has none of 'e1', 'e2'"):
         twin(parts, examples={"e0": ["x"]})
     with pytest.raises(WeightingError, match="has an expert of that name"):
-        lw.twin_merging(parts, shared, progress=False)
+        twin_merging(parts, shared, progress=False)
     with pytest.raises(WeightingError, match="rank=0"):
-        lw.twin_merging(pool, shared, rank=0)
+        twin_merging(pool, shared, rank=0)

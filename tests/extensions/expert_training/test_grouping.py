@@ -1,67 +1,20 @@
-"""What is made of adapters as vectors: clients, clusters and common parts, against dense sums."""
+"""Groups of similar adapters, against the cosines of dense updates and planted groups."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import dense, random_factors
-from torch import Tensor
+from warm_workers import warm_workers as warm_workers
 
-from loraweave.composer.merge import arithmetic
-from loraweave.composer.merge.arithmetic import clusters, similarities
+import loraweave as lw
 from loraweave.errors import LayerMismatch, WeightingError
+from loraweave.extensions.expert_training import grouping
+from loraweave.extensions.expert_training.grouping import clusters, similarities
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.types import Factors
-
-SHAPES = {"one": (5, 7), "two": (6, 4), "three": (3, 3)}
-
-
-def adapter(name: str, seed: int, rank: int = 2, layers: tuple[str, ...] = ("one", "two"), **parts: Tensor) -> Adapter:
-    draw = torch.Generator().manual_seed(seed)
-    factors = {}
-    for layer in layers:
-        cut = {part: tensor[: SHAPES[layer][0]] for part, tensor in parts.items()}
-        factors[layer] = random_factors(draw, rank, *SHAPES[layer], **cut)
-    return Adapter(name, "base", factors)
-
-
-def equals(found: Adapter, weights: dict[Adapter, float]) -> bool:
-    for layer, shape in SHAPES.items():
-        wanted = torch.zeros(shape).double()
-        for each, weight in weights.items():
-            wanted += weight * dense(each.layers[layer]) if layer in each.layers else 0.0
-        got = dense(found.layers[layer]) if layer in found.layers else torch.zeros(shape).double()
-        if not torch.allclose(got, wanted, rtol=1e-5, atol=1e-5):
-            return False
-    return True
-
-
-A, B, C = adapter("a", 1), adapter("b", 2, 3, ("two", "three")), adapter("c", 3, 1, ("one", "three"))
-
-
-@pytest.mark.parametrize(
-    ("call", "word"),
-    [
-        (lambda: arithmetic.byom(A, 0), "rank=0"),
-        (lambda: arithmetic.compeft(A, density=0.0), "density=0.0"),
-        (lambda: arithmetic.compeft(A, density=1.1), "density=1.1"),
-        (lambda: arithmetic.compeft(A, density=math.nan), "density=nan"),
-        (lambda: arithmetic.compeft(A, scale=0), "scale=0"),
-        (lambda: arithmetic.compeft(A, scale="best"), "scale='best'"),
-        (lambda: arithmetic.compeft(A, per="layer"), "per='layer'"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(call: Callable[[], Adapter], word: str) -> None:
-    with pytest.raises(WeightingError, match=word):
-        call()
-
 
 LAYERS = {"q": (24, 32), "v": (16, 32)}
 
@@ -96,7 +49,7 @@ def test_similarities_are_the_cosines_of_the_dense_updates(pool):
 def test_workers_compare_the_blocks_of_a_hub_or_a_pool_to_the_bits_of_one_process(pool, tmp_path, monkeypatch, capfd):
     dense = [np.concatenate([a.delta(layer).double().numpy().ravel() for layer in LAYERS]) for a in pool.adapters.values()]
     rows = np.stack([row / np.linalg.norm(row) for row in dense])
-    monkeypatch.setattr(arithmetic, "BLOCK", 4)
+    monkeypatch.setattr(grouping, "BLOCK", 4)
     alone = similarities(pool, progress=False)[1]
     assert capfd.readouterr().out == ""
     assert np.allclose(alone, rows @ rows.T, atol=1e-6)
@@ -133,24 +86,9 @@ def test_an_adapter_that_updates_nothing_is_refused_by_name(pool):
         clusters(pool.including("zero", zero), num_clusters=2)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 9])
-def test_twin_merging_parts_are_the_common_one_and_the_best_cuts_of_the_differences_to_it(rank: int) -> None:
-    told = {"description": "counts", "examples": ["one"], "other": 1}
-    experts = {"a": replace(adapter("a", 1), card=told), "b": adapter("b", 2)}
-    shared = adapter("common", 3, rank=1)
-    parts = arithmetic.twin_merging(experts, shared, rank=rank)
-    assert parts.names == ("shared", "a", "b")
-    assert [parts[name].name for name in parts.names] == ["shared", "a", "b"]
-    assert equals(parts["shared"], {shared: 1.0})
-    for name, expert in experts.items():
-        for layer in ("one", "two"):
-            difference = dense(expert.layers[layer]) - dense(shared.layers[layer])
-            u, sigma, vh = torch.linalg.svd(difference, full_matrices=False)
-            wanted = (u[:, :rank] * sigma[:rank]) @ vh[:rank]
-            assert torch.allclose(dense(parts[name].layers[layer]), wanted, rtol=1e-5, atol=1e-5)
-    assert [parts["a"].card[key] for key in ("description", "examples")] == ["counts", ["one"]]
-    assert "other" not in parts["a"].card
-    with pytest.raises(WeightingError, match="has an expert of that name"):
-        arithmetic.twin_merging({**experts, "shared": shared}, shared)
-    with pytest.raises(WeightingError, match="rank"):
-        arithmetic.twin_merging(experts, shared, rank=0)
+def test_grouping_adapters_shows_no_bar_since_no_argument_could_leave_it_out(make_model, make_adapter, monkeypatch, capfd):
+    monkeypatch.setattr(grouping, "BLOCK", 2)
+    model = make_model("llama")
+    pool = [make_adapter(model, name, seed=seed) for seed, name in enumerate("abcde")]
+    with lw.experts("mixtral", model, pool=pool, num_experts=2):
+        assert capfd.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""ComPEFT and BYOM-LoRA against the definitions written out, and what comes back from a hub."""
+"""ComPEFT against the definition written out, and what comes back from a hub."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from installed import needs_entry
 from tiny_models import random_factors
 
-from loraweave.composer.merge.arithmetic import byom, compeft
-from loraweave.errors import AdapterUnsupported
+from loraweave.errors import AdapterUnsupported, WeightingError
+from loraweave.extensions.methods import compeft
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.types import Factors
@@ -91,10 +91,10 @@ def test_equal_magnitudes_are_cut_to_the_number_and_zeros_never_kept():
 def test_what_is_no_factor_stays_and_so_does_the_adapter_given():
     given = Adapter("one", "base", {"x": factors(0, bias_O=torch.ones(9), gain_O=torch.ones(9))}, heads={"h": torch.ones(2)})
     before = given.hash, flat(given)
-    for found in (compeft(given), byom(given, 1)):
-        assert torch.equal(found.layers["x"].bias_O, torch.ones(9))
-        assert torch.equal(found.layers["x"].gain_O, torch.ones(9))
-        assert torch.equal(found.heads["h"], torch.ones(2))
+    found = compeft(given)
+    assert torch.equal(found.layers["x"].bias_O, torch.ones(9))
+    assert torch.equal(found.layers["x"].gain_O, torch.ones(9))
+    assert torch.equal(found.heads["h"], torch.ones(2))
     assert np.array_equal(flat(given), before[1])
     assert Adapter("one", "base", given.layers, heads=given.heads).hash == before[0]
 
@@ -122,26 +122,6 @@ def test_a_standard_deviation_of_zero_is_refused():
         compeft(adapter(x=Factors(torch.ones(1, 3), torch.ones(2, 1))))
 
 
-def test_byom_cuts_each_layer_by_its_singular_values_and_tells_the_error():
-    given = adapter()
-    found = byom(given, 2)
-    assert {layer: one.rank for layer, one in found.layers.items()} == {"x": 2, "y": 2}
-    delta = given.delta("x").double().numpy()
-    u, sigma, vh = np.linalg.svd(delta)
-    assert np.allclose(found.delta("x").numpy(), u[:, :2] * sigma[:2] @ vh[:2], rtol=1e-4, atol=1e-5)
-    errors = found.card["compression"]
-    lost = np.sum(sigma[2:] ** 2)
-    assert errors["layers"]["x"] == pytest.approx(math.sqrt(lost / np.sum(sigma**2)), rel=1e-5)
-    assert errors["layers"]["y"] == 0.0
-    total = np.sum(sigma**2) + float(given.delta("y").double().square().sum())
-    assert errors["relative_error"] == pytest.approx(math.sqrt(lost / total), rel=1e-5)
-
-
-def test_byom_at_the_rank_it_has_loses_nothing():
-    given = adapter()
-    assert byom(given, 4).hash == given.hash
-
-
 @needs_entry("packings", "compeft")
 @pytest.mark.parametrize("per", ["adapter", "tensor"])
 def test_a_hub_stores_it_in_few_bits_and_gives_it_back_bit_for_bit(tmp_path, per):
@@ -154,3 +134,19 @@ def test_a_hub_stores_it_in_few_bits_and_gives_it_back_bit_for_bit(tmp_path, per
         assert record.size_bytes < plain_bytes / 12
         assert hub["one"].hash == found.hash
         assert hub.verify().ok
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda: compeft(adapter(), density=0.0), "density=0.0"),
+        (lambda: compeft(adapter(), density=1.1), "density=1.1"),
+        (lambda: compeft(adapter(), density=math.nan), "density=nan"),
+        (lambda: compeft(adapter(), scale=0), "scale=0"),
+        (lambda: compeft(adapter(), scale="best"), "scale='best'"),
+        (lambda: compeft(adapter(), per="layer"), "per='layer'"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(call, word):
+    with pytest.raises(WeightingError, match=word):
+        call()
