@@ -95,7 +95,9 @@ class MergeReport(Mapping[str, LayerReport]):
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Return the figures of each layer, to six significant digits, as the card stores them."""
-        return {layer: {key: _rounded(value) for key, value in vars(row).items()} for layer, row in self.layers.items()}
+        return {
+            layer: dict(zip(vars(row), map(_rounded, vars(row).values()), strict=True)) for layer, row in self.layers.items()
+        }
 
     def cosines(self) -> list[list[float]]:
         """Return the cosine of each pair of the parents' whole updates, all layers taken as one long vector.
@@ -203,9 +205,9 @@ def _clip(name: str) -> str:
     return shown.replace("$", r"\$")
 
 
-def _rounded(value: float | tuple[float, ...]) -> float | list[float]:
+def _rounded(value: Any) -> Any:
     if isinstance(value, tuple):
-        return [float(f"{number:.6g}") for number in value]
+        return list(map(_rounded, value))
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

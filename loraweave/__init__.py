@@ -26,6 +26,7 @@ _MODULES = {
     "composer.composer": "Composer",
     "composer.compose.composition": "Composition",
     "composer.compose.compose": "compose",
+    "composer.compose.refine": "byom",
     "composer.formula.formula": "Formula parse",
     "composer.merge.merge": "merge",
     "composer.ensembles.ensemble": "ensemble",

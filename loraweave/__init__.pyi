@@ -1,6 +1,7 @@
 from loraweave.composer.compose.compose import compose as compose
 from loraweave.composer.compose.composition import Composition as Composition
 from loraweave.composer.compose.program import order as order
+from loraweave.composer.compose.refine import byom as byom
 from loraweave.composer.composer import Composer as Composer
 from loraweave.composer.ensembles.ensemble import ensemble as ensemble
 from loraweave.composer.experts.make import experts as experts

@@ -98,7 +98,7 @@ _MODULES = {
     "composer.compose.compose": "ComposeCall",
     "composer.compose.loss": "ExampleLoss",
     "composer.compose.program": "Program",
-    "composer.compose.refine": "STEP_COST byom linear_targets loss_with num_scalars",
+    "composer.compose.refine": "STEP_COST linear_targets loss_with num_scalars",
     "composer.compose.report": "ReportRow",
     "composer.formula.nodes": "Named Stored Sum leaves",
     # training

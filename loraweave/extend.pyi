@@ -98,7 +98,6 @@ from loraweave.composer.compose.objectives._row_sums import RowSums as RowSums
 from loraweave.composer.compose.objectives.cross_entropy import CrossEntropy as CrossEntropy
 from loraweave.composer.compose.program import Program as Program
 from loraweave.composer.compose.refine import STEP_COST as STEP_COST
-from loraweave.composer.compose.refine import byom as byom
 from loraweave.composer.compose.refine import linear_targets as linear_targets
 from loraweave.composer.compose.refine import loss_with as loss_with
 from loraweave.composer.compose.refine import num_scalars as num_scalars

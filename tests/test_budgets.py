@@ -21,15 +21,15 @@ import loraweave as lw
 from loraweave import errors, extend, registry
 
 LIMITS = {
-    "files of the core": 337,
-    "lines of the core": 56_396,
-    "lines of the product": 84_544,
+    "files of the core": 238,
+    "lines of the core": 45_971,
+    "lines of the product": 84_398,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
-    "public names but errors": 37,
-    "names for those who extend": 389,
+    "public names but errors": 31,
+    "names for those who extend": 489,
     "imports below loraweave. in the pages": 0,
-    "values named found, own, each, given or asked": 11,
+    "values named found, own, each, given or asked": 8,
     "docstrings that are no order": 0,
 }
 # a limit that stays: an extension is small enough to be read

@@ -18,7 +18,7 @@ import loraweave as lw
 from loraweave import registry
 
 # (files, functions)
-LIMITS = {"merge": (14, 130), "live, cold": (16, 81), "live, warm": (6, 15), "compose": (152, 1714), "serve": (85, 704)}
+LIMITS = {"merge": (13, 130), "live, cold": (14, 70), "live, warm": (6, 15), "compose": (113, 1515), "serve": (62, 625)}
 
 
 class Journey:

@@ -19,7 +19,7 @@ AlreadyActive Anomaly BaseKey BaseModelMismatch Candidate Composer Composition C
 EmptyIndex ExpertPool Factors Fingerprint Formula FormulaError Hub HubCorrupt HubError HubFull HubLocked HubReadOnly
 InvalidLicense InvalidName InvalidTask LayerMismatch LoraweaveError MixtureWeights PackageMissing Record
 RetrievalError Retriever Router ScopeError SearchFailed SourceUnavailable Task TrainingError UnknownExpert
-UnknownName WeightingError base_key compose ensemble experts
+UnknownName WeightingError base_key byom compose ensemble experts
 extract load_base merge names order parse router to_lora
 train_adapters train_experts
 """

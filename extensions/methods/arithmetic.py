@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from loraweave import Adapter, ExpertPool, WeightingError, merge
-from loraweave.extend import Count, Fraction, NonNegative, byom, check_options, tracked
+from loraweave import Adapter, ExpertPool, WeightingError, byom, merge
+from loraweave.extend import Count, Fraction, NonNegative, check_options, tracked
 
 
 def negate(adapter: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:

@@ -94,10 +94,6 @@ def _factorised(dense: _Dense, rank: int | None, max_error: float) -> tuple[Arra
         tried = min(most, 2 * tried)
 
 
-def _energy(block: Array) -> float:
-    return float(np.vdot(block, block))
-
-
 class _Dense:
     """A matrix seen from its smaller side N (the other is M): products with it, in fp32, or float64 block by block."""
 
@@ -105,7 +101,7 @@ class _Dense:
         self.delta_OI = delta_OI
         self.wide = delta_OI.shape[0] <= delta_OI.shape[1]
         self.side = min(delta_OI.shape)
-        self.energy = sum(_energy(block) for _, block in self.blocks())
+        self.energy = sum(float(np.vdot(block, block)) for _, block in self.blocks())
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
         """Yield blocks of whole rows, with their slice, in float64."""
@@ -148,7 +144,7 @@ class _Dense:
         if left > REST_FP64 * self.energy:
             return left
         b_OR, a_RI = (u_NR * sigma_R, v_MR.T) if self.wide else (v_MR * sigma_R, u_NR.T)
-        return sum(_energy(block - b_OR[rows] @ a_RI) for rows, block in self.blocks())
+        return sum(float(np.vdot(missed := block - b_OR[rows] @ a_RI, missed)) for rows, block in self.blocks())
 
     def factors(self, u_NR: Array, sigma_R: Array, v_MR: Array, rank: int) -> tuple[Array, Array, float]:
         u_NR, sigma_R, v_MR = u_NR[:, :rank], sigma_R[:rank], v_MR[:, :rank]
