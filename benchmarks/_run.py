@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 import loraweave as lw
+from benchmarks._control import CONTROLS
 from loraweave.extensions.tour import read_rows
 from loraweave.hub.sources import adapter_folders
 from loraweave.retrieval.fusion import wilson
@@ -94,12 +95,20 @@ class Run:
         return adapter_folders(self.pool)
 
     @contextmanager
-    def hub(self, without: Collection[str] = (), *others: Path) -> Iterator[lw.Hub]:
-        """A hub of all of them but those named, and of others, which is deleted at the end."""
-        with tempfile.TemporaryDirectory() as folder, lw.Hub(folder) as hub:
-            for path in self.adapters():
-                if path.name not in without:
-                    hub.add(path)
+    def hub(
+        self, without: Collection[str] = (), *others: Path, control: str | None = None, seed: int = 0
+    ) -> Iterator[lw.Hub]:
+        """A hub of all of them but those named, and of others, which is deleted at the end.
+
+        With a `control`, the former are replaced as the function of that name in `_control` does it.
+        """
+        kept = [path for path in self.adapters() if path.name not in without]
+        with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as folder, lw.Hub(folder) as hub:
+            if control is not None:
+                CONTROLS[control](kept, Path(made), seed)
+                kept = [Path(made) / path.name for path in kept]
+            for path in kept:
+                hub.add(path)
             for path in others:
                 hub.add(path, name="in_context")
             yield hub

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from benchmarks._control import CONTROLS
 from benchmarks._data import NO_SEED, NO_SHOTS, Key, Measured, answers
 from benchmarks._run import RESAMPLES, Run, Table, interval
 
@@ -46,22 +47,45 @@ WAYS = (
 WITHOUT_EXAMPLES = ("base", "oracle", "any_single", "two_passes")
 # these are for tasks that join two skills
 OF_JOINED_SKILLS = ("order", "order+distilled", "any_single", "two_passes")
-# what `auto` is to beat
-RIVALS = ("in_context", "lora_examples", "few_shot", "best_single", "lorahub_original", "adamerging")
+# what `auto` is to beat; behind a name, labels ranked without their prior, as `auto` ranks them
+CALIBRATED = "+calibrated"
+RIVALS = (
+    "in_context",
+    "in_context_adapter",
+    "lora_examples",
+    "few_shot",
+    "few_shot_begun",
+    "best_single",
+    "lorahub_original",
+    "adamerging",
+    "in_context+calibrated",
+    "lora_examples+calibrated",
+    "few_shot+calibrated",
+    "few_shot_begun+calibrated",
+)
 # none of these is learned from the examples
 UNLEARNED = ("base", "best_single", "in_context")
 
 
 class Results:
-    """All measurements with one number of examples; `relations` names the tasks, in the order of the tables."""
+    """All measurements with one number of examples; `relations` names the tasks, in the order of the tables.
 
-    def __init__(self, measured: Mapping[Key, Measured], shots: int, relations: Mapping[str, str]) -> None:
+    On tasks without labels, which are all but `labelled`, a calibrated way is the way itself.
+    """
+
+    def __init__(
+        self, measured: Mapping[Key, Measured], shots: int, relations: Mapping[str, str], labelled: Collection[str] = ()
+    ) -> None:
         self.shots = shots
         self.relations = relations
         self.by: dict[tuple[str, str], dict[int, Measured]] = {}
         for key, found in measured.items():
             if key.task in relations and key.shots in (shots, NO_SHOTS):
                 self.by.setdefault((key.task, key.way), {})[key.seed] = found
+        for way in [way for way in self.ways if way.endswith(CALIBRATED)]:
+            for task in relations.keys() - set(labelled):
+                if plain := self.by.get((task, way.removesuffix(CALIBRATED))):
+                    self.by[task, way] = plain
 
     @property
     def ways(self) -> list[str]:
@@ -114,17 +138,24 @@ def relations(name: str) -> dict[str, str]:
     return {task: entry[key] for task, entry in Run().entries(group, there=False).items()}
 
 
+def labelled(name: str) -> set[str]:
+    """The "unseen" tasks, or the pool's own, whose answers are labels."""
+    entries = Run().entries("unseen" if name == "unseen" else "pool", there=False)
+    return {task for task, entry in entries.items() if entry["labels"]}
+
+
 def report(measured: Mapping[Key, Measured], name: str, known: Mapping[str, str] | None = None) -> dict[str, Table]:
     """Every table, for each number of examples; ways in the order of WAYS, those that were measured."""
     found: dict[str, Table] = {}
     for shots in sorted({key.shots for key in measured} - {NO_SHOTS}):
-        results = Results(measured, shots, relations(name) if known is None else known)
+        results = Results(measured, shots, relations(name) if known is None else known, labelled(name))
         shown = [way for way in WAYS if way in results.ways] + [way for way in results.ways if way not in WAYS]
         tables = {
             "scores": _scores(results, [way for way in shown if way not in OF_JOINED_SKILLS]),
             "shares": _shares(results, [way for way in shown if way not in WITHOUT_EXAMPLES]),
             "times": _times(results, shown),
             "goals": _goals(results),
+            "stored": _stored(results),
             "lacks": _loss_parts(results, shown),
             "joined": _joined(results, shown),
         }
@@ -210,6 +241,23 @@ def _mean_share(by_task: Mapping[str, np.ndarray], tasks: Sequence[str]) -> str:
     if len(by_task) < len(tasks) or not tasks:
         return f"({len(by_task)} of {len(tasks)})"
     return _share_cell(np.nanmean(list(by_task.values()), axis=0))
+
+
+def _stored(results: Results) -> Table:
+    """What the stored adapters add: each way less the same way over a hub in which nothing is stored."""
+    columns = ("way", "tasks", "over the hub", "over the control", "what the stored adapters add")
+    table = Table("what the stored adapters add to a way", columns)
+    for controlled in (way for way in results.ways if way.rpartition("+")[2] in CONTROLS):
+        way, _, control = controlled.rpartition("+")
+        tasks = results.tasks([way, controlled])
+        relations = dict.fromkeys(results.relations[task] for task in tasks)
+        groups = {relation: [task for task in tasks if results.relations[task] == relation] for relation in relations}
+        for label, group in {**groups, "all": tasks}.items():
+            drawn_RW = np.mean([results.draws_RW(task, [way, controlled]) for task in group], axis=0)
+            means = (f"{mean:.3f}" for mean in drawn_RW[0])
+            added = interval(drawn_RW[:, 0] - drawn_RW[:, 1], 3)
+            table.add(f"{way} less {control}", f"{len(group)} {label}", *means, added)
+    return table
 
 
 def _times(results: Results, ways: Sequence[str]) -> Table:

@@ -2,6 +2,7 @@
 
     python -m benchmarks --out runs/unseen --data DATA unseen
     python -m benchmarks --out runs/unseen --data DATA unseen --ways auto,gradient --shots 5,20 --seeds 0,1,2,3,4
+    python -m benchmarks --out runs/unseen --data DATA unseen --ways auto --control noise  (over a hub of noise)
     python -m benchmarks --out runs/unseen --report unseen                  (the tables of what has been measured so far)
     python -m benchmarks --out runs/unseen --report --save unseen unseen    (writes data/unseen.json)
     python -m benchmarks --out runs/left-out --data DATA unseen --left-out  (the pool's own tasks: what choices are made by)
@@ -17,7 +18,10 @@ prompt (`in_context_adapter`), and the training that begins there (`few_shot_beg
 for joined skills the adapter that is best on the test items
 (`any_single`), and both skills one after the other (`two_passes`); and every method of `compose()` by its name. With
 `+shown` behind its name, a way learns and answers under prompts that show the other examples with their answers; with
-`+calibrated` it ranks labels without their prior.
+`+calibrated`, on tasks with labels, it ranks them without their prior on the examples, as `auto` does.
+
+--control noise replaces the factors of the stored adapters by noise of the same norms, --control shuffled by those of
+another adapter (`_control.py`); cards and the in-context adapter stay. Its name stands behind the way's (`auto+noise`).
 
 --left-out takes each task of the pool as if it were unseen: its own adapter and those of the same skill are not in the hub,
 the in-context adapter is the one of `examples/make_in_context.py --folds` that was trained without it, and its examples and
@@ -32,7 +36,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +47,7 @@ import typer
 from rich.progress import track
 
 import loraweave as lw
+from benchmarks._control import CONTROLS
 from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
 from benchmarks._run import ROOT, Run, pairs
 from benchmarks._unseen_report import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES, report
@@ -59,8 +64,11 @@ from loraweave.hub.base import fast_dtype
 app = typer.Typer()
 
 
-# behind the name of a way: its prompts show the other examples, labels are ranked without their prior
-FORMS: dict[str, dict[str, Any]] = {"+shown": {"demonstrations": True}, "+calibrated": {"calibrated": True}}
+# behind the name of a way: its prompts show the other examples, labels are ranked without their prior on the examples
+FORMS: dict[str, Callable[[lw.Task], lw.Task]] = {
+    "shown": lambda task: replace(task, demonstrations=True),
+    "calibrated": lambda task: replace(task, calibrated=task.examples),
+}
 # tasks of the pool that teach one skill on other texts
 SAME_SKILL = (("sentiment_movie", "sentiment_tweet"),)
 SHIPPED_READER = ROOT / "examples" / "in_context"
@@ -77,8 +85,10 @@ class Asked:
     k: int
     budget: int
     num_test: int
+    labelled: Set[str]
     left_out: bool = False
     in_context: Path | None = None
+    control: str | None = None
 
     def without(self, task: str) -> tuple[str, ...]:
         """What the hub may not have: the adapters of the task's own skill."""
@@ -96,11 +106,14 @@ class Asked:
         return found[:1]
 
     def wanted(self) -> Iterator[Key]:
+        ending = f"+{self.control}" if self.control else ""
         for shots in self.shots:
             for seed in self.seeds:
                 for task, relation in self.relations.items():
-                    for way in self.ways:
-                        if way in OF_JOINED_SKILLS and relation != "compositional":
+                    for way in (f"{name}{ending}" for name in self.ways):
+                        if plain_way(way) in OF_JOINED_SKILLS and relation != "compositional":
+                            continue
+                        if "calibrated" in endings(way) and task not in self.labelled:
                             continue
                         if way not in WITHOUT_EXAMPLES:
                             yield Key(task, way, shots, seed)
@@ -122,6 +135,7 @@ def main(
     again: Annotated[str, typer.Option(help="a,b: ways whose earlier measurements do not count")] = "",
     left_out: Annotated[bool, typer.Option(help="the pool's own tasks, each without its adapter")] = False,
     in_context: Annotated[Path | None, typer.Option(help="in-context adapter, or folder of folds")] = None,
+    control: Annotated[str | None, typer.Option(help="noise or shuffled: in place of what is stored")] = None,
 ) -> None:
     """Right answers, the share of what training could gain, and the time to choose."""
     run: Run = context.obj
@@ -129,11 +143,13 @@ def main(
     entries = run.entries("pool" if left_out else "unseen")
     kinds = {task: entry["category" if left_out else "relation"] for task, entry in entries.items()}
     if not run.report:
+        if control not in (None, *CONTROLS):
+            raise typer.BadParameter(f"there is no control {control!r}; there are {', '.join(CONTROLS)}")
         number, count = (int(each) for each in part.split("/"))
         chosen = [task for task in kinds if not tasks or task in tasks.split(",")][number - 1 :: count]
         of_seeds, of_shots = ([int(each) for each in text.split(",")] for text in (seeds, shots))
         relations = {task: kinds[task] for task in chosen}
-        limits = k, budget, num_test, left_out, in_context
+        limits = k, budget, num_test, {task for task in chosen if entries[task]["labels"]}, left_out, in_context, control
         asked = Asked(relations, ways.split(","), of_seeds, of_shots, *limits)
         measure(run, asked, store, again.split(","))
     name = "left out" if left_out else "unseen"
@@ -146,12 +162,14 @@ def measure(run: Run, asked: Asked, store: Store, again: list[str]) -> None:
     model, tokenizer = lw.load_base(dtype=fast_dtype())
     keys = [key for key in asked.wanted() if key not in known]
     with ExitStack() as stack:
-        hubs: dict[tuple[str, ...], lw.Hub] = {}
+        hubs: dict[tuple[tuple[str, ...], int], lw.Hub] = {}
         for key in track(keys, "measuring"):
-            without = asked.without(key.task)
-            if without not in hubs:
-                hubs[without] = stack.enter_context(run.hub(without, *asked.reader(without)))
-            store.keep(_measured(open_case(run, asked, model, tokenizer, hubs[without], key), key))
+            # a control's numbers are drawn anew with each seed
+            without, seed = asked.without(key.task), key.seed if asked.control else 0
+            if (without, seed) not in hubs:
+                opened = run.hub(without, *asked.reader(without), control=asked.control, seed=seed)
+                hubs[without, seed] = stack.enter_context(opened)
+            store.keep(_measured(open_case(run, asked, model, tokenizer, hubs[without, seed], key), key))
 
 
 def same_skill(task: str) -> tuple[str, ...]:
@@ -171,9 +189,9 @@ def open_case(run: Run, asked: Asked, model: Any, tokenizer: Any, hub: lw.Hub, k
         unseen = DemoTask(key.task, task, test, [])
     else:
         unseen = load_task(run.data, key.task, key.seed, asked.num_test, num_examples=num_examples)
-    for ending, form in FORMS.items():
-        if key.way.endswith(ending):
-            unseen = replace(unseen, task=replace(unseen.task, **form))
+    for form in endings(key.way):
+        if form in FORMS:
+            unseen = replace(unseen, task=FORMS[form](unseen.task))
     return Case(model, tokenizer, hub, unseen, training, key.seed, asked.k, asked.budget)
 
 
@@ -238,9 +256,15 @@ class Found:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
+def endings(way: str) -> list[str]:
+    """The form of its prompts and the control that stand behind a way's name."""
+    return [part for part in way.split("+")[1:] if part in FORMS or part in CONTROLS]
+
+
 def plain_way(way: str) -> str:
-    """The way without the form of its prompts."""
-    return next((way.removesuffix(ending) for ending in FORMS if way.endswith(ending)), way)
+    """The way without them."""
+    first, *others = way.split("+")
+    return "+".join([first, *(part for part in others if part not in endings(way))])
 
 
 def find(case: Case, way: str) -> Found:

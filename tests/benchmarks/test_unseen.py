@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import loraweave as lw
+from benchmarks import _control
 from benchmarks import _data as store
 from benchmarks import _unseen_report as report
 from benchmarks import unseen as ways
@@ -82,6 +85,72 @@ def test_the_report_says_which_goals_are_reached(measured):
     assert lacks["first"] == ["0.70", "auto", "0.70", "0.90", "0.00", "0.20"]
     shares = tables["unseen, 5 examples, shares"].rows
     assert "(left out: flat, oracle 0.50 against base 0.50)" in [label for label, *_ in shares]
+
+
+def test_what_the_stored_adapters_add_is_the_way_less_the_same_way_over_a_control(measured):
+    for task, count in {"first": 5, "second": 8}.items():
+        for seed in (0, 1):
+            key = store.Key(task, "auto+noise", 5, seed)
+            measured[key] = store.Measured(key, (np.arange(10) < count).astype(np.uint8), 1.0, 1.0, 1.0, {"chosen": "x"})
+    rows = report.report(measured, "unseen", RELATIONS)["unseen, 5 examples, stored"].rows
+    assert [row[:4] for row in rows] == [
+        ("auto less noise", "1 near", "0.700", "0.500"),
+        ("auto less noise", "1 compositional", "0.800", "0.800"),
+        ("auto less noise", "2 all", "0.750", "0.650"),
+    ]
+    assert rows[0][4].startswith("0.200 [")
+    assert rows[1][4] == "0.000 [0.000, 0.000]"
+
+
+def test_a_calibrated_way_is_the_way_itself_on_tasks_without_labels(measured):
+    key = store.Key("second", "lora_examples+calibrated", 5, 0)
+    measured[key] = store.Measured(key, np.ones(10, dtype=np.uint8), 1.0, 1.0, 1.0, {})
+    results = report.Results(measured, 5, RELATIONS, labelled={"second"})
+    means = [results.draws_RW(task, ["lora_examples+calibrated"])[0, 0] for task in RELATIONS]
+    assert means == [0.6, 1.0, 0.5]
+
+
+def test_a_way_is_known_without_its_form_and_its_control():
+    assert [ways.plain_way(f"order+distilled{ending}") for ending in ("", "+noise", "+calibrated+shuffled")] == [
+        "order+distilled"
+    ] * 3
+    assert ways.endings("few_shot+calibrated+noise") == ["calibrated", "noise"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders of adapters of one layer, whose cards say their names."""
+    for seed, name in enumerate("ab"):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"A": (2, 6), "B": (5, 2)}
+        tensors = {f"q.lora_{part}.weight": torch.randn(shape, generator=generator) for part, shape in shapes.items()}
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / _control.WEIGHTS)
+        (tmp_path / name / _control.CONFIG).write_text(name)
+        (tmp_path / name / "loraweave.json").write_text(name)
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+def test_noise_keeps_the_cards_and_the_norm_of_each_update_and_nothing_else(folders, tmp_path):
+    _control.noise(folders, tmp_path / "made", 0)
+    for folder in folders:
+        made = tmp_path / "made" / folder.name
+        old, new = (load_file(place / _control.WEIGHTS) for place in (folder, made))
+        updates = [tensors["q.lora_B.weight"] @ tensors["q.lora_A.weight"] for tensors in (old, new)]
+        # two roots of a sum of 30 squares in fp32
+        assert float(updates[0].norm()) == pytest.approx(float(updates[1].norm()), rel=1e-5)
+        cosine = torch.cosine_similarity(*(update.flatten() for update in updates), dim=0)
+        assert abs(cosine) < 0.9
+        assert (made / "loraweave.json").read_text() == folder.name
+
+
+def test_shuffled_factors_lie_under_the_card_of_another_adapter(folders, tmp_path):
+    _control.shuffled(folders, tmp_path / "made", 0)
+    for folder, other in zip(folders, folders[::-1], strict=True):
+        made = tmp_path / "made" / folder.name
+        assert (made / "loraweave.json").read_text() == folder.name
+        for name in (_control.WEIGHTS, _control.CONFIG):
+            assert (made / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_two_passes_hand_the_first_skills_answer_to_the_second(monkeypatch):
