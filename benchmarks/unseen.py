@@ -85,7 +85,7 @@ class Asked:
     k: int
     budget: int
     num_test: int
-    labelled: Set[str]
+    labelled: Set[str] = frozenset()
     left_out: bool = False
     in_context: Path | None = None
     control: str | None = None
