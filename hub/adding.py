@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,7 +278,7 @@ def examiners() -> list[Any]:
 
 def layouts() -> list[Any]:
     """Return the modules that know layouts of routers."""
-    return [import_module(module) for module in registry.brought("router_files").values()]
+    return list(registry.bringing("router_files"))
 
 
 def layout_of(folder: Path) -> Any | None:

@@ -11,7 +11,7 @@ import difflib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -153,6 +153,11 @@ def brought(part: str) -> dict[str, str]:
     """
     files = {name: f"{EXTENSIONS}.{name}.{part}" for name, path in extensions().items() if (path / f"{part}.py").is_file()}
     return {name: point.module for name, point in _plugins(part, tuple(sys.path)).items()} | files
+
+
+def bringing(part: str) -> Iterator[Any]:
+    """Return an iterator over the modules that bring a part, as `brought` orders them, each imported when it is reached."""
+    return map(importlib.import_module, brought(part).values())
 
 
 def names(folder: str) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import importlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -205,8 +204,7 @@ class Face:
         self._limits = limits
         self._api_key = api_key
         self._tokenizer = tokenizer
-        brought = next(iter(registry.brought("server").values()), None)
-        parts = None if brought is None else importlib.import_module(brought)
+        parts = next(registry.bringing("server"), None)
         self._metrics: Metrics = Metrics() if parts is None else parts.make_metrics()
         self._names = Names(hub, model, tokenizer, limits)
         self._prompts = Prompts(model, tokenizer)

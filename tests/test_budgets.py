@@ -22,8 +22,8 @@ from loraweave import errors, extend, registry
 
 LIMITS = {
     "files of the core": 238,
-    "lines of the core": 45_971,
-    "lines of the product": 84_398,
+    "lines of the core": 45_968,
+    "lines of the product": 84_395,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,

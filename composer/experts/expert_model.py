@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -423,9 +422,10 @@ class ExpertModel(LikeBase, ExpertParts):
 
 def trainer() -> Any:
     """Return an extension's module that trains expert models and begins them as adapters. Raises PackageMissing for none."""
-    for module in registry.brought("trainer").values():
-        return import_module(module)
-    raise PackageMissing("none of the extensions at hand trains expert models, or begins them as adapters")
+    module = next(registry.bringing("trainer"), None)
+    if module is None:
+        raise PackageMissing("none of the extensions at hand trains expert models, or begins them as adapters")
+    return module
 
 
 def _share_of_step(kwargs: Mapping[str, Any]) -> Any:

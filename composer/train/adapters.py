@@ -6,7 +6,6 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +35,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import require_everywhere
-from loraweave.registry import brought
+from loraweave.registry import bringing
 from loraweave.types import Fingerprint, Task
 
 
@@ -167,9 +166,10 @@ def _groups(hub: Hub | None, n_jobs: int | None) -> Any:
         raise TrainingError(
             f"{count} processes were launched, which share the rows of each step, and {options[0]} is for one"
         )
-    for module in brought("groups").values():
-        return import_module(module)
-    raise PackageMissing(f"{options[0]} trains in groups, which none of the extensions at hand does: leave it out")
+    module = next(bringing("groups"), None)
+    if module is None:
+        raise PackageMissing(f"{options[0]} trains in groups, which none of the extensions at hand does: leave it out")
+    return module
 
 
 def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from loraweave.composer.train.jobs import LoraJob, SharedPass, TrainingJob, rang
 from loraweave.composer.train.progress import Processes
 from loraweave.composer.train.state import JobProgress, JobReport, JobSize, PlannedJob, SharedReport
 from loraweave.errors import PackageMissing, TrainingError
-from loraweave.registry import brought
+from loraweave.registry import bringing
 
 CHECKPOINT_STEPS = 20
 
@@ -93,8 +92,9 @@ def step_memory(
     `job` stands for the jobs to come. A step may take `allowed` bytes; with None, what `share` makes of the device's free
     bytes, None for unknown. Raises PackageMissing for `allowed` bytes that no extension can estimate.
     """
-    for module in brought("step_memory").values():
-        memory: StepMemory = import_module(module).EstimatedMemory(model, tokenizer, job, allowed, share=share)
+    module = next(bringing("step_memory"), None)
+    if module is not None:
+        memory: StepMemory = module.EstimatedMemory(model, tokenizer, job, allowed, share=share)
         return memory
     if allowed is not None:
         raise PackageMissing("memory_bytes limits steps by an estimate, which none of the extensions at hand makes")

@@ -15,13 +15,12 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import listing, present, read_json
-from loraweave.registry import brought, extensions
+from loraweave.registry import bringing, extensions
 
 T = TypeVar("T")
 CONFIG = "adapter_config.json"
@@ -145,9 +144,10 @@ def resolve_patterns(
 
 def extension_module(part: str, what: str, *missing: str) -> Any:
     """Return an extension's module `part`. Raises AdapterUnsupported without one; `missing` is for `missing_extension`."""
-    for module in brought(part).values():
-        return import_module(module)
-    raise AdapterUnsupported(f"{what}: nothing here reads or writes this form{missing_extension(*missing)}")
+    module = next(bringing(part), None)
+    if module is None:
+        raise AdapterUnsupported(f"{what}: nothing here reads or writes this form{missing_extension(*missing)}")
+    return module
 
 
 def missing_extension(name: str = MORE_FORMATS, does: str = "reads more") -> str:

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from importlib import import_module
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +26,7 @@ from loraweave.common.names import text_digest
 from loraweave.hub.embedders._embedder import embed_checked, embedder_of, unit
 from loraweave.hub.indexes.flat import Choice, Index
 from loraweave.hub.tables.rows import Said
-from loraweave.registry import brought
+from loraweave.registry import bringing
 from loraweave.types import Record
 
 # The description's share of a key: the largest that does not worsen queries by inputs on the pool's training rows. Queries
@@ -262,8 +261,7 @@ class IndexFiles(Protocol):
 
 def index_files() -> list[IndexFiles]:
     """Return what extensions and other packages bring to save large indexes."""
-    modules: list[Any] = [import_module(module) for module in brought("index_files").values()]
-    return modules
+    return list(bringing("index_files"))
 
 
 def problems(place: Path) -> Iterator[str]:

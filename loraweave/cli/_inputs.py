@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -240,7 +239,7 @@ def read_merge_file(path: Path) -> Any:
     """
     said = read_yaml(path, WeightingError)
     if "formula" not in said:
-        readers = [importlib.import_module(module) for module in registry.brought("merge_files").values()]
+        readers = list(registry.bringing("merge_files"))
         recipe = next((recipe for reader in readers if (recipe := reader.read(path, said)) is not None), None)
         if recipe is None:
             kinds = ", or ".join(["a 'formula'", *(reader.READS for reader in readers)])

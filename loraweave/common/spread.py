@@ -20,7 +20,6 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
 import joblib
@@ -107,14 +106,13 @@ def spreader(part: str, n_jobs: int | None) -> Any:
     """
     if processes_here(n_jobs) is None:
         return None
-    for module in registry.brought(part).values():
-        return import_module(module)
-    if n_jobs == 1:
-        return None
-    raise PackageMissing(
-        f"{part} by workers, which n_jobs or joblib.parallel_config asks for, is done by none of the extensions at hand: "
-        "pass n_jobs=1, which does it in this process"
-    )
+    module = next(registry.bringing(part), None)
+    if module is None and n_jobs != 1:
+        raise PackageMissing(
+            f"{part} by workers, which n_jobs or joblib.parallel_config asks for, is done by none of the extensions at "
+            "hand: pass n_jobs=1, which does it in this process"
+        )
+    return module
 
 
 @contextmanager

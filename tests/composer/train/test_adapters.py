@@ -10,7 +10,6 @@ from rounding import assert_near, num_terms
 from torch.nn import functional
 
 from loraweave.composer.model.batches import IGNORED, batch, encode, token_losses
-from loraweave.composer.train import adapters as adapters_module
 from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.composer.train.jobs import LoraJobs, job_losses
@@ -388,6 +387,6 @@ def test_one_adapter_learns_a_list_of_tasks(tiny_llama, tokenizer):
 
 
 def test_workers_without_the_extension_that_asks_them_are_refused(tiny_llama, tokenizer, monkeypatch):
-    monkeypatch.setattr(adapters_module, "brought", lambda part: {})
+    monkeypatch.setattr("loraweave.registry.brought", lambda part: {})
     with pytest.raises(PackageMissing, match="n_jobs trains in groups, which none of the extensions at hand does"):
         train_adapters(tiny_llama, tokenizer, {"upper": [("a", "A")]}, progress=False, n_jobs=1)

@@ -186,7 +186,7 @@ def test_an_adapter_says_how_its_training_ended(tiny_llama, tokenizer, tmp_path)
 
 def test_without_an_estimate_all_jobs_fit_and_a_limit_is_refused(tiny_llama, tokenizer, monkeypatch):
     estimated = train(tiny_llama, tokenizer)
-    monkeypatch.setattr(shared_training, "brought", lambda part: {})
+    monkeypatch.setattr("loraweave.registry.brought", lambda part: {})
     trained = train(tiny_llama, tokenizer)
     assert {name: adapter.hash for name, adapter in trained.items()} == {n: a.hash for n, a in estimated.items()}
     assert (trained.report.estimated_bytes, trained.report.peak_bytes) == (0, None)
