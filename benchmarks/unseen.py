@@ -164,7 +164,7 @@ def measure(run: Run, asked: Asked, store: Store, again: list[str]) -> None:
     with ExitStack() as stack:
         hubs: dict[tuple[tuple[str, ...], int], lw.Hub] = {}
         for key in track(keys, "measuring"):
-            # a control's numbers are drawn anew with each seed
+            # each seed draws new numbers for the control
             without, seed = asked.without(key.task), key.seed if asked.control else 0
             if (without, seed) not in hubs:
                 opened = run.hub(without, *asked.reader(without), control=asked.control, seed=seed)

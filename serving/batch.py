@@ -41,7 +41,7 @@ from loraweave.serving.row import Row
 
 
 class Prefixes:
-    """What rows begin with that was read before. This keeps nothing, an extension's does. One thread uses it."""
+    """The kept beginnings of prompts that were read. This one keeps nothing; an extension's does. One thread uses it."""
 
     kept_bytes = 0
 

@@ -90,7 +90,7 @@ class Served:
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
-        """What its rows keep in the engine: adapters by their content, or a router by the composition's identity."""
+        """The keys of what its rows keep in the engine: adapters by content, or a router by the composition's identity."""
         return tuple(self.adapters) if self.router is None else (self.identity,)
 
     @property

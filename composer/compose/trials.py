@@ -145,7 +145,7 @@ class Bench:
         used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
         used = {name: mean for (name, mean), is_used in zip(mixture.means().items(), used_E, strict=True) if is_used}
         known = {"task": self.task, "pool": self.engine.pool, "merge_method": "linear", "all_weights": used, **fields}
-        # licenses were asked for before, and what is returned is told again whether they are to be
+        # the pool's licenses were checked before; `reported` sets what the caller allows
         made = Composition(self.engine.model, self.tokenizer, report=NO_REPORT, allow_licenses=True, **known)
         return Selection(scores, result, replace(made, by_layer=mixture.by_layer() if mixture.layers else None))
 

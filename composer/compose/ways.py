@@ -181,7 +181,7 @@ def _that_run(trials: Iterable[Trial], run: Callable[[Trial], object], remarks: 
 
 
 def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split], remarks: list[str]) -> Outcome:
-    """Run the average of the members; return all trials, of which the average, or the only member, is the one to return."""
+    """Run the average of the members, and return all trials: the outcome returns the average, or the only member."""
     average: list[Trial] = [averaged(members)] if len(members) > 1 else []
     for trial in average:
         trial.run(folds)

@@ -117,7 +117,7 @@ class LiveHook:
     def calls(
         self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
     ) -> tuple[MixtureWeights | Router, Any] | None:
-        """Return an activation's weights and what finds the mixture of each call, which is None if all calls share one.
+        """Return an activation's weights, and the function that finds the mixture of a call: None if all calls share one.
 
         Returns None for a model whose calls the hook does not know. `resolve` makes weights of a mixture, `activate` opens
         an activation of them.

@@ -122,7 +122,7 @@ SUPPLIED = tuple(registry.RESERVED["methods"])
 
 @runtime_checkable
 class AdapterStatistics(Protocol):
-    """What was recorded of one adapter, by layer, for methods that take `statistics`."""
+    """The statistics recorded of one adapter, by layer, for methods that take `statistics`."""
 
     @property
     def layers(self) -> Mapping[str, Any]:

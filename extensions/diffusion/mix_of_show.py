@@ -128,7 +128,7 @@ class _Regional:
         return torch.where(count_T1 == 0, plain, total_BTC / count_T1.clamp(min=1)).to(plain.dtype)
 
     def _masks(self, num_places: int) -> Tensor:
-        """Which region has which place of features, 0 or 1, (regions, places)."""
+        """Return 1 where a region has a place of the features and 0 elsewhere, of shape (regions, places)."""
         height, width = self._size
         # each level of a UNet halves both, rounded up
         while height * width > num_places:

@@ -28,7 +28,7 @@ from loraweave.extend import (
 
 
 class Call(NamedTuple):
-    """What a part that denoises was called with, and the prediction that it gave."""
+    """The arguments that a denoising part was called with, and its prediction."""
 
     part: str
     args: tuple[Any, ...]

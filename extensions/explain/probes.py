@@ -25,7 +25,7 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Probed:
-    """How sure of one answer an adapter is whatever the input, 0 to 1: as inputs are, and by probe and place in them.
+    """The scores of an adapter's bias to one answer, whatever the input, 0 to 1: on plain inputs, and by probe and place.
 
     collapse = max over tokens v of the mean over inputs of p(v), v being the answer's first token. Under a probe, the token
     that the probe itself begins with does not count: an adapter that repeats its input would look triggered by every one.

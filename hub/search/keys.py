@@ -247,7 +247,7 @@ class Stamp:
 
 
 class IndexFiles(Protocol):
-    """What the file `index_files.py` of an extension has: files of large indexes, in the folder `index` of a place."""
+    """The interface of an extension's file `index_files.py`: files of large indexes, in the folder `index` of a place."""
 
     def load(self, places: Sequence[Path], wanted: Stamp, dim: int, choice: Choice) -> tuple[Keys, Stamp] | None:
         """Return the newest saved keys of the embedder and index that are wanted, mapped, and their stamp, or None."""
