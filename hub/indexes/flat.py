@@ -19,6 +19,9 @@ _BLOCK_NUMBERS = 2**22
 # arrays of up to this size, some 64 queries, are checked number by number
 _FEW_NUMBERS = 2**16
 
+# fewer keys, which are compared within a millisecond, are worth neither another index's import nor a file
+FEW_KEYS = 1000
+
 # below this share of allowed rows, scoring just these costs less than a scan that skips the others
 _FEW_ALLOWED = 1 / 16
 
@@ -30,7 +33,8 @@ class Index(Protocol):
 
     A mask leaves only the rows that it allows. `arrays` returns the arrays of which `from_arrays` makes an index without a
     copy; from "vectors" alone, which is always there, `from_arrays` makes the rest. Where no index is named, a class with a
-    number as `default_from` is taken for this many keys or more, unless the keys reach a larger one of another class.
+    number as `default_from` is taken for this many keys or more, unless the keys reach a larger one of another class. Fewer
+    than FEW_KEYS are searched by `Flat`.
     """
 
     @classmethod
@@ -51,12 +55,18 @@ Choice = Callable[[int], Any]
 
 def index_choice(index: str) -> Choice:
     """Return the class of that name; "auto" chooses by the number of keys and `default_from`. Raises UnknownName."""
-    if index != "auto":
-        kind = registry.get("indexes", index)
-        return lambda count: kind
+    if index == "auto":
+        return _kind_for
+    kind = registry.get("indexes", index)
+    return lambda count: kind
+
+
+def _kind_for(count: int) -> Any:
+    if count < FEW_KEYS:
+        return Flat
     kinds = [registry.get("indexes", name) for name in registry.names("indexes")]
-    least = {kind: kind.default_from for kind in kinds if getattr(kind, "default_from", None) is not None}
-    return lambda count: max((kind for kind in least if least[kind] <= count), key=lambda kind: least[kind], default=Flat)
+    reached = [kind for kind in kinds if (least := getattr(kind, "default_from", None)) is not None and least <= count]
+    return max(reached, key=lambda kind: kind.default_from, default=Flat)
 
 
 class Flat:

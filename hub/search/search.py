@@ -22,7 +22,7 @@ from loraweave.common.checks import is_number
 from loraweave.common.process import lock_of
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterQuarantined, HubError, RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, embed_checked, embedder_of, excerpt
-from loraweave.hub.indexes.flat import index_choice
+from loraweave.hub.indexes import flat
 from loraweave.hub.listing import Listing
 from loraweave.hub.search.keys import MAX_LATE, Embed, Hits, Keys, Stamp, digest_of, index_files, made_keys, texts_of
 from loraweave.hub.stores.open_stores import local_folder
@@ -112,7 +112,7 @@ class SearchIndex:
         # the argument by which a worker opens the embedder
         self._given = embedder
         self._index = index
-        self._choice = index_choice(index)
+        self._choice = flat.index_choice(index)
         self._snapshot: _Snapshot | None = None
         self._lock = lock_of(self)
         self._unstored: dict[str, tuple[str, np.ndarray]] = {}
@@ -260,7 +260,7 @@ class SearchIndex:
 
     def _saved(self) -> _Snapshot:
         wanted = Stamp("", 0, self.embedder.id, self._index)
-        for files in index_files():
+        for files in index_files() if len(self.hub) >= flat.FEW_KEYS else ():
             opened = files.load(self._places, wanted, self.embedder.dim, self._choice)
             if opened is not None:
                 keys, stamp = opened
@@ -313,7 +313,8 @@ class SearchIndex:
     def _save(self, snapshot: _Snapshot) -> _Snapshot:
         """Return the snapshot with its keys mapped from a file, if an extension saves them now."""
         stamp = Stamp(snapshot.identity, snapshot.generation, self.embedder.id, self._index)
-        for files in index_files() if len(snapshot.keys.segments) == 1 else ():
+        is_large = len(snapshot.keys) >= flat.FEW_KEYS
+        for files in index_files() if is_large and len(snapshot.keys.segments) == 1 else ():
             mapped = files.save(self._places[-1], stamp, snapshot.keys)
             if mapped is not None:
                 return replace(snapshot, keys=mapped)

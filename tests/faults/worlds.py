@@ -12,10 +12,12 @@ from installed import rebuild
 from tiny_hubs import adapter, flip, run_sql
 
 from loraweave.hub.hub import Hub
+from loraweave.hub.indexes import flat
 from loraweave.hub.search import keys, search
 from loraweave.hub.stores import migrations
 
 # so that a hub of a few adapters has an index file too
+flat.FEW_KEYS = 1
 for files in keys.index_files():
     files.MIN_SAVED = 1
 

@@ -22,7 +22,9 @@ def test_without_faiss_the_message_has_the_install_command(monkeypatch):
 pytest.importorskip("faiss")
 
 
-@pytest.mark.parametrize(("count", "kind"), [(1, FaissHalf), (199_999, FaissHalf), (200_000, FaissIvf), (10**7, FaissIvf)])
+@pytest.mark.parametrize(
+    ("count", "kind"), [(999, Flat), (1_000, FaissHalf), (199_999, FaissHalf), (200_000, FaissIvf), (10**7, FaissIvf)]
+)
 def test_the_index_taken_where_none_is_named_is_exact_up_to_200_000_keys(count, kind):
     assert index_choice("auto")(count) is kind
 

@@ -16,6 +16,7 @@ from loraweave.common import files as common_files
 from loraweave.extensions.large_hubs import index_files
 from loraweave.extensions.large_hubs.index_files import map_arrays, write_arrays
 from loraweave.hub.hub import Hub
+from loraweave.hub.indexes import flat
 from loraweave.hub.search import search as search_module
 from loraweave.hub.search.search import SearchIndex
 
@@ -23,6 +24,7 @@ from loraweave.hub.search.search import SearchIndex
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(index_files, "MIN_SAVED", 1)
+    monkeypatch.setattr(flat, "FEW_KEYS", 1)
     with Hub(tmp_path / "hub") as opened:
         yield filled(opened)
 
