@@ -276,7 +276,16 @@ def finite_weights(weights: Any, names: Sequence[str]) -> list[float]:
         )
     if len(weights) != len(names):
         raise WeightingError(f"merge got {len(names)} adapters and {len(weights)} weights; it takes one weight for each")
-    return list(map(_number, names, weights))
+    values = []
+    for name, weight in zip(names, weights, strict=True):
+        try:
+            value = math.nan if isinstance(weight, str | bytes) else float(weight)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise WeightingError(f"the weight of adapter {name!r} is {weight!r:.80}; weights must be finite numbers")
+        values.append(value)
+    return values
 
 
 def require_seed(seed: object) -> None:
@@ -326,16 +335,6 @@ def holds(update: Factors | DenseUpdate | TruncatedUpdate) -> bool:
         return True
     bound = _norm_product(factors)
     return _unsound_part(factors, bound) is None and _largest(factors, bound, limit) <= limit
-
-
-def _number(name: str, weight: Any) -> float:
-    try:
-        value = math.nan if isinstance(weight, str | bytes) else float(weight)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise WeightingError(f"the weight of adapter {name!r} is {weight!r:.80}; weights must be finite numbers")
-    return value
 
 
 def _is_within(factors: Factors, limit: float) -> bool:

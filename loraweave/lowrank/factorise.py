@@ -73,17 +73,19 @@ def factorise(delta_OI: Tensor, *, rank: int | None = None, max_error: float = 0
         exponent = math.frexp(float(values.abs().max()))[1]
         dense = _Dense(torch.ldexp(values, torch.tensor(-exponent)).numpy())
     with one_blas_thread(side <= SMALL_SIDE):
-        a_RI, b_OR, error = _factorised(dense, rank, max_error)
+        if max_error > 0.0:
+            a_RI, b_OR, error = _within_error(dense, side if rank is None else rank, max_error)
+        else:
+            assert rank is not None
+            a_RI, b_OR, error = dense.factors(*dense.best(rank), rank)
     sign_R = column_signs(b_OR)
     b_OR = b_OR * np.ldexp(sign_R, exponent)
     return torch.from_numpy(a_RI * sign_R[:, None]).float(), torch.from_numpy(b_OR).float(), error
 
 
-def _factorised(dense: _Dense, rank: int | None, max_error: float) -> tuple[Array, Array, float]:
-    most = min(dense.side, dense.side if rank is None else rank)
-    if max_error <= 0.0:
-        return dense.factors(*dense.best(most), most)
-    # the rank is not known: twice as many singular values until the rest is small enough
+def _within_error(dense: _Dense, rank: int, max_error: float) -> tuple[Array, Array, float]:
+    """Return the factors of the smallest rank within the error, or of `rank`, trying twice as many values each time."""
+    most = min(dense.side, rank)
     tried = min(most, 16)
     while True:
         u_NR, sigma_R, v_MR = dense.best(tried)
@@ -109,12 +111,17 @@ class _Dense:
         for start in range(0, len(self.delta_OI), rows):
             yield slice(start, start + rows), self.delta_OI[start : start + rows].astype(np.float64)
 
-    def to_small(self, x_MR: Array) -> Array:
-        """Return delta x, or delta^T x if O is the larger side, in the precision of x."""
-        return self._times(x_MR, turned=not self.wide)
-
-    def to_large(self, y_NR: Array) -> Array:
-        return self._times(y_NR, turned=self.wide)
+    def times(self, x: Array, *, to_large: bool) -> Array:
+        """Return delta x or delta^T x, from the smaller side N to the larger M or back, in the precision of x."""
+        turned = to_large == self.wide
+        if x.dtype == np.float32:
+            return (self.delta_OI.T if turned else self.delta_OI) @ x
+        if not turned:
+            return np.concatenate([block @ x for _, block in self.blocks()])
+        total_IR = np.zeros((self.delta_OI.shape[1], x.shape[1]))
+        for rows, block in self.blocks():
+            total_IR += block.T @ x[rows]
+        return total_IR
 
     def gram(self, kind: Any) -> Array:
         """Return the N x N Gram matrix in fp32 or float64."""
@@ -163,7 +170,9 @@ class _Dense:
                 energy_R, vectors_NR = top_eigenpairs(gram_NN.T, rank + 1)
                 subspace = vectors_NR[:, :rank], float(energy_R[rank])
         else:
-            subspace = top_subspace(lambda x_NR: self.to_small(self.to_large(x_NR)), self.side, rank, energy=self.energy)
+            subspace = top_subspace(
+                lambda x_NR: self.times(self.times(x_NR, to_large=True), to_large=False), self.side, rank, energy=self.energy
+            )
         if subspace is None:
             return None
         start_NR, next_energy = subspace
@@ -172,27 +181,16 @@ class _Dense:
         if left < REST_FP32 * self.energy:
             u_NR, sigma_R, v_MR = self._refined(u_NR.astype(np.float64))
             left = self.rest(u_NR, sigma_R, v_MR)
-        residual_MR = (self.to_large(u_NR) - v_MR * sigma_R) * sigma_R
+        residual_MR = (self.times(u_NR, to_large=True) - v_MR * sigma_R) * sigma_R
         gap = float(sigma_R[-1]) ** 2 - next_energy - SLACK * float(sigma_R[0]) ** 2
         missed = energy_missed(float(np.linalg.norm(residual_MR)), gap, rank)
         return (u_NR, sigma_R, v_MR) if missed <= max(2 * EXCESS * left, NO_ERROR**2 * self.energy) else None
 
     def _refined(self, start_NR: Array) -> tuple[Array, Array, Array]:
         """Return singular values and vectors of delta on the span of delta^T start, which is nearer to the best."""
-        basis_MR = _orthonormal(self.to_large(start_NR))
-        u_NR, sigma_R, turn_RR = np.linalg.svd(self.to_small(basis_MR), full_matrices=False)
+        basis_MR = _orthonormal(self.times(start_NR, to_large=True))
+        u_NR, sigma_R, turn_RR = np.linalg.svd(self.times(basis_MR, to_large=False), full_matrices=False)
         return u_NR, sigma_R, basis_MR @ turn_RR.T
-
-    def _times(self, x: Array, *, turned: bool) -> Array:
-        """Return delta x, or delta^T x if `turned`."""
-        if x.dtype == np.float32:
-            return (self.delta_OI.T if turned else self.delta_OI) @ x
-        if not turned:
-            return np.concatenate([block @ x for _, block in self.blocks()])
-        total_IR = np.zeros((self.delta_OI.shape[1], x.shape[1]))
-        for rows, block in self.blocks():
-            total_IR += block.T @ x[rows]
-        return total_IR
 
 
 def filtered_subspace(

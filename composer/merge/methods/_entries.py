@@ -21,7 +21,6 @@ from torch import Tensor
 from loraweave.common import compute
 from loraweave.common.compute import side_by_side
 from loraweave.composer.merge.method_call import DenseUpdate, Experts, Term, Weights, terms
-from loraweave.types import Factors
 
 # entries of a block: small enough for the cache with a handful of experts, large enough that calls cost nothing
 BLOCK = 2**15
@@ -123,16 +122,30 @@ Prune = Callable[["Entries"], Sequence[Rule]]
 class Entries:
     """One tensor of every expert, the update's matrix or its bias as one row, each as a product b_OR a_RI in fp32.
 
-    A product is computed again whenever it is read, always in the same blocks, so that two passes see the same bits.
-    `weights` and `places` (among the experts first given) belong to the experts in order.
+    A product is computed again whenever it is read, always in the same blocks, so that two passes see the same bits. A bias
+    is a product of rank 1, exactly itself, and an absent one an empty sum of rank 0. `weights` and `places` (among the
+    experts first given) belong to the experts in order.
     """
 
-    def __init__(self, products: Sequence[tuple[Tensor, Tensor]], found: Sequence[Term], *, bias: bool = False) -> None:
-        self.products = [(_plain(b_OR), _plain(a_RI)) for b_OR, a_RI in products]
-        self.weights = [term.weight for term in found]
-        self.places = [term.place for term in found]
+    def __init__(self, found: Sequence[Term], *, bias: bool = False) -> None:
+        self.products: list[tuple[Tensor, Tensor]] = []
+        self.weights: list[float] = []
+        self.places: list[int] = []
+        self.num_ranks = 0
+        for term in found:
+            b_OR, a_RI = term.factors.b_OR, term.factors.a_RI
+            if bias:
+                bias_O = term.factors.bias_O
+                a_RI = torch.ones(0, len(b_OR)) if bias_O is None else bias_O.float()[None]
+                b_OR = torch.ones(1, len(a_RI))
+            b_OR = b_OR.detach().to("cpu", torch.float32).contiguous()
+            a_RI = a_RI.detach().to("cpu", torch.float32).contiguous()
+            self.products.append((b_OR, a_RI))
+            self.weights.append(term.weight)
+            self.places.append(term.place)
+            self.num_ranks += len(a_RI)
         self.bias = bias
-        self.shape = (int(products[0][0].shape[0]), int(products[0][1].shape[1]))
+        self.shape = (int(self.products[0][0].shape[0]), int(self.products[0][1].shape[1]))
         self.size = self.shape[0] * self.shape[1]
         self._rows = max(1, BLOCK // max(1, self.shape[1]) // ROW_GROUP) * ROW_GROUP
 
@@ -214,15 +227,15 @@ class Entries:
 
         Returns None, and nothing is written, where the library is missing or does not know a rule.
         """
-        compiled, numbers = library(), [rule.numbers for rule in rules]
-        known = [rule_numbers for rule_numbers in numbers if rule_numbers is not None]
-        if compiled is None or len(known) < len(numbers):
+        compiled, num_experts = library(), len(rules)
+        known = list(filter(None, (rule.numbers for rule in rules)))
+        if compiled is None or len(known) < num_experts:
             return None
-        experts = (Expert * len(self))(*map(self._in_c, range(len(self)), weights, known))
-        room = TILE * len(self) + WIDE * sum(a_RI.shape[0] for _, a_RI in self.products)
+        experts = (Expert * num_experts)(*map(self._in_c, range(num_experts), weights, known))
+        room = TILE * num_experts + WIDE * self.num_ranks
 
         def run(rows: slice) -> Merge:
-            made, work = Merge(len(self), *self.shape, **options), torch.empty(room)
+            made, work = Merge(num_experts, *self.shape, **options), torch.empty(room)
             compiled.merge_entries(ctypes.byref(made), experts, rows.start, rows.stop, work.data_ptr(), out_OI.data_ptr())
             return made
 
@@ -257,9 +270,9 @@ def tensors(found: Sequence[Term]) -> Iterator[Entries]:
     """
     if not found:
         return
-    yield Entries([(term.factors.b_OR, term.factors.a_RI) for term in found], found)
+    yield Entries(found)
     if any(term.factors.bias_O is not None for term in found):
-        yield Entries([_row(term.factors) for term in found], found, bias=True)
+        yield Entries(found, bias=True)
 
 
 def merged(found: Sequence[Term], rule: Callable[[Entries, Tensor], None]) -> DenseUpdate:
@@ -367,15 +380,3 @@ def _cancelled(stack_EN: Tensor, sums_N: Tensor) -> bool:
     silent = sums_N.numpy() == 0
     silent &= stack_EN.amax(dim=0).numpy() > 0
     return bool(silent.any())
-
-
-def _plain(factor: Tensor) -> Tensor:
-    return factor.detach().to("cpu", torch.float32).contiguous()
-
-
-def _row(factors: Factors) -> tuple[Tensor, Tensor]:
-    """Return a bias as a product: exactly itself, or an empty sum of rank 0."""
-    num_out = factors.b_OR.shape[0]
-    if factors.bias_O is None:
-        return torch.ones(1, 0), torch.ones(0, num_out)
-    return torch.ones(1, 1), factors.bias_O.float()[None]

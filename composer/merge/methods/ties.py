@@ -50,10 +50,12 @@ class Survey:
 
 def survey_of(layers: Iterable[Experts], weights: Weights, *, density: Fraction = 0.2) -> Survey:
     """Return the survey with each expert's k-th largest magnitude over all layers as its cut."""
-    kept, size = [terms(experts, weights) for experts in layers], 0
+    kept: list[list[Term]] = []
     parts: dict[int, list[tuple[Entries, int]]] = {}
-    for terms_E in kept:
-        for entries in tensors(terms_E):
+    size = 0
+    for experts in layers:
+        kept.append(terms(experts, weights))
+        for entries in tensors(kept[-1]):
             size += entries.size
             for expert, place in enumerate(entries.places):
                 parts.setdefault(place, []).append((entries, expert))
