@@ -7,9 +7,9 @@
     python -m benchmarks --data DATA retrieval gains               how much each adapter helps each unseen task
 
 DATA holds pool/*.jsonl and unseen/*.jsonl (rows {task, definition, input, target, split}) and MANIFEST.json. Keys come from
-training rows alone, queries from test rows; nothing is fitted on any row of a task but its stored samples, except what is
-named "learned", which is fitted on training rows 21 to 50 of the pool's tasks. Bare inputs are the hard test: several tasks
-share the form of their inputs, and some the inputs. Intervals are 95 %, by bootstrap over the queries of each task.
+training rows alone, queries from test rows; nothing is fitted on any row of a task but its stored samples. Bare inputs are
+the hard test: several tasks share the form of their inputs, and some the inputs. Intervals are 95 %, by bootstrap over the
+queries of each task.
 
 Own task hidden: a gain is the base model's mean loss per example on the first test rows of a task, in nats, less the loss
 with the one adapter of the pool at weight 1; data/gains.json keeps them, so that an interrupted run goes on, and --fresh
@@ -59,7 +59,6 @@ KS = (1, 3, 5, 10)
 INPUTS_PER_KEY = 20
 NUM_FIT = 30
 NUM_DRAWS = 1000
-KEYS = ("mean", "voting", "prototypes", "discriminant")
 
 app = typer.Typer()
 
@@ -85,9 +84,8 @@ def recall(
     tasks = [_pool_task(run, entry, pool, split, num_queries) for entry in entries]
     unseen = [_unseen_task(run, entry, num_queries) for entry in run.entries("unseen").values()]
     with card_hub(tasks) as hub:
-        fit = {entry["task"]: _fit_rows(run, entry["task"]) for entry in entries}
-        encoders = _encoders(tasks, unseen, fit, hidden_state)
-        scorers = _scorers(hub, tasks, encoders, fit, run.seed)
+        encoders = _encoders(tasks, unseen, hidden_state)
+        scorers = _scorers(hub, tasks, encoders, run.seed)
         if ceiling:
             scorers["learner of all rows"] = _learner(run, entries)
         console.print(f"{len(tasks)} pool tasks, {num_queries} {split} rows each")
@@ -134,24 +132,18 @@ def classifier(
         run.show(_missing(seen, retrievers["default"], run.seed), _sureness(tasks, retrievers["default"]))
 
 
-def _encoders(
-    tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], fit: dict[str, list[str]], hidden_state: bool
-) -> dict[str, Remembering]:
+def _encoders(tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], hidden_state: bool) -> dict[str, Remembering]:
     known = [pair for task in tasks for pair in (*task.examples, *task.queries)]
     known += [pair for task in unseen for pair in task.examples]
-    texts = [text for pair in known for text in pair] + [text for rows in fit.values() for text in rows]
+    texts = [text for pair in known for text in pair]
     texts += [text for task in tasks for text in (*task.wordings, task.description)] + [task.definition for task in unseen]
     with console.status("embedding"):
         names = ("sentence", "sentence_form", "hashing", *(["hidden_state"] if hidden_state else []))
         return {name: Remembering(registry.get("embedders", name)(), texts) for name in names}
 
 
-def _scorers(
-    hub: lw.Hub, tasks: Sequence[PoolTask], encoders: dict[str, Remembering], fit: dict[str, list[str]], seed: int
-) -> dict[str, Scorer]:
+def _scorers(hub: lw.Hub, tasks: Sequence[PoolTask], encoders: dict[str, Remembering], seed: int) -> dict[str, Scorer]:
     form = encoders["sentence_form"]
-    learned = lw.Retriever(hub, embedder=form, keys=KEYS).fit_fusion(fit)
-    console.print("learned weights:", ", ".join(f"{name} {weight:.2f}" for name, weight in learned.weights.items()))
     return {
         "random": chance(tasks, seed),
         "BM25": bm25(tasks),
@@ -162,10 +154,6 @@ def _scorers(
         "loraweave, sentence": searched(hub, encoders["sentence"]),
         "loraweave, sentence_form": searched(hub, form),
         "same, key mean": searched(hub, form, ("mean",)),
-        "same, key voting": searched(hub, form, ("voting",)),
-        "same, key prototypes": searched(hub, form, ("prototypes",)),
-        "same, key discriminant": searched(hub, form, ("discriminant",)),
-        "same, four keys learned": searched(hub, form, KEYS, learned),
         "same, by examples": searched(hub, form, examples=True),
         **({"loraweave, hidden_state": searched(hub, encoders["hidden_state"])} if "hidden_state" in encoders else {}),
     }
@@ -188,17 +176,13 @@ def _pool_task(run: Run, entry: dict[str, Any], pool: Path | None, split: str, n
     if pool is not None:
         card = json.loads((pool / entry["task"] / "loraweave.json").read_text(encoding="utf-8"))
         description, examples = card["description"], list(zip(card["examples"], card["outputs"], strict=True))
-    # what weights are learned from is no query either
+    # the rows that weights of several keys were learned from are no queries, so that figures can be compared with those
     held = {text for text, _ in (*examples, *train[: INPUTS_PER_KEY + NUM_FIT])}
     queries = [pair for pair in train if pair[0] not in held] if split == "train" else []
     queries = queries or pairs(rows, "test")
     wordings = dict.fromkeys([entry["definition_long"], *entry["paraphrases"]])
     others = tuple(text for text in wordings if text != description)
     return PoolTask(entry["task"], description, tuple(examples), tuple(queries[:num_queries]), others)
-
-
-def _fit_rows(run: Run, task: str) -> list[str]:
-    return [text for text, _ in pairs(run.rows(task), "train")][INPUTS_PER_KEY : INPUTS_PER_KEY + NUM_FIT]
 
 
 def _unseen_task(run: Run, entry: dict[str, Any], num_rows: int) -> UnseenTask:

@@ -46,7 +46,7 @@ OTHERS = ("base", "oracle", "best_single", "uniform", "retrieved_first", "one_lo
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "retrieved_first": ("similarity", {"form": "selection"}),
     "arrow_sharp": ("arrow", {"temperature": 0.05}),
-    "spectr_top1": ("mixture_of_top1", {"score": "spectr"}),
+    "spectr_top1": ("spectr", {"top_k": 1}),
     "xlora_layerwise": ("xlora", {"layerwise": True}),
     "strongest_components": ("spectr", {"top_k": 8, "temperature": 1e9}),
     "arrow_components": ("arrow", {"top_k": 8}),

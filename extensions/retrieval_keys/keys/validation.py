@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
-from loraweave import Record
-from loraweave.extend import KeySpace, Positive, Query, is_number, traits
-from loraweave.extensions.retrieval_keys.keys._declared import DeclaredKey
+from loraweave import LoraweaveError, Record, RetrievalError
+from loraweave.extend import Declared, KeySpace, Positive, Query, is_number, traits
 
 
 @traits("relative")
-class Validation(DeclaredKey):
+class Validation(Declared):
     """An adapter's mean score over the tasks, each task weighted by how like the query is to it.
 
     `tasks` names some inputs of each task; without it, tasks are the adapters themselves, by their sample inputs. Cards
     hold the scores as `task_scores`, {task: number from 0 to 1}. A low `temperature` lets the nearest task decide.
     """
+
+    noun: ClassVar[str] = "key"
+    error: ClassVar[type[LoraweaveError]] = RetrievalError
 
     def __init__(self, *, tasks: Mapping[str, Sequence[str]] | None = None, temperature: Positive = 0.05) -> None:
         self.tasks = None if tasks is None else {name: tuple(inputs) for name, inputs in tasks.items()}

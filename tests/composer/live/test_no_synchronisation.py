@@ -51,7 +51,7 @@ MIXTURES = {
     "router": _Router,
 }
 # mole asks how many rows each expert has, once a layer, and the text routers look at token ids
-TOKEN_ROUTERS = ("arrow", "spectr", "mixture_of_top1", "lag", "ramole", "adapter_fusion")
+TOKEN_ROUTERS = ("arrow", "spectr", "lag", "ramole", "adapter_fusion")
 
 
 @pytest.fixture(params=[False, True], ids=["factors", "gain and bias"])

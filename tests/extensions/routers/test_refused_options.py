@@ -40,7 +40,6 @@ def test_a_value_outside_its_kind_is_refused(name, option, value, kind, pool):
     [
         ("lora_flow", "bias", "inner", "'outside', 'inside'"),
         ("mixture_of_adapters", "decision", "sequense", "'sequence', 'token', did you mean 'sequence'?"),
-        ("mixture_of_top1", "score", "arow", "'arrow', 'spectr', did you mean 'arrow'?"),
     ],
 )
 def test_a_word_that_is_not_known_is_answered_with_those_that_are(name, option, word, known, pool):
