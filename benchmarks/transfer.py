@@ -30,7 +30,7 @@ from loraweave.composer.model.scoring import evaluate
 from loraweave.extensions.transfer import carrying, old_answers
 from loraweave.lowrank import algebra
 
-WAYS: tuple[carrying.Way, ...] = ("same", "subspace", "activations", "restore")
+WAYS: tuple[carrying.Way, ...] = ("same", "activations", "restore")
 # the adapters of "activations", after steps on what the old base answers
 LEARNED = "learned"
 # what a copy is trained on, what is fused into one, and which block one lacks

@@ -1,7 +1,7 @@
 """Carries an adapter from the base model that it was trained on to another, and predicts how much of it arrives.
 
 For each layer, x are its inputs and y its outputs, on the same tokens in the old base and in the new one. The update B A
-becomes B' A' in one of four ways. Only "restore" makes a dense update, of one layer at a time.
+becomes B' A' in one of three ways. Only "restore" makes a dense update, of one layer at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from loraweave.extend import (
 from loraweave.extensions.transfer.drawn_regression import choose_ridge, drawn
 from loraweave.extensions.transfer.old_answers import LR, Learning, agreement, answers, learned, split
 
-Way = Literal["auto", "same", "subspace", "activations", "restore"]
+Way = Literal["auto", "same", "activations", "restore"]
 # sums of products that are held at once; an adapter of more layers takes several passes over the samples
 MAX_BYTES = 4 * 2**30
 FIT, HELD_OUT = 0, 1
@@ -49,9 +49,7 @@ FIT, HELD_OUT = 0, 1
 ROUNDING = 1e-3
 # ways for equal layers alone
 EQUAL = ("same", "restore")
-OTHER_WAYS = (
-    "way='same' and 'restore' need equal layers; 'activations' and 'subspace' carry linear ones to another size or depth"
-)
+OTHER_WAYS = "way='same' and 'restore' need equal layers; 'activations' carries linear ones to another size or depth"
 
 
 def transfer(
@@ -65,7 +63,6 @@ def transfer(
     prompts: Sequence[Asked] = (),
     least: Fraction = 0.5,
     ridge: Positive | None = None,
-    subspace: Count = 320,
     rank: Count = 16,
     max_tokens: Count = 256,
     steps: Whole = 0,
@@ -80,8 +77,6 @@ def transfer(
     an adapter was fused, else "activations". The ways:
 
     - "same": B' = B, A' = A, for a base that was trained on, tuned or rounded (PortLLM, arXiv 2410.10870).
-    - "subspace": B' = P B, A' = A Q^T, from the first `subspace` singular vectors U, V of the layer's weight in each base
-      (Cross-LoRA, arXiv 2508.05232): P = U_new U_new^T for as many outputs, else U_new U_old^T; Q likewise of V.
     - "activations": B' = N B, A' = A M, the ridge regressions y_new ~ N y_old and x_old ~ M x_new. `ridge` is relative to
       the mean square of a feature; it draws towards the identity where both sizes agree, else towards zero. By default
       each regression has the largest that its error on the other samples allows (`choose_ridge`).
@@ -107,7 +102,7 @@ def transfer(
     without a counterpart; InvalidTask for too few samples or prompts; TrainingError for a loss that is not finite;
     WeightingError for settings outside their range.
     """
-    settings: dict[str, Any] = {"way": way, "least": least, "ridge": ridge, "subspace": subspace, "rank": rank}
+    settings: dict[str, Any] = {"way": way, "least": least, "ridge": ridge, "rank": rank}
     settings |= {"max_tokens": max_tokens, "steps": steps, "lr": lr, "seed": seed}
     check_options("transfer()", settings, options_of(transfer, after=5))
     lessons, judges = split(prompts) if steps else ([], list(prompts))
@@ -161,7 +156,7 @@ def _carried_layers(
                 factors, moments = _update_of(adapter, pair.old), seen[pair.old.name]
                 carried = restored.get(pair.old.name)
                 if carried is None:
-                    carried = carry(factors, pair, moments, way, ridge=ridge, subspace=given["subspace"], rank=given["rank"])
+                    carried = carry(factors, pair, moments, way, ridge=ridge, rank=given["rank"])
                 layers[pair.new.name] = carried
                 if pair.old.name in fates:
                     kept = kept_share(factors, carried, pair, moments, way, ridge=ridge)
@@ -368,9 +363,7 @@ def _vectors(model: Any, tokenizer: Any, row: Any, layers: Sequence[BaseLayer]) 
     return [seen[layer.name] for layer in layers]
 
 
-def carry(
-    factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float | None = None, subspace: int = 320, rank: int = 16
-) -> Factors:
+def carry(factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float | None = None, rank: int = 16) -> Factors:
     """Return the update of one layer in the new base; a bias goes with the outputs."""
     if way == "same":
         return factors
@@ -380,15 +373,12 @@ def carry(
     b_OS, a_RI = factors.b_OR.double(), factors.a_RI.double()
     if factors.bias_O is not None:
         b_OS = torch.cat([b_OS, factors.bias_O.double()[:, None]], dim=1)
-    if way == "subspace":
-        b_OS, a_RI = _in_subspace(b_OS, a_RI, pair, subspace)
-    else:
-        ridge_n = ridge or choose_ridge(y.oo, y.no, y.nn, FIT)
-        gram_OO, cross_NO = drawn(y.oo[FIT], y.no[FIT], ridge_n)
-        b_OS = cross_NO @ torch.linalg.solve(gram_OO, b_OS.to(gram_OO))
-        ridge_m = ridge or choose_ridge(x.nn, x.no.mT, x.oo, FIT)
-        gram_NN, cross_IN = drawn(x.nn[FIT], x.no[FIT].T, ridge_m)
-        a_RI = torch.linalg.solve(gram_NN, cross_IN.T @ a_RI.T.to(gram_NN)).T
+    ridge_n = ridge or choose_ridge(y.oo, y.no, y.nn, FIT)
+    gram_OO, cross_NO = drawn(y.oo[FIT], y.no[FIT], ridge_n)
+    b_OS = cross_NO @ torch.linalg.solve(gram_OO, b_OS.to(gram_OO))
+    ridge_m = ridge or choose_ridge(x.nn, x.no.mT, x.oo, FIT)
+    gram_NN, cross_IN = drawn(x.nn[FIT], x.no[FIT].T, ridge_m)
+    a_RI = torch.linalg.solve(gram_NN, cross_IN.T @ a_RI.T.to(gram_NN)).T
     b_OS, a_RI = b_OS.float().cpu(), a_RI.float().cpu().contiguous()
     bias_O = b_OS[:, -1].contiguous() if factors.bias_O is not None else None
     return replace(factors, a_RI=a_RI, b_OR=b_OS[:, : factors.rank].contiguous(), bias_O=bias_O)
@@ -397,22 +387,6 @@ def carry(
 def _wanted(factors: Factors, pair: Pair) -> Tensor:
     """Return B A - (W_new - W_old), float64 on the CPU: what makes the old layer with its update of the new one."""
     return factors.b_OR.double() @ factors.a_RI.double() - (pair.new.weight_OI - pair.old.weight_OI)
-
-
-def _in_subspace(b_OS: Tensor, a_RI: Tensor, pair: Pair, subspace: int) -> tuple[Tensor, Tensor]:
-    """Return P B and A Q^T. Singular vectors come in pairs of either sign; the largest entry of each u is made positive."""
-    (u_old, v_old), (u_new, v_new) = (_singular(layer.weight_OI, subspace) for layer in pair)
-    count = min(u_old.shape[1], u_new.shape[1])
-    left = u_new if len(u_old) == len(u_new) else u_old
-    right = v_new if len(v_old) == len(v_new) else v_old
-    b_OS = u_new[:, :count] @ (left[:, :count].T @ b_OS)
-    return b_OS, (a_RI @ right[:, :count]) @ v_new[:, :count].T
-
-
-def _singular(weight_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    u_OK, _, v_KI = torch.linalg.svd(weight_OI, full_matrices=False)
-    sign_K = torch.gather(u_OK, 0, u_OK.abs().argmax(dim=0)[None])[0].sign()
-    return (u_OK * sign_K)[:, :count], (v_KI.T * sign_K)[:, :count]
 
 
 def kept_share(factors: Factors, carried: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float | None = None) -> float:

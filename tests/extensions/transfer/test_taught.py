@@ -5,8 +5,8 @@ import torch
 
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, target_logits, token_losses
 from loraweave.composer.train.jobs import row_losses
-from loraweave.extensions.transfer import taught
-from loraweave.extensions.transfer.taught import taught_by
+from loraweave.extensions.transfer import old_answers
+from loraweave.extensions.transfer.old_answers import taught_by
 
 ROWS = [EncodedRow((5, 9, 3), (17, 30, 4, 1)), EncodedRow((8, 8, 4, 12, 3), (7, 1)), EncodedRow((6,), (2, 40, 1))]
 
@@ -35,7 +35,7 @@ def test_the_loss_and_its_gradient_are_the_divergence_written_out(make_model, to
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    monkeypatch.setattr(taught, "LIKELIEST", likeliest)
+    monkeypatch.setattr(old_answers, "LIKELIEST", likeliest)
     rows = taught_by(teacher, tokenizer, ROWS)
     assert [(row.prompt, row.target) for row in rows] == [(row.prompt, row.target) for row in ROWS]
     expected = written_out(teacher, model, tokenizer, likeliest)
