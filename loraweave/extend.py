@@ -103,7 +103,7 @@ _MODULES = {
     "composer.formula.nodes": "Named Stored Sum leaves",
     # training
     "common.descent": (
-        "Descent RUNNING TrainingState backward caller_randomness checkpoint_folder descend drop_state load_state "
+        "Descent TrainingState backward caller_randomness checkpoint_folder descend drop_state load_state "
         "save_state save_tensors seeded tensor_bytes warmed_cosine with_seed"
     ),
     "composer.train.adapters": "Apart require_plain require_startable target_layers training_rows",

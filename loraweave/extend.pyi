@@ -30,7 +30,6 @@ from loraweave.common.checks import one_or_many as one_or_many
 from loraweave.common.checks import require_whole as require_whole
 from loraweave.common.compute import library as library
 from loraweave.common.descent import Descent as Descent
-from loraweave.common.descent import RUNNING as RUNNING
 from loraweave.common.descent import TrainingState as TrainingState
 from loraweave.common.descent import backward as backward
 from loraweave.common.descent import caller_randomness as caller_randomness

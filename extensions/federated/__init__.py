@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from loraweave.extend import lazy
 
 if TYPE_CHECKING:
-    from loraweave.extensions.federated.client_ranks import flexlora_clients
     from loraweave.extensions.federated.federation import Federated, federate
+    from loraweave.extensions.federated.methods.flexlora import flexlora_clients
     from loraweave.extensions.federated.private import PrivateDevice, Traffic, serve_base, split_adapter
 else:
     _MODULES = {
-        "client_ranks": "flexlora_clients",
+        "methods.flexlora": "flexlora_clients",
         "federation": "Federated federate",
         "private": "PrivateDevice Traffic serve_base split_adapter",
     }

@@ -137,7 +137,7 @@ def federate(
     own_models = _models(models or {}, chosen, tasks)
     course = _course(model, tokenizer, tasks, own_models, own_ranks, settings, rounds, float(participation))
     chosen.require(course)
-    kept = _kept(checkpoint_folder(checkpoint), course, chosen)
+    kept = Kept(checkpoint_folder(checkpoint), _key(course, chosen))
     with untouched(model), progress_bar(progress, field="loss") as bar:
         state = run_rounds(course, chosen, kept, BACKENDS[backend], min_clients, bar)
     figures = chosen.figures(course, len(state.rounds))
@@ -267,29 +267,13 @@ def _named(strategy: Strategy) -> dict[str, Any]:
     return {"name": strategy.registered_name(), **strategy.options}
 
 
-def _kept(folder: Path | None, course: Course, strategy: Strategy) -> Kept:
-    """Return the store of the rounds, with those that were kept under a former name.
-
-    Raises TrainingError where the folder has rounds of another strategy that had this one's name.
-    """
-    kept, other = Kept(folder, _key(course, _named(strategy))), strategy.replaced
-    if other is not None and other.former is not None and kept.has(_key(course, other.former)):
-        raise TrainingError(
-            f"checkpoint {str(folder)!r} has rounds of what strategy {strategy.registered_name()!r} was before, and "
-            f"{other.registered_name()!r} is now: go on with that, or name another folder"
-        )
-    if strategy.former is not None:
-        kept.take_over(_key(course, strategy.former))
-    return kept
-
-
-def _key(course: Course, strategy: Mapping[str, Any]) -> str:
-    """Return the digest of everything the rounds depend on; `strategy` has its name and options."""
+def _key(course: Course, strategy: Strategy) -> str:
+    """Return the digest of everything the rounds depend on."""
     members = [
         [name, client.rank, client.size, [[row.prompt, row.target, row.labels] for row in client.rows]]
         for name, client in course.clients.items()
     ]
-    about = [dict(strategy), asdict(course.settings), course.rounds, course.sample_rate, course.base.to_json(), members]
+    about = [_named(strategy), asdict(course.settings), course.rounds, course.sample_rate, course.base.to_json(), members]
     if course.own:
         about.append({name: client_course.base.to_json() for name, client_course in course.own.items()})
     return text_digest(json.dumps(about, sort_keys=True))[:32]

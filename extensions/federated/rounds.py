@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 
 from loraweave import TrainingError
-from loraweave.extend import RUNNING, TrainingState, drop_state, load_state, save_state, seeded, text_digest, untouched
+from loraweave.extend import TrainingState, drop_state, load_state, save_state, seeded, text_digest, untouched
 from loraweave.extensions.federated.strategies._strategy import Course, Order, Strategy, Tensors, Trained
 
 logger = logging.getLogger(__name__)
@@ -93,16 +93,6 @@ class Kept:
         if self.folder is not None:
             for client in clients:
                 drop_state(self.folder, self._of(number, client))
-
-    def has(self, key: str) -> bool:
-        """Return whether rounds are kept under a key."""
-        return self.folder is not None and any((self.folder / RUNNING).glob(f"{key}*"))
-
-    def take_over(self, former: str) -> None:
-        """Rename rounds that are kept under a former key to this key, if nothing is kept under this one yet."""
-        if self.folder is not None and not self.has(self.key):
-            for path in list((self.folder / RUNNING).glob(f"{former}*")):
-                path.rename(path.with_name(path.name.replace(former, self.key)))
 
     def _of(self, number: int, client: str) -> str:
         return f"{self.key}-{number}-{text_digest(client)[:24]}"

@@ -127,16 +127,6 @@ class Strategy(Declared):
     def options(self) -> dict[str, Any]:
         return {option.name: getattr(self, option.name) for option in fields(self)}
 
-    @property
-    def former(self) -> Mapping[str, Any] | None:
-        """The name and options under which the same rounds were kept before, if under others."""
-        return None
-
-    @property
-    def replaced(self) -> Strategy | None:
-        """The strategy that had this one's name before, if another had, with the options that both have."""
-        return None
-
     def require(self, course: Course) -> None:
         """Raise TrainingError, before the first round, for a course that does not suit the strategy."""
 

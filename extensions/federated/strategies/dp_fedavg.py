@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -33,10 +33,6 @@ class DpFedavg(Strategy):
 
     sampling: ClassVar[Literal["count", "poisson"]] = "poisson"
     secret: ClassVar[bool] = True
-
-    @property
-    def former(self) -> dict[str, Any]:
-        return {"name": "dp_lora", **self.options}
 
     def require(self, course: Course) -> None:
         self.noise(course)

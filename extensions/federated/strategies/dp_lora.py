@@ -23,7 +23,6 @@ from loraweave.extensions.federated.strategies._strategy import (
     mean,
     plain_loss,
 )
-from loraweave.extensions.federated.strategies.dp_fedavg import DpFedavg
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +56,6 @@ class DpLora(Strategy):
     clip_by: Literal["batch", "example"] = "batch"
 
     secret: ClassVar[bool] = True
-
-    @property
-    def replaced(self) -> DpFedavg:
-        return DpFedavg(epsilon=self.epsilon, delta=self.delta, clip=self.clip)
 
     def require(self, course: Course) -> None:
         if mixed := [client.name for client in course.clients.values() if not client.rows_apart]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,13 +10,11 @@ from torch.func import functional_call
 
 import loraweave as lw
 from loraweave.common.descent import seeded
-from loraweave.common.names import text_digest
 from loraweave.composer.train.jobs import LoraJob
 from loraweave.composer.train.rows import Texts
 from loraweave.errors import TrainingError
 from loraweave.extensions.federated.strategies._privacy import ORDERS
 from loraweave.extensions.federated.strategies._strategy import Order, layers_of, start_of
-from loraweave.extensions.federated.strategies.dp_fedavg import DpFedavg
 from loraweave.extensions.federated.strategies.dp_lora import clipped, drawn
 
 pytest.importorskip("opacus")
@@ -218,29 +214,6 @@ def test_rows_of_several_examples_are_refused_before_the_first_round(federate, c
     with pytest.raises(TrainingError, match="protects single examples, and rows of client 'count' have several"):
         federate("dp_lora", clients={**clients, "count": given}, checkpoint=tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def former_key(course, options):
-    """The key of a federation when `dp_lora` was the name of what is `dp_fedavg` now."""
-    members = [
-        [name, client.rank, client.size, [[row.prompt, row.target, row.labels] for row in client.rows]]
-        for name, client in course.clients.items()
-    ]
-    about = [{"name": "dp_lora", **options}, asdict(course.settings), course.rounds, course.sample_rate]
-    return text_digest(json.dumps([*about, course.base.to_json(), members], sort_keys=True))[:32]
-
-
-def test_rounds_kept_when_dp_lora_was_dp_fedavg_go_on_as_that_alone(federate, tmp_path, monkeypatch):
-    options = {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0}
-    whole = federate("dp_fedavg", options=options, checkpoint=tmp_path)
-    (kept,) = (tmp_path / "running").iterdir()
-    kept.rename(kept.with_name(f"{former_key(whole.course, options)}.safetensors"))
-    with pytest.raises(TrainingError, match="what strategy 'dp_lora' was before, and 'dp_fedavg' is now: go on with that"):
-        federate("dp_lora", options=options, checkpoint=tmp_path)
-    monkeypatch.setattr(DpFedavg, "train", None)
-    assert federate("dp_fedavg", options=options, checkpoint=tmp_path).adapter.hash == whole.adapter.hash
-    # and of other options nothing was kept
-    assert federate("dp_lora", options={**options, "clip": 0.5}, checkpoint=tmp_path, rounds=1, steps=1).rounds
 
 
 def test_both_strategies_keep_rounds_in_one_folder(federate, tmp_path):
