@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING
 from loraweave.extend import lazy
 
 if TYPE_CHECKING:
-    from loraweave.extensions.continual.course import own_parts
+    from loraweave.extensions.continual.course import own_parts, train_in_order
     from loraweave.extensions.continual.documents import remember
-    from loraweave.extensions.continual.in_order import train_in_order
     from loraweave.extensions.continual.kinds import Beside, Linearized, tangent
 else:
     _MODULES = {
-        "course": "own_parts",
+        "course": "own_parts train_in_order",
         "documents": "remember",
-        "in_order": "train_in_order",
         "kinds": "Beside Linearized tangent",
     }
     __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})

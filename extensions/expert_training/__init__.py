@@ -12,14 +12,14 @@ from loraweave.extend import lazy
 if TYPE_CHECKING:
     from loraweave.extensions.expert_training.feeds import feed_of
     from loraweave.extensions.expert_training.grouping import clusters
-    from loraweave.extensions.expert_training.losses import loss_identity
+    from loraweave.extensions.expert_training.identity import loss_identity
     from loraweave.extensions.expert_training.steps import ExpertSettings
     from loraweave.extensions.expert_training.trainer import fit
 else:
     _MODULES = {
         "feeds": "feed_of",
         "grouping": "clusters",
-        "losses": "loss_identity",
+        "identity": "loss_identity",
         "steps": "ExpertSettings",
         "trainer": "fit",
     }

@@ -1,14 +1,99 @@
-"""The identity of a training of experts, by which a checkpoint knows what it belongs to."""
+"""The identity of a training of experts and of its loss function, by which a checkpoint knows what it belongs to."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
-from loraweave.extend import ExpertModel, fingerprint, tensor_bytes
+from torch import Tensor, nn
+
+from loraweave.extend import ExpertModel, fingerprint, tensor_bytes, text_digest
+
+# values that are compared one by one; of a larger tensor, such as another model's, only the shape is
+MAX_VALUES = 1_000_000
+
+
+def loss_identity(function: Any) -> Any:
+    """Return as JSON the function's name and code, and the numbers, texts, tensors and functions that it is bound to.
+
+    These are its defaults, what it has of the scope around it, a partial's arguments, and an object's attributes. What else
+    it reads, such as globals and the content of lists, is not looked at.
+    """
+    return _identity(function, {})
+
+
+def _identity(value: Any, seen: dict[int, Any]) -> Any:
+    match value:
+        case None | int() | float() | str():
+            return value
+        case Tensor():
+            return _tensor_digest(value)
+    # a function may have itself in its scope
+    if id(value) in seen:
+        return "above"
+    seen[id(value)] = value
+    match value:
+        case tuple():
+            return [_identity(item, seen) for item in value]
+        case partial():
+            return ["partial", _identity(value.func, seen), _identity(value.args, seen), _named(value.keywords, seen)]
+        case MethodType():
+            return ["method", _identity(value.__func__, seen), _identity(value.__self__, seen)]
+        case FunctionType():
+            return [value.__qualname__, _code(value.__code__), _named(_bound(value), seen)]
+        case type() | BuiltinFunctionType():
+            return value.__qualname__
+        case nn.Module():
+            tensors = {**dict(value.named_parameters()), **dict(value.named_buffers())}
+            return _of_object(value, {**vars(value), **tensors}, type(value).forward, seen)
+    callable_object = callable(value) and hasattr(value, "__dict__")
+    return _of_object(value, vars(value) if callable_object else {}, type(value).__call__ if callable_object else None, seen)
+
+
+def _of_object(value: Any, held: Mapping[str, Any], run: Any, seen: dict[int, Any]) -> Any:
+    """Return the identity of an object; `held` are its attributes, and `run` the function that a call of it runs."""
+    code = _code(run.__code__) if isinstance(run, FunctionType) else None
+    attributes = {name: attribute for name, attribute in held.items() if not isinstance(attribute, dict)}
+    return [type(value).__qualname__, code, _named(attributes, seen)]
+
+
+def _bound(function: FunctionType) -> dict[str, Any]:
+    """Return the values of the names in a function's scope and of its defaults."""
+    scope = inspect.getclosurevars(function).nonlocals
+    defaults = inspect.signature(function, follow_wrapped=False).parameters.values()
+    return {**scope, **{option.name: option.default for option in defaults if option.default is not inspect.Parameter.empty}}
+
+
+def _named(values: Mapping[str, Any], seen: dict[int, Any]) -> dict[str, Any]:
+    return {name: _identity(value, seen) for name, value in values.items()}
+
+
+def _tensor_digest(tensor: Tensor) -> Any:
+    shape = list(tensor.shape)
+    if tensor.numel() > MAX_VALUES:
+        return shape
+    return [shape, hashlib.sha256(tensor.detach().cpu().double().numpy().tobytes()).hexdigest()]
+
+
+def _code(code: CodeType) -> str:
+    """Return a digest that does not depend on where the code stands."""
+    constants = list(map(_constant, code.co_consts))
+    return text_digest(repr((code.co_code, code.co_names, constants)))
+
+
+def _constant(value: Any) -> Any:
+    match value:
+        case CodeType():
+            return _code(value)
+        case frozenset():
+            return sorted(map(repr, value))
+    return repr(value)
 
 
 def training_identity(model: ExpertModel, learning: list[str]) -> list[Any]:

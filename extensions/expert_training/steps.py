@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from loraweave import TrainingError
 from loraweave.extend import ExpertModel, KeptState, Recipe, Stream, TrainingProgress, TrainingSettings, is_list
 from loraweave.extensions.expert_training.feeds import Feed
-from loraweave.extensions.expert_training.losses import loss_identity
+from loraweave.extensions.expert_training.identity import loss_identity
 
 # points of the training at which callbacks are told of it
 POINTS = 100

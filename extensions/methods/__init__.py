@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loraweave.extensions.methods.arithmetic import (
         add,
         analogy,
+        compeft,
         ema,
         genknowsub,
         negate,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         twin_merging,
         unlearn,
     )
-    from loraweave.extensions.methods.ternary import compeft
 else:
     _ARITHMETIC = "add analogy ema genknowsub negate scale subtract subtract_general twin_merging unlearn"
     __getattr__ = lazy(

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from loraweave.extend import lazy
 
 if TYPE_CHECKING:
-    from loraweave.extensions.quantised.answers import LogitsLoss, logits_loss
-    from loraweave.extensions.quantised.full_weights import differences
+    from loraweave.extensions.quantised.losses import LogitsLoss, differences, logits_loss
 else:
     _MODULES = {f"{__name__}.answers": "LogitsLoss logits_loss", f"{__name__}.full_weights": "differences"}
     __getattr__ = lazy(__name__, _MODULES)

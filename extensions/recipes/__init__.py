@@ -11,18 +11,14 @@ from typing import TYPE_CHECKING
 from loraweave.extend import lazy
 
 if TYPE_CHECKING:
-    from loraweave.extensions.recipes.clients import federated_average
-    from loraweave.extensions.recipes.cluster_gates import fit_clusters
+    from loraweave.extensions.recipes.cluster_gates import experts_for, fit_clusters
     from loraweave.extensions.recipes.limited_gate import LimitedGate
-    from loraweave.extensions.recipes.other_options import with_options, with_task
-    from loraweave.extensions.recipes.text_clusters import experts_for
+    from loraweave.extensions.recipes.other_options import federated_average, with_options, with_task
 else:
     _MODULES = {
-        "clients": "federated_average",
-        "cluster_gates": "fit_clusters",
+        "cluster_gates": "experts_for fit_clusters",
         "limited_gate": "LimitedGate",
-        "other_options": "with_options with_task",
-        "text_clusters": "experts_for",
+        "other_options": "federated_average with_options with_task",
     }
     __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
 

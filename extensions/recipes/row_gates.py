@@ -1,11 +1,14 @@
 """Gates whose weights hold for a whole row: by its prompt, by its task, or the same for all.
 
-What a gate decides while a row's prompt runs stays in `Call.kept`, so that the tokens that follow get the same weights.
+What a gate decides while a row's prompt runs stays in `Call.kept`, so that the tokens that follow get the same weights. Base
+classes of recipes with an expert for each task, or with experts that do not learn, stand below the gates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from loraweave import LayerMismatch, ScopeError
 from loraweave.extend import (
     UNKNOWN,
     Call,
+    ExpertShape,
     Gate,
     Recipe,
     Site,
@@ -268,3 +272,30 @@ def of_rows(weighing: Weighing, num_rows: int) -> Weighing:
         return weighing
     scores_BTE = None if scores_BTE is None else scores_BTE.repeat_interleave(copies, dim=0)
     return Weighing(w_BTE.repeat_interleave(copies, dim=0), scores_BTE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecipe(Recipe):
+    """A recipe with one LoRA for each task: y = y0 + alpha / rank * B_e A_e dropout(x), e the expert of the row's task."""
+
+    needs_tasks = True
+
+    def shape(self, site: Site) -> ExpertShape:
+        # until fit() knows the tasks there is one expert
+        return ExpertShape((self.rank,) * max(len(self.tasks), 1))
+
+    def gate(self, site: Site, num_experts: int) -> TaskSwitch:
+        one_hot = [[expert == task for expert in range(num_experts)] for task in range(num_experts)]
+        return TaskSwitch([*one_hot, [False] * num_experts], [1.0] * num_experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen(Recipe):
+    """A recipe with experts that do not learn."""
+
+    form: ClassVar[str] = "partly_frozen"
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        """The places of the experts that do not learn."""
+        raise NotImplementedError

@@ -13,14 +13,14 @@ from loraweave.extend import lazy
 
 if TYPE_CHECKING:
     from loraweave.extensions.routers.by_sequence import BySequence
-    from loraweave.extensions.routers.losses_of_experts import expert_losses
-    from loraweave.extensions.routers.output_attention import OutputAttention
+    from loraweave.extensions.routers.routers.adapter_fusion import OutputAttention
+    from loraweave.extensions.routers.routers.lorauter import expert_losses
     from loraweave.extensions.routers.to_peft import save_as_peft
 else:
     _MODULES = {
         "by_sequence": "BySequence",
-        "losses_of_experts": "expert_losses",
-        "output_attention": "OutputAttention",
+        "routers.lorauter": "expert_losses",
+        "routers.adapter_fusion": "OutputAttention",
         "to_peft": "save_as_peft",
     }
     __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loraweave.extend import lazy
 
 if TYPE_CHECKING:
-    from loraweave.extensions.verify.report import Finding, ServerReport
+    from loraweave.extensions.verify.answers import Finding, ServerReport
     from loraweave.extensions.verify.verify import verify_server
 else:
     __getattr__ = lazy(__name__, {f"{__name__}.verify": "verify_server", f"{__name__}.report": "Finding ServerReport"})

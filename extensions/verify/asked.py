@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from loraweave import Adapter, Formula, FormulaError, Hub, parse
 from loraweave.extend import DEFAULT_TEMPLATE, Named, Sum
+from loraweave.extensions.verify.answers import AS_ASKED
 from loraweave.extensions.verify.client import Listed
 from loraweave.extensions.verify.hypotheses import BASE, Hypothesis, likely
 from loraweave.extensions.verify.references import Probe, References
-from loraweave.extensions.verify.report import AS_ASKED
 
 # prompts of which the best become probes, and names whose first probe the base is asked too
 NUM_CANDIDATES, NUM_OF_BASE = 6, 8

@@ -27,12 +27,11 @@ from loraweave import (
     load_base,
 )
 from loraweave.extend import EMBEDDED, Named, cache_folder, fingerprint, require_whole, tracked
-from loraweave.extensions.verify.answers import Answer, distance
+from loraweave.extensions.verify.answers import AS_ASKED, Answer, Finding, ServerReport, distance
 from loraweave.extensions.verify.asked import Asked, asked_of, base_name_of, base_of, formula_of
 from loraweave.extensions.verify.client import Listed, Refused, Server
 from loraweave.extensions.verify.hypotheses import BASE, Hypothesis, possible
 from loraweave.extensions.verify.references import Probe, References
-from loraweave.extensions.verify.report import AS_ASKED, Finding, ServerReport
 
 # nats: what engines in fp32 differ by, what texts do not show, and what a base that is not quantised stays below
 FLOOR, TEXT, ROUGH = 2e-3, 0.25, 0.2

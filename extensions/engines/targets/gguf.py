@@ -18,8 +18,14 @@ from torch import Tensor
 from loraweave import AdapterUnsupported, Factors, PackageMissing
 from loraweave.extend import Contents, base_config, head_size, stated_license, traits
 from loraweave.extensions.engines.export import Target
-from loraweave.extensions.engines.targets._experts import matrices, require_known, stacked
-from loraweave.extensions.engines.targets._writing import place, require_plain, require_untied
+from loraweave.extensions.engines.targets._writing import (
+    matrices,
+    place,
+    require_known,
+    require_plain,
+    require_untied,
+    stacked,
+)
 
 # llama.cpp's architecture of a model type of transformers
 ARCHITECTURES = {

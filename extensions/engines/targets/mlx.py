@@ -14,8 +14,14 @@ from typing import Any
 from loraweave import AdapterUnsupported
 from loraweave.extend import Contents, base_config
 from loraweave.extensions.engines.export import Target
-from loraweave.extensions.engines.targets._experts import require_known, stacked
-from loraweave.extensions.engines.targets._writing import place, require_plain, require_untied, tensors_file
+from loraweave.extensions.engines.targets._writing import (
+    place,
+    require_known,
+    require_plain,
+    require_untied,
+    stacked,
+    tensors_file,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 # the model types of transformers whose modules mlx-lm names as transformers does

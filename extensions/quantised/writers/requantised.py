@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from loraweave import Adapter, CompositionError, Factors
 from loraweave.extend import DenseUpdate, LayerLoss, TargetLayer, WeightWriter, find_places, is_floating
-from loraweave.extensions.quantised.full_weights import full_weight_warnings, is_quantised
+from loraweave.extensions.quantised.losses import full_weight_warnings, is_quantised
 
 # unit vectors that a layer reads at once
 BLOCK = 256

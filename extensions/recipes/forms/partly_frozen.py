@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.extend import ExpertShape, Site, SumOfExperts
-from loraweave.extensions.recipes.bases import Frozen
+from loraweave.extensions.recipes.row_gates import Frozen
 
 
 class PartlyFrozen(SumOfExperts):

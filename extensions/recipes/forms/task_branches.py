@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from loraweave import ScopeError
 from loraweave.extend import Args, ExpertShape, Recipe, Running, Site, SumOfExperts, Weigh, conv, linear
-from loraweave.extensions.recipes.branches import Branch, BranchSite, closing_blocks
-from loraweave.extensions.recipes.recipes.mtlora import Mtlora
+from loraweave.extensions.recipes.recipes.mtlora import Branch, BranchSite, Mtlora, closing_blocks
 
 
 class TaskBranches(SumOfExperts):

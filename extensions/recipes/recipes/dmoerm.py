@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraweave.extend import ATTENTION, FEED_FORWARD
-from loraweave.extensions.recipes.bases import TaskRecipe
+from loraweave.extensions.recipes.row_gates import TaskRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

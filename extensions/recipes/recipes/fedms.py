@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraweave.extend import ExpertShape, Site, Whole
-from loraweave.extensions.recipes.bases import Frozen
-from loraweave.extensions.recipes.row_gates import EmbeddingGate, MeanGate, embedding_size
+from loraweave.extensions.recipes.row_gates import EmbeddingGate, Frozen, MeanGate, embedding_size
 
 
 @dataclass(frozen=True, kw_only=True)

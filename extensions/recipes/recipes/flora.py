@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraweave.extend import Site
-from loraweave.extensions.recipes.bases import TaskRecipe
+from loraweave.extensions.recipes.row_gates import TaskRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

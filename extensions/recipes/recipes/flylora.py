@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraweave.extend import Call, Count, ExpertShape, NonNegative, Recipe, Share, Site, TrainingReport, Watcher, Weighing
-from loraweave.extensions.recipes.biased_gate import BiasedGate, Moves
+from loraweave.extensions.recipes.limited_gate import BiasedGate, Moves
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from loraweave.extend import Count, ExpertShape, Range, Site
-from loraweave.extensions.recipes.bases import Frozen
-from loraweave.extensions.recipes.row_gates import ConstantGate
+from loraweave.extensions.recipes.row_gates import ConstantGate, Frozen
 
 Phase = Literal["local", "shared"]
 

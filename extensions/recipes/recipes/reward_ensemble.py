@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from loraweave.extend import ATTENTION, FEED_FORWARD, NonNegative
-from loraweave.extensions.recipes.bases import TaskRecipe
 from loraweave.extensions.recipes.losses.nuclear_norm import nuclear_norm
+from loraweave.extensions.recipes.row_gates import TaskRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from loraweave.extend import (
     balance_term,
     draw_linear,
 )
-from loraweave.extensions.recipes.biased_gate import BiasedGate, Moves
+from loraweave.extensions.recipes.limited_gate import BiasedGate, Moves
 
 
 @dataclass(frozen=True, kw_only=True)

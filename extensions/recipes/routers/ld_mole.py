@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loraweave import ExpertPool
 from loraweave.extend import Count, InputGates, Members, NonNegative, Step
-from loraweave.extensions.recipes.sparsegen import Lambda, least_lambda, sparsegen
+from loraweave.extensions.recipes.recipes.ld_mole import Lambda, least_lambda, sparsegen
 
 
 class LdMole(InputGates):

@@ -6,16 +6,29 @@ What adapters were trained on is not needed: a few examples of each task say wha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loraweave import ExpertPool, InvalidTask, WeightingError
-from loraweave.extend import Count, Members, Positive, TextRouter, labelled_tasks, prompt_texts
-from loraweave.extensions.routers.losses_of_experts import expert_losses
+from loraweave import Composer, CompositionError, ExpertPool, InvalidTask, Task, WeightingError
+from loraweave.extend import (
+    Count,
+    GivenRows,
+    Members,
+    Positive,
+    TargetBatch,
+    TextRouter,
+    batch,
+    encode_pairs,
+    labelled_tasks,
+    mean_losses,
+    progress_bar,
+    prompt_texts,
+    untouched,
+)
 
 # ours: the abstract, by which this is written, names none
 NUM_TASKS = 3
@@ -101,3 +114,46 @@ class Lorauter(TextRouter):
         if min(row) == math.inf:
             raise WeightingError(f"no expert has a finite loss on task {task!r}: look at its examples, or leave it out")
         return row
+
+
+# rows of one forward pass, an example under one expert each
+MAX_ROWS = 64
+
+
+@torch.no_grad()
+def expert_losses(
+    engine: Composer, tasks: Mapping[str, Task | GivenRows], *, progress: bool = True
+) -> dict[str, dict[str, float]]:
+    """Return {task: {expert: loss}}: the mean over a task's examples of their target tokens' mean loss, that expert at 1.
+
+    Raises CompositionError for an engine without a tokenizer, InvalidTask for a task without examples or with those that the
+    model cannot read, AlreadyActive while a mixture is fused.
+    """
+    model, tokenizer, names = engine.model, engine.tokenizer, engine.pool.names
+    if tokenizer is None:
+        raise CompositionError("expert_losses() needs a tokenizer: make the Composer with tokenizer=...")
+    task_by_name = {name: Task.of(task) for name, task in tasks.items()}
+    if empty := [name for name, task in task_by_name.items() if not task.examples]:
+        raise InvalidTask(f"a task without examples, {empty[0]!r}, tells nothing about experts: give some")
+    batches = {name: list(_batches(model, tokenizer, task)) for name, task in task_by_name.items()}
+    table: dict[str, dict[str, float]] = {name: dict.fromkeys(names, 0.0) for name in task_by_name}
+    with untouched(model), progress_bar(progress) as bar:
+        shown = bar.add_task("measuring experts", total=len(names) * len(batches))
+        for name, task in task_by_name.items():
+            for first in range(0, len(names), chunk := max(1, MAX_ROWS // len(task.examples))):
+                some = names[first : first + chunk]
+                for part in batches[name]:
+                    num_rows = len(part.targets_BK)
+                    with engine.activate([{expert: 1.0} for expert in some for _ in range(num_rows)]):
+                        losses_B = mean_losses(model, part.tile(len(some)))
+                    sums_E = losses_B.view(len(some), num_rows).double().sum(dim=1)
+                    for expert, total in zip(some, sums_E.tolist(), strict=True):
+                        table[name][expert] += total / len(task.examples)
+                bar.update(shown, advance=len(some))
+    return table
+
+
+def _batches(model: Any, tokenizer: Any, task: Task) -> Iterator[TargetBatch]:
+    rows = sorted(encode_pairs(model, tokenizer, task, task.examples), key=len)
+    for start in range(0, len(rows), MAX_ROWS):
+        yield batch(model, tokenizer, rows[start : start + MAX_ROWS])

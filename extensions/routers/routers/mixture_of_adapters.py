@@ -12,7 +12,7 @@ from torch.nn import functional
 from loraweave import ExpertPool
 from loraweave.extend import InputGates, Members, NonNegative, Step, best_of, without
 from loraweave.extensions.routers.by_sequence import BySequence, Decision
-from loraweave.extensions.routers.taught import taught
+from loraweave.extensions.routers.routers.meteora import taught
 
 
 class MixtureOfAdapters(InputGates, BySequence):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraweave import Adapter, BaseModelMismatch, ExpertPool, WeightingError
 from loraweave.extend import Count, Members, Rate, without
-from loraweave.extensions.routers.output_attention import OutputAttention
+from loraweave.extensions.routers.routers.adapter_fusion import OutputAttention
 
 RANK = 8
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loraweave.extensions.recipes.branches import closing_blocks
 from loraweave.extensions.recipes.forms.task_branches import TaskBranches
-from loraweave.extensions.recipes.recipes.mtlora import Mtlora
+from loraweave.extensions.recipes.recipes.mtlora import Mtlora, closing_blocks
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraweave.errors import WeightingError
-from loraweave.extensions.recipes.sparsegen import sparsegen
+from loraweave.extensions.recipes.recipes.ld_mole import sparsegen
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._saved import router
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraweave.extensions.recipes.sparsegen import least_lambda, sparsegen
+from loraweave.extensions.recipes.recipes.ld_mole import least_lambda, sparsegen
 
 
 def minimum(u_E, lam):

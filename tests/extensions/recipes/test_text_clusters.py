@@ -29,5 +29,5 @@ def test_no_more_experts_are_asked_for_than_may_be():
 
 
 def test_of_many_texts_a_part_is_looked_at_that_the_seed_determines(monkeypatch):
-    monkeypatch.setattr("loraweave.extensions.recipes.text_clusters.MOST_TEXTS", 11)
+    monkeypatch.setattr("loraweave.extensions.recipes.cluster_gates.MOST_TEXTS", 11)
     assert experts_for(TEXTS, seed=1) == experts_for(TEXTS[::-1], seed=1) == 3

@@ -24,7 +24,7 @@ def either(request, make_model, make_adapters, tokenizer):
 
 @pytest.mark.parametrize("max_rows", [1, 3, 64])
 def test_an_experts_loss_is_the_mean_of_each_examples_loss_under_it(either, tokenizer, monkeypatch, max_rows):
-    monkeypatch.setattr("loraweave.extensions.routers.losses_of_experts.MAX_ROWS", max_rows)
+    monkeypatch.setattr("loraweave.extensions.routers.routers.lorauter.MAX_ROWS", max_rows)
     table = expert_losses(either, TASKS, progress=False)
     assert list(table) == list(TASKS)
     for name, task in TASKS.items():

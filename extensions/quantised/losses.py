@@ -1,4 +1,4 @@
-"""The loss of an adapter that was trained on quantised weights and is written into full ones.
+"""The losses by quantised weights: of an adapter trained on them in full ones, and of answers where one is fused into them.
 
 QLoRA (Dettmers et al. 2023, arXiv 2305.14314) trains D on Q(W) + D, so that W + D is another function, by W - Q(W): stated
 for each layer as |W - Q(W)| / |D|, in Frobenius norms. What `train_adapters` makes on a quantised base has that base's
@@ -8,15 +8,16 @@ for each layer as |W - Q(W)| / |D|, in Frobenius norms. What `train_adapters` ma
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from loraweave import Adapter, PackageMissing
-from loraweave.extend import TargetLayer, algebra, is_floating
+from loraweave import Adapter, CompositionError, PackageMissing
+from loraweave.extend import Fused, TargetLayer, algebra, is_floating
 
 # {a layer's module: {an adapter's hash and mark: what was said}}, so that it is calculated once for a model
 _TOLD: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
@@ -124,3 +125,40 @@ def _told(found: Mapping[str, float] | None) -> str:
         f"these differ by {statistics.median(shares):.2g} times its own update in the median of {len(shares)} layers, by "
         f"{shares[0]:.2g} to {shares[-1]:.2g} in all"
     )
+
+
+@dataclass(frozen=True)
+class LogitsLoss:
+    """The change of answers over all tokens of some texts.
+
+    `kl` is the mean of KL(exact || fused) in nats, `other_choice` the share of tokens with another likeliest successor, and
+    `largest` the largest difference of two log-probabilities.
+    """
+
+    kl: float
+    other_choice: float
+    largest: float
+
+
+@torch.inference_mode()
+def logits_loss(written: Fused, tokenizer: Any, texts: Sequence[str]) -> LogitsLoss:
+    """Return how far the logits of these texts, each read alone, are from those with every quantised layer's update live.
+
+    `written` is what `Composer.fused` gives its block. Raises CompositionError where there are no tokens to read, and after
+    the block's end.
+    """
+    kl = other = count = largest = 0.0
+    model = written.model
+    device = next(model.parameters()).device
+    for text in texts:
+        inputs = tokenizer(text, return_tensors="pt").to(device)
+        with written.exact():
+            exact = model(**inputs).logits.float().log_softmax(dim=-1)
+        fused = model(**inputs).logits.float().log_softmax(dim=-1)
+        kl += float((exact.exp() * (exact - fused)).sum())
+        other += float((exact.argmax(dim=-1) != fused.argmax(dim=-1)).sum())
+        count += exact.shape[:-1].numel()
+        largest = max(largest, float((exact - fused).abs().max()))
+    if not count:
+        raise CompositionError("logits_loss() needs a text of at least one token")
+    return LogitsLoss(kl / count, other / count, largest)
