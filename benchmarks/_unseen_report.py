@@ -38,13 +38,15 @@ WAYS = (
     "gradient",
     "auto",
     "oracle",
+    "instruction",
+    "instruction_and_inputs",
     "order",
     "order+distilled",
     "any_single",
     "two_passes",
 )
 # these know nothing of the few examples
-WITHOUT_EXAMPLES = ("base", "oracle", "any_single", "two_passes")
+WITHOUT_EXAMPLES = ("base", "instruction", "instruction_and_inputs", "oracle", "any_single", "two_passes")
 # these are for tasks that join two skills
 OF_JOINED_SKILLS = ("order", "order+distilled", "any_single", "two_passes")
 # what `auto` is to beat; behind a name, labels ranked without their prior, as `auto` ranks them

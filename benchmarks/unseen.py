@@ -15,7 +15,8 @@ the first 20 test inputs without their answers (`adamerging`); a LoRA trained on
 training set (`oracle`); the program of adapters that `lw.order` finds (`order`), and one adapter that learned it on
 sample inputs of the hub's cards (`order+distilled`); the base with the shipped in-context adapter and the examples in its
 prompt (`in_context_adapter`), and the training that begins there (`few_shot_begun`; `few_shot` begins from nothing);
-for joined skills the adapter that is best on the test items
+`compose()` without an example, by the instruction alone (`instruction`) and with the first 20 test inputs, without answers
+(`instruction_and_inputs`); for joined skills the adapter that is best on the test items
 (`any_single`), and both skills one after the other (`two_passes`); and every method of `compose()` by its name. With
 `+shown` behind its name, a way learns and answers under prompts that show the other examples with their answers; with
 `+calibrated`, on tasks with labels, it ranks them without their prior on the examples, as `auto` does.
@@ -343,6 +344,17 @@ def oracle(case: Case) -> Found:
     return Found(_trained(case, replace(case.task, examples=case.training), batch_size=8, **ORACLE))
 
 
+def instruction(case: Case) -> Found:
+    """What `compose()` makes of the task's instruction alone."""
+    return _composed(replace(case, unseen=replace(case.unseen, task=replace(case.task, examples=[]))), "auto")
+
+
+def instruction_and_inputs(case: Case) -> Found:
+    """The same, with inputs: it looks at what it is to answer, but not at the answers."""
+    bare = replace(case, unseen=replace(case.unseen, task=replace(case.task, examples=[])))
+    return _composed(bare, "auto", inputs=[text for text, _ in case.unseen.test[:UNLABELLED]])
+
+
 def order(case: Case) -> Found:
     """The program of adapters that the examples point to, each asked by its own instruction."""
     program = lw.order(case.model, case.tokenizer, case.hub, case.task, k=case.k, progress=False)
@@ -395,6 +407,8 @@ OWN: dict[str, Callable[[Case], Found]] = {
         few_shot_begun,
         composed_and_tuned,
         oracle,
+        instruction,
+        instruction_and_inputs,
         order,
         any_single,
         two_passes,

@@ -86,7 +86,7 @@ class Retriever:
         self._classifier = None if plain else Classifier()
         usual = 200 if self._classifier is None else CLASSIFIED
         self._shortlist = usual if shortlist is None else checked_count(shortlist, "shortlist", least=1)
-        self._space = KeySpace(hub, self._index)
+        self.space = KeySpace(hub, self._index)
 
     @classmethod
     def of(cls, hub: Hub) -> Self:
@@ -214,7 +214,7 @@ class Retriever:
         request = Request(**options)
         query = _query(read_rows(rows, targets="any"))
         records = [hit.record for hit in self._near(self._vector(query), request)]
-        found_N = (self._classifier or Classifier()).probabilities(query, records, self._space)
+        found_N = (self._classifier or Classifier()).probabilities(query, records, self.space)
         return {records[n].name: float(found_N[n]) for n in np.argsort(-found_N, kind="stable")[: request.k]}
 
     def calibrate(
@@ -261,7 +261,7 @@ class Retriever:
         records = list(self.hub.records_at(spaced).values())
         if len(records) < 2:
             raise RetrievalError(f"a threshold from the hub's own samples needs two adapters, and there are {len(records)}")
-        labels_N, own_NC, foreign_NC = classifier.held_out(records, self._space)
+        labels_N, own_NC, foreign_NC = classifier.held_out(records, self.space)
         # of an adapter with one sample nothing is left when it is held out
         several = np.flatnonzero(np.bincount(labels_N) > 1)
         places = [np.flatnonzero(labels_N == label).tolist() for label in several]
@@ -303,7 +303,7 @@ class Retriever:
 
     def _parts(self, query: Query, records: Sequence[Record], keys: Mapping[str, Key]) -> dict[str, np.ndarray]:
         """Return each key's scores_N of the records."""
-        return {name: key.scores(query, records, self._space) for name, key in keys.items()}
+        return {name: key.scores(query, records, self.space) for name, key in keys.items()}
 
     def _ranked(
         self, query: Query, hits: Sequence[Hit], keys: Mapping[str, Key], fusion: Fusion
@@ -327,7 +327,7 @@ class Retriever:
     def _vector(self, query: Query) -> np.ndarray:
         """Return the index's search vector: the direction of the inputs' mean plus that of the description."""
         # the keys' space keeps the vectors for the keys
-        embed = self._space.embed
+        embed = self.space.embed
         query_D = np.zeros(self._index.embedder.dim)
         if query.inputs:
             self._index.check(query.inputs)

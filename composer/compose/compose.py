@@ -20,6 +20,7 @@ from loraweave.common.spread import Crew, crew
 from loraweave.composer.compose.candidates import candidates, experts_of, in_context_adapter
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.examples import Examples
+from loraweave.composer.compose.instructed import instructed
 from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import Settings, method_names
 from loraweave.composer.compose.trials import Bench, reported, splits_of
@@ -65,7 +66,8 @@ def compose(
 
     A pool or a list of adapters is used whole. `method` "auto" learns weights for the adapters and a LoRA under prompts that
     show the examples, looks in a hub for a program of adapters, and averages their probabilities (docs/search.md); the
-    composition's `members` has them. A single adapter that answers the examples already is returned as it is. A name of
+    composition's `members` has them. A single adapter that answers the examples already is returned as it is. Of a task
+    without examples it takes the adapters of a hub whose descriptions say what the instruction asks for. A name of
     `names("routers")` runs that search alone; "best_single" takes the adapter of the lowest loss, "manual" the given
     `weights`, "base" none, "in_context" the base with the examples in every prompt, and "few_shot" a LoRA trained on the
     examples under such prompts (`steps`, `lr`). A router, by name and options, weighs every token; one that learns trains on
@@ -73,8 +75,9 @@ def compose(
     `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do; `merge_method` says
     instead that weights are those of a merge by a name of `names("methods")`, with its default options. `objective` is a
     name of `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by default
-    the examples' own, and "auto" calibrates the labels of a task by the first 20 of them. `l1` * mean|w|, `l2` * mean(w^2)
-    and `sparsity` * the number of adapters used are added to it. Each search has its own default objective, space and `l1`.
+    the examples' own, and "auto" calibrates the labels of a task by the first 20 of them, or finds adapters by them.
+    `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of adapters used are added to the objective. Each search has
+    its own default objective, space and `l1`.
 
     The guard: a searched composition must do no worse on held-out examples than the base and the best single adapter, or
     the better of these two is returned. It is cross-validated over at most `folds` folds, 3 by default; each fold's
@@ -130,6 +133,9 @@ def _compose(
     progress: bool | Progress,
 ) -> Composition:
     started = time.perf_counter()
+    if settings.method == "auto" and not task.examples:
+        assert isinstance(experts, Hub)
+        return instructed(model, tokenizer, experts, task, settings)
     # 1. retrieve: the adapters to choose from
     try:
         pool, scores = candidates(experts, task, settings.inputs or (), settings.k, model)

@@ -65,7 +65,9 @@ class Step:
 
 
 def answer_limit(tokenizer: Any, examples: Sequence[tuple[Prompt, str]]) -> int:
-    """Return how many tokens a step's answer has at most, by the longest text of a task's examples."""
+    """Return how many tokens a step's answer has at most, by the longest text of a task's examples, if there are any."""
+    if not examples:
+        return scoring.MAX_NEW_TOKENS
     return scoring.longest_answer(tokenizer, [(prompt, (str(prompt), target)) for prompt, target in examples])
 
 

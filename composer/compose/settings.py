@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import loraweave.registry as registry
 from loraweave.common.chat import Prompt
-from loraweave.common.checks import require_whole
+from loraweave.common.checks import require_whole, says_something
 from loraweave.common.files import as_path
 from loraweave.common.options import Count, NonNegative, Positive, Range, Seed, check_options, options_of, require_known
 from loraweave.common.rows import GivenRows, read_asked
@@ -33,6 +33,8 @@ SPACES = {"deltas": "linear", "factors": "factor_sum"}
 FOLDS, FOLDS_OF_AUTO = 3, 0
 # the number of examples from which on "auto" compares its ways on some of them, a long training among these
 MANY = 50
+# at most as many inputs without targets tell how likely a label is, and which adapters suit a task without examples
+CALIBRATING = 20
 # ways of compose() that are no solvers
 OTHER_WAYS = ("auto", "base", "best_single", "in_context", "few_shot")
 # what compose() gives a solver that asks for it
@@ -164,7 +166,7 @@ class Settings:
         if (self.method == "manual") != (self.weights is not None):
             raise WeightingError("method 'manual' takes weights={name: weight}, and no other method does")
         self._check_objective(task)
-        self._check_examples(task)
+        self._check_examples(task, from_hub)
 
     def _check_router(self, from_hub: bool) -> None:
         if from_hub and not isinstance(self.method, str):
@@ -259,7 +261,8 @@ class Settings:
         loss = None
         if self.learns and not self.routes:
             loss = self.objective or ("cross_entropy" if self.method in OTHER_WAYS else solver_class(self.name).loss)
-        if self.inputs is not None and loss != "entropy" and not (self.method == "auto" and task.labels):
+        of_auto = self.method == "auto" and (task.labels or not task.examples)
+        if self.inputs is not None and loss != "entropy" and not of_auto:
             objective_name = "a function" if callable(loss) else repr(loss)
             raise InvalidTask(
                 "inputs without targets are for objective 'entropy', and for method 'auto' of a task with labels, but "
@@ -274,18 +277,20 @@ class Settings:
                 # the kind itself refuses tasks that it cannot score
                 kind(task)
 
-    def _check_examples(self, task: Task) -> None:
-        """Raise an error for missing examples: only a search by entropy runs without any, and not from every start."""
+    def _check_examples(self, task: Task, from_hub: bool) -> None:
+        """Raise an error for missing examples: only "auto" with an instruction, and a search by entropy, run without any."""
         if task.examples:
             if self.learns and self.folds and len(task.examples) < 2:
                 raise InvalidTask("one example cannot be both searched on and held out: give two or more, or pass folds=0")
             if self.learns and self.folds == 1:
                 raise WeightingError("folds is 1, which would hold out every example; pass 2 or more, or 0 for none")
             return
+        if self.method == "auto" and from_hub and says_something(task.instruction):
+            return
         if self.inputs is None or self.method == "auto":
             raise InvalidTask(
-                "the task has no examples; give at least two (input, target) pairs, or inputs=[...] and "
-                "objective='entropy' to a search"
+                "the task has no examples; give at least two (input, target) pairs, or inputs=[...] and objective='entropy' "
+                "to a search; of a hub, and with an instruction, method 'auto' needs neither"
             )
         if (start := self.start_name(solver_class(self.name))) in BEST:
             raise WeightingError(

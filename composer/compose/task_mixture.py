@@ -73,7 +73,7 @@ class TaskMixture:
         elif self.router is not None:
             what = f"{type(self.router).__name__} over {len(self._used)} adapters"
         elif self.stored is not None and not self.mean_weights:
-            what = "an adapter trained on the examples"
+            what = "an adapter trained on the examples" if self.tuned_steps else f"adapter {self.stored.name!r}"
         layers = "" if self.by_layer is None else f", means over {len(self.by_layer)} layers"
         chosen = self.report.chosen[:NAME_WIDTH]
         return f"{type(self).__name__}({what}{layers}, method={self.merge_method!r}, chosen={chosen!r})"
@@ -256,7 +256,7 @@ class TaskMixture:
     def _between(self, texts: Sequence[Prompt]) -> Sequence[Prompt]:
         """Return the inputs of the last step: the answers of the step before it, one for each text, or the texts."""
         before = list(self.steps.values())[:-1]
-        limit = answer_limit(self.tokenizer, self.task.examples) if before else 0
+        limit = answer_limit(self.tokenizer, self.task.examples)
         for step in before:
             texts = step._predict(texts, limit)
         return texts

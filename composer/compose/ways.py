@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from loraweave.composer.compose.learning import averaged, few_shot, long_lora, of_start, program, routed, search_of
 from loraweave.composer.compose.loss import ExampleLoss
-from loraweave.composer.compose.settings import OTHER_WAYS, Settings
+from loraweave.composer.compose.settings import CALIBRATING, OTHER_WAYS, Settings
 from loraweave.composer.compose.trials import Bench, Split, Trial, best_single, fixed
 from loraweave.errors import InvalidLicense, InvalidTask, SearchFailed, WeightingError
 from loraweave.routers.weights import MixtureWeights
@@ -33,8 +33,6 @@ LUCK = 0.05
 NEAR = 0.5
 # a program of FAR times that loss is no member
 FAR = 2.0
-# at most as many inputs tell how likely a label is whatever the input
-CALIBRATING = 20
 # the search of "auto"; the other one where the objective has no gradients
 SEARCHES = ("gradient", "lorahub")
 
