@@ -98,8 +98,20 @@ def _skills(space: KeySpace, records: Sequence[Record], task: Task, texts: Seque
 
 
 def _flow(space: KeySpace, order: Sequence[Record], texts: Sequence[str]) -> float:
-    """Return the cosine of `texts` with the first one's inputs plus that of its outputs with the second one's inputs."""
+    """Return how like `texts` the first one's inputs are, and how like the second one's inputs its outputs: four cosines."""
     first, second = order
-    written_D = space.mean(space.embed([answer for _, answer in space.pairs(first)]))
-    given_D = space.mean(space.embed(texts))
-    return float(given_D @ space.sample_mean(first) + written_D @ space.sample_mean(second))
+    outputs = [answer for _, answer in space.pairs(first)]
+    pairs = ((texts, first.examples), (outputs, second.examples))
+    meanings = [space.mean(space.embed(some)) @ space.mean(space.embed(others)) for some, others in pairs]
+    return float(sum(meanings) + sum(_form(some) @ _form(others) for some, others in pairs))
+
+
+def _form(texts: Sequence[str]) -> np.ndarray:
+    """Return the direction of the texts' shares of small letters, capitals, digits, blanks and other characters.
+
+    The sentence encoder reads capitals as small letters.
+    """
+    kinds = (str.islower, str.isupper, str.isdigit, str.isspace, lambda letter: not letter.isalnum())
+    counts_KN = np.array([[sum(map(kind, text)) / len(text) for text in texts if text] for kind in kinds], dtype=np.float64)
+    total_K = counts_KN.sum(axis=1)
+    return total_K / max(float(np.linalg.norm(total_K)), 1e-9)

@@ -36,7 +36,7 @@ DTYPES = ("float32", "bfloat16", "float16", "fast")
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file, at least one."""
+    """The rows of a file, at least one; none where a task has only an instruction."""
 
     rows: tuple[Row, ...]
 

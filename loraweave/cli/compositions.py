@@ -39,6 +39,7 @@ from loraweave.cli._inputs import (
     ADAPTER_FILE,
     COMPOSITION_FILE,
     STDIN,
+    Rows,
     is_given,
     load_model,
     open_hub,
@@ -65,12 +66,13 @@ if TYPE_CHECKING:
 def compose(
     context: typer.Context,
     examples: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             metavar="JSONL|CSV|-",
-            help='Lines {"input": "...", "target": "..."}; - reads such lines from a pipe, or asks for examples.',
+            help='Lines {"input": "...", "target": "..."}; - reads such lines from a pipe, or asks for examples. Without it '
+            "the --instruction alone says which adapters of the hub answer.",
         ),
-    ],
+    ] = None,
     base: BaseOption = None,
     dtype: DtypeOption = None,
     hub: HubOption = DEFAULT_HUB,
@@ -111,9 +113,11 @@ def compose(
     workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the mixture of stored adapters that solves a task given by a few examples."""
+    """Find the mixture of stored adapters that solves a task given by a few examples, or by an instruction."""
+    if examples is None and not instruction:
+        raise typer.BadParameter("give --examples, or an --instruction, or better both")
     # typer's own check takes - for a file
-    if examples != STDIN and not examples.is_file():
+    if examples not in (None, STDIN) and not examples.is_file():
         raise typer.BadParameter(f"--examples: file {str(examples)!r} does not exist")
     fixed = ("model", "tokenizer", "hub_or_pool", "task")
     reserved = (*fixed, "method", "k", "budget", "seed", "weights", "checkpoint", "n_jobs", "progress", "allow_licenses")
@@ -125,7 +129,7 @@ def compose(
         raise typer.BadParameter("--pool and --hub both name adapters to choose from; leave one out")
     if out is not None:
         require_free(out, COMPOSITION_FILE)
-    rows = read_rows(examples, split=split)
+    rows = Rows(()) if examples is None else read_rows(examples, split=split)
     from loraweave.composer.compose.compose import ComposeCall
 
     task = rows.task(instruction, system, labels=wanted, num_examples=num_examples)

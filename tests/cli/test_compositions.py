@@ -331,3 +331,16 @@ def test_a_routers_folder_is_kept_with_its_adapters_and_a_formula_is_that_router
     done = call("hub", "save-composition", "alone", "alone", "--hub", "hub")
     assert done.exit_code == 1
     assert "has no adapters of its own" in " ".join(done.stderr.split())
+
+
+def test_compose_takes_an_instruction_in_the_place_of_examples(here, base, monkeypatch):
+    seen = []
+    monkeypatch.setattr("loraweave.composer.compose.compose.compose", lambda *given, **options: seen.append(given) or 1 / 0)
+    lw.Hub("adapters").close()
+    done = call("compose", "--base", base, "--instruction", "Go on.")
+    assert isinstance(done.exception, ZeroDivisionError)
+    (_, _, _, task) = seen[0]
+    assert (task.examples, task.instruction) == ((), "Go on.")
+    done = call("compose", "--base", base)
+    assert done.exit_code == 2
+    assert "give --examples, or an --instruction" in done.stderr
