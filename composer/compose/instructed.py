@@ -24,6 +24,7 @@ from loraweave.composer.compose.settings import CALIBRATING, Settings
 from loraweave.composer.compose.trials import reported
 from loraweave.composer.compose.ways import calibrated
 from loraweave.errors import InvalidTask
+from loraweave.hub.embedders.form import Form
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.query import KeySpace
 from loraweave.retrieval.retriever import Retriever
@@ -98,20 +99,15 @@ def _skills(space: KeySpace, records: Sequence[Record], task: Task, texts: Seque
 
 
 def _flow(space: KeySpace, order: Sequence[Record], texts: Sequence[str]) -> float:
-    """Return how like `texts` the first one's inputs are, and how like the second one's inputs its outputs: four cosines."""
+    """Return how like `texts` the first one's inputs are, and how like the second one's inputs its outputs: four cosines.
+
+    Of meanings and of forms, since the sentence encoder reads capitals as small letters.
+    """
     first, second = order
     outputs = [answer for _, answer in space.pairs(first)]
-    pairs = ((texts, first.examples), (outputs, second.examples))
-    meanings = [space.mean(space.embed(some)) @ space.mean(space.embed(others)) for some, others in pairs]
-    return float(sum(meanings) + sum(_form(some) @ _form(others) for some, others in pairs))
-
-
-def _form(texts: Sequence[str]) -> np.ndarray:
-    """Return the direction of the texts' shares of small letters, capitals, digits, blanks and other characters.
-
-    The sentence encoder reads capitals as small letters.
-    """
-    kinds = (str.islower, str.isupper, str.isdigit, str.isspace, lambda letter: not letter.isalnum())
-    counts_KN = np.array([[sum(map(kind, text)) / len(text) for text in texts if text] for kind in kinds], dtype=np.float64)
-    total_K = counts_KN.sum(axis=1)
-    return total_K / max(float(np.linalg.norm(total_K)), 1e-9)
+    return sum(
+        float(space.mean(embed(some)) @ space.mean(embed(others)))
+        for some, others in ((texts, first.examples), (outputs, second.examples))
+        for embed in (space.embed, Form().embed)
+        if some and others
+    )
