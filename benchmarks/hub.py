@@ -167,7 +167,6 @@ def speed(
     context: typer.Context,
     count: Annotated[int, typer.Option(help="keys, 20,000 or more")] = 200_000,
     smooth: Annotated[bool, typer.Option(help="keys without clusters, the worst case of the lists")] = False,
-    graph: Annotated[bool, typer.Option(help="also faiss_hnsw, which takes minutes to make")] = False,
 ) -> None:
     """Searching an index beside bare faiss on the same keys and of the same kind, k = 10, processor time of one thread."""
     run = replace(context.obj, cpu=True)
@@ -179,16 +178,13 @@ def speed(
     half = faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
     half.add(vectors_ND)
     ours: dict[str, Any] = {}
-    for name in ("faiss_flat", "faiss_half", "faiss_ivf", *(["faiss_hnsw"] if graph else [])):
+    for name in ("faiss_half", "faiss_ivf"):
         before = time.perf_counter()
         ours[name] = registry.get("indexes", name).from_arrays(DIM, {"vectors": vectors_ND})
         console.print(f"{name} is made in {time.perf_counter() - before:.1f} s")
-    bare = {"IndexFlatIP": flat, "IndexScalarQuantizer": half, "IndexIVFScalarQuantizer": _bare_ivf(ours["faiss_ivf"])}
-    if "faiss_hnsw" in ours:
-        bare["IndexHNSWSQ"] = ours["faiss_hnsw"]._graph
-        bare["IndexHNSWSQ"].hnsw.efSearch = ours["faiss_hnsw"]._effort
-    want = ours["faiss_flat"].search(query_QD, 10)[1]
-    require([Gate("faiss_flat and IndexFlatIP, share of the ten best that differ", 1 - _recall(flat, query_QD, want), 1e-3)])
+    bare = {"IndexScalarQuantizer": half, "IndexIVFScalarQuantizer": _bare_ivf(ours["faiss_ivf"])}
+    want = ours["faiss_half"].search(query_QD, 10)[1]
+    require([Gate("faiss_half and IndexFlatIP, share of the ten best that differ", 1 - _recall(flat, query_QD, want), 1e-3)])
     figures = Table(f"{count:,} keys", ("index", "recall@10", "queries a second", "in batches of 64"))
     speeds: dict[str, list[str]] = {name: [] for name in (*bare, *ours)}
     for batch in (1, 64):

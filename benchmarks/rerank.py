@@ -5,9 +5,8 @@
     python -m benchmarks --cpu rerank speed                          (one backward pass beside a probe for each adapter)
 
 For each unseen task, every adapter of the pool runs alone at weight 1 on held-out rows; the fall of the loss there is the
-truth. The rankings see five other rows: first-order loss change and gradient similarity (at the base, at the uniform
-mixture), a probe of each adapter (all five rows, one row, the first ten by first order), retrieval, and chance. A task's
-figures are kept in --out.
+truth. The rankings see five other rows: the first-order loss change at the uniform mixture, a probe of each adapter (all
+five rows, one row, the first ten by first order), retrieval, and chance. A task's figures are kept in --out.
 """
 
 from __future__ import annotations
@@ -35,10 +34,7 @@ KS = (1, 3, 5, 10)
 SHORT_LIST = 10
 # by what rerank() asks the model
 ASKED: dict[str, dict[str, Any]] = {
-    "first order at the base": {"by": "first_order", "around": "base"},
-    "gradient similarity at the base": {"by": "gradient_similarity", "around": "base"},
     "first order at uniform": {"by": "first_order"},
-    "gradient similarity at uniform": {"by": "gradient_similarity"},
     "probe": {"by": "probe"},
 }
 SHORT = f"first order at uniform, then probe of {SHORT_LIST}"

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 from loraweave.extend import lazy
 
 if TYPE_CHECKING:
-    from loraweave.extensions.large_hubs.indexes.faiss_flat import FaissFlat
     from loraweave.extensions.large_hubs.indexes.faiss_half import FaissHalf
-    from loraweave.extensions.large_hubs.indexes.faiss_hnsw import FaissHnsw
     from loraweave.extensions.large_hubs.indexes.faiss_ivf import FaissIvf
 else:
-    _CLASSES = {"flat": "FaissFlat", "half": "FaissHalf", "hnsw": "FaissHnsw", "ivf": "FaissIvf"}
+    _CLASSES = {"half": "FaissHalf", "ivf": "FaissIvf"}
     __getattr__ = lazy(__name__, {f"{__name__}.indexes.faiss_{kind}": name for kind, name in _CLASSES.items()})
 
-__all__ = ["FaissFlat", "FaissHalf", "FaissHnsw", "FaissIvf"]
+__all__ = ["FaissHalf", "FaissIvf"]

@@ -1,7 +1,7 @@
 """Which of the adapters that a search found helps? The model itself is asked, on a few examples, by probes or one gradient.
 
-`rerank` orders candidates, `first_order` gives the slope of the loss for every expert of a pool from one backward pass, and
-`update_norm` the size of an expert's update. It needs no other package, and costs forward passes over the examples.
+`rerank` orders candidates, and `first_order` gives the slope of the loss for every expert of a pool from one backward pass.
+It needs no other package, and costs forward passes over the examples.
 """
 
 from typing import TYPE_CHECKING
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from loraweave.extend import lazy
 
 if TYPE_CHECKING:
-    from loraweave.extensions.reranking.ranking import LossSlopes, first_order, rerank, update_norm
+    from loraweave.extensions.reranking.ranking import LossSlopes, first_order, rerank
 else:
-    __getattr__ = lazy(__name__, {f"{__name__}.ranking": "LossSlopes first_order rerank update_norm"})
+    __getattr__ = lazy(__name__, {f"{__name__}.ranking": "LossSlopes first_order rerank"})
 
-__all__ = ["LossSlopes", "first_order", "rerank", "update_norm"]
+__all__ = ["LossSlopes", "first_order", "rerank"]

@@ -25,7 +25,6 @@ from loraweave import (
     Composer,
     CompositionError,
     ExpertPool,
-    Factors,
     Hub,
     InvalidTask,
     MixtureWeights,
@@ -41,7 +40,6 @@ from loraweave.extend import (
     GradientTap,
     StackedFactors,
     TargetLayer,
-    algebra,
     base_loader,
     batch,
     check_options,
@@ -61,8 +59,7 @@ from loraweave.extend import (
 # score (higher is better) and evidence of every expert
 _Ranking = dict[str, tuple[float, str]]
 
-WAYS = ("first_order", "gradient_similarity", "probe")
-PLACES = ("uniform", "base")
+WAYS = ("first_order", "probe")
 # candidates that are one piece of work
 PIECE = 64
 
@@ -76,32 +73,27 @@ def rerank(
     *,
     by: str = "first_order",
     weight: float = 1.0,
-    around: str = "uniform",
     batch_size: int = 8,
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> list[Candidate]:
     """Return the candidates, best first by what they do on the task's examples; score and evidence say what that is.
 
-    `by`: "first_order" scores by how much the loss would fall by `weight` more of the adapter if it went on as it begins
-    (one backward pass for all candidates together), "gradient_similarity" by the same divided by the norm of the adapter's
-    update (its cosine with the descent direction, times the gradient's norm, which all share), "probe" by how much the loss
-    does fall with the adapter live at `weight` (a forward pass over the examples for each candidate). `around` is where the
-    first two begin: at the "uniform" mixture of the candidates, whose weights sum to `weight`, or at the "base" model.
+    `by`: "first_order" scores by how much the loss would fall by `weight` more of the adapter if it went on as it begins at
+    the uniform mixture of the candidates, whose weights sum to `weight` (one backward pass for all of them together),
+    "probe" by how much the loss does fall with the adapter live at `weight` (a forward pass over the examples for each).
 
-    Probes, and slopes at the base, are of 64 candidates at a time, so that thousands need not fit into memory. `n_jobs`
-    workers, or those that `joblib.parallel_config` names, take them to the same bits, and open the adapters of a hub
-    themselves (docs/howto/many_machines.md); what begins at the uniform mixture is one pass of this process.
+    Probes are of 64 candidates at a time, so that thousands need not fit into memory. `n_jobs` workers, or those that
+    `joblib.parallel_config` names, take them to the same bits, and open the adapters of a hub themselves
+    (docs/howto/many_machines.md); the slopes are one pass of this process.
 
     Equal scores keep their order. The loss is the mean over the examples of the mean loss of their target tokens.
     Raises UnknownName, InvalidTask and WeightingError before anything is run; what Composer raises for an adapter that does
     not fit the model or has a trained head; SearchFailed where no score is finite.
     """
     as_task = Task.of(task)
-    for option, known, what, to in ((by, WAYS, "way", "by"), (around, PLACES, "place", "around")):
-        if option not in known:
-            hint = nearest(str(option), known)
-            raise UnknownName(f"no {what} {option!r} to rerank {to}{hint}; there are {', '.join(known)}")
+    if by not in WAYS:
+        raise UnknownName(f"no way {by!r} to rerank by{nearest(str(by), WAYS)}; there are {', '.join(WAYS)}")
     if not as_task.examples:
         raise InvalidTask("the task has no examples to rerank by; give at least one (input, target) pair")
     check_options("rerank()", {"weight": weight, "batch_size": batch_size}, {"weight": float, "batch_size": Count})
@@ -112,9 +104,8 @@ def rerank(
     names = list(dict.fromkeys(candidate.name for candidate in candidates))
     experts = experts_of(hub_or_pool)
     hub = experts if isinstance(experts, Hub) else None
-    rank = partial(_ranked, hub=hub, task=as_task, by=by, weight=weight, around=around, batch_size=batch_size)
-    together = by != "probe" and around == "uniform"
-    parts = in_chunks(names, len(names) if together else PIECE)
+    rank = partial(_ranked, hub=hub, task=as_task, by=by, weight=weight, batch_size=batch_size)
+    parts = in_chunks(names, PIECE if by == "probe" else len(names))
     sides = [part if isinstance(experts, Hub) else experts.subset(part) for part in parts]
     if len(sides) == 1:
         ranked = rank(lambda: (model, tokenizer), sides[0])
@@ -142,7 +133,6 @@ def _ranked(
     task: Task,
     by: str,
     weight: float,
-    around: str,
     batch_size: int,
 ) -> _Ranking:
     """Return the score and evidence of some candidates, which are names if they are a hub's."""
@@ -152,27 +142,13 @@ def _ranked(
     try:
         if by == "probe":
             return _by_probe(engine, tokenizer, task, weight)
-        mixture = {} if around == "base" else dict.fromkeys(pool.names, weight / len(pool))
-        begun = first_order(engine, tokenizer, task, mixture=mixture, batch_size=batch_size)
-        start = f"loss {begun.loss:.3f} of the {'base model' if around == 'base' else 'uniform mixture'} begins to change by"
-        return _by_slope(begun.slopes, weight, start) if by == "first_order" else _by_cosine(engine, begun, weight, start)
+        uniform = dict.fromkeys(pool.names, weight / len(pool))
+        begun = first_order(engine, tokenizer, task, mixture=uniform, batch_size=batch_size)
+        start = f"loss {begun.loss:.3f} of the uniform mixture begins to change by"
+        changes = {name: slope * weight for name, slope in begun.slopes.items()}
+        return {name: (-change, f"{start} {change:+.3f} at weight {weight:g}") for name, change in changes.items()}
     finally:
         engine.close()
-
-
-def _by_slope(slopes: Mapping[str, float], weight: float, start: str) -> _Ranking:
-    changes = {name: slope * weight for name, slope in slopes.items()}
-    return {name: (-change, f"{start} {change:+.3f} at weight {weight:g}") for name, change in changes.items()}
-
-
-def _by_cosine(engine: Composer, begun: LossSlopes, weight: float, start: str) -> _Ranking:
-    ranking = {}
-    for name, slope in begun.slopes.items():
-        norm = update_norm(engine, name)
-        # an update of norm zero points nowhere
-        score = -slope * math.copysign(1.0, weight) / norm if norm else 0.0
-        ranking[name] = (score, f"{start} {-score:+.4f} per unit of the update's norm")
-    return ranking
 
 
 def _by_probe(engine: Composer, tokenizer: Any, task: Task, weight: float) -> _Ranking:
@@ -239,12 +215,6 @@ def first_order(
     return LossSlopes(total, dict(zip(pool.names, slope_E.tolist(), strict=True)))
 
 
-def update_norm(engine: Composer, name: str) -> float:
-    """Return the Frobenius norm of one expert's whole update: of every layer's b a + diag(gain) W, and its bias."""
-    layers = engine.bound_pool[name].layers
-    return math.sqrt(math.fsum(_squared_norm(factors, engine.target_layers[layer]) for layer, factors in layers.items()))
-
-
 class _Slopes:
     """The slopes of one layer, summed up as backward passes go by."""
 
@@ -296,16 +266,3 @@ class _Slopes:
                 None if stack.bias_EO is None else stack.bias_EO.to(device),
             )
         return self._placed[g_NO.dtype]
-
-
-def _squared_norm(factors: Factors, layer: TargetLayer) -> float:
-    square = algebra.inner(factors, factors)
-    if factors.gain_O is not None:
-        gain_O = factors.gain_O.double()
-        weight_OI = layer.dense_weight_OI().detach().cpu().double()
-        # |b a + diag(gain) W|^2 without the sum: rows of W meet the factors one by one
-        crossed_O = ((weight_OI @ factors.a_RI.double().T) * factors.b_OR.double()).sum(dim=1)
-        square += float(2 * gain_O @ crossed_O + gain_O.square() @ weight_OI.square().sum(dim=1))
-    if factors.bias_O is not None:
-        square += float(factors.bias_O.double().square().sum())
-    return max(square, 0.0)

@@ -16,7 +16,15 @@ from loraweave.extensions.large_hubs.indexes._faiss import (
     import_faiss,
     scan_products,
 )
-from loraweave.extensions.large_hubs.indexes.faiss_flat import MANY_QUERIES, SLACK, SPARE, largest_norm
+
+# how far an fp32 product of unit vectors can be from the rounded float64 score, with a margin
+SLACK = 1e-5
+
+# from this many queries on, one matrix product a block is faster than faiss row by row
+MANY_QUERIES = 8
+
+# how many rows are asked of these products beyond k, so that the k-th is seldom a near tie with the last
+SPARE = 6
 
 # how many rows are scored again: the k-th is then nearly always further from the last than fp16's rounding
 NUM_RESCORED = 50
@@ -89,5 +97,7 @@ def halve(vectors_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         codes_ND[start : start + _BLOCK_ROWS] = codes(rows_BD)
         lost_BD = rows_BD - codes_ND[start : start + _BLOCK_ROWS]
         distance = max(distance, float(np.sqrt(np.einsum("nd,nd->n", lost_BD, lost_BD).max())))
+    # row sums of squares without a copy of the array, which may be a mapped file larger than the memory
+    largest = float(np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND).max(initial=1.0)))
     # a margin for the rounding of these very sums
-    return codes_ND, np.array([largest_norm(vectors_ND), distance * 1.01], np.float32)
+    return codes_ND, np.array([largest, distance * 1.01], np.float32)

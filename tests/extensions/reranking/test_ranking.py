@@ -22,13 +22,13 @@ from loraweave.errors import (
     UnknownName,
     WeightingError,
 )
-from loraweave.extensions.reranking import first_order, ranking, rerank, update_norm
+from loraweave.extensions.reranking import first_order, ranking, rerank
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Candidate, Factors, Record, Task
 
 EXAMPLES = [("a dog", "one"), ("two birds", "two"), ("x", "12")]
-WAYS = ("first_order", "gradient_similarity", "probe")
+WAYS = ("first_order", "probe")
 
 
 def candidates_for(names):
@@ -43,37 +43,15 @@ def candidates(pool):
     return candidates_for(pool.names)
 
 
-def test_first_order_scores_are_the_falls_that_the_slopes_promise(tiny_llama, tokenizer, pool, candidates):
-    slopes = first_order(lw.Composer(tiny_llama, pool), tokenizer, lw.Task(EXAMPLES)).slopes
-    found = rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, weight=0.5, around="base")
-    assert [c.name for c in found] == sorted(slopes, key=lambda name: slopes[name])
-    assert [c.score for c in found] == [pytest.approx(-0.5 * slopes[c.name]) for c in found]
-
-
-def test_by_default_the_slopes_are_those_at_the_uniform_mixture(tiny_llama, tokenizer, pool, candidates):
+def test_first_order_scores_are_the_falls_that_slopes_at_the_uniform_mixture_promise(
+    tiny_llama, tokenizer, pool, candidates
+):
     uniform = dict.fromkeys(pool.names, 0.6 / 3)
     there = first_order(lw.Composer(tiny_llama, pool), tokenizer, lw.Task(EXAMPLES), mixture=uniform)
     found = rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, weight=0.6)
+    assert [c.name for c in found] == sorted(there.slopes, key=lambda name: there.slopes[name])
     assert {c.name: c.score for c in found} == {name: pytest.approx(-0.6 * s) for name, s in there.slopes.items()}
     assert found[0].evidence.startswith(f"loss {there.loss:.3f} of the uniform mixture begins to change by ")
-
-
-def test_gradient_similarity_is_the_slope_by_the_norm_of_the_update(tiny_llama, tokenizer, pool, candidates):
-    engine = lw.Composer(tiny_llama, pool)
-    slopes = first_order(engine, tokenizer, lw.Task(EXAMPLES)).slopes
-    want = {name: -slope / update_norm(engine, name) for name, slope in slopes.items()}
-    found = rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, by="gradient_similarity", around="base")
-    assert {c.name: c.score for c in found} == pytest.approx(want)
-    assert [c.name for c in found] == sorted(want, key=lambda name: -want[name])
-
-
-def test_gradient_similarity_does_not_see_the_length_of_an_update(tiny_llama, tokenizer, pool, candidates):
-    longer = lw.ExpertPool({name: lw.merge([pool[name]], [3.0]) for name in pool.names})
-    short, long = (
-        rerank(tiny_llama, tokenizer, p, EXAMPLES, candidates, by="gradient_similarity", around="base")
-        for p in (pool, longer)
-    )
-    assert [c.score for c in long] == pytest.approx([c.score for c in short], rel=1e-5)
 
 
 def test_a_probe_scores_by_the_measured_fall_of_the_loss(tiny_llama, tokenizer, pool, candidates):
@@ -94,7 +72,7 @@ def test_pieces_on_workers_score_as_one_process_does(by, make_model, make_adapte
     model, tokenizer = lw.load_base(tmp_path / "base")
     adapters = [replace(adapter, base_model=model.name_or_path) for adapter in make_adapters(model, "llama")]
     listed = candidates_for([adapter.name for adapter in adapters])
-    asked = {"by": by, "around": "base", "weight": 0.5, "progress": False}
+    asked = {"by": by, "weight": 0.5, "progress": False}
     with lw.Hub(tmp_path / "hub") as hub:
         hub.add_many(adapters)
         whole = rerank(model, tokenizer, hub, EXAMPLES, listed, **asked)
@@ -112,7 +90,7 @@ def test_near_weight_zero_the_first_order_is_the_probe(make_model, make_adapters
     pool = lw.ExpertPool(make_adapters(model, "llama"))
     known = candidates_for(pool.names)
     promised, measured = (
-        {c.name: c.score for c in rerank(model, tokenizer, pool, EXAMPLES, known, by=by, weight=1e-4, around="base")}
+        {c.name: c.score for c in rerank(model, tokenizer, pool, EXAMPLES, known, by=by, weight=1e-4)}
         for by in ("first_order", "probe")
     )
     # the losses are taken in fp32, so that a difference of 1e-4 has two digits
@@ -162,7 +140,6 @@ def test_a_candidate_that_breaks_the_model_is_last(tiny_llama, tokenizer, pool):
     ("options", "error", "said"),
     [
         ({"by": "first-order"}, UnknownName, "did you mean 'first_order'"),
-        ({"around": "unifrom"}, UnknownName, "no place 'unifrom' to rerank around, did you mean 'uniform'"),
         ({"weight": 0.0}, WeightingError, "weight is 0.0"),
         ({"weight": float("nan")}, WeightingError, r"rerank\(\) got weight=nan; it takes a finite number"),
         ({"batch_size": 0}, WeightingError, "got batch_size=0; it takes a whole number of at least 1"),
@@ -371,17 +348,3 @@ def test_a_loss_that_is_not_finite_is_named(tiny_llama, make_adapter, tokenizer)
         tiny_llama.model.norm.weight.fill_(math.nan)
     with pytest.raises(CompositionError, match="loss on the examples is nan"):
         first_order(engine, tokenizer, TASK)
-
-
-def test_the_norm_of_an_update_is_that_of_its_dense_form(make_model, make_adapters):
-    model, adapters = adapters_of_all_parts(make_model, make_adapters, "gpt2")
-    engine = Composer(model, adapters)
-    for adapter in adapters:
-        square = 0.0
-        for layer, factors in adapter.layers.items():
-            dense_OI = factors.b_OR.double() @ factors.a_RI.double()
-            if factors.gain_O is not None:
-                dense_OI += factors.gain_O.double()[:, None] * model.get_submodule(layer).weight.detach().T
-                square += float(factors.bias_O.double().square().sum())
-            square += float(dense_OI.square().sum())
-        assert update_norm(engine, adapter.name) == pytest.approx(square**0.5, rel=1e-6)
