@@ -28,8 +28,7 @@ from benchmarks._run import Run, Table
 from benchmarks._timing import Gate, Way, compare, require
 from loraweave.composer.model.batches import IGNORED, TargetBatch, token_losses, with_positions
 from loraweave.composer.model.kinds import linear
-from loraweave.composer.train.jobs import LoraJobs
-from loraweave.composer.train.settings import LoraSettings, Pace
+from loraweave.composer.train.jobs import LoraJobs, LoraSettings, Pace
 from loraweave.composer.train.state import JobProgress, PlannedJob
 
 NUM_JOBS = 4

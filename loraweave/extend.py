@@ -47,7 +47,7 @@ _MODULES = {
         "block_of cache_of current_prompts current_tokenizer has_two_sequences prompted real_tokens running_block"
     ),
     "routers.tokens._forms": "InputGates OutputRouter ScoredRouter output_factors",
-    "routers.tokens._learned": "LearnedRouter Step TrainingReport",
+    "routers.tokens._learned": "LearnedRouter Step TrainingReport UNKNOWN",
     "routers.tokens._members": "LayerTensors Members find_names",
     "routers.tokens._router": "TokenRouter",
     "routers.tokens._saved": "router_class router_names",
@@ -62,7 +62,7 @@ _MODULES = {
     "composer.experts.parts": "is_named layer_sites make_recipe numbered_blocks require_all_named shapes_of",
     "composer.experts.running": "Running",
     "composer.experts.together": "ExpertJob require_shareable",
-    "routers.recipes._gate": "Call Gate TokenGate UNKNOWN Weighing draw_linear",
+    "routers.recipes._gate": "Call Gate TokenGate Weighing draw_linear",
     "routers.recipes._recipe": (
         "ATTENTION EvenRecipe ExpertShape FEED_FORWARD Recipe Site TopKRecipe Watcher balance_term by_layer uniform"
     ),
@@ -103,16 +103,18 @@ _MODULES = {
     "composer.formula.nodes": "Named Stored Sum leaves",
     # training
     "common.descent": (
-        "Descent TrainingState backward caller_randomness checkpoint_folder descend drop_state load_state "
-        "save_state save_tensors seeded tensor_bytes warmed_cosine with_seed"
+        "Descent TrainingState backward caller_randomness checkpoint_folder descend drop_state load_state save_state "
+        "save_tensors seeded tensor_bytes warmed_cosine with_seed"
     ),
-    "composer.train.adapters": "Apart require_plain require_startable target_layers training_rows",
-    "composer.train.jobs": "JobKind LoraJob LoraJobs LowRank SharedPass TrainingJob given_factors job_losses new_factors",
-    "composer.train.progress": "Contexts TrainingProgress checkpointed_blocks",
+    "composer.train.adapters": "Apart read_tasks require_plain require_startable require_texts target_layers training_rows",
+    "composer.train.jobs": (
+        "JobKind LoraJob LoraJobs LoraSettings LowRank Pace SharedPass Stream TrainingJob given_factors job_losses "
+        "new_factors"
+    ),
+    "composer.train.progress": "Contexts KeptState TrainingProgress TrainingSettings checkpointed_blocks",
     "composer.train.rows": "HeldOut Judging MAX_PACKED Owners PLAIN RowReader Texts TrainingRow can_be_packed is_empty",
-    "composer.train.settings": "LoraSettings Pace Stream TrainingSettings read_tasks require_texts",
     "composer.train.shared": "SharedTraining StepMemory",
-    "composer.train.state": "JobReport JobSize KeptState PlannedJob SharedReport TrainedAdapters load_adapter save_adapter",
+    "composer.train.state": "JobReport JobSize PlannedJob SharedReport TrainedAdapters load_adapter save_adapter",
     # hubs
     "hub": "compositions",
     "hub.adapter": "ExportReport cosine",

@@ -17,9 +17,10 @@ from loraweave.composer.experts.forms._form import place_like
 from loraweave.composer.experts.running import input_embeddings
 from loraweave.composer.model.kinds import LayerKind
 from loraweave.errors import LayerMismatch, ScopeError, UnknownName
-from loraweave.routers.recipes._gate import UNKNOWN, Gate
+from loraweave.routers.recipes._gate import Gate
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.tokens._call import block_of
+from loraweave.routers.tokens._learned import UNKNOWN
 
 # a_RI and b_RO of an expert
 Start = tuple[Tensor, Tensor]

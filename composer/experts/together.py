@@ -18,9 +18,8 @@ from loraweave.composer.experts.parts import key_of
 from loraweave.composer.experts.running import Running
 from loraweave.composer.model.batches import EncodedRow, tensors_in
 from loraweave.composer.model.kinds import linear
-from loraweave.composer.train.jobs import TrainingJob
+from loraweave.composer.train.jobs import WARMUP_STEPS, Pace, TrainingJob
 from loraweave.composer.train.rows import Judging
-from loraweave.composer.train.settings import WARMUP_STEPS, Pace
 from loraweave.composer.train.state import SharedReport
 from loraweave.errors import TrainingError
 from loraweave.routers.tokens._call import has_two_sequences, unprompted

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import nn
 
 from loraweave.common.chat import prompt_json
+from loraweave.common.checks import is_list
 from loraweave.common.descent import checkpoint_folder
 from loraweave.common.display import progress_bar
 from loraweave.common.names import text_digest
@@ -25,12 +26,11 @@ from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.layers import quantization_of
 from loraweave.composer.model.scoring import encode_pairs
-from loraweave.composer.train.jobs import LORA, JobKind, LoraJob, TrainingJob, lora_job
+from loraweave.composer.train.jobs import LORA, WARMUP_STEPS, JobKind, LoraJob, LoraSettings, TrainingJob, lora_job
 from loraweave.composer.train.rows import HeldOut, Judging, Texts, can_be_packed, pack_task
-from loraweave.composer.train.settings import WARMUP_STEPS, LoraSettings, read_tasks
 from loraweave.composer.train.shared import SharedTraining, groups, step_memory
 from loraweave.composer.train.state import JobReport, PlannedJob, TrainedAdapters, load_adapter, save_adapter
-from loraweave.errors import AdapterUnsupported, PackageMissing, TrainingError, UnknownName
+from loraweave.errors import AdapterUnsupported, InvalidTask, PackageMissing, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint
 from loraweave.hub.hub import Hub
@@ -118,6 +118,32 @@ def train_adapters(
             return apart.train()
         trained: TrainedAdapters = in_groups.train_in_groups(apart, judging, hub, n_jobs)
         return trained
+
+
+def read_tasks(tasks: Mapping[str, Any]) -> dict[str, tuple[Task | Texts, ...]]:
+    """Return the tasks or texts of each name: one, or those of a list.
+
+    Raises TrainingError for no tasks and for tasks without examples, InvalidTask for other rows.
+    """
+    if not isinstance(tasks, Mapping) or not tasks:
+        raise TrainingError("no tasks to train: pass a mapping of names to examples")
+    require_texts("task", tasks)
+    read: dict[str, tuple[Task | Texts, ...]] = {}
+    for name, task_rows in tasks.items():
+        parts = [task_rows] if isinstance(task_rows, Texts) else task_rows
+        try:
+            read[name] = tuple(parts) if is_list(parts, Task | Texts) and parts else (Task.of(task_rows),)
+        except InvalidTask as error:
+            raise InvalidTask(f"task {name!r}: {error}") from error
+        if not all(task.examples for task in read[name]):
+            raise TrainingError(f"task {name!r} has no examples")
+    return read
+
+
+def require_texts(what: str, names: Iterable[Any]) -> None:
+    """Raise TrainingError for names that are not texts."""
+    if strange := [name for name in names if not isinstance(name, str)]:
+        raise TrainingError(f"{what} {strange[0]!r} has no text for a name: name it by one")
 
 
 def read_rows(
@@ -213,6 +239,7 @@ class Apart:
         def load(folder: Path, name: str, key: str) -> bool:
             if (adapter := load_adapter(folder, key)) is not None:
                 finished[name] = adapter
+                self.shared.report.note_jobs({name: adapter})
             return adapter is not None
 
         def save(folder: Path | None, key: str, job: TrainingJob, report: JobReport) -> None:
@@ -221,9 +248,8 @@ class Apart:
                 save_adapter(folder, key, finished[job.name])
 
         report = self.shared.train(self.rows, self.plan, self.key, load, save)
-        adapters = {name: finished[name] for name in self.rows}
-        report.note_jobs(adapters)
-        return TrainedAdapters(adapters, report)
+        report.jobs = {name: report.jobs[name] for name in self.rows if name in report.jobs}
+        return TrainedAdapters({name: finished[name] for name in self.rows}, report)
 
     def plan(self, name: str) -> PlannedJob:
         settings = self.settings

@@ -8,21 +8,83 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from loraweave.common.descent import seeded
+from loraweave.common.checks import is_collection
+from loraweave.common.descent import seeded, warmed_cosine
+from loraweave.common.options import Count, Positive, Whole
 from loraweave.composer.live.call import arguments_of
 from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, pad_apart, tensors_in
-from loraweave.composer.train.settings import LoraSettings
+from loraweave.errors import TrainingError
 from loraweave.routers.tokens._call import current_prompts
 from loraweave.types import Factors
+
+WARMUP_STEPS = 10
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The pace of a job: `steps` of `batch_size` rows each, after `warmup` steps of a rising rate."""
+
+    steps: Count = 60
+    lr: Positive = 3e-3
+    batch_size: Count = 8
+    seed: int = 0
+    warmup: Whole = WARMUP_STEPS
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate: linear warm-up to `lr` in at most half of the steps, then half a cosine down to 0."""
+        return warmed_cosine(self.lr, step, self.steps, min(self.warmup, self.steps // 2))
+
+    def rows(self, rows: Sequence[EncodedRow], job: str, step: int) -> list[EncodedRow]:
+        """Return the job's rows of one step: epochs in shuffled order, a function of (seed, job, step) alone."""
+        return Stream(rows, self.seed, job).at(step, self.batch_size)
+
+
+@dataclass(frozen=True)
+class Stream(Generic[Row]):
+    """A stream of rows in epochs of shuffled order; `key` tells it from the others of one training."""
+
+    rows: Sequence[Row]
+    seed: int
+    key: str
+
+    def at(self, step: int, count: int) -> list[Row]:
+        """Return the `count` rows of one step."""
+        chosen: list[Row] = []
+        orders: dict[int, list[int]] = {}
+        for place in range(step * count, (step + 1) * count):
+            epoch, offset = divmod(place, len(self.rows))
+            if epoch not in orders:
+                orders[epoch] = torch.randperm(len(self.rows), generator=seeded(self.seed, self.key, epoch)).tolist()
+            chosen.append(self.rows[orders[epoch][offset]])
+        return chosen
+
+
+@dataclass(frozen=True)
+class LoraSettings(Pace):
+    """The settings of a training of adapters. `alpha / rank` is the scale of an update, `warmup` a number of steps."""
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    linearized: bool = False
+
+    @classmethod
+    def of(cls, target_modules: Sequence[str], alpha: float | None, *, rank: int, **others: Any) -> Self:
+        """Return the settings; `alpha` None is twice the rank. Raises TrainingError for no list of endings of paths."""
+        if not is_collection(target_modules) or not target_modules:
+            raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
+        return cls(target_modules=tuple(target_modules), alpha=2.0 * rank if alpha is None else alpha, rank=rank, **others)
 
 
 class LowRank(NamedTuple):
@@ -179,7 +241,9 @@ class SharedPass:
 
     def __enter__(self) -> SharedPass:
         try:
-            self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+            # factors are the same in every call
+            if any(type(job).begin is not TrainingJob.begin for job in self.members):
+                self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
             for layer in dict.fromkeys(layer for job in self.members for layer in job.layers):
                 module = self.model.get_submodule(layer)
                 self._handles.append(module.register_forward_hook(partial(self._add_updates, layer)))
@@ -202,11 +266,9 @@ class SharedPass:
             job.begin({**inputs, **job_inputs}, None if known is None else _cut(known.mask_BT, *place))
             start += count
 
-    def _add_updates(self, layer: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return self.added(layer, args[0], output)
-
-    def added(self, layer: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return y, the layer's output for x, with all jobs' updates, maybe in its own memory."""
+    def _add_updates(self, layer: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """Return y, the layer's output, with all jobs' updates, maybe in its own memory."""
+        x = args[0]
         num_tokens, num_rows = x.numel() // x.shape[-1], sum(self.row_counts)
         ends = list(accumulate([count * num_tokens // num_rows for count in self.row_counts], initial=0))
         ranges, factors, others = [], [], []

@@ -2,30 +2,178 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Self, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from loraweave.common.descent import Descent, tensor_bytes
-from loraweave.common.process import launched_processes
-from loraweave.composer.train.settings import TrainingSettings
-from loraweave.composer.train.state import Best, KeptState, copy_values, put_values
+from loraweave.common.descent import (
+    Descent,
+    TrainingState,
+    checkpoint_folder,
+    load_state,
+    save_state,
+    warmed_cosine,
+)
+from loraweave.common.names import text_digest
+from loraweave.common.options import Count, NonNegative, Positive, Range, Whole, check_options, options_of
+from loraweave.composer.train.state import Best, copy_values, put_values
 from loraweave.errors import TrainingError, WeightingError
 from loraweave.routers.tokens._learned import Step, TrainingReport
+from loraweave.routers.weights import LARGEST
+
+# AdamW divides its first step by 1 - beta1
+FIRST_STEP = 10
+
+
+class Learner(Protocol):
+    """A learner with a learning rate of its own."""
+
+    lr: ClassVar[float]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The settings of a training by AdamW, over `steps` steps of `batch_size` rows each.
+
+    `lr`, by default the learner's own, is reached after `warmup` steps (at most half of all) and goes to 0 as half a cosine.
+    A gradient longer than `clip` is shortened to it, None for no limit. `gradient_accumulation` splits a step's rows into as
+    many passes: less memory, the same gradient of the loss; a term is the mean of the passes' own.
+    `gradient_checkpointing` runs the model's blocks a second time in the backward pass instead of keeping what is inside
+    them. `mixed_precision` "bf16" lets the model calculate its products in bfloat16; parameters and loss stay as they are.
+
+    `evaluation` is a dataset whose loss is measured before the first and after every `evaluate_every` steps, and after the
+    last; the parameters with the lowest are kept. With `patience`, the training ends once so many evaluations in a row have
+    been no better. `checkpoint` is a folder: every `checkpoint_every` steps the state is kept there, and the same call goes
+    on where it was interrupted, to the same bits.
+    """
+
+    steps: Count = 100
+    lr: Positive | None = None
+    batch_size: Count = 8
+    # what numpy takes
+    seed: Annotated[int, Range(least=0, below=2**32)] = 0
+    warmup: Whole = 10
+    weight_decay: NonNegative = 0.0
+    clip: Positive | None = 1.0
+    gradient_accumulation: Count | None = None
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "bf16"] = "no"
+    evaluation: Mapping[str, Any] | Iterable[Any] | None = None
+    evaluate_every: Count = 20
+    patience: Count | None = None
+    checkpoint: str | Path | None = None
+    checkpoint_every: Count = 20
+    progress: bool = True
+
+    # what the result does not depend on, or the caller looks at itself
+    aside: ClassVar[tuple[str, ...]] = ("evaluation", "checkpoint", "checkpoint_every", "progress")
+
+    @classmethod
+    def of(cls, learner: Learner, given: Mapping[str, Any]) -> Self:
+        """Return the settings of a call of fit(). Raises TrainingError for unknown ones and for values out of range."""
+        check_options("fit()", given, options_of(cls), noun="setting", error=TrainingError)
+        settings = cls(**given)
+        settings = replace(settings, lr=learner.lr if settings.lr is None else settings.lr)
+        settings._require_sense()
+        return settings
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that the result depends on, as JSON; the rows held out are left to the caller."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in self.aside}
+
+    @property
+    def highest_rate(self) -> float:
+        assert self.lr is not None
+        return self.lr
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        return warmed_cosine(self.highest_rate, step, self.steps, min(self.warmup, self.steps // 2))
+
+    def _require_sense(self) -> None:
+        """Raise TrainingError for settings that contradict each other, and for what their kinds do not say."""
+        if self.patience is not None and self.evaluation is None:
+            raise TrainingError("patience counts evaluations, but there is no evaluation: pass evaluation=rows held out")
+        if self.highest_rate * max(FIRST_STEP, self.weight_decay) > LARGEST:
+            raise TrainingError(
+                f"lr is {self.lr!r} and weight_decay {self.weight_decay!r}: AdamW's steps would be beyond {LARGEST:.1e}, "
+                "the largest number of fp32; rates are usually below 1"
+            )
+
+
+BEST, RECENT, MOVED = "best", "recent", "moved"
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """The place of the state of one call of fit(): in `folder`, if there is one, under a key of all that determines it."""
+
+    folder: Path | None
+    key: str
+
+    @classmethod
+    def of(
+        cls, name: str, identity: Sequence[Any], settings: TrainingSettings, rows: Sequence[Any], held: Sequence[Any]
+    ) -> Self:
+        """Return the place for a training of `identity`, which is what is trained, as JSON; so is the identity of each row.
+
+        Raises TrainingError if the folder cannot be made.
+        """
+        if settings.checkpoint is None:
+            return cls(None, "")
+        folder = checkpoint_folder(settings.checkpoint)
+        data = [[row.identity() for row in part] for part in (rows, held)]
+        parts = [name, *identity, settings.identity(), data]
+        digest = text_digest(json.dumps(parts, sort_keys=True))
+        return cls(folder, f"{name}-{digest[:24]}")
+
+    def save(
+        self,
+        step: int,
+        parameters: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        best: Sequence[Tensor],
+        recent: Sequence[Tensor],
+        report: TrainingReport,
+        moved: Sequence[Tensor] = (),
+    ) -> None:
+        """Save the state, visible only when complete. A full disk is logged and does not end the training."""
+        if self.folder is None:
+            return
+        tensors = TrainingState.of(step, parameters, optimizer).tensors
+        for part, values in ((BEST, best), (RECENT, recent), (MOVED, moved)):
+            tensors |= {f"{index}.{part}": value.detach() for index, value in enumerate(values)}
+        save_state(self.folder, self.key, TrainingState(step, tensors, report.to_json()))
+
+    def restore(
+        self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, moved: Sequence[Tensor] = ()
+    ) -> tuple[int, list[Tensor], list[Tensor], TrainingReport] | None:
+        """Restore the state; return (steps done, best parameters, recent loads, report), or None where there is none."""
+        state = None if self.folder is None else load_state(self.folder, self.key)
+        if state is None:
+            return None
+        step = state.restore(parameters, optimizer)
+        put_values(_numbered(state, MOVED), moved)
+        return step, _numbered(state, BEST), _numbered(state, RECENT), TrainingReport.from_json(state.about)
+
+
+def _numbered(state: TrainingState, part: str) -> list[Tensor]:
+    names = (name for name in state.tensors if name.endswith(f".{part}"))
+    return [state.tensors[name] for name in sorted(names, key=lambda name: int(name.partition(".")[0]))]
 
 
 class TrainingProgress:
@@ -264,71 +412,6 @@ def _of_layer(w_NE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     w_NE = functional.pad(w_NE.abs().float(), (0, num_experts - w_NE.shape[1]))
     share_NE = w_NE / w_NE.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return share_NE.mean(dim=0), torch.special.entr(share_NE).sum(dim=1).mean()
-
-
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The launched processes: this one is number `rank` of `count`, with its model on `device`. All make the same calls."""
-
-    device: torch.device
-    rank: int = 0
-    count: int = 1
-
-    @classmethod
-    def launched(cls, device: torch.device) -> Self:
-        """Return the launched processes, connected by accelerate; without a launch this one alone."""
-        if launched_processes() == 1:
-            return cls(device)
-        from accelerate import PartialState
-
-        state = PartialState(cpu=device.type == "cpu")
-        return cls(device, state.process_index, state.num_processes)
-
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return the items of this process."""
-        return items[self.rank :: self.count]
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of all processes' values, to the same bits in each."""
-        return self._reduced(values, dist.ReduceOp.SUM)
-
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Give every parameter the sum of its gradients over processes; a missing one counts as zero."""
-        for parameter in parameters if self.count > 1 else ():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-
-    def least(self, value: int | None) -> int | None:
-        """Return the smallest of the values, which all processes have, or none has."""
-        return None if value is None else int(self._reduced(torch.tensor(value), dist.ReduceOp.MIN))
-
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-        if self.count > 1:
-            dist.barrier()
-
-    def require_alike(self, what: str, said: str, tensors: Iterable[Tensor] = ()) -> None:
-        """Raise TrainingError in every process if one begins with something else."""
-        if self.count == 1:
-            return
-        digest = hashlib.sha256(said.encode() + tensor_bytes({str(n): tensor for n, tensor in enumerate(tensors)})).digest()
-        digest_number = torch.tensor(int.from_bytes(digest[:7]))
-        if self._reduced(digest_number, dist.ReduceOp.MIN) != self._reduced(digest_number, dist.ReduceOp.MAX):
-            raise TrainingError(
-                f"the {self.count} launched processes do not train the same {what}: each must make the same call, with the "
-                "same rows, seed and checkpoint; to train other things in each, start them without torchrun and accelerate"
-            )
-
-    def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
-        if self.count == 1:
-            return values
-        reduced = values.detach().to(self.device, copy=True)
-        dist.all_reduce(reduced, op=how)
-        return reduced
 
 
 # around a block's forward, and around its second run

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from loraweave.common.descent import seeded
+from loraweave.common.descent import Processes, seeded
 from loraweave.common.display import progress_bar
+from loraweave.common.options import NonNegative
 from loraweave.composer.model.batches import (
     IGNORED,
     NO_TOKENIZER,
@@ -24,14 +25,39 @@ from loraweave.composer.model.batches import (
     target_logits,
     untouched,
 )
-from loraweave.composer.train.progress import Processes, TrainingProgress, checkpointed_blocks
+from loraweave.composer.train.jobs import Stream
+from loraweave.composer.train.progress import KeptState, TrainingProgress, TrainingSettings, checkpointed_blocks
 from loraweave.composer.train.rows import Owners, RowReader, TrainingRow
-from loraweave.composer.train.settings import RouterSettings, Stream
-from loraweave.composer.train.state import KeptState
 from loraweave.errors import TrainingError
 from loraweave.routers.losses.z import z
 from loraweave.routers.tokens._learned import LearnedRouter, Step
 from loraweave.routers.tokens._router import TokenRouter
+
+
+@dataclass(frozen=True)
+class RouterSettings(TrainingSettings):
+    """The settings of a router's training, beyond those of `TrainingSettings`.
+
+    Where the router learns each expert's part from that expert's rows alone, a step has `batch_size` rows of every expert,
+    and no gradient is shortened.
+
+    `gradient_accumulation` None takes about `batch_size` rows at once. However many passes, the gradient of the loss is the
+    same but for what dropout between a router's own layers draws (`xlora` with depth above 1).
+
+    `balance` times the balance loss is added to the loss: it is 1 where all experts get alike, E where one of E gets all. So
+    is `z` times the mean squared logarithm of the scores' partition sum, which keeps scores small. 0.01 and 0.001 are usual.
+
+    `loss` "entropy" is that of the predictions at the places of the targets, whatever these are: rows need no labels, only
+    answers, such as the model's own.
+    """
+
+    balance: NonNegative = 0.0
+    z: NonNegative = 0.0
+    loss: Literal["targets", "entropy"] = "targets"
+
+    def identity(self) -> dict[str, Any]:
+        # checkpoints from before there was another loss are gone on from
+        return {name: value for name, value in super().identity().items() if (name, value) != ("loss", "targets")}
 
 
 def streams(rows: Sequence[TrainingRow], experts: Sequence[str], seed: int, *, apart: bool) -> list[Stream[TrainingRow]]:

@@ -18,8 +18,7 @@ from loraweave.common.rows import FORMS, located, read_row
 from loraweave.composer.model.batches import IGNORED, EncodedRow, answer_ids, context_length, encode
 from loraweave.composer.model.scoring import encode_pairs
 from loraweave.errors import InvalidTask, TrainingError, UnknownName
-from loraweave.routers.recipes._gate import UNKNOWN
-from loraweave.routers.tokens._learned import LearnedRouter
+from loraweave.routers.tokens._learned import UNKNOWN, LearnedRouter
 from loraweave.types import Task
 
 TOKENS = ("input_ids", "labels")

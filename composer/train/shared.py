@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ import torch
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from loraweave.common.descent import TrainingState, backward, drop_state, load_state, save_state
+from loraweave.common.descent import Processes, TrainingState, backward, drop_state, load_state, save_state
 from loraweave.common.names import text_digest
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
 from loraweave.composer.train.jobs import LoraJob, SharedPass, TrainingJob, range_losses, row_losses
-from loraweave.composer.train.progress import Processes
 from loraweave.composer.train.state import JobProgress, JobReport, JobSize, PlannedJob, SharedReport
 from loraweave.errors import PackageMissing, TrainingError
 from loraweave.registry import bringing
@@ -156,7 +156,7 @@ class SharedTraining:
             return self.report
         self._waiting = {name: plan(name) for name in left}
         self._sizes = {name: job.size(self.model) for name, job in self._waiting.items()}
-        self.processes = Processes.launched(self._device)
+        self.processes = Processes.launched(next(self.model.parameters()).device)
         count = self.processes.count
         for name, job in self._waiting.items():
             if job.pace.batch_size % count:
@@ -171,21 +171,23 @@ class SharedTraining:
         return self.report
 
     def _run(self, state: TrainingState | None, ended: Ended) -> None:
-        largest = max(self._waiting.values(), key=lambda job: job.num_parameters)
-        job, least = largest.make(), self.processes.least
+        job = max(self._waiting.values(), key=attrgetter("num_parameters")).make()
+        least = self.processes.least
         self._memory = step_memory(self.model, self.tokenizer, job, self.memory_bytes, share=least)
         self._memory.require(self._sizes)
         self._total = sum(job.pace.steps for job in self._waiting.values())
         shown = self.bar.add_task("", total=self._total, loss="")
         if state is not None:
             self._resume(state)
-        self._require_alike(self._running)
+        if self.processes.count > 1:
+            self._require_alike(self._running)
         while self._running or self._waiting:
             self._admit()
             self._show(shown)
             self._step()
             self._evaluate()
-            if self._leave(ended) or self.report.num_steps % CHECKPOINT_STEPS == 0:
+            keeps = self._leave(ended) or self.report.num_steps % CHECKPOINT_STEPS == 0
+            if keeps and self.folder is not None and not self.processes.rank and (self._running or self._waiting):
                 self._save()
         self.report.peak_bytes = self._memory.measured()
         if self.folder is not None and not self.processes.rank:
@@ -196,35 +198,29 @@ class SharedTraining:
         """The key of the state of this very training: other jobs, or another way to share, make other neighbours."""
         return text_digest(repr([sorted(self._keys.values()), [self.jobs_per_batch, self.memory_bytes]]))[:32]
 
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
     def _admit(self) -> None:
         """Fill the free places: with a new group when none runs, else with successors of the jobs that have ended."""
-        if not self._running:
-            group = groups({name: self._sizes[name] for name in self._waiting}, self.jobs_per_batch, self._memory.fits)[0]
-            self._capacity = len(group)
-            self._begin(group)
-        while self._waiting and len(self._running) < self._capacity:
+        while self._waiting and not (self._running and len(self._running) >= self._capacity):
             waiting = {name: self._sizes[name] for name in self._waiting}
-            name = successor(waiting, self._running_sizes(), self._memory.fits)
-            if name is None:
-                break
-            self._begin([name])
-
-    def _begin(self, names: Sequence[str]) -> None:
-        begun = [JobProgress(self._waiting.pop(name)) for name in names]
-        self._require_alike(begun)
-        self._running += begun
-        self._evaluate()
-        self.report.estimated_bytes = max(self.report.estimated_bytes, self._memory.peak(self._running_sizes()))
+            if not self._running:
+                names = groups(waiting, self.jobs_per_batch, self._memory.fits)[0]
+                self._capacity = len(names)
+            else:
+                running = [self._sizes[run.planned.name] for run in self._running]
+                name = successor(waiting, running, self._memory.fits)
+                if name is None:
+                    break
+                names = [name]
+            begun = [JobProgress(self._waiting.pop(name)) for name in names]
+            if self.processes.count > 1:
+                self._require_alike(begun)
+            self._running += begun
+            self._evaluate()
+            peak = self._memory.peak([self._sizes[run.planned.name] for run in self._running])
+            self.report.estimated_bytes = max(self.report.estimated_bytes, peak)
 
     def _require_alike(self, runs: Sequence[JobProgress]) -> None:
         """Raise TrainingError if the launched processes cannot share these jobs, or do not all have the same ones."""
-        if self.processes.count == 1:
-            return
         if strange := [run.planned.name for run in runs if not isinstance(run.job, LoraJob)]:
             raise TrainingError(
                 f"job {strange[0]!r} is a model of experts, and several in one pass are trained in one process: fit() each "
@@ -233,12 +229,9 @@ class SharedTraining:
         said = repr([(run.planned.name, run.planned.pace, run.planned.rows, run.step) for run in runs])
         self.processes.require_alike("jobs", said, [vector for run in runs for vector in run.vectors])
 
-    def _running_sizes(self) -> list[JobSize]:
-        return [self._sizes[run.planned.name] for run in self._running]
-
     def _step(self) -> None:
         started = time.perf_counter()
-        chosen = [run.planned.rows_at(run.step) for run in self._running]
+        chosen = [run.planned.pace.rows(run.planned.rows, run.planned.name, run.step) for run in self._running]
         rows = [row for part in chosen for row in part]
         total_J = self._losses(chosen)
         steps = {f"job {run.planned.name!r}": run.step for run in self._running}
@@ -274,9 +267,9 @@ class SharedTraining:
 
     def _evaluate(self) -> None:
         """Note the held-out losses of all jobs for which it is time."""
-        due = [run for run in self._running if run.due]
-        for run, loss in zip(due, held_out_losses(self.model, self.tokenizer, due), strict=True):
-            run.note_evaluation(loss)
+        if due := [run for run in self._running if run.due]:
+            for run, loss in zip(due, held_out_losses(self.model, self.tokenizer, due), strict=True):
+                run.note_evaluation(loss)
 
     def _leave(self, ended: Ended) -> bool:
         """Remove the jobs that have ended; return whether there were any."""
@@ -299,8 +292,7 @@ class SharedTraining:
         self.bar.update(shown, description=f"training {names}", completed=self._total - ahead + done, loss=text)
 
     def _save(self) -> None:
-        if self.folder is None or self.processes.rank or not (self._running or self._waiting):
-            return
+        assert self.folder is not None
         tensors = {"capacity": torch.tensor(self._capacity)}
         for place, run in enumerate(self._running):
             prefix = f"{place:04d}/{self._keys[run.planned.name]}/"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,15 +12,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from loraweave.common.descent import Descent, FlatParameters, TrainingState, checkpoint_folder, load_state, save_state
-from loraweave.common.names import text_digest
+from loraweave.common.descent import Descent, FlatParameters, TrainingState
 from loraweave.composer.model.batches import EncodedRow
-from loraweave.composer.train.jobs import TrainingJob
+from loraweave.composer.train.jobs import Pace, TrainingJob
 from loraweave.composer.train.rows import HeldOut
-from loraweave.composer.train.settings import Pace, TrainingSettings
 from loraweave.errors import LoraweaveError
 from loraweave.hub.adapter import Adapter
-from loraweave.routers.tokens._learned import TrainingReport
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,9 @@ class SharedReport:
 
     def note_jobs(self, adapters: Mapping[str, Adapter]) -> None:
         """Read the jobs from the adapters' cards; cards of other versions may say nothing of the training."""
-        told = {name: adapter.card["training"] for name, adapter in adapters.items() if "training" in adapter.card}
-        self.jobs = {name: JobReport.from_json(values) for name, values in told.items()}
+        for name, adapter in adapters.items():
+            if "training" in adapter.card:
+                self.jobs[name] = JobReport.from_json(adapter.card["training"])
 
     @property
     def tokens_per_second(self) -> float:
@@ -97,67 +94,6 @@ class TrainedAdapters(dict[str, Adapter]):
     def __init__(self, adapters: Mapping[str, Adapter], report: SharedReport) -> None:
         super().__init__(adapters)
         self.report = report
-
-
-BEST, RECENT, MOVED = "best", "recent", "moved"
-
-
-@dataclass(frozen=True)
-class KeptState:
-    """The place of the state of one call of fit(): in `folder`, if there is one, under a key of all that determines it."""
-
-    folder: Path | None
-    key: str
-
-    @classmethod
-    def of(
-        cls, name: str, identity: Sequence[Any], settings: TrainingSettings, rows: Sequence[Any], held: Sequence[Any]
-    ) -> Self:
-        """Return the place for a training of `identity`, which is what is trained, as JSON; so is the identity of each row.
-
-        Raises TrainingError if the folder cannot be made.
-        """
-        if settings.checkpoint is None:
-            return cls(None, "")
-        folder = checkpoint_folder(settings.checkpoint)
-        data = [[row.identity() for row in part] for part in (rows, held)]
-        parts = [name, *identity, settings.identity(), data]
-        digest = text_digest(json.dumps(parts, sort_keys=True))
-        return cls(folder, f"{name}-{digest[:24]}")
-
-    def save(
-        self,
-        step: int,
-        parameters: Sequence[Tensor],
-        optimizer: torch.optim.Optimizer,
-        best: Sequence[Tensor],
-        recent: Sequence[Tensor],
-        report: TrainingReport,
-        moved: Sequence[Tensor] = (),
-    ) -> None:
-        """Save the state, visible only when complete. A full disk is logged and does not end the training."""
-        if self.folder is None:
-            return
-        tensors = TrainingState.of(step, parameters, optimizer).tensors
-        for part, values in ((BEST, best), (RECENT, recent), (MOVED, moved)):
-            tensors |= {f"{index}.{part}": value.detach() for index, value in enumerate(values)}
-        save_state(self.folder, self.key, TrainingState(step, tensors, report.to_json()))
-
-    def restore(
-        self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, moved: Sequence[Tensor] = ()
-    ) -> tuple[int, list[Tensor], list[Tensor], TrainingReport] | None:
-        """Restore the state; return (steps done, best parameters, recent loads, report), or None where there is none."""
-        state = None if self.folder is None else load_state(self.folder, self.key)
-        if state is None:
-            return None
-        step = state.restore(parameters, optimizer)
-        put_values(_numbered(state, MOVED), moved)
-        return step, _numbered(state, BEST), _numbered(state, RECENT), TrainingReport.from_json(state.about)
-
-
-def _numbered(state: TrainingState, part: str) -> list[Tensor]:
-    names = (name for name in state.tensors if name.endswith(f".{part}"))
-    return [state.tensors[name] for name in sorted(names, key=lambda name: int(name.partition(".")[0]))]
 
 
 logger = logging.getLogger(__name__)
@@ -253,14 +189,11 @@ class PlannedJob:
     pace: Pace
     held_out: HeldOut | None = None
 
-    def rows_at(self, step: int) -> list[EncodedRow]:
-        """Return the rows of a step."""
-        return self.pace.rows(self.rows, self.name, step)
-
     def size(self, model: Any) -> JobSize:
         """Return the size that the job will add to a step of the model."""
         seen = [*self.rows, *(() if self.held_out is None else self.held_out.rows)]
-        widths = [max(len(row) for row in self.rows_at(step)) for step in range(min(self.pace.steps, MEASURED_STEPS))]
+        steps = range(min(self.pace.steps, MEASURED_STEPS))
+        widths = [max(map(len, self.pace.rows(self.rows, self.name, step))) for step in steps]
         return JobSize(
             num_rows=self.pace.batch_size,
             width=sum(widths) / len(widths),
@@ -286,9 +219,11 @@ class JobProgress:
         self.num_tokens = 0
         self._best = Best()
         self._flat = FlatParameters(self.job.parameters())
+        # those that are trained
+        self.vectors = self._flat.vectors
         # on a GPU the fused one wants its count of steps there
-        is_on_cpu = all(vector.device.type == "cpu" for vector in self._flat.vectors)
-        self._descent = Descent(self._flat.vectors, planned.pace.rate, fused=is_on_cpu)
+        is_on_cpu = {vector.device.type for vector in self.vectors} == {"cpu"}
+        self._descent = Descent(self.vectors, planned.pace.rate, fused=is_on_cpu)
 
     def take_step(self, loss: float, num_tokens: int) -> None:
         """Step down the gradient that the parameters have, clipped to norm 1, and forget it."""
@@ -297,11 +232,6 @@ class JobProgress:
         self.step += 1
         self.losses.append(loss)
         self.num_tokens += num_tokens
-
-    @property
-    def vectors(self) -> list[Tensor]:
-        """The vectors of the parameters that are trained."""
-        return self._flat.vectors
 
     @property
     def due(self) -> bool:
@@ -315,7 +245,7 @@ class JobProgress:
         """Note the held-out loss at this step, and the parameters if no earlier step but the first had a lower one."""
         self.held_out.append((self.step, loss))
         if self.step:
-            self._best.judge(loss, self._flat.vectors)
+            self._best.judge(loss, self.vectors)
 
     @property
     def stopped(self) -> str | None:
@@ -329,7 +259,7 @@ class JobProgress:
         """Give the job the best of its evaluated parameters; return its report."""
         best_step = self.step
         if self._best.values:
-            put_values(self._best.values, self._flat.vectors)
+            put_values(self._best.values, self.vectors)
             best_step = next(step for step, loss in self.held_out if step and loss == self._best.loss)
         points = tuple(self.losses), tuple(self.held_out)
         return JobReport(self.step, best_step, self.stopped or "", self.num_tokens, *points)
@@ -337,7 +267,7 @@ class JobProgress:
     def state(self) -> dict[str, Tensor]:
         """Return all that `restore` needs to go on from here to the same bits."""
         # before its first step an optimiser has no moments
-        begun = TrainingState.of(self.step, self._flat.vectors, self._descent.optimizer).tensors if self.step else {}
+        begun = TrainingState.of(self.step, self.vectors, self._descent.optimizer).tensors if self.step else {}
         best = {f"best.{index}": tensor for index, tensor in enumerate(self._best.values)}
         points = torch.tensor([list(point) for point in self.held_out], dtype=torch.float64).view(-1, 2)
         losses = torch.tensor(self.losses, dtype=torch.float64)
@@ -349,8 +279,9 @@ class JobProgress:
         self.step, self.num_tokens = int(state["step"]), int(state["num_tokens"])
         self.losses = state["losses"].tolist()
         self.held_out = [(int(step), loss) for step, loss in state["held_out"].tolist()]
-        vectors = self._flat.vectors
         if self.step:
-            TrainingState(self.step, dict(state)).restore(vectors, self._descent.optimizer)
-        values = [state[f"best.{index}"].to(vector.device) for index, vector in enumerate(vectors) if "best.0" in state]
+            TrainingState(self.step, dict(state)).restore(self.vectors, self._descent.optimizer)
+        values = []
+        if "best.0" in state:
+            values = [state[f"best.{index}"].to(vector.device) for index, vector in enumerate(self.vectors)]
         self._best = Best.again([loss for step, loss in self.held_out if step], values)

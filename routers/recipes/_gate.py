@@ -58,9 +58,6 @@ class Gate(nn.Module):
         return []
 
 
-UNKNOWN = -1
-
-
 @dataclass(eq=False)
 class Call:
     """One pass of the model: its tokens, and what is known of each row.

@@ -14,6 +14,9 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._router import TokenRouter
 
+# the place of the expert, or of the task, of a row that names none
+UNKNOWN = -1
+
 
 class LearnedRouter(TokenRouter):
     """A router whose parameters `fit` trains; adapters and base stay unchanged.
@@ -60,7 +63,7 @@ class LearnedRouter(TokenRouter):
     def fit(self, engine: Any, dataset: Any, **settings: Any) -> Self:
         """Train the parameters on a dataset, through `engine`, a Composer with a tokenizer; return self.
 
-        `settings` are those of `loraweave.composer.train.settings.RouterSettings`.
+        `settings` are those of `loraweave.composer.train.routers.RouterSettings`.
         """
         if not hasattr(engine, "fit"):
             raise TrainingError(f"a router is trained through a Composer with a tokenizer, and {engine!r:.80} is none")
@@ -72,11 +75,12 @@ class LearnedRouter(TokenRouter):
 class Step:
     """A pass of a training step: which tokens are real, whose data each row is, and what each layer made of it.
 
-    `expert_B` is the place of the expert whose task a row belongs to, -1 where that is not known. `rows_B` are the rows'
-    numbers in the training data, and `kept` is the same mapping in all passes of one training: what does not change for a
-    row may be kept there, without its padding. `scores` are before, and `weights` after, softmax and top-k; `beside` is what
-    a router's own losses need besides. `decoder_BT` are the real tokens of a decoder beside an encoder, told apart from the
-    encoder's by their number. `seeds_B` are what a row's random numbers in this step follow from, whatever pass it is in.
+    `expert_B` is the place of the expert whose task a row belongs to, UNKNOWN where that is not known. `rows_B` are the
+    rows' numbers in the training data, and `kept` is the same mapping in all passes of one training: what does not change
+    for a row may be kept there, without its padding. `scores` are before, and `weights` after, softmax and top-k; `beside`
+    is what a router's own losses need besides. `decoder_BT` are the real tokens of a decoder beside an encoder, told apart
+    from the encoder's by their number. `seeds_B` are what a row's random numbers in this step follow from, whatever pass it
+    is in.
     """
 
     mask_BT: Tensor

@@ -7,7 +7,7 @@ import torch
 from rich.progress import Progress
 
 from loraweave.common.descent import Descent, FlatParameters, descend
-from loraweave.composer.train.settings import Pace
+from loraweave.composer.train.jobs import Pace
 from loraweave.errors import TrainingError
 
 BAR = Progress(disable=True)

@@ -12,9 +12,8 @@ from torch.nn import functional
 from loraweave.composer.model.batches import IGNORED, batch, encode, token_losses
 from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.adapters import train_adapters
-from loraweave.composer.train.jobs import LoraJobs, job_losses
+from loraweave.composer.train.jobs import LoraJobs, LoraSettings, job_losses
 from loraweave.composer.train.rows import PACKED_ROWS, pack_task
-from loraweave.composer.train.settings import LoraSettings
 from loraweave.errors import (
     AdapterUnsupported,
     BaseModelMismatch,

@@ -11,9 +11,8 @@ from loraweave.composer.model.batches import encode
 from loraweave.composer.model.scoring import losses
 from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.adapters import train_adapters
-from loraweave.composer.train.jobs import LoraJob
+from loraweave.composer.train.jobs import LoraJob, Pace
 from loraweave.composer.train.rows import HeldOut
-from loraweave.composer.train.settings import Pace
 from loraweave.composer.train.state import JobProgress, PlannedJob
 from loraweave.errors import PackageMissing, TrainingError, UnknownName
 from loraweave.types import Task

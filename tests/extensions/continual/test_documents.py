@@ -10,8 +10,7 @@ import torch
 import loraweave as lw
 from loraweave.composer.composer import Composer
 from loraweave.composer.model import scoring
-from loraweave.composer.train.jobs import SharedPass, job_losses, lora_job
-from loraweave.composer.train.settings import LoraSettings
+from loraweave.composer.train.jobs import LoraSettings, SharedPass, job_losses, lora_job
 from loraweave.errors import AdapterUnsupported, InvalidName, InvalidTask, TrainingError, UnknownName
 from loraweave.extensions.continual import Beside
 from loraweave.extensions.continual import documents as memory

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.train.jobs import LoraJobs
-from loraweave.composer.train.settings import LoraSettings
+from loraweave.composer.train.jobs import LoraJobs, LoraSettings
 from loraweave.extensions.continual import own_parts
 from loraweave.extensions.continual.continual import gs_lora as way
 from loraweave.extensions.continual.course import Course

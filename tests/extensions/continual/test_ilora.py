@@ -9,8 +9,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.model.batches import batch, encode
-from loraweave.composer.train.jobs import LoraJobs, job_losses
-from loraweave.composer.train.settings import LoraSettings
+from loraweave.composer.train.jobs import LoraJobs, LoraSettings, job_losses
 from loraweave.extensions.continual.continual import ilora as way
 from loraweave.extensions.continual.course import Course
 from loraweave.types import Task

@@ -11,8 +11,7 @@ from torch.func import jvp
 import loraweave as lw
 from loraweave.composer.model.batches import encode
 from loraweave.composer.train import shared as shared_training
-from loraweave.composer.train.jobs import LORA, job_losses, lora_job
-from loraweave.composer.train.settings import LoraSettings
+from loraweave.composer.train.jobs import LORA, LoraSettings, job_losses, lora_job
 from loraweave.errors import LayerMismatch
 from loraweave.extensions.continual import Linearized, tangent
 from loraweave.lowrank import algebra

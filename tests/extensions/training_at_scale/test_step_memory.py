@@ -10,8 +10,7 @@ import torch
 
 from loraweave.common import process
 from loraweave.composer.model.batches import EncodedRow, batch, token_losses
-from loraweave.composer.train.jobs import LoraJobs
-from loraweave.composer.train.settings import LoraSettings
+from loraweave.composer.train.jobs import LoraJobs, LoraSettings
 from loraweave.composer.train.state import JobSize
 from loraweave.extensions.training_at_scale.step_memory import MemoryModel, MemoryUse, free_bytes
 

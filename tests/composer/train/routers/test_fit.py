@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import IGNORED
-from loraweave.composer.train.settings import RouterSettings
+from loraweave.composer.train.routers import RouterSettings
 from loraweave.errors import TrainingError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import TrainingReport

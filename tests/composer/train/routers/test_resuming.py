@@ -14,9 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from loraweave.common.descent import load_state
-from loraweave.composer.train.progress import TrainingProgress
-from loraweave.composer.train.settings import TrainingSettings
-from loraweave.composer.train.state import KeptState
+from loraweave.composer.train.progress import KeptState, TrainingProgress, TrainingSettings
 from loraweave.errors import TrainingError
 
 SCRIPT = Path(__file__).with_name("killed.py")
