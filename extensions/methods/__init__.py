@@ -23,11 +23,8 @@ if TYPE_CHECKING:
         unlearn,
     )
 else:
-    _ARITHMETIC = "add analogy ema genknowsub negate scale subtract subtract_general twin_merging unlearn"
-    __getattr__ = lazy(
-        __name__,
-        {f"{__name__}.arithmetic": _ARITHMETIC, f"{__name__}.ternary": "compeft"},
-    )
+    _NAMES = "add analogy compeft ema genknowsub negate scale subtract subtract_general twin_merging unlearn"
+    __getattr__ = lazy(__name__, {f"{__name__}.arithmetic": _NAMES})
 
 __all__ = [
     "add",

@@ -11,7 +11,6 @@ from loraweave.extend import lazy
 if TYPE_CHECKING:
     from loraweave.extensions.quantised.losses import LogitsLoss, differences, logits_loss
 else:
-    _MODULES = {f"{__name__}.answers": "LogitsLoss logits_loss", f"{__name__}.full_weights": "differences"}
-    __getattr__ = lazy(__name__, _MODULES)
+    __getattr__ = lazy(__name__, {f"{__name__}.losses": "LogitsLoss differences logits_loss"})
 
 __all__ = ["LogitsLoss", "differences", "logits_loss"]

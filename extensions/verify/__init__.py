@@ -12,6 +12,6 @@ if TYPE_CHECKING:
     from loraweave.extensions.verify.answers import Finding, ServerReport
     from loraweave.extensions.verify.verify import verify_server
 else:
-    __getattr__ = lazy(__name__, {f"{__name__}.verify": "verify_server", f"{__name__}.report": "Finding ServerReport"})
+    __getattr__ = lazy(__name__, {f"{__name__}.verify": "verify_server", f"{__name__}.answers": "Finding ServerReport"})
 
 __all__ = ["Finding", "ServerReport", "verify_server"]
