@@ -65,6 +65,8 @@ RIVALS = (
     "few_shot+calibrated",
     "few_shot_begun+calibrated",
 )
+# what needs no stored adapter
+WITHOUT_HUB = ("base", "in_context", "lora_examples", "few_shot", "in_context+calibrated", "lora_examples+calibrated")
 # none of these is learned from the examples
 UNLEARNED = ("base", "best_single", "in_context")
 
@@ -162,7 +164,43 @@ def report(measured: Mapping[Key, Measured], name: str, known: Mapping[str, str]
             "joined": _joined(results, shown),
         }
         found |= {f"{name}, {shots} examples, {part}": table for part, table in tables.items() if table.rows}
-    return found
+    pays = _where_it_pays(measured, relations(name) if known is None else known, labelled(name))
+    return found | ({f"{name}, where a hub pays": pays} if pays.rows else {})
+
+
+def _where_it_pays(measured: Mapping[Key, Measured], known: Mapping[str, str], of_labels: Collection[str]) -> Table:
+    """Right answers in each situation, and what the hub adds to the best way without one, and to itself in noise."""
+    columns = ("situation", "tasks", "base", "best without a hub", "with it", "over noise", "oracle", "what the hub adds")
+    table = Table("where a hub pays", (*columns, "less noise", "processor seconds", "of the best without"))
+    for shots in sorted({key.shots for key in measured} - {NO_SHOTS}):
+        results = Results(measured, shots, known, of_labels)
+        kinds = {
+            "two skills joined": [task for task in known if known[task] == "compositional"],
+            "one skill": [task for task in known if known[task] != "compositional"],
+        }
+        examples = f"{shots} example{'s' * (shots > 1)}"
+        for kind, of_kind in kinds.items():
+            _add_situation(table, results, f"{examples}, {kind}", "auto", WITHOUT_HUB, of_kind)
+            if shots == 5:
+                _add_situation(table, results, f"no example, {kind}", "instruction_and_inputs", ("base",), of_kind)
+    return table
+
+
+def _add_situation(
+    table: Table, results: Results, label: str, way: str, without_hub: Collection[str], of_kind: Collection[str]
+) -> None:
+    noisy, rivals = f"{way}+noise", [name for name in without_hub if name in results.ways]
+    tasks = [task for task in results.tasks(["base", *rivals, way, noisy, "oracle"]) if task in of_kind]
+    if not tasks or not rivals:
+        return
+    means = {name: float(np.mean([results.draws_RW(task, [name])[0, 0] for task in tasks])) for name in rivals}
+    best = max(means, key=lambda name: means[name])
+    ways = ("base", best, way, noisy, "oracle")
+    drawn_RW = np.mean([results.draws_RW(task, ways) for task in tasks], axis=0)
+    base, rival, with_it, over_noise, oracle = (f"{mean:.3f}" for mean in drawn_RW[0])
+    added = [interval(drawn_RW[:, 2] - drawn_RW[:, place], 3) for place in (1, 3)]
+    spent = [f"{_mean_cpu_seconds(results, name, tasks):.0f}" for name in (way, best)]
+    table.add(label, str(len(tasks)), base, f"{rival} ({best})", with_it, over_noise, oracle, *added, *spent)
 
 
 def _scores(results: Results, ways: Sequence[str]) -> Table:

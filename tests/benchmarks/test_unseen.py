@@ -220,3 +220,26 @@ def test_a_task_on_which_auto_is_worse_is_named(measured):
     found, plain = report.Results(measured, 5, RELATIONS), ("base", "best_single")
     assert report._worse(found, "first", plain).startswith("first -0.50 [")
     assert report._worse(found, "second", plain) == ""
+
+
+def test_the_map_of_where_a_hub_pays_compares_with_the_best_way_without_one(measured):
+    def add(task, way, count, shots=5):
+        for seed in (0, 1) if shots else (0,):
+            key = store.Key(task, way, shots, seed)
+            right_N = (np.arange(10) < count).astype(np.uint8)
+            measured[key] = store.Measured(key, right_N, 1.0, 3.0, 4.0, {"chosen": "x"})
+
+    for task in RELATIONS:
+        add(task, "in_context", 7)
+        add(task, "auto+noise", 4)
+    add("second", "instruction_and_inputs", 6, shots=0)
+    add("second", "instruction_and_inputs+noise", 1)
+    table = report.report(measured, "unseen", RELATIONS)["unseen, where a hub pays"]
+    by_situation = {row[0]: list(row[1:]) for row in table.rows}
+    assert list(by_situation) == ["5 examples, two skills joined", "no example, two skills joined", "5 examples, one skill"]
+    # in context has 7 of 10, lora_examples 5; auto 8, over noise 4; processor time 2.5 and 4 s
+    joined = by_situation["5 examples, two skills joined"]
+    assert joined[:6] == ["1", "0.000", "0.700 (in_context)", "0.800", "0.400", "1.000"]
+    assert (joined[6].split()[0], joined[7].split()[0], joined[8:]) == ("0.100", "0.400", ["2", "4"])
+    nothing = by_situation["no example, two skills joined"]
+    assert nothing[:5] == ["1", "0.000", "0.000 (base)", "0.600", "0.100"]
