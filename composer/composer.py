@@ -135,7 +135,9 @@ class Composer:
             weights, by_call = self._plans.calls(self.model, mixture, as_weights, self.activate)
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
-            plan = self._plans.plan(weights, self._pool).with_calls(by_call)
+            plan = self._plans.plan(weights, self._pool)
+            if by_call is not None:
+                plan = plan.with_calls(by_call)
             if plan.call_router is not None:
                 plan.call_router.take_tokenizer(self.tokenizer)
             warn_of_licenses(weights, self._pool)

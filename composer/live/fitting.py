@@ -147,8 +147,11 @@ class Fitting:
         return fitted
 
     def _fit(self, name: str, adapter: Adapter) -> Adapter:
+        its = adapter.base
         with self._lock:
-            self._require_base(name, adapter)
+            if its not in self._same:
+                require_same_base(f"expert {name!r}", its, self._own_key(its))
+                self._same.add(its)
             heads = head_layers(name, adapter, self._modules) if adapter.heads else {}
             if heads:
                 adapter = replace(adapter, layers={**adapter.layers, **heads}, heads={})
@@ -162,7 +165,8 @@ class Fitting:
                 self._layers |= adapter_layers
                 self._forms[id(adapter.form)] = adapter.form
             layers = self._layers
-        require_values(name, adapter, self._offloaded)
+        if self._offloaded:
+            require_values(name, adapter, self._offloaded)
         unbound = [layer for layer, _, num_inputs, *_, is_bound in adapter.form if not is_bound or not num_inputs]
         if not unbound and not heads:
             return adapter
@@ -171,12 +175,6 @@ class Fitting:
         resolved = bind(adapter, layers)
         self._weights.add(name, {layer: adapter.layers[layer] for layer in (*unbound, *heads)}, layers, heads)
         return replace(adapter, layers=resolved)
-
-    def _require_base(self, name: str, adapter: Adapter) -> None:
-        its = adapter.base
-        if its not in self._same:
-            require_same_base(f"expert {name!r}", its, self._own_key(its))
-            self._same.add(its)
 
     def _own_key(self, its: BaseKey) -> BaseKey:
         """Return the model's key to compare with `its`; weights are read for a fingerprint only if `its` has one."""

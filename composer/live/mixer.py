@@ -72,7 +72,8 @@ class Activation:
         self.lease = lease
         self.usage = Usage(live, plan.experts, plan.mixture)
         self.outer = outer
-        self.followed = FollowedCaches()
+        # a router that is shown whole calls may keep a state beside their caches
+        self.followed = None if plan.call_router is None else FollowedCaches()
         self.answering: dict[frozenset[tuple[str, float]], Activation] = {}
         self.closed = False
         self._thread = threading.current_thread()
@@ -98,7 +99,8 @@ class Activation:
                 f"this activation was opened by thread {self._thread.name!r} and counts only there: close it in that thread"
             )
         self._end()
-        self.usage.made.require_all()
+        if self.usage.made is not None:
+            self.usage.made.require_all()
 
     def run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Return what `call` returns under this activation's mixture, in whatever thread it is called.
@@ -127,13 +129,13 @@ class Activation:
             # after an interruption: what it kept from being done is done before it goes on
             self._leave()
             raise
-        if error is None:
+        if error is None and self.usage.made is not None:
             self.usage.made.require_all()
 
     def _leave(self) -> None:
         # whatever was opened inside and not closed ends too, so that an exception leaves nothing active
         current = _current(self.live)
-        if current is not None and self in _chain(current):
+        if current is not None and current is not self and self in _chain(current):
             for inner in _chain(current):
                 if inner is self:
                     break
@@ -157,7 +159,9 @@ def _chain(activation: Activation | None) -> Iterable[Activation]:
 
 
 def _nearest_open(activation: Activation | None) -> Activation | None:
-    return next((candidate for candidate in _chain(activation) if not candidate.closed), None)
+    while activation is not None and activation.closed:
+        activation = activation.outer
+    return activation
 
 
 def _current(live: LiveLayers) -> Activation | None:
@@ -208,7 +212,8 @@ class LiveLayers:
                     self._install()
                 if plan.call_router is not None and plan.call_router.reads_prompts:
                     self._tell_prompts()
-                self._watch(plan.watched)
+                if plan.watched:
+                    self._watch(plan.watched)
                 self._open.append(activation)
                 self._choose_place()
             _CURRENT.set(activation)
@@ -220,6 +225,8 @@ class LiveLayers:
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
         """Take more target layers: those of an adapter that was opened later. Open activations then reach them, too."""
         with self._lock:
+            if layers.keys() <= self._layers.keys():
+                return
             more = {name: layer for name, layer in layers.items() if name not in self._layers}
             if self._open:
                 num_before = len(self._handles)
@@ -236,7 +243,8 @@ class LiveLayers:
         """Close the activation; with the last one, give the layers their own forwards back."""
         with self._lock:
             activation.closed = True
-            activation.followed.release()
+            if activation.followed is not None:
+                activation.followed.release()
             activation.lease.release()
             if activation in self._open:
                 self._open.remove(activation)
@@ -274,7 +282,7 @@ class LiveLayers:
         activation = self.current()
         with ExitStack() as stack:
             stack.enter_context(holding(_CURRENT, None))
-            if activation is not None:
+            if activation is not None and activation.followed is not None:
                 stack.enter_context(activation.followed.entered())
                 stack.enter_context(answering(partial(self._answering, activation)))
             router.begin(self.model, arguments)
@@ -293,7 +301,7 @@ class LiveLayers:
     def _end_call(self, output: Any) -> None:
         if not torch.compiler.is_compiling():
             activation = self.current()
-            if activation is not None and activation.plan.call_router is not None:
+            if activation is not None and activation.followed is not None:
                 activation.followed.returned(output)
             _end()
 
@@ -383,11 +391,12 @@ class LiveLayers:
 
     def _remove_own_hooks(self) -> None:
         """Remove this object's hooks, including those whose handles an interruption has kept from being noted."""
-        model = self.model
+        model, (before, after) = self.model, self._own_hooks
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
-            for key in [key for key, hook in hooks.items() if any(hook is own_hook for own_hook in self._own_hooks)]:
-                del hooks[key]
-                model._forward_pre_hooks_with_kwargs.pop(key, None)
+            for key, hook in list(hooks.items()):
+                if hook is before or hook is after:
+                    del hooks[key]
+                    model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 _ALL: WeakSet[LiveLayers] = WeakSet()

@@ -124,7 +124,9 @@ class Layout:
             tensors: dict[str, Tensor] = {}
             for part in parts:
                 if part.offset is None:
-                    tensors[part.name] = _keep(adapter_tensors[part.name])
+                    kept_tensor = adapter_tensors[part.name].to(*IN_PLACE)
+                    # one that was read below inference_mode could take no part in a later training step
+                    tensors[part.name] = kept_tensor.clone() if kept_tensor.is_inference() else kept_tensor
                 else:
                     tensors[part.name] = _view(flats[part.place], part.shape, part.offset)
             views[layer] = PlacedFactors(**tensors)
@@ -158,12 +160,6 @@ def _tensors(factors: Factors) -> dict[str, Tensor]:
         tensors["bias_O"] = factors.bias_O
     # factors take no part in training
     return {name: tensor.detach() if tensor.requires_grad else tensor for name, tensor in tensors.items()}
-
-
-def _keep(tensor: Tensor) -> Tensor:
-    kept = tensor.to(*IN_PLACE)
-    # one that was read below inference_mode could take no part in a later training step
-    return kept.clone() if kept.is_inference() else kept
 
 
 def _view(flat: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
@@ -258,7 +254,10 @@ class Shelf(Generic[Key, Thing]):
         for key in taken:
             self._idle.pop(key, None)
         fresh = {key: size for key, size in sizes.items() if key not in taken}
-        self._make_room(sum(fresh.values()))
+        needed = sum(fresh.values())
+        while self.budget_bytes is not None and self.num_bytes + needed > self.budget_bytes:
+            self._remove(next(iter(self._idle)))
+            self.num_evictions += 1
         for key, size in fresh.items():
             taken[key] = self._slots[key] = self._use(Slot(size))
             self.num_bytes += size
@@ -289,11 +288,6 @@ class Shelf(Generic[Key, Thing]):
             self._bytes_in_use += slot.num_bytes
         slot.num_users += 1
         return slot
-
-    def _make_room(self, num_bytes: int) -> None:
-        while self.budget_bytes is not None and self.num_bytes + num_bytes > self.budget_bytes:
-            self._remove(next(iter(self._idle)))
-            self.num_evictions += 1
 
     def _remove(self, key: Key) -> None:
         slot = self._slots.pop(key)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -83,21 +84,24 @@ class Plan:
         experts: tuple[str, ...],
         mixture: MixtureWeights | None,
         weights: RowWeights | TokenWeights,
-        by_token: TokenWeights,
         invocations: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
         self.experts = experts
         self.mixture = mixture
         self.invocations = invocations
         self._weights = weights
-        # the same weights, for layers whose hidden values are no product with a matrix
-        self._by_token = by_token
+        # whether gradients may reach more than the layers' inputs: weights that learn, or a router's parameters
+        self.learns = weights.learns
+        # whether a weight depends on its place among rows or tokens
+        self._by_place = weights.num_mixtures > 1 or weights.num_tokens > 1 or bool(invocations)
+        # the blocks of the model whose input the router looks at
+        self.watched: tuple[str, ...] = weights.watched
         # the rows of the mixture; 1 where all rows of a batch share one, or a router looks at each
         self.num_mixtures = weights.num_mixtures
         # the kernel that alone is taken, by name, if there is one
         self.only = weights.only
         # the router, if it is shown each call of the model first
-        self.call_router = by_token.call_router
+        self.call_router = weights.call_router
         # the device of the last call, and whether a hook may have something for calls there
         self._device: torch.device | None = None
         self._is_hooked = False
@@ -106,25 +110,19 @@ class Plan:
         # the kernels remembered for what a hook has prepared, where it has, else for the plan
         self._remembered = self._own = dict[str, dict[torch.Size, Warm]]()
 
-    @property
-    def learns(self) -> bool:
-        """True if gradients may reach more than the layers' inputs: weights that learn, or a router's parameters."""
-        return self._weights.learns
-
-    @property
-    def _by_place(self) -> bool:
-        """True if a weight depends on its place among rows or tokens."""
-        return self._weights.num_mixtures > 1 or self._weights.num_tokens > 1 or bool(self.invocations)
+    @cached_property
+    def _by_token(self) -> TokenWeights:
+        """The same weights, for layers whose hidden values are no product with a matrix."""
+        if isinstance(self._weights, TokenWeights):
+            return self._weights
+        assert self.mixture is not None
+        return TokenWeights.fixed(self.mixture)
 
     @property
     def num_bytes(self) -> int:
         """The bytes of the tensors made for the layers so far."""
-        return self._weights.num_bytes + (self._by_token.num_bytes if self._by_token is not self._weights else 0)
-
-    @property
-    def watched(self) -> tuple[str, ...]:
-        """The blocks of the model whose input the router looks at."""
-        return self._by_token.watched
+        by_token = vars(self).get("_by_token", self._weights)
+        return self._weights.num_bytes + (by_token.num_bytes if by_token is not self._weights else 0)
 
     def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> None:
         """Begin an activation of the plan, with these target layers; it ends with its lease."""
@@ -182,14 +180,12 @@ class Plan:
         if not self.invocations:
             return self
         routed = self._by_token.again()
-        return Plan(self.experts, None, routed, routed, self.invocations)
+        return Plan(self.experts, None, routed, self.invocations)
 
     def with_calls(self, by_call: Any) -> Plan:
-        """Return the plan of an activation whose mixtures are those of `by_call`; the plan itself where that is None."""
-        if by_call is None:
-            return self
+        """Return the plan of an activation whose mixtures are those of `by_call`; it shares what is made by token."""
         plan = copy.copy(self)
-        plan.by_call = by_call
+        plan.by_call, plan._by_token = by_call, self._by_token
         return plan
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
@@ -307,8 +303,7 @@ def make_plan(
         # the tensor itself, looked at in each call: an optimizer may change it in between
         if own_invocations := invocations(weights.experts):
             return _routed_plan(weights, weights.experts, own_invocations)
-        learning = TokenWeights.fixed(weights)
-        return Plan(weights.experts, None, learning, learning)
+        return Plan(weights.experts, None, TokenWeights.fixed(weights))
     with torch.inference_mode(False):
         # the caller may go on to change or to reuse the tensor
         # with the weights of a layer contiguous, since those of its tokens may be many
@@ -318,18 +313,16 @@ def make_plan(
         mixture = MixtureWeights(values_LEBT[:, used_E].permute(2, 3, 0, 1), active, weights.layers)
     if own_invocations := invocations(active):
         return _routed_plan(mixture, active, own_invocations)
-    by_token = TokenWeights.fixed(mixture)
     if mixture.values_BTLE.shape[1] > 1:
-        return Plan(active, mixture, by_token, by_token)
-    return Plan(active, mixture, RowWeights(mixture, workspace, hooks, only=ONLY.get()), by_token)
+        return Plan(active, mixture, TokenWeights.fixed(mixture))
+    return Plan(active, mixture, RowWeights(mixture, workspace, hooks, only=ONLY.get()))
 
 
 def _routed_plan(
     router: MixtureWeights | Router, experts: tuple[str, ...], invocations: Mapping[str, tuple[int, ...]]
 ) -> Plan:
     """Return the plan for weights that are made in each call."""
-    routed = TokenWeights.routed(router, experts, invocations)
-    return Plan(experts, None, routed, routed, invocations)
+    return Plan(experts, None, TokenWeights.routed(router, experts, invocations), invocations)
 
 
 NUM_KEPT = 4
@@ -356,11 +349,13 @@ class KeptPlans:
         plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self._of_rows)
         if key is None:
             return plan
-        total = plan.num_bytes + sum(kept.num_bytes for kept in self._plans.values())
-        while self._plans and (len(self._plans) >= NUM_KEPT or total > self._max_bytes):
-            total -= self._plans.popitem(last=False)[1].num_bytes
+        while self._plans and (len(self._plans) >= NUM_KEPT or self._num_bytes_with(plan) > self._max_bytes):
+            self._plans.popitem(last=False)
         self._plans[key] = plan
         return plan
+
+    def _num_bytes_with(self, plan: Plan) -> int:
+        return plan.num_bytes + sum(kept.num_bytes for kept in self._plans.values())
 
     def calls(
         self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate

@@ -63,7 +63,8 @@ class Usage:
         self.owner = ref(owner)
         self.experts = experts
         self.mixture = mixture
-        self.made = MadeWeights(experts)
+        # the weights that calls make, which are looked at when they are made
+        self.made = MadeWeights(experts) if mixture is None else None
         self.notes: dict[str, Note] = {}
         # the context's state while this usage is the last one and nobody records
         self.quiet: _State | None = None
@@ -76,7 +77,7 @@ class Usage:
         Raises WeightingError for bad ones, at once on a CPU, unless met `again`.
         """
         kept = note
-        if w_BTE is not None and self.mixture is None:
+        if w_BTE is not None and self.made is not None:
             if not again:
                 self.made.require_finite(layer, w_BTE)
             # what learns may be changed in place by the next step

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -103,8 +104,7 @@ class Residents:
         Raises BudgetExceeded, with nothing allocated or evicted, when they do not fit beside those of other leases; and
         what opening an adapter raises.
         """
-        names = tuple(dict.fromkeys(names))
-        lease = self._take(names)
+        lease = self._take(tuple(dict.fromkeys(names)))
         try:
             lease.fill()
         except BaseException:
@@ -119,14 +119,16 @@ class Residents:
         """
         wanted = tuple(names)
         with self._lock:
-            worker = self._worker = self._own_worker() or ThreadPoolExecutor(1, thread_name_prefix="loraweave-prefetch")
-            return worker.submit(lambda: self.lease(wanted).release())
+            self._forget_other_processes()
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="loraweave-prefetch")
+            return self._worker.submit(lambda: self.lease(wanted).release())
 
     def settle(self) -> None:
         """Wait until all prefetches begun so far have ended, with or without an error."""
         with self._lock:
-            worker = self._own_worker()
-            done = None if worker is None else worker.submit(lambda: None)
+            self._forget_other_processes()
+            done = None if self._worker is None else self._worker.submit(lambda: None)
         if done is not None:
             done.result()
 
@@ -147,7 +149,8 @@ class Residents:
 
     def close(self) -> None:
         """End prefetching, and drop all that is not in use."""
-        worker, self._worker = self._own_worker(), None
+        self._forget_other_processes()
+        worker, self._worker = self._worker, None
         if worker is not None:
             worker.shutdown(cancel_futures=True)
         self.forget()
@@ -169,11 +172,6 @@ class Residents:
                 device_budget_bytes=self._device.budget_bytes,
                 host_budget_bytes=self._host.budget_bytes,
             )
-
-    def _own_worker(self) -> ThreadPoolExecutor | None:
-        """Return the thread that prefetches, if there is one in this process."""
-        self._forget_other_processes()
-        return self._worker
 
     def _forget_other_processes(self) -> None:
         """Drop the parent's threads, and what they were about, in a process that was forked since."""
@@ -209,7 +207,13 @@ class Residents:
         while True:
             with self._lock:
                 # below the lock, so that an older look does not come after a newer one
-                self._notice_moves(self._places_now())
+                places = dict(self._places_now())
+                if any(places.get(layer) != place for layer, place in self._places.items()):
+                    self._moves += 1
+                    self._layouts, self._layout_of = {}, {}
+                    for shelf in (self._device, self._host):
+                        shelf.drop(lambda key: True)
+                self._places = places
                 for name, adapter in opened.items():
                     self._layout_of.setdefault(name, self._layout(adapter))
                 unknown = [name for name in names if name not in self._layout_of]
@@ -217,14 +221,6 @@ class Residents:
                     return self._moves, {name: self._layout_of[name] for name in names}, list(opened.values())
             # the first adapter with a layer may be what makes the layer's place known, so they are asked for again
             opened |= {name: self._adapter(name) for name in unknown}
-
-    def _notice_moves(self, places: Mapping[str, Place]) -> None:
-        if any(places.get(layer) != place for layer, place in self._places.items()):
-            self._moves += 1
-            self._layouts, self._layout_of = {}, {}
-            for shelf in (self._device, self._host):
-                shelf.drop(lambda key: True)
-        self._places = dict(places)
 
     def _layout(self, adapter: Adapter) -> Layout:
         parts = tuple((factors.rank, factors.gain_O is None, factors.bias_O is None) for factors in adapter.layers.values())
@@ -301,21 +297,18 @@ class Lease:
 
     def fill(self) -> None:
         """Bring the pages that are not there yet; wait for those that another thread is bringing."""
-        for name in self._layouts:
-            self._fill(name)
+        for name, layout in self._layouts.items():
+            key = _Key(name, False, self.moves)
+            parts: dict[str, PlacedFactors] = {}
+            if (slot := self.on_device.get(key)) is not None:
+                page = _fill_slot(slot, partial(self._residents._make_device_page, name, layout, self.moves))
+                for event in page.ready:
+                    torch.cuda.current_stream(event.device).wait_event(event)
+                parts |= page.parts
+            if (slot := self.on_host.get(key)) is not None:
+                parts |= _fill_slot(slot, partial(self._residents._make_host_page, name, layout)).parts
+            self._parts[name] = parts
         self._opened = []
-
-    def _fill(self, name: str) -> None:
-        layout, key = self._layouts[name], _Key(name, False, self.moves)
-        parts: dict[str, PlacedFactors] = {}
-        if (slot := self.on_device.get(key)) is not None:
-            page = _fill_slot(slot, lambda: self._residents._make_device_page(name, layout, self.moves))
-            for event in page.ready:
-                torch.cuda.current_stream(event.device).wait_event(event)
-            parts |= page.parts
-        if (slot := self.on_host.get(key)) is not None:
-            parts |= _fill_slot(slot, lambda: self._residents._make_host_page(name, layout)).parts
-        self._parts[name] = parts
 
     def renew(self) -> Lease:
         """Return another lease of the same factors, which outlasts this one. Raises CompositionError after this one."""

@@ -184,8 +184,7 @@ class LiveLimits:
 
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
         """Add the limits of these layers."""
-        embeddings = {name for name, layer in layers.items() if isinstance(layer.module, nn.Embedding)}
-        of_tokens = _token_embeddings(self._model) if embeddings else None
+        of_tokens: set[int] | None = None
         for name, layer in layers.items():
             if layer.number is not None:
                 self._experts[name] = None
@@ -201,8 +200,10 @@ class LiveLimits:
                 self._never_called[name] = f"which its {type(owner).__name__} never calls, computing with its weight itself"
             if re.search(r"(^|\.)experts\.(expert_)?\d+\.", name):
                 self._out_of_order[name] = "sees the tokens that are routed to it, in an order of their own"
-            elif name in embeddings and of_tokens is not None and id(layer.module) not in of_tokens:
-                self._out_of_order[name] = "is no embedding of tokens, and may be called once for all rows"
+            elif isinstance(layer.module, nn.Embedding):
+                of_tokens = _token_embeddings(self._model) if of_tokens is None else of_tokens
+                if of_tokens is not None and id(layer.module) not in of_tokens:
+                    self._out_of_order[name] = "is no embedding of tokens, and may be called once for all rows"
 
     def require(self, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter], *, by_token: bool = False) -> None:
         """Raise LayerMismatch or ScopeError where these weights cannot count live in one of the layers.
@@ -212,6 +213,8 @@ class LiveLimits:
         expert. A router for all rows computes its weights from the layer's own input, whatever the order of that is, unless
         they are said to vary `by_token`: by a place in each row.
         """
+        if not (self._never_called or self._experts or self._out_of_order):
+            return
         rows = rows_of(weights)
         for name, why in self._never_called.items():
             for expert in _users(name, rows, adapters):

@@ -54,6 +54,8 @@ class RowWeights:
 
     learns = False
     num_tokens = 1
+    call_router = None
+    watched = ()
 
     def __init__(
         self, mixture: MixtureWeights, workspace: Workspace, hooks: Sequence[LiveHook] = (), *, only: str | None = None
