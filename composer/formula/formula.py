@@ -313,7 +313,12 @@ class Formula:
     def _adapter(self, source: Hub | ExpertPool, leaf: Named | Stored) -> Adapter:
         """Return the adapter under the name that the formula has for it."""
         with self._at(leaf):
-            adapter = _open(source, leaf)
+            if isinstance(source, ExpertPool):
+                adapter = _expert(source, leaf)
+            elif isinstance(leaf, Named):
+                adapter = source.get(leaf.name, version=leaf.version)
+            else:
+                adapter = _adapter_of(source.composition(leaf.name), leaf)
         return adapter if adapter.name == leaf.key else replace(adapter, name=leaf.key)
 
     @contextmanager
@@ -365,27 +370,18 @@ def _stored(source: Hub | ExpertPool, leaf: Stored) -> StoredComposition | None:
     return source.composition(leaf.name) if isinstance(source, Hub) else None
 
 
-def _open(source: Hub | ExpertPool, leaf: Leaf) -> Adapter:
-    """Return an adapter of a hub or pool. Raises ScopeError for a stored composition that is none."""
-    if isinstance(source, ExpertPool):
-        return _expert(source, leaf)
-    if isinstance(leaf, Named):
-        return source.get(leaf.name, version=leaf.version)
-    return _adapter_of(source.composition(leaf.name), leaf)
-
-
 def _content(source: Hub | ExpertPool, leaf: Leaf) -> str:
     """Return the hash of an adapter's content. Only a stored composition's adapter is opened for that, and once."""
     if isinstance(source, ExpertPool):
         return _expert(source, leaf).hash
     if isinstance(leaf, Stored):
-        stored = source.composition(leaf.name).hash
-        if stored not in _CONTENTS:
-            digest = _open(source, leaf).hash
+        stored = source.composition(leaf.name)
+        if stored.hash not in _CONTENTS:
+            digest = _adapter_of(stored, leaf).hash
             if len(_CONTENTS) >= _MAX_CONTENTS:
                 _CONTENTS.clear()
-            _CONTENTS[stored] = digest
-        return _CONTENTS[stored]
+            _CONTENTS[stored.hash] = digest
+        return _CONTENTS[stored.hash]
     if leaf.version is None:
         return source.record(leaf.name).hash
     versions = {record.version: record.hash for record in source.history(leaf.name)}
@@ -430,6 +426,7 @@ def router_of(stored: StoredComposition) -> TokenRouter:
 
 
 def _adapter_of(stored: StoredComposition, leaf: Stored) -> Adapter:
+    """Return a stored composition's adapter. Raises ScopeError for one that is none."""
     if has_router(stored):
         raise ScopeError(f"{leaf} is a router, not an adapter, and stands alone: activate formula.mixture(hub)")
     if COMPOSITION not in stored.files:

@@ -82,12 +82,12 @@ class Sum:
     terms: tuple[tuple[float, Term], ...]
 
     def __str__(self) -> str:
-        if not self.terms:
-            return "base"
-        (weight, first), *rest = self.terms
-        parts = [("-" if weight < 0 else "") + _weighted(abs(weight), first)]
-        parts += [f"{'-' if weight < 0 else '+'} {_weighted(abs(weight), term)}" for weight, term in rest]
-        return " ".join(parts)
+        text = ""
+        for weight, term in self.terms:
+            sign = "-" if weight < 0 else "+" if text else ""
+            factor = "" if abs(weight) == 1.0 else f"{number_text(abs(weight))}*"
+            text += f" {sign} {factor}{term}" if text else f"{sign}{factor}{term}"
+        return text or "base"
 
 
 @dataclass(frozen=True)
@@ -290,10 +290,6 @@ def _value(value: Value) -> str:
 def _call(name: str, parts: Iterable[str], options: Sequence[tuple[str, Value]]) -> str:
     told = ", ".join(f"{option}={_value(value)}" for option, value in options)
     return f"{name}({', '.join(parts)}{'; ' if told else ''}{told})"
-
-
-def _weighted(weight: float, term: Term) -> str:
-    return str(term) if weight == 1.0 else f"{number_text(weight)}*{term}"
 
 
 def _bracketed(argument: Argument) -> str:

@@ -158,12 +158,13 @@ def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch
 
 def pad_id(tokenizer: Any) -> int:
     """Return the token that fills rows up: the tokenizer's padding, its end of sequence, or 0, which the mask hides."""
-    return int(next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0))
+    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return 0 if token is None else int(token)
 
 
 def pad_rows(tokenizer: Any, rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Tensor, Tensor]:
     """Return (ids_BT, mask_BT) of rows of token ids, filled up on one side."""
-    longest = max(len(row) for row in rows)
+    longest = max(map(len, rows))
     ids_BT = torch.full((len(rows), longest), pad_id(tokenizer))
     mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
     for index, row in enumerate(rows):

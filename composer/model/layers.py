@@ -343,44 +343,33 @@ def use_of(owner: nn.Module, attribute: str) -> Use:
 
     If it does neither, "called": another module may call the layer.
     """
-    reads, others = _uses(type(owner))
+    kind = type(owner)
+    if kind not in _KNOWN:
+        # the attributes whose weights are computed with, and those that are used in any other way
+        reads: set[str] = set()
+        others: set[str] = set()
+        for code in _reachable(kind):
+            for loaded, read in _loads(code):
+                (reads if read else others).add(loaded)
+        _KNOWN[kind] = reads, others
+    reads, others = _KNOWN[kind]
     if attribute not in reads:
         return "called"
     return "both" if attribute in others else "read"
 
 
-def _uses(owner: type[nn.Module]) -> tuple[set[str], set[str]]:
-    """Return the attributes whose weights are computed with, and those that are used in any other way."""
-    if owner in _KNOWN:
-        return _KNOWN[owner]
-    reads: set[str] = set()
-    others: set[str] = set()
-    for code in _reachable(owner):
-        for attribute, read in _loads(code):
-            (reads if read else others).add(attribute)
-    _KNOWN[owner] = reads, others
-    return reads, others
-
-
 def _reachable(owner: type[nn.Module]) -> list[CodeType]:
     """Return the code of forward and of all methods named in it, in those, and so on, but not what only makes or saves."""
-    names, seen, codes = ["forward"], {"forward"}, []
-    while names:
-        function = inspect.unwrap(getattr(owner, names.pop(), None))  # type: ignore[arg-type]
-        for code in _with_inner(function.__code__) if hasattr(function, "__code__") else ():
-            codes.append(code)
-            more = {name for name in code.co_names if name not in seen and hasattr(owner, name)}
-            seen |= more
-            names.extend(sorted(more))
+    names, codes = ["forward"], []
+    # both lists grow while they are gone through: by the functions within a function, and by the methods that it names
+    for name in names:
+        function = inspect.unwrap(getattr(owner, name, None))  # type: ignore[arg-type]
+        within = [function.__code__] if hasattr(function, "__code__") else []
+        for code in within:
+            within += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+            names += [method for method in code.co_names if method not in names and hasattr(owner, method)]
+        codes += within
     return codes
-
-
-def _with_inner(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code of a function and of those within it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _with_inner(constant)
 
 
 def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
