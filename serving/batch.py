@@ -104,7 +104,7 @@ class Batch:
                 f"cannot serve a {type(self._model).__name__}: it keeps more than plain keys and values, or only those of a "
                 "window"
             )
-        mask_BT = mask_BT.to(self._device)
+        mask_BT = mask_BT.to(self._model.device)
         if before is not None:
             mask_BT = self._prefixes.compact(cache, mask_BT)
         if self.rows:
@@ -136,21 +136,16 @@ class Batch:
         if not self.rows:
             self._cache = None
             return
-        kept = torch.tensor(places, device=self._device)
+        kept = torch.tensor(places, device=self._model.device)
         mask_BW = self._mask_BW[kept]
         first = int(mask_BW.any(dim=0).int().argmax())
         self._mask_BW = mask_BW[:, first:]
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[kept, :, first:], layer.values[kept, :, first:]
 
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = next(self._model.parameters()).device
-        return device
-
     def _advance(self, rows: Sequence[Row], inputs: dict[str, Tensor], cache: Any) -> Any:
         """Run the model and give each row its logits; return the cache."""
-        arguments: dict[str, Any] = {name: value.to(self._device) for name, value in inputs.items()}
+        arguments: dict[str, Any] = {name: value.to(self._model.device) for name, value in inputs.items()}
         if cache is not None:
             arguments[self._cache_name] = cache
         with self._experts.activate([row.served for row in rows]), self._prompted(rows):

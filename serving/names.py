@@ -84,9 +84,13 @@ class Served:
     @cached_property
     def adapters(self) -> Mapping[str, Adapter]:
         """The adapters of all members, and of the steps before them."""
-        steps = [step for member in self.members for step in member.before]
-        holders: list[Member | Served] = [*self.members, *steps]
-        return {content: adapter for holder in holders for content, adapter in holder.adapters.items()}
+        adapters: dict[str, Adapter] = {}
+        for member in self.members:
+            adapters |= member.adapters
+        for member in self.members:
+            for step in member.before:
+                adapters |= step.adapters
+        return adapters
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
@@ -185,7 +189,7 @@ class Names:
             raise Refusal(
                 400, f"{formula.text!r:.80} has {count} adapters, above the limit of {self._limits.adapters}", param="model"
             )
-        merges = any(_has_merge(member) for _, member in expanded.members())
+        merges = _has_merge(expanded)
         if merges and not self._limits.merges:
             raise Refusal(400, f"{expanded} is a merge by a method, and this server makes none", param="model")
         return Wanted(expanded, expanded.identity(self._hub), merges)
@@ -208,7 +212,14 @@ class Names:
         """
         if (served := self.known(wanted)) is not None:
             return served
-        made = self._made(wanted)
+        formula = wanted.formula
+        if (stored := formula.stored(self._hub)) is not None:
+            made = self._of_stored(stored, formula.canonical, formula.identity(self._hub))
+        else:
+            # of these very adapters, whatever becomes of the hub meanwhile
+            pool = formula.pool(self._hub)
+            members = tuple([replace(_member(member, pool), share=share) for share, member in formula.members()])
+            made = Served(formula.canonical, formula.identity(pool), members)
         with self._lock:
             self._known[made.identity] = made
             while len(self._known) > self._limits.loaded:
@@ -221,20 +232,12 @@ class Names:
         stored = [(str(Stored(composition.name)), _seconds(composition.created)) for composition in self._hub.compositions()]
         return [("base", 0), *adapters, *stored]
 
-    def _made(self, wanted: Wanted) -> Served:
-        formula = wanted.formula
-        if (stored := formula.stored(self._hub)) is not None:
-            named = formula.canonical, formula.identity(self._hub)
-            if has_parts(stored):
-                made = self._members(stored)
-                return Served(*named, made, stops=self._stops(made[0].task))
-            router = router_of(stored)
-            return Served(*named, (_routed(router, router.pool),))
-        # of these very adapters, whatever becomes of the hub meanwhile
-        pool = formula.pool(self._hub)
-        named = formula.canonical, formula.identity(pool)
-        members = formula.members()
-        return Served(*named, tuple(replace(_member(member, pool), share=share) for share, member in members))
+    def _of_stored(self, stored: StoredComposition, canonical: str, identity: str) -> Served:
+        if has_parts(stored):
+            members = self._members(stored)
+            return Served(canonical, identity, members, stops=self._stops(members[0].task))
+        router = router_of(stored)
+        return Served(canonical, identity, (_routed(router, router.pool),))
 
     def _stops(self, task: Task | None) -> tuple[str, ...]:
         """Return what ends an answer, as in Composition.predict: the task's stops, and the end of a chat's turn."""
@@ -283,9 +286,11 @@ def _member(formula: Formula, pool: ExpertPool) -> Member:
 
 
 def _has_merge(formula: Formula) -> bool:
-    match formula.root:
-        case Sum(terms):
-            return any(isinstance(term, Merge) for _, term in terms)
+    """Return whether the formula, or a member of it, is a merge by a method or has one in its sum."""
+    for _, member in formula.members():
+        for _, term in member.root.terms if isinstance(member.root, Sum) else ():
+            if isinstance(term, Merge):
+                return True
     return False
 
 

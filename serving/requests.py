@@ -13,6 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -140,15 +141,6 @@ class CompletionRequest(Asked):
     def alternatives(self) -> int | None:
         return self.logprobs
 
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, each as text or as token ids."""
-        prompt: Any = self.prompt
-        match prompt:
-            case str() | [int(), *_]:
-                return [prompt]
-        return list(prompt)
-
     def text(self, text: str, *, is_part: bool) -> dict[str, Any]:
         return {"text": text}
 
@@ -235,7 +227,7 @@ class Answer:
 
     def __init__(self, asked: Asked, served: Served, tokenizer: Any, rows: Sequence[Row], num_prompt_tokens: int) -> None:
         self.served = served
-        self.choices = [Choice(row) for row in rows]
+        self.choices = list(map(Choice, rows))
         self._asked = asked
         self._num_prompt_tokens = num_prompt_tokens
         self._tokenizer = tokenizer
@@ -324,7 +316,8 @@ class Prompts:
         if isinstance(asked, ChatRequest):
             return self._of_chat(asked)
         assert isinstance(asked, CompletionRequest)
-        prompts = asked.prompts
+        prompt: Any = asked.prompt
+        prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
         with self._lock:
             ids = [self._ids(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
             if (largest := max(map(max, ids))) >= self._vocabulary:
@@ -361,29 +354,31 @@ class Prompts:
         `between` has what was answered before a member, which is then its input. Raises Refusal where members have forms of
         their own, and what is given is more than the input of a task.
         """
-        asked_M = [(member.task, between.get(member.before, given.inputs)) for member in served.members]
-        for task, inputs in asked_M:
+        asked_M: list[tuple[Task | None, Sequence[Prompt] | None]] = []
+        for member in served.members:
+            task, inputs = member.task, between.get(member.before, given.inputs)
             if task is not None and not (inputs is not None and all(_is_input(prompt, task) for prompt in inputs)):
                 raise Refusal(
                     400,
                     f"{served.canonical} puts the input of its task into prompts of its own: give the input alone, as text, "
                     "or as the one message of a chat; of a chat's task, as messages without a system's",
                 )
+            asked_M.append((task, inputs))
+        prompts: list[list[tuple[int, ...]]] = []
         with self._lock:
-            return [
-                [
-                    self._fitting(ids if task is None or inputs is None else self._prompt_ids(task.prompt(inputs[number])))
-                    for task, inputs in asked_M
-                ]
-                for number, ids in enumerate(given.ids)
-            ]
+            for number, ids in enumerate(given.ids):
+                prompts.append([])
+                for task, inputs in asked_M:
+                    member_ids = ids if task is None or inputs is None else self._prompt_ids(task.prompt(inputs[number]))
+                    prompts[-1].append(self._fitting(member_ids))
+        return prompts
 
     def num_new(self, prompts: Sequence[Sequence[Sequence[int]]], asked: int | None, usual: float, most: int) -> int:
         """Return the number of new tokens after these members' prompts: as asked, or the usual number if it fits.
 
         Raises Refusal above `most`, and where prompt and answer are beyond the model's context.
         """
-        longest = max(len(ids) for of_members in prompts for ids in of_members)
+        longest = max(map(len, chain(*prompts)))
         if asked is not None and asked > most:
             raise Refusal(400, f"max_tokens is {asked}, and this server gives at most {most}", param="max_tokens")
         room = most if self.context is None else self.context - longest

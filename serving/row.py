@@ -118,7 +118,7 @@ class Row:
         *,
         deadline: float = float("inf"),
     ) -> None:
-        self.prompts = [tuple(prompt) for prompt in prompts]
+        self.prompts = list(map(tuple, prompts))
         self.served = served
         self.sampling = sampling
         self.deadline = deadline
