@@ -251,13 +251,14 @@ class Scheduler:
                 row.fail(error)
             else:
                 joining.append(row)
-        together: dict[tuple[Hashable, bool], list[Row]] = {}
+        first: dict[Hashable, list[Row]] = {}
+        again: dict[Hashable, list[Row]] = {}
         for row in joining:
             # further answers to a prompt begin with what the first has read
-            again = any(row.asks_like(other) for other in together.get((row.batch, False), ()))
-            together.setdefault((row.batch, again), []).append(row)
-        for rows in sorted(together, key=lambda key: key[1]):
-            self._read(together[rows])
+            asked_before = any(row.asks_like(other) for other in first.get(row.batch, ()))
+            (again if asked_before else first).setdefault(row.batch, []).append(row)
+        for rows in (*first.values(), *again.values()):
+            self._read(rows)
 
     def _next(self, others: Sequence[Row]) -> Row | None:
         """Take the first waiting row with room and time for it; None if there is none, or an earlier one must come first."""

@@ -61,24 +61,27 @@ class Layout:
     """The places of all parts of an adapter; adapters of one form and the same ranks share it.
 
     `places` has the device and dtype of each layer that is known; the parts of others are left out. For layers in fp32 on
-    the CPU nothing is copied, unless `staged` is true of the CPU, as of other devices.
+    the CPU nothing is copied, unless `staged` is true of the CPU, as of other devices. `num_bytes` has the bytes of parts on
+    devices that are staged (True) and on others (False), including those that stay where they are.
     """
 
     def __init__(self, adapter: Adapter, places: Mapping[str, Place], staged: Callable[[torch.device], bool]) -> None:
+        self.num_bytes = {True: 0, False: 0}
         self._num_elements: dict[Place, int] = {}
-        self._num_bytes: dict[torch.device, int] = {}
+        self._staged: dict[torch.device, bool] = {}
         self._layers: dict[str, tuple[Part, ...]] = {}
         self.layers = frozenset(adapter.layers)
         for layer, factors in adapter.layers.items():
             if layer not in places:
                 continue
             device, dtype = places[layer]
+            is_staged = self._staged[device] = staged(device)
             parts = []
             for name, tensor in _tensors(factors).items():
                 place = (device, torch.promote_types(dtype, torch.float32) if name in EXACT else dtype)
-                kept = place == IN_PLACE and not staged(device)
+                kept = place == IN_PLACE and not is_staged
                 parts.append(Part(name, tuple(tensor.shape), place, None if kept else self._next(place, tensor)))
-                self._num_bytes[device] = self._num_bytes.get(device, 0) + tensor.numel() * place[1].itemsize
+                self.num_bytes[is_staged] += tensor.numel() * place[1].itemsize
             self._layers[layer] = tuple(parts)
 
     @property
@@ -86,15 +89,10 @@ class Layout:
         """The places that have a flat tensor."""
         return tuple(self._num_elements)
 
-    def num_bytes(self, wanted: Callable[[torch.device], bool]) -> int:
-        """Return the bytes of the parts on the devices that are wanted, including those that stay where they are."""
-        return sum(size for device, size in self._num_bytes.items() if wanted(device))
-
-    def make_flats(
-        self, adapter: Adapter, wanted: Callable[[torch.device], bool], *, pinned: bool = False
-    ) -> dict[Place, Tensor]:
-        """Return new flat tensors on the CPU with the adapter's numbers, for the places that are wanted."""
-        exact = {place: np.empty(size, np.float32) for place, size in self._num_elements.items() if wanted(place[0])}
+    def make_flats(self, adapter: Adapter, *, staged: bool, pinned: bool = False) -> dict[Place, Tensor]:
+        """Return new flat tensors on the CPU with the adapter's numbers, for the places that are staged, or the others."""
+        sizes = self._num_elements.items()
+        exact = {place: np.empty(size, np.float32) for place, size in sizes if self._staged[place[0]] is staged}
         for layer, parts in self._layers.items() if exact else ():
             tensors = _tensors(adapter.layers[layer])
             for part in parts:
@@ -112,12 +110,12 @@ class Layout:
         return flats
 
     def make_views(
-        self, flats: Mapping[Place, Tensor], adapter: Adapter | None, wanted: Callable[[torch.device], bool]
+        self, flats: Mapping[Place, Tensor], adapter: Adapter | None, *, staged: bool
     ) -> dict[str, PlacedFactors]:
-        """Return each layer's factors as views of the flat tensors; parts that stay where `adapter` has them need it."""
+        """Return these layers' factors as views of the flat tensors; parts that stay where `adapter` has them need it."""
         views = {}
         for layer, parts in self._layers.items():
-            if not wanted(parts[0].place[0]):
+            if self._staged[parts[0].place[0]] is not staged:
                 continue
             kept = adapter is not None and any(part.offset is None for part in parts)
             adapter_tensors = _tensors(adapter.layers[layer]) if adapter is not None and kept else {}

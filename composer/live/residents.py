@@ -190,8 +190,8 @@ class Residents:
                 if moves != self._moves:
                     continue
                 keys = {_Key(name, False, moves): layouts[name] for name in names}
-                on_device = {key: size for key, layout in keys.items() if (size := layout.num_bytes(self._staged))}
-                on_host = {key: size for key, layout in keys.items() if (size := layout.num_bytes(self._on_host))}
+                on_device = {key: size for key, layout in keys.items() if (size := layout.num_bytes[True])}
+                on_host = {key: size for key, layout in keys.items() if (size := layout.num_bytes[False])}
                 passing = max((size for key, size in on_device.items() if key not in self._device), default=0)
                 self._host.require_room({**on_host, _Key("", True, moves): passing}, what)
                 taken = (self._device.take(on_device, what), self._host.take(on_host, what))
@@ -229,18 +229,15 @@ class Residents:
             self._layouts[key] = Layout(adapter, self._places, self._staged)
         return self._layouts[key]
 
-    def _on_host(self, device: torch.device) -> bool:
-        return not self._staged(device)
-
     def _make_host_page(self, name: str, layout: Layout) -> _Page:
         adapter = self._adapter(name)
-        flats = layout.make_flats(adapter, self._on_host)
+        flats = layout.make_flats(adapter, staged=False)
         with self._lock:
-            self._from_disk += layout.num_bytes(self._on_host)
-        return _Page(flats, layout.make_views(flats, adapter, self._on_host))
+            self._from_disk += layout.num_bytes[False]
+        return _Page(flats, layout.make_views(flats, adapter, staged=False))
 
     def _make_device_page(self, name: str, layout: Layout, moves: int) -> _Page:
-        size = layout.num_bytes(self._staged)
+        size = layout.num_bytes[True]
         with self._staging:
             key = _Key(name, True, moves)
             with self._lock:
@@ -248,7 +245,7 @@ class Residents:
             try:
                 if (page := taken[key].thing) is None:
                     pinned = any(place[0].type == "cuda" for place in layout.places)
-                    page = taken[key].thing = _Page(layout.make_flats(self._adapter(name), self._staged, pinned=pinned))
+                    page = taken[key].thing = _Page(layout.make_flats(self._adapter(name), staged=True, pinned=pinned))
                     with self._lock:
                         self._from_disk += size
                 flats = {
@@ -261,7 +258,7 @@ class Residents:
         with self._lock:
             self._to_device += size
         events = [torch.cuda.current_stream(place[0]).record_event() for place in flats if place[0].type == "cuda"]
-        return _Page(flats, layout.make_views(flats, None, self._staged), tuple(events))
+        return _Page(flats, layout.make_views(flats, None, staged=True), tuple(events))
 
     def _give_back(self, lease: Lease) -> None:
         with self._lock:
