@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -93,10 +93,12 @@ class Experts:
         with self._loading:
             for member in served.members:
                 MixtureWeights.of([member.weights], tuple(member.weights))
+            missing: list[str] = []
             with self._lock:
-                missing = [key for key in served.needs if key not in self._loaded]
                 for key in served.needs:
-                    if key in self._loaded:
+                    if key not in self._loaded:
+                        missing.append(key)
+                    else:
                         # the last to make room
                         self._loaded.move_to_end(key)
             sizes = self.sizes(served) if missing else {}
@@ -157,9 +159,13 @@ class Experts:
         if self._engine is None:
             return nullcontext()
         if self._active is None or self._active[0] != rows:
-            weights = [member.weights for served in rows for member in served.members]
-            contents = tuple(dict.fromkeys(content for row in weights for content in row))
-            self._active = rows, MixtureWeights.of(weights, contents)
+            weights: list[Mapping[str, float]] = []
+            contents: dict[str, float] = {}
+            for served in rows:
+                for member in served.members:
+                    weights.append(member.weights)
+                    contents |= member.weights
+            self._active = rows, MixtureWeights.of(weights, tuple(contents))
         return self._engine.activate(self._active[1])
 
     def _drop(self, key: str) -> None:

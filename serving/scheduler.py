@@ -230,9 +230,10 @@ class Scheduler:
 
     def _dismiss_unwanted(self) -> None:
         with self._changed:
-            for row in self._waiting:
+            for row in list(self._waiting):
                 row.require_wanted()
-            self._waiting = deque(row for row in self._waiting if not row.over)
+                if row.over:
+                    self._waiting.remove(row)
         for batch in self._batches.values():
             running = batch.rows
             for row in running:

@@ -276,5 +276,9 @@ class Exit(Hook):
 
 def _main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the tensor whose first axis is the rows of a batch, or None where a model's arguments do not tell."""
-    known = args[:1] or [kwargs[name] for name in MAIN_INPUTS if kwargs.get(name) is not None]
-    return known[0] if known and isinstance(known[0], Tensor) and known[0].ndim > 1 else None
+    main_input = args[0] if args else None
+    for name in () if args else MAIN_INPUTS:
+        main_input = kwargs.get(name)
+        if main_input is not None:
+            break
+    return main_input if isinstance(main_input, Tensor) and main_input.ndim > 1 else None

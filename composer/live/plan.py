@@ -218,8 +218,9 @@ class Plan:
         if self._by_place and x.shape[0] != CALL.get().num_rows:
             require_own_rows(layer.name, x.shape[0])
             require_batch_first(layer.name, x.shape)
-        x_BTI = x.to(y.device)
-        x_BTI = _by_token(by_row(x_BTI), self._weights.num_tokens, x.ndim)
+        x_BTI = by_row(x.to(y.device))
+        if self._weights.num_tokens > 1:
+            x_BTI = _by_token(x_BTI, self._weights.num_tokens, x.ndim)
         mixture = self._weights.mixture(layer, x_BTI, y.device, dtype, lease)
         kernel, affine = mixture.kernel, mixture.affine
         # for some rows of a batch, a kernel is within another

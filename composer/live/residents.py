@@ -215,19 +215,15 @@ class Residents:
                         shelf.drop(lambda key: True)
                 self._places = places
                 for name, adapter in opened.items():
-                    self._layout_of.setdefault(name, self._layout(adapter))
+                    parts = tuple((part.rank, part.gain_O is None, part.bias_O is None) for part in adapter.layers.values())
+                    if (key := (adapter.form, parts)) not in self._layouts:
+                        self._layouts[key] = Layout(adapter, self._places, self._staged)
+                    self._layout_of.setdefault(name, self._layouts[key])
                 unknown = [name for name in names if name not in self._layout_of]
                 if not unknown:
                     return self._moves, {name: self._layout_of[name] for name in names}, list(opened.values())
             # the first adapter with a layer may be what makes the layer's place known, so they are asked for again
             opened |= {name: self._adapter(name) for name in unknown}
-
-    def _layout(self, adapter: Adapter) -> Layout:
-        parts = tuple((factors.rank, factors.gain_O is None, factors.bias_O is None) for factors in adapter.layers.values())
-        key = (adapter.form, parts)
-        if key not in self._layouts:
-            self._layouts[key] = Layout(adapter, self._places, self._staged)
-        return self._layouts[key]
 
     def _make_host_page(self, name: str, layout: Layout) -> _Page:
         adapter = self._adapter(name)

@@ -80,7 +80,10 @@ class RowWeights:
         self._return = finalize(self, workspace.give, self._borrowed)
         self._return.atexit = False
         self.num_mixtures = values.shape[0]
-        self._used = {layer for index, layer in enumerate(mixture.layers) if bool((values[:, :, index] != 0).any())}
+        # the layers that some weight counts in; None for all
+        self._used: set[str] | None = None
+        if mixture.layers:
+            self._used = {layer for index, layer in enumerate(mixture.layers) if bool((values[:, :, index] != 0).any())}
         self._layers: dict[str, _LayerRows] = {}
         # by the layer, "" where all share the weights, and the ranks that the experts have in it, 0 where one has none
         self._ranked: dict[tuple[str, tuple[int, ...]], RankedRows] = {}
@@ -96,7 +99,7 @@ class RowWeights:
         self._return.detach()
 
     def skips(self, layer: str) -> bool:
-        return layer not in self._used if self._mixture.layers else not self._mixture.experts
+        return not self._mixture.experts if self._used is None else layer not in self._used
 
     def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> bool:
         """Begin an activation of these weights, which ends with its lease; return whether it is the only one."""
