@@ -26,9 +26,9 @@ from benchmarks._models import base_model, random_adapter
 from benchmarks._run import Run, Table, console
 from loraweave.extensions.operations import Budgets, StepTimes
 from loraweave.hub.adapter import Adapter
+from loraweave.serving.batch import Row, Sampling
 from loraweave.serving.limits import Limits
 from loraweave.serving.names import Member, Served
-from loraweave.serving.row import Row, Sampling
 from loraweave.serving.scheduler import Metrics, Scheduler
 
 app = typer.Typer()

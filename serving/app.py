@@ -33,6 +33,7 @@ import loraweave.registry as registry
 from loraweave.common.chat import Prompt
 from loraweave.composer.model.scoring import answer_in
 from loraweave.hub.hub import Hub
+from loraweave.serving.batch import Piece, Row, Sampling
 from loraweave.serving.http import (
     EventStream,
     loopback_only,
@@ -45,7 +46,6 @@ from loraweave.serving.http import (
 from loraweave.serving.limits import Limits, Refusal, refusal_of
 from loraweave.serving.names import Names, Served, Wanted
 from loraweave.serving.requests import Answer, Asked, ChatRequest, CompletionRequest, Given, Prompts
-from loraweave.serving.row import Piece, Row, Sampling
 from loraweave.serving.scheduler import Metrics, Scheduler, too_busy
 
 T = TypeVar("T")

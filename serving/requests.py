@@ -23,9 +23,9 @@ from loraweave.common.chat import Conversation, Prompt, prompt_ids, rendered
 from loraweave.common.checks import one_or_many
 from loraweave.composer.model.batches import context_length
 from loraweave.errors import InvalidTask
+from loraweave.serving.batch import Chosen, Piece, Row, Sampling
 from loraweave.serving.limits import Refusal
 from loraweave.serving.names import Served
-from loraweave.serving.row import Chosen, Piece, Row, Sampling
 from loraweave.types import Task
 
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_ALTERNATIVES = 16, 256, 20

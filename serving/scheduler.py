@@ -25,11 +25,10 @@ from typing import Any
 
 from loraweave.composer.live.kernels._parts import only_kernel
 from loraweave.errors import CompositionError
-from loraweave.serving.batch import Batch, Prefixes
+from loraweave.serving.batch import Batch, Prefixes, Row
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.serving.memory import Experts
 from loraweave.serving.names import Served
-from loraweave.serving.row import Row
 
 # rows that may begin before one that came earlier; then all wait for that one
 MOST_PASSED = 8

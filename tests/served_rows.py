@@ -4,10 +4,9 @@ import time
 
 import torch
 
-from loraweave.serving.batch import Batch, Prefixes
+from loraweave.serving.batch import Batch, Prefixes, Row, Sampling
 from loraweave.serving.memory import Experts
 from loraweave.serving.names import Member, Served
-from loraweave.serving.row import Row, Sampling
 
 PROMPTS = ["abc", "the judge thanked: ", "b", "zebra 12, 34. ", "OPA? "]
 MIXTURES = [{"a": 1.0}, {}, {"b": 0.7, "c": -0.4}, {"c": 1.0}, {"a": 0.5, "b": 0.5, "c": 0.5}]

@@ -14,8 +14,8 @@ from served_rows import Heard as HeardRow
 
 import loraweave as lw
 from loraweave.errors import CompositionError
+from loraweave.serving.batch import Sampling, Stops, choose
 from loraweave.serving.memory import Experts
-from loraweave.serving.row import Sampling, Stops, choose
 
 GREEDY = Sampling(9, temperature=0.0, logprobs=2)
 

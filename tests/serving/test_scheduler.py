@@ -24,9 +24,9 @@ from served_rows import (
 )
 
 import loraweave as lw
+from loraweave.serving.batch import Sampling
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.serving.names import Member, Served
-from loraweave.serving.row import Sampling
 from loraweave.serving.scheduler import Metrics, Scheduler
 
 batch_invariant = needs_entry("kernels", "fixed_shape")

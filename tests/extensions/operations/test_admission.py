@@ -11,8 +11,8 @@ from served_rows import MIXTURES, Heard, heard_rows, long_row, require_alone, se
 import loraweave as lw
 from loraweave.errors import CompositionError
 from loraweave.extensions.operations import Budgets, KeptPrefixes, Memory, StepTimes
+from loraweave.serving.batch import Row, Sampling
 from loraweave.serving.limits import Limits, Refusal
-from loraweave.serving.row import Row, Sampling
 from loraweave.serving.scheduler import MOST_PASSED, Metrics, Scheduler
 
 

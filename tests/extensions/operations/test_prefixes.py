@@ -13,8 +13,8 @@ from served_rows import MIXTURES, Heard, alone, finish, heard_rows, join, make_b
 import loraweave as lw
 from loraweave.extensions.operations import KeptPrefixes
 from loraweave.extensions.operations.prefixes import states_of
+from loraweave.serving.batch import Sampling
 from loraweave.serving.limits import Limits
-from loraweave.serving.row import Sampling
 from loraweave.serving.scheduler import Metrics, Scheduler
 
 GREEDY = Sampling(9, temperature=0.0, logprobs=2)
