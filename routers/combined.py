@@ -1,7 +1,8 @@
-"""The shape of routers, and routers made of others: `begin` shows one a call of the model, `weights` weighs a layer's input.
+"""The protocol of routers, and routers made of other routers.
 
-`begin` and `needs_call` treat every object with `weights` alike, with a `begin` of its own or without. What wraps a router
-is a function handed to `derive`; `ByRow` has a router for each row of the batch.
+`begin` shows a router one forward call of the model, `weights` weighs a layer's input. `begin` and `needs_call` treat every
+object with `weights` alike, with a `begin` of its own or without. A function handed to `derive` wraps a router; `ByRow` has
+a router for each row of the batch.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from loraweave.types import Router
 
 
 def needs_call(router: Any) -> bool:
-    """Return whether `begin` has to show a router each call of the model before it weighs a layer's input."""
+    """Return True if `begin` has to show a router each forward call before it can weigh a layer's input."""
     return bool(getattr(router, "needs_call", hasattr(router, "begin")))
 
 
 def begin(router: Router, model: Any, arguments: Mapping[str, Any]) -> Router:
-    """Return the router for one call of the model with these named arguments; `router` itself if it needs no call."""
+    """Return the router for one call of `model` with `arguments`, {name: value}; `router` itself if it needs no call."""
     return router.begin(model, arguments) if needs_call(router) else router  # type: ignore[attr-defined, no-any-return]
 
 
 def parts_of(router: Any) -> list[Any]:
-    """List the routers that a router is made of; itself if it has no parts."""
+    """List the routers that a router is made of; [router] if it has no parts."""
     return list(getattr(router, "parts", [router]))
 
 
@@ -55,9 +56,9 @@ Weigh = Callable[[Router, Tensor, str], Tensor]
 
 
 def derive(router: Router, weigh: Weigh, *, shares_weights: bool = False) -> Router:
-    """Make a router whose weights are `weigh(router, x_BTI, layer)`, in a call of the model with the router of that call.
+    """Return a router whose weights are `weigh(router of the running call, x_BTI, layer)`; `begin` finds that router.
 
-    `shares_weights` says that weigh() gives the router's own tensors, unchanged.
+    `shares_weights` says that weigh() returns the router's own tensors, unchanged.
     """
     return _Derived(router, weigh, shares_weights)
 
@@ -81,10 +82,10 @@ class _Derived:
 class ByRow:
     """A router with one router, or None for the base, for each row of the batch.
 
-    All are over `experts`, in this order, except MixtureWeights, which may name only some of them. A batch of k times as
-    many rows uses each router for k consecutive rows. A router sees its own rows only, unless it is shown the call or
-    compares a layer's input with that of its block: such a router is given the whole batch, once a layer, and a row of what
-    it gives depends on no others.
+    All weigh `experts`, in this order, except MixtureWeights, which may name only some of them. In a batch of k times as
+    many rows each router serves k consecutive rows. A router sees its own rows only, unless it needs the call or compares a
+    layer's input with that of its block: such a router weighs the whole batch once a layer, and its weights for a row depend
+    on no other row.
     """
 
     def __init__(self, routers: Sequence[Router | None], experts: tuple[str, ...]) -> None:
@@ -99,7 +100,7 @@ class ByRow:
 
     @property
     def parts(self) -> list[Any]:
-        """The routers that it is made of."""
+        """The routers that the rows' routers are made of."""
         return [part for router in self.routers if router is not None for part in parts_of(router)]
 
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
@@ -112,11 +113,14 @@ class ByRow:
         return derive(self, weigh) if of_call else self
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return w_BTE. ScopeError unless the rows are a multiple of the routers, WeightingError for another shape of w."""
+        """Return w_BTE.
+
+        Raises ScopeError unless B is a multiple of `num_rows`, WeightingError if a router's weights have another shape.
+        """
         return self._joined(x_BTI, layer, {})
 
     def _joined(self, x_BTI: Tensor, layer: str, of_batch: Mapping[Router, Tensor]) -> Tensor:
-        """Return w_BTE of all rows; `of_batch` has the weights that routers gave to the whole batch."""
+        """Return w_BTE of all rows; `of_batch` is {router: w_BTE} of the routers that weighed the whole batch."""
         copies, rest = divmod(x_BTI.shape[0], self.num_rows)
         if rest:
             raise ScopeError(
@@ -134,7 +138,7 @@ class ByRow:
         return torch.cat([w_BTE.expand(-1, longest, -1) for w_BTE in by_row])
 
     def _weights_of(self, number: int, x_BTI: Tensor, layer: str, w_BTE: Tensor | None) -> Tensor:
-        """Return w_BTE of one router's rows, computed if it is None; T is as long as the router gave it."""
+        """Return w_BTE of router `number`'s rows, computed if `w_BTE` is None; T is 1 or x's, as the router gave it."""
         router = self.routers[number]
         copies, num_tokens = x_BTI.shape[:2]
         if router is None:
@@ -154,7 +158,7 @@ class ByRow:
 
 
 def _sees_batch(router: Router) -> bool:
-    """Return whether a router is given all rows: it is shown the call, or compares its input with that of its block."""
+    """Return True if a router weighs the whole batch: it needs the call, or compares its input with that of its block."""
     return needs_call(router) or any(getattr(part, "watched", ()) for part in parts_of(router))
 
 
@@ -169,9 +173,9 @@ def rows_of(router: Router) -> Sequence[Router | None]:
 
 
 def masked(router: Router, place: int, *, renormalise: bool = False) -> Router:
-    """Return the router with weight 0 for the expert at `place` and all other weights as they are.
+    """Return the router with weight 0 for the expert with index `place` and all other weights unchanged.
 
-    With `renormalise` the others are scaled so that each token's sum is what it was; where they sum to 0, they stay.
+    With `renormalise` the other weights are scaled so that each token's sum stays the same; weights that sum to 0 stay.
     """
     if isinstance(router, MixtureWeights):
         return MixtureWeights(_without_expert(router.values_BTLE, place, renormalise), router.experts, router.layers)
@@ -179,7 +183,7 @@ def masked(router: Router, place: int, *, renormalise: bool = False) -> Router:
 
 
 def _without_expert(w_E: Tensor, place: int, renormalise: bool) -> Tensor:
-    """Return weights, experts on the last axis, with 0 for one of them."""
+    """Return a copy of weights (.., E) with 0 for the expert with index `place`."""
     left_E = w_E.clone()
     left_E[..., place] = 0
     if not renormalise:
@@ -194,7 +198,7 @@ _ANSWERING: ContextVar[Answering | None] = ContextVar("loraweave_answering", def
 
 
 def answering(with_weights: Answering) -> AbstractContextManager[None]:
-    """Make `with_weights` what `under` calls inside the context."""
+    """Let `under` call `with_weights({name: weight})` inside the context, which makes the model answer with that mixture."""
     return holding(_ANSWERING, with_weights)
 
 
@@ -212,7 +216,7 @@ def under(weights: Mapping[str, float]) -> Iterator[None]:
 
 @contextmanager
 def known_as(names: Mapping[str, str]) -> Iterator[None]:
-    """Rename experts inside the context: `under` takes the keys of `names` instead of the values."""
+    """Rename experts inside the context: `under` takes the keys of `names`, {name: name in the running mixture}."""
     answer_with = _ANSWERING.get()
     if answer_with is None:
         yield

@@ -1,8 +1,8 @@
-"""Activated LoRA (Greenewald et al. 2025, arXiv 2504.12397): an expert that counts from its invocation tokens on.
+"""Activated LoRA (Greenewald et al. 2025, arXiv 2504.12397): an expert that is off before its invocation tokens.
 
-The weight of such an expert is what the mixture says from the last place in a row's prompt at which its invocation tokens
-stand, and 0 before it, so that keys and values of the tokens before are the base's. A row without them has weight 0, as in
-PEFT. In a call whose prompt is not known, the text so far stands for it.
+The weight of such an expert is the mixture's from the last position in a row's prompt at which its invocation tokens begin,
+and 0 before it, so that keys and values of the earlier tokens are the base's. A row without them has weight 0, as in PEFT.
+In a call whose prompt is unknown, the text so far is taken for it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
 NAME = "of invocation tokens"
-# the place of tokens that are not there, and that of an expert that counts everywhere
+# first positions of an expert whose invocation tokens are absent (never on), and of one that has none (always on)
 NEVER, ALWAYS = torch.iinfo(torch.long).max, torch.iinfo(torch.long).min
 # stands for a token of a cache that no call has shown
 UNSEEN = -1
 
-# what calls have shown of the tokens in a cache, under whatever mixture
+# the ids of a cache's tokens, as far as calls under any mixture have shown them
 _BESIDE: BesideCache[CachedIds] = BesideCache(NAME)
 
 
 def last_place(row: Sequence[int], tokens: Sequence[int]) -> int | None:
-    """Return the place in a row where the tokens begin for the last time, or None."""
+    """Return the index in `row` at which the sequence `tokens` begins for the last time, or None."""
     wanted, first = list(tokens), tokens[0]
     for place in range(len(row) - len(wanted), -1, -1):
         # a slice for each place takes ten times as long
@@ -50,7 +50,7 @@ def last_place(row: Sequence[int], tokens: Sequence[int]) -> int | None:
 
 
 class Invoked:
-    """A router or MixtureWeights over `experts`, some of which count from their `invocations` ({name: token ids}) on."""
+    """A router or MixtureWeights over `experts`, with weight 0 before an expert's `invocations`, {name: token ids}."""
 
     needs_call = True
     reads_prompts = True
@@ -66,7 +66,7 @@ class Invoked:
             self._used_BE = (router.values_BTLE != 0).flatten(1, 2).any(dim=1).tolist()
 
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
-        """Return the call's router. ScopeError without ids, for an encoder-decoder, and for a row of unknown tokens."""
+        """Return the router of one call. ScopeError without ids, for an encoder-decoder, and for a row of unknown tokens."""
         if has_two_sequences(model):
             raise ScopeError(
                 f"expert {self._some!r} counts from its invocation tokens on, and {type(model).__name__} has an encoder and "
@@ -101,7 +101,7 @@ class Invoked:
         return next(name for name, tokens in zip(self.experts, self._invocations, strict=True) if tokens)
 
     def _see(self, ids_BT: Tensor, cache: Any, num_before: int) -> Tensor:
-        """Return the ids of the rows so far, kept beside the cache; -1 for tokens from calls that were not seen."""
+        """Return ids_BT of the rows so far, kept beside the cache; -1 for its tokens that no call has shown."""
         state = None if cache is None else _BESIDE.known(cache)
         if state is None:
             state = CachedIds(ids_BT.new_zeros(len(ids_BT), 0))
@@ -111,7 +111,10 @@ class Invoked:
         return state.ids_BT
 
     def _starts(self, rows: Sequence[Sequence[int]], device: torch.device, *, whole: bool) -> Tensor:
-        """Return start_BE: the real token of each row from which on each expert counts."""
+        """Return start_BE: the index among a row's real tokens at which an expert's weight begins; NEVER or ALWAYS.
+
+        `rows` are the real tokens. Unless they are `whole`, a row without an expert's tokens raises ScopeError.
+        """
         start_BE = torch.full((len(rows), len(self.experts)), ALWAYS, device=device)
         # a prompt may be that of several rows of the mixture
         used_BE = [[True] * len(self.experts)] if len(rows) % len(self._used_BE) else self._used_BE
@@ -132,7 +135,7 @@ class Invoked:
 
 
 class _OfCall:
-    """The weights of one call: those of the router times on_BTE, which is 1 where an expert counts."""
+    """The router's weights in one call times on_BTE, which is 0 before an expert's invocation and 1 from it on."""
 
     def __init__(self, router: Router, on_BTE: Tensor, logits_to_keep: Any) -> None:
         self._router = router
@@ -157,7 +160,7 @@ class _OfCall:
 
 
 def _mask_of(mask: Any, shape: Sequence[int], known_BW: Tensor | None = None) -> Tensor:
-    """Return the call's mask, else `known_BW`. Raises ScopeError if neither says which tokens are real."""
+    """Return the first of `mask` and `known_BW` that fits `shape`, (B, W). Raises ScopeError if neither does."""
     if isinstance(mask, Tensor) and tuple(mask.shape) == tuple(shape):
         return mask
     if known_BW is not None and known_BW.shape[1] == shape[1]:
@@ -170,7 +173,7 @@ def _mask_of(mask: Any, shape: Sequence[int], known_BW: Tensor | None = None) ->
 
 
 def _columns(prompts: Prompts, copies: int, width: int) -> Tensor:
-    """Return the mask of the prompts that a cache begins with, cut or extended by ones to `width`."""
+    """Return mask_BW of the prompts, each repeated for `copies` rows, cut or extended by ones to `width` tokens."""
     mask_BW = prompts.mask_BT.repeat_interleave(copies, dim=0)
     more = max(0, width - mask_BW.shape[1])
     return torch.cat([mask_BW, mask_BW.new_ones(len(mask_BW), more)], dim=1)[:, :width]

@@ -51,7 +51,10 @@ class MixtureWeights:
     def of(
         cls, weights: MixtureWeights | Mapping[str, float] | Sequence[RowWeights], experts: Sequence[str]
     ) -> MixtureWeights:
-        """Return task scope for {name: weight}, instance scope for a list of one such mapping, or None (base), per row."""
+        """Make task-scope weights of {name: weight}, or instance-scope weights of a list with one such mapping per row.
+
+        None stands for the base.
+        """
         match weights:
             case MixtureWeights():
                 return weights

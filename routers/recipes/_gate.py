@@ -18,7 +18,7 @@ from loraweave.routers.tokens._scores import top_k_softmax
 class Weighing(NamedTuple):
     """The weights w_BTE of experts, with B or T of 1 if all rows or tokens share them, and what losses need.
 
-    These are scores_BTE, before softmax and choice, and what `beside` them a loss looks at; None where there are none.
+    `scores_BTE` are the scores before softmax and choice, `beside` is what else a loss reads; None if a gate has none.
     """
 
     w_BTE: Tensor
@@ -54,7 +54,7 @@ class Gate(nn.Module):
 
     @property
     def moved(self) -> list[nn.Parameter]:
-        """The parameters that have no gradient, and that one of the recipe's watchers changes in training."""
+        """The parameters that have no gradient, but are changed by one of the recipe's watchers in training."""
         return []
 
 
@@ -62,13 +62,13 @@ class Gate(nn.Module):
 class Call:
     """One pass of the model: its tokens, and what is known of each row.
 
-    `real_BT` and `prompt_BT` say which tokens are no padding, and which of those are of the row's prompt; None is all.
-    `ids_BT` are the tokens themselves and `embed` gives their input embeddings x_BTI, where they are known. `task_B` has the
-    place of each row's task among the recipe's tasks, `UNKNOWN` where it has none; None where no task was given. `follows`
-    says that a cache has tokens before these. `kept` is the same mapping in all passes of a generation: what a gate has
-    decided for a row is kept there. `step` takes notes for losses and reports, where there are some. `two_sequences` says
-    that the model has an encoder and a decoder, whose real tokens in a training are `decoder_BT`; `num_rows` is how many
-    rows the call has, where that is known. `runs` counts what runs several times within the pass.
+    `real_BT` marks the tokens that are no padding, `prompt_BT` those of the row's prompt; None marks all. `ids_BT` are the
+    token ids and `embed` returns their input embeddings x_BTI, where they are known. `task_B` is the index of each row's
+    task in the recipe's `tasks`, `UNKNOWN` for a row without one; None if no task was given. `follows` is True if a cache
+    has earlier tokens. `kept` is one mapping for all passes of a generation, in which a gate keeps its decision for a row.
+    `step` takes notes for losses and reports, None outside training. `two_sequences` is True for an encoder-decoder, whose
+    real tokens in a training are `decoder_BT`; `num_rows` is B, where it is known. `runs` is {key: number of runs within the
+    pass}.
     """
 
     real_BT: Tensor | None = None
@@ -85,14 +85,14 @@ class Call:
     runs: Counter[Hashable] = field(default_factory=Counter)
 
     def run_of(self, what: Hashable) -> int:
-        """Return how often `what` ran before in this pass, and count one more run."""
+        """Return how often `what`, any key, ran before in this pass, and count one more run."""
         self.runs[what] += 1
         return self.runs[what] - 1
 
     def real_of(self, x_BTI: Tensor) -> Tensor | None:
-        """Return real_BT for the tokens of a layer's input; None where all are real, or are others than the call's.
+        """Return real_BT for the tokens of a layer's input; None if all are real, or if x's B and T are not the call's.
 
-        Raises ScopeError where it could be an encoder's or a decoder's, whose padding differs.
+        Raises ScopeError if x may be the encoder's or the decoder's and their padding differs.
         """
         of_encoder_BT, of_decoder_BT = self._of(self.real_BT, x_BTI), self._of(self.decoder_BT, x_BTI)
         if of_encoder_BT is None or of_decoder_BT is None:
@@ -101,7 +101,7 @@ class Call:
         return of_encoder_BT
 
     def prompt_of(self, x_BTI: Tensor) -> Tensor | None:
-        """Return prompt_BT for the tokens of a layer's input; None where all count, or are others than the call's."""
+        """Return prompt_BT for a layer's input; None if all tokens are of prompts, or if x's B and T are not the call's."""
         return self._of(self.prompt_BT, x_BTI)
 
     @staticmethod

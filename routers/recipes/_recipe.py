@@ -57,13 +57,13 @@ class ExpertShape:
 
 
 class Watcher(Protocol):
-    """A watcher of the steps of a training, which may warn, or change what no gradient changes."""
+    """A watcher of training steps, which may warn, or change parameters that have no gradient."""
 
     def see(self, step: Step, labels_BK: Tensor | None) -> None:
-        """Look at a pass of the running step. `labels_BK` labels its last K tokens; None where labels are not for tokens."""
+        """Look at one pass of the current step. `labels_BK` labels its last K tokens; None if labels are not per token."""
 
     def end_step(self, summed: Callable[[Tensor], Tensor]) -> str:
-        """End the step, and return what to show of it. `summed` adds up over processes."""
+        """End the step, and return a text to show of it, "" for none. `summed` sums a tensor over processes."""
         ...
 
 
@@ -158,15 +158,15 @@ class Recipe(Declared):
         return {}
 
     def factor_losses(self, a_SI: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return named terms of the loss by the experts' factors a at each site, with their coefficients applied."""
+        """Return named loss terms of the experts' factors, {site: a_SI}, with their coefficients applied."""
         return {}
 
     def watchers(self, model: Any, report: TrainingReport) -> Sequence[Watcher]:
-        """Return what watches the steps of a training of this expert model, whose report it may add to."""
+        """Return the watchers of a training of `model`, an expert model; they may add to `report`."""
         return ()
 
     def refuse(self, option: str, way_out: str) -> Never:
-        """Raise WeightingError for the value of an option."""
+        """Raise WeightingError that names the option, its value and the `way_out`."""
         raise WeightingError(f"recipe {self.name!r} got {option}={getattr(self, option)!r}; {way_out}")
 
     def require_top_k(self, num_experts: int) -> None:
@@ -221,5 +221,5 @@ def balance_term(coefficient: float, step: Step, top_k: int) -> Mapping[str, Ten
 
 
 def by_layer(step: Step, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return loss_L of the scores_NE of the real tokens of each layer that has scores."""
+    """Return loss_L: `loss(scores_NE)` over the real tokens of each layer whose gate noted scores."""
     return torch.stack([loss(step.real(scores_BTE)) for scores_BTE in step.scores.values()])

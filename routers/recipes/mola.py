@@ -21,13 +21,13 @@ from loraweave.routers.tokens._learned import Step
 class Mola(Recipe):
     """A mixture with w = softmax over the `top_k` highest of r x, for each token and site.
 
-    `num_experts` has the experts of as many groups of blocks, from the first to the last, as equal as they come: the
-    published (2, 4, 6, 8). Groups are at most as many as blocks.
+    `num_experts` are the experts of a site in each of as many groups of consecutive blocks, of nearly equal size: the
+    published (2, 4, 6, 8). There are at most as many groups as blocks.
 
     `balance` times the sum over blocks of E * sum over e of s_e p_e is added, as in the released code: s_e is the share of e
-    of all choices that real tokens made at the block's sites, p_e the mean of their softmax(r x). A block has 1 where all
-    experts are alike, and a site outside the blocks counts as one. `as_released` counts padding, too. Published is 0.001; of
-    the two released scripts that for instructions adds the loss, and that for ScienceQA does so only where it is asked to.
+    in all choices that real tokens made at the block's sites, p_e the mean of their softmax(r x). A block has 1 where all
+    experts are alike, and a site outside the blocks is a block of its own. `as_released` includes padding. Published is
+    0.001; of the two released scripts that for instructions adds the loss, and that for ScienceQA does so only on request.
     """
 
     # the balance loss was a mean over sites

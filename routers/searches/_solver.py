@@ -37,16 +37,16 @@ MAX_FAILED = 16
 class Solver(Declared, ABC):
     """A search that asks for candidates until `budget` evaluations or `seconds` are spent, whichever comes first.
 
-    `experts` are the names the weights belong to, which lie in [low, high]. `start` is the first candidate: a mapping, or
-    MixtureWeights; nothing is the base model. With `groups`, {name: layers}, each group of layers has weights of its own.
-    One evaluation is one candidate scored on all examples; a candidate counts for `cost` of them. With `budget=None` the
-    seconds alone count; a population is cut to what is left of either.
+    `experts` are names; their weights lie in [low, high]. `start` is the first candidate: a mapping, MixtureWeights, or None
+    for the base model. With `groups`, {name: layers}, each group of layers has weights of its own. One evaluation is one
+    candidate scored on all examples; a candidate costs `cost` evaluations. With `budget=None` only the seconds limit the
+    search; a population is cut to what is left of either.
 
-    A subclass is a dataclass, too, whose own options are its fields; its __post_init__ makes what else it needs, after this
+    A subclass is a dataclass, too, whose own options are its fields; its __post_init__ prepares its state, after this
     class's has checked the options.
 
-    The same settings and losses give the same candidates, bit for bit. numpy's global generator is left alone.
-    Raises WeightingError for settings that cannot be used, SearchFailed when no candidate can be scored.
+    The same settings and losses give the same candidates, bit for bit. numpy's global generator is left alone. Raises
+    WeightingError for settings that cannot be used, SearchFailed when no candidate can be scored.
     """
 
     noun: ClassVar[str] = "method"
@@ -87,7 +87,7 @@ class Solver(Declared, ABC):
 
     @classmethod
     def begins(cls, options: Mapping[str, Any]) -> str | None:
-        """Name where compose() starts the search by default, one of its `STARTS`; None for the solver's own start."""
+        """Name where compose() starts a search with these options, one of its `STARTS`; None for the solver's own start."""
         return "best_single"
 
     @property
@@ -103,7 +103,7 @@ class Solver(Declared, ABC):
         """Raise WeightingError for options of the subclass that cannot be used."""
 
     def _learn(self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]) -> None:
-        """Take in the losses of the vectors asked for, infinite for a failed one, and their gradients by the vectors."""
+        """Take the losses of `vectors`, infinite for a failed one, and d loss / d vector where gradients are needed."""
 
     @property
     def _least(self) -> tuple[int, str]:
@@ -198,7 +198,7 @@ class Solver(Declared, ABC):
         return self.result()
 
     def replay(self, told: Told) -> None:
-        """Repeat an earlier run of the same search from what it was told."""
+        """Repeat an earlier run of the same search from the losses that it was told."""
         self._earlier_s = told.seconds
         position = 0
         for size in told.sizes:
@@ -213,7 +213,7 @@ class Solver(Declared, ABC):
         self._told.write(path, settings)
 
     def settings(self) -> dict[str, Any]:
-        """Return what determines the candidates besides the losses; a checkpoint of other settings is refused."""
+        """Return {name: value} of what determines the candidates besides the losses; a checkpoint must have the same."""
         options = {option.name: getattr(self, option.name) for option in fields(self)}
         experts, groups = self.space.experts, self.space.groups
         return {"solver": type(self).__name__, **options, "experts": experts, "start": self.first.tolist(), "groups": groups}
@@ -242,7 +242,7 @@ class Solver(Declared, ABC):
         if remaining_s <= 0:
             return 0
         made = len(self._told.losses)
-        # as many as would take what is left, going by those so far
+        # as many as fit in the remaining time at the mean time of those so far
         in_time = int(remaining_s * made / self._elapsed()) if made else left
         return min(left, max(in_time, 1))
 
@@ -270,9 +270,9 @@ def require_one_clock(seconds: float | None) -> None:
 @traits("ends_early")
 @dataclass(eq=False, kw_only=True)
 class ClosedForm(Solver):
-    """A formula that asks for its own weights and is done: it chooses nothing, and makes one evaluation whatever the budget.
+    """A search whose one candidate is the weights of a formula: it chooses nothing and makes one evaluation.
 
-    MixtureWeights by layer are asked for as they are, also without `groups`. Raises WeightingError as `Solver` does.
+    MixtureWeights by layer keep their layers, also without `groups`. Raises WeightingError as `Solver` does.
     """
 
     learns: ClassVar[bool] = False

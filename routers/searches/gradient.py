@@ -157,13 +157,14 @@ WARMUP = 2
 class Gradient(Solver):
     """A search that takes one step of Adam for each candidate told, and returns the best candidate, not the last.
 
-    `layers`, those of the pool, have weights of their own, each or by `groups`; without both, or with `by_layer=False`, all
-    share theirs. By default softmax and free weights go by layer and `softmax_bias` does not. Without a start it begins at
-    the uniform mixture; a softmax begins as near to the start as it can. `lr` is Adam's largest (by default 0.3 for logits,
-    0.04 for free weights, 0.05 for softmax and bias): with `schedule="cosine"` two steps of half of it are followed by half
-    a cosine down to 0 at the end of the budget; "constant", and a budget in seconds alone, keep it. With `patience`, so
-    many candidates on end without a lower loss end the search. A candidate that cannot be scored sends it back to the best
-    one, with half the step from then on. Penalties are the objective's matter; the other arguments are `Solver`'s.
+    With `layers`, those of the pool, each layer has weights of its own; with `groups` each group has. Without both, or with
+    `by_layer=False`, all layers share them. By default softmax and free weights go by layer and `softmax_bias` does not.
+    Without a start it begins at the uniform mixture; a softmax begins as near to the start as it can. `lr` is Adam's largest
+    (by default 0.3 for logits, 0.04 for free weights, 0.05 for softmax and bias): with `schedule="cosine"` two steps of half
+    of it are followed by half a cosine down to 0 at the end of the budget; "constant", and a budget in seconds alone, keep
+    it. With `patience`, that many candidates in a row without a lower loss end the search. A candidate that cannot be scored
+    sends it back to the best one, with half the step from then on. Penalties belong to the objective; the other arguments
+    are `Solver`'s.
     """
 
     needs_gradients: ClassVar[bool] = True

@@ -79,7 +79,7 @@ class Grid(Solver):
         return math.prod([len(self.strengths)] * self.space.size)
 
     def _line(self) -> list[np.ndarray]:
-        """Return the best vector so far with every other strength of the next weight that has one."""
+        """Return the best vector with the next weight set to each other strength; [] if no weight has one left."""
         while self._unchanged < self.space.size:
             others = [strength for strength in self.strengths if strength != self._best[self._place]]
             if others:

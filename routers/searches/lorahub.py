@@ -74,7 +74,7 @@ class Lorahub(Solver):
             self._finished = self._restarted > self.restarts
 
     def _evolution(self) -> Any:
-        """Return the strategy that begins at the start, or that of the next restart."""
+        """Make cma's strategy, which begins at the start, or at a random point for a restart."""
         # cma takes a second to import and the catalogue should not wait for it
         with warnings.catch_warnings():
             # it warns where matplotlib, which only its own plots need, is missing

@@ -48,7 +48,7 @@ class Similarity(ClosedForm):
         scores = self.scores
         _require_scores(scores, self.experts)
         count = _count(self.form, self.nearest, len(scores))
-        # fusion is of the factors apart, cross terms and all
+        # fusion sums a and b apart, including the cross terms b_i a_j
         self.merge_method = "factor_sum" if self.form == "fusion" else "linear"
         names = sorted(scores, key=lambda name: -scores[name])[:count]
         if self.form != "softmax":

@@ -1,7 +1,7 @@
 """Followers of key-value caches, which change as the caches do: beams are reordered, tokens taken back, rows repeated.
 
-While an activation is open, a followed cache is of a class that is its own but for the five methods below; nothing is added
-to the object, and it is of its own class again when the activation ends. A copy or a pickle is of the cache's own class.
+While an activation is open, a followed cache has a subclass of its class, which replaces the five methods below; nothing is
+added to the object, and it gets its own class back when the activation ends. A copy or a pickle has the cache's own class.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ S = TypeVar("S", bound=Follower)
 class BesideCache(Generic[S]):
     """A state for each cache that is changed as the cache is: reordered, cropped, repeated, selected, reset.
 
-    It is the cache's and not the call's, so that threads and conversations do not see each other's. A state is forgotten
-    with its cache. `router` is the name for messages.
+    It belongs to the cache, not to the call, so that threads and conversations do not see each other's. A state is forgotten
+    with its cache. `router` is the router's name for messages.
     """
 
     def __init__(self, router: str) -> None:
@@ -65,7 +65,7 @@ class BesideCache(Generic[S]):
         return state
 
     def known(self, cache: Any) -> S | None:
-        """Return the state beside a cache, which may be of fewer tokens; None if there is none, or the cache is empty.
+        """Return the state beside a cache, which may have fewer tokens; None if there is none, or the cache is empty.
 
         Raises ScopeError for a kind of cache that cannot be followed.
         """
@@ -164,7 +164,7 @@ class FollowedCaches:
         self._waiting.append((owner, state))
 
     def returned(self, output: Any) -> None:
-        """Follow the new cache of a call's output, if it has one that a state waits for."""
+        """Follow the new cache in `output`, what a call of the model returned, if a state waits for one."""
         if not self._waiting:
             return
         from transformers import DynamicCache
@@ -206,7 +206,7 @@ def follower(cache: Any, owner: object) -> Any:
 
 
 def follow(cache: Any, owner: object, state: Follower) -> None:
-    """Change `state` as the cache is changed, from now on until the activation ends."""
+    """Change `state`, the owner's, as the cache is changed, from now on until the activation ends."""
     _FOLLOWERS.setdefault(cache, WeakKeyDictionary())[owner] = state
     if not _is_followed(cache):
         kind = type(cache)
@@ -258,7 +258,7 @@ def _empty(kind: Any) -> Any:
 
 
 def _following(kind: Any, name: str) -> Callable[..., None]:
-    """Make a method that changes a cache by its own method of that name, and its followers likewise."""
+    """Return a method that calls the cache's own method of that name, then changes its followers likewise."""
     original = getattr(kind, name)
 
     def method(cache: Any, *args: Any, **kwargs: Any) -> None:
@@ -275,6 +275,6 @@ def _following(kind: Any, name: str) -> Callable[..., None]:
 
 def crop(state: Follower, num_tokens: int) -> None:
     """Remove the last `num_tokens` tokens from a follower."""
-    # what keeps more than its window until it is cropped is cropped by nothing, too
+    # a layer that records tokens beyond its window drops them only when it is cropped, be it by 0
     if num_tokens or any(getattr(layer, "record_past", False) for layer in getattr(state, "layers", ())):
         state.crop(-num_tokens)

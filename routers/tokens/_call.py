@@ -32,7 +32,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """The prompts' token ids, a mask that is 0 for padding and after the prompt, and the `weights` that routers made."""
+    """The prompts' token ids, a mask that is 0 for padding and after the prompt, and `weights`, {router: what it made}."""
 
     ids_BT: Tensor
     mask_BT: Tensor
@@ -48,7 +48,7 @@ _PROMPTS: ContextVar[Prompts | None] = ContextVar("loraweave_prompts", default=N
 
 
 def prompted(ids_BT: Tensor, mask_BT: Tensor) -> AbstractContextManager[None]:
-    """Tell calls inside the context what their rows begin with; an outer context's prompts stay in force.
+    """Tell calls inside the context the prompts with which their rows begin; an outer context's prompts stay in force.
 
     In a batch of k times as many rows each prompt serves k consecutive rows.
     """
@@ -66,7 +66,7 @@ def current_prompts() -> Prompts | None:
 
 
 def count_copies(router: str, prompts: Prompts, num_rows: int) -> int:
-    """Return how many consecutive rows each prompt has. Raises ScopeError if the rows are not a multiple of the prompts."""
+    """Return how many consecutive rows each prompt serves. ScopeError, naming `router`, if the rows are no multiple."""
     if not num_rows or num_rows % len(prompts.rows):
         raise ScopeError(
             f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {num_rows} rows, no multiple: call the "
@@ -97,10 +97,10 @@ class CallText:
 
     @classmethod
     def of(cls, router: str, beside: BesideCache[SeenTokens], arguments: Mapping[str, Any]) -> Self:
-        """Return the text of a call of the model, and keep its tokens beside the cache from now on.
+        """Return the text of a call of the model, and keep its tokens `beside` the cache from now on.
 
-        Raises ScopeError for a call by embeddings, for a mask that does not say which tokens are real, and for a cache with
-        tokens that the router has not seen.
+        `router` is a name for messages. Raises ScopeError for a call by embeddings, for a mask that does not say which
+        tokens are real, and for a cache with tokens that the router has not seen.
         """
         new_BT, cache = arguments.get("input_ids"), cache_of(arguments)
         if not isinstance(new_BT, Tensor):
@@ -122,7 +122,10 @@ class CallText:
         return real_tokens(self.ids_BT[:, : self.num_first], self.mask_BT[:, : self.num_first])
 
     def contexts(self, router: str, refresh: int) -> tuple[list[list[int]], Tensor]:
-        """Return the tokens that decide on the weights of each real token, row by row, and which tokens are real, (B, T)."""
+        """Return the tokens that decide on each new real token's weights, row by row, and which new tokens are real, (B, T).
+
+        `refresh` is the number of tokens after which a longer context decides (`context_length`).
+        """
         rows, own_BT = real_tokens(self.ids_BT, self.mask_BT), self.mask_BT[:, -self.num_new :].bool()
         begins = _prompt_lengths(router, len(rows))
         contexts = []
@@ -133,10 +136,10 @@ class CallText:
 
 
 def context_length(number: int, num_prompt: int | None, refresh: int) -> int:
-    """Return how many tokens of a row decide on the weights of the number-th, counted from 1.
+    """Return how many tokens of a row decide on the weights of its token `number`, counted from 1.
 
-    After a prompt of n tokens n + refresh * floor(i / refresh) for the i-th, and n for the prompt's own; where no prompt is
-    known, refresh * floor(number / refresh), or 1.
+    With a prompt of n tokens: n for each of these, and n + refresh * floor(i / refresh) for the i-th after them. If the
+    prompt is unknown (None): refresh * floor(number / refresh), at least 1.
     """
     if num_prompt is None:
         return max(refresh * (number // refresh), 1)
@@ -183,9 +186,9 @@ def count_rows(arguments: Mapping[str, Any]) -> int:
 
 
 def asked_of_head(w_BTE: Tensor, num_tokens: int, logits_to_keep: int | Tensor | None) -> Tensor:
-    """Return w_BTE of the tokens that the language head is asked for, in a layer that sees fewer than the call has.
+    """Return w_BTE of the tokens that the language head computes, for a layer that sees fewer tokens than the call has.
 
-    `logits_to_keep` is the call's argument: the last tokens, or those of an index.
+    `logits_to_keep` is the call's argument: a number of last tokens, or the tokens' indices.
     """
     if logits_to_keep is None or w_BTE.shape[1] in (1, num_tokens):
         return w_BTE
@@ -254,9 +257,9 @@ OF_THE_MODEL = (
 def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: BesideCache[DynamicCache]) -> Tensor:
     """Return hidden_BTD after the last layer and its norm, for a call of the model with these arguments; no gradient.
 
-    Under the caller's cache only the new tokens run: those before are in a cache of the router's own, which lies `beside`
-    it. Raises ScopeError for an encoder-decoder and for a model that gives no last hidden state, and what `BesideCache.of`
-    raises.
+    With the caller's cache only the new tokens run: earlier ones are in a cache of the router's own, which lies `beside` it.
+    `router` is a name for messages. Raises ScopeError for an encoder-decoder and for a model that gives no last hidden
+    state, and what `BesideCache.of` raises.
     """
     if has_two_sequences(model):
         raise ScopeError(
@@ -298,7 +301,7 @@ def _makes_cache(model: Any, arguments: Mapping[str, Any]) -> bool:
 
 
 def _cache_like(cache: Any | None, model: Any) -> DynamicCache:
-    """Make an empty cache for the same model, which keeps tokens to be taken back if `cache` does."""
+    """Make an empty cache for the model, which records tokens for taking back if `cache` does."""
     from transformers import DynamicCache
 
     empty: Any = DynamicCache(config=model.config)
@@ -315,10 +318,10 @@ def block_of(layer: str) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class BlockInput:
-    """The hidden states that a running block was given, and what routers keep of them until it has run.
+    """The hidden states x_BTI that a running block was given, and `kept`, {router: what it keeps until the block has run}.
 
-    `beside` are the addresses of other tensors that it was given, such as an encoder's states; `outer` is what the block was
-    given that it lies in, of those that are watched.
+    `block` is the block's path. `beside` are the addresses of other tensors that it was given, such as an encoder's states;
+    `outer` is the input of the nearest watched module around the block, if any.
     """
 
     block: str
@@ -338,9 +341,10 @@ def running(block_input: BlockInput) -> AbstractContextManager[None]:
 
 
 def running_block(router: str, layer: str, x_BTI: Tensor, block: str | None = None) -> BlockInput:
-    """Return the input of the layer's block, or of another watched module, named by its path, that the layer lies in.
+    """Return the input of the layer's block, or of the watched module around the layer whose path is `block`.
 
-    Raises ScopeError outside a call of the block, and for a layer whose input x_BTI is not of the block's tokens.
+    Raises ScopeError outside a call of the block, and for a layer whose input x_BTI is not of the block's tokens. `router`
+    is a name for messages.
     """
     block_input, block = _RUNNING.get(), block or block_of(layer)
     while block_input is not None and block_input.block != block:

@@ -16,9 +16,9 @@ from loraweave.routers.tokens._scores import parts, top_k_softmax, without
 
 
 class ScoredRouter(TokenRouter):
-    """A router with w = softmax(scores / temperature) over the `top_k` highest scores of each token; the others get 0.
+    """A router with w = softmax(scores / temperature) over the `top_k` highest scores of each token; other weights are 0.
 
-    Without a `top_k` it is `default`, or all experts of a smaller pool. Raises WeightingError for a top_k above the pool.
+    A `top_k` of None is `default`, or all experts of a smaller pool. Raises WeightingError for a top_k above the pool.
     """
 
     counts: ClassVar[tuple[str, ...]] = ("top_k",)
@@ -37,7 +37,7 @@ class ScoredRouter(TokenRouter):
         return self.chosen(self.scores(x_BTI, layer))
 
     def chosen(self, scores_BTE: Tensor) -> Tensor:
-        """Return w_BTE of scores."""
+        """Return w_BTE for these scores."""
         return top_k_softmax(scores_BTE, self.top_k, self.temperature)
 
 
@@ -75,13 +75,16 @@ class OutputRouter(LearnedRouter):
         return x_BTI.to(c_SI.dtype) @ c_SI.T
 
     def by_expert(self, values_BTS: Tensor, layer: str) -> Tensor:
-        """Sum the values over each expert's rows (B, T, E)."""
+        """Sum values_BTS over the rank rows of each expert; return (B, T, E)."""
         zeros_BTE = values_BTS.new_zeros(*values_BTS.shape[:2], len(self.experts))
         return zeros_BTE.index_add(2, self.owners_[layer], values_BTS)
 
 
 def output_factors(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
-    """Return c_SI, q_SO and owner_S of a layer; an expert of more rank than outputs has as many rows as outputs."""
+    """Return c_SI = r a, q_SO with the columns of q as rows, and owner_S, the index of each row's expert, where b = q r.
+
+    An expert with a rank above O has O rows.
+    """
     cores, bases, owners = [torch.zeros(0, routed.num_inputs)], [torch.zeros(0, routed.num_outputs)], []
     for place, a_RI, b_OR in parts(pool, layer):
         q_OQ, r_QR = torch.linalg.qr(b_OR)
@@ -100,7 +103,7 @@ def draw_gates(num_experts: int, num_inputs: int) -> Tensor:
 class InputGates(LearnedRouter):
     """A router with scores = g x and a matrix g_EI for each layer, or a `shared` one for all layers of I inputs.
 
-    `start(E, I)` makes what it begins with; by default it is drawn as torch draws a linear layer.
+    `start(E, I)` returns an initial matrix; by default it is drawn as torch draws a linear layer.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class InputGates(LearnedRouter):
         return next(name for name, routed in layers.items() if routed.num_inputs == num_inputs)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return scores_BTE, -inf for experts that leave the layer alone; 0 for the others where there is no matrix."""
+        """Return scores_BTE, -inf for experts that leave the layer alone; 0 for the layer's experts if it has no matrix."""
         if self.gate_of(layer) in self.gates_:
             g_EI = self.gates_[self.gate_of(layer)]
             scores_BTE = x_BTI.to(g_EI.dtype) @ g_EI.T

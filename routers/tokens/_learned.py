@@ -47,7 +47,7 @@ class LearnedRouter(TokenRouter):
         return TrainingReport.from_json(self.report)
 
     def note(self, layer: str, scores_BTE: Tensor, w_BTE: Tensor, beside: Tensor | None = None) -> Tensor:
-        """Note the weights for the training step and return them unchanged."""
+        """Note a layer's scores, weights and what `losses` needs `beside` them, if a training step runs; return w_BTE."""
         # a layer that the backward pass runs again has been noted already
         if self.step is not None and torch._C._current_graph_task_id() == -1:
             self.step.scores[layer] = scores_BTE
@@ -94,9 +94,9 @@ class Step:
     seeds_B: tuple[int, ...] = ()
 
     def mask_of(self, num_tokens: int) -> Tensor | None:
-        """Return mask_BT of a layer that sees so many tokens, or one value for all of them if 1; None where it is unknown.
+        """Return the boolean mask_BT of real tokens for a tensor of `num_tokens`, 1 if all share it; None if unknown.
 
-        Raises ScopeError where they could be an encoder's or a decoder's, whose padding differs.
+        Raises ScopeError if the tokens may be the encoder's or the decoder's and their padding differs.
         """
         if self.decoder_BT is not None and num_tokens == self.decoder_BT.shape[1] in (1, self.mask_BT.shape[1]):
             require_alike(self.mask_BT, self.decoder_BT)
@@ -104,7 +104,7 @@ class Step:
         return next((mask_BT.bool() for mask_BT in known if num_tokens in (1, mask_BT.shape[1])), None)
 
     def real(self, values_BTE: Tensor) -> Tensor:
-        """Return values_NE of the real tokens; of all tokens in a layer with other tokens than are known."""
+        """Return values_NE of the N real tokens; of all tokens in a layer whose tokens are not the call's."""
         mask_BT = self.mask_of(values_BTE.shape[1])
         if mask_BT is None or mask_BT.shape[0] % values_BTE.shape[0]:
             return values_BTE.flatten(0, 1)
@@ -112,7 +112,7 @@ class Step:
         return values_BTE.expand(*mask_BT.shape, -1)[mask_BT]
 
     def row_means(self, values_BTE: Tensor) -> Tensor:
-        """Return values_BE, the mean over each row's real tokens; over all in a layer with other tokens than are known."""
+        """Return values_BE, the mean over each row's real tokens; over all in a layer whose tokens are not the call's."""
         mask_BT = self.mask_of(values_BTE.shape[1])
         if mask_BT is None or mask_BT.shape != values_BTE.shape[:2]:
             return values_BTE.mean(dim=1)

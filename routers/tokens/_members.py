@@ -1,4 +1,4 @@
-"""The experts that a router is for, without their tensors; their places in a pool; and tensors by layer."""
+"""The experts that a router is for, without their tensors; their indices in a pool; and tensors by layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KNOWN: WeakKeyDictionary[ExpertPool, Members] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """A layer of a pool: its inputs and outputs, and which experts, by their places, update it."""
+    """A layer of a pool: its inputs and outputs, and the indices of the experts that update it."""
 
     num_inputs: int
     num_outputs: int
@@ -97,7 +97,7 @@ class Members:
 
     @cached_property
     def places(self) -> Mapping[str, int]:
-        """The place of each expert by name."""
+        """The index of each expert, by name."""
         return {name: place for place, name in enumerate(self.names)}
 
     @property

@@ -87,7 +87,7 @@ class TokenRouter(Declared, nn.Module):
         return type(self).begin is not TokenRouter.begin
 
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
-        """Return the router for one call of the model with these named arguments; by default itself."""
+        """Return the router for one call of the model with `arguments`, {name: value}; by default itself."""
         return self
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
@@ -117,7 +117,7 @@ class TokenRouter(Declared, nn.Module):
         self.require_pool(bound if self.members.same_experts(bound) else engine.pool)
 
     def onto(self, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> TokenRouter:
-        """Return the same router for a pool that has its experts in another order, under other names, or among others.
+        """Return the same router for a pool that has its experts in another order, under other names, or among more.
 
         Experts are recognised by content; those it does not know get weight 0. Raises WeightingError, listing the
         differences, if the pool lacks some of its experts, and BaseModelMismatch for a pool of another base.
@@ -137,15 +137,16 @@ class TokenRouter(Declared, nn.Module):
         return [part for part in self.modules() if isinstance(part, TokenRouter)]
 
     def alone(self, pool: ExpertPool) -> Self:
-        """Make a router like this one for a pool of one expert, whose rows `add_expert` takes over."""
+        """Make a router with the same options for a pool of one expert; `add_expert` takes its `per_expert` tensors."""
         options = {name: value for name, value in self.options.items() if name not in self.counts}
         return type(self)(pool, **options)
 
     def add_expert(self, name: str, adapter: Adapter) -> Self:
-        """Return a router with one more expert at the end, if the others need no new training.
+        """Return a router with one more expert at the end, if the other experts need no new training.
 
-        The others keep their rows; this router is unchanged. Raises ScopeError if they would have to be trained again,
-        WeightingError for a name it already has, BaseModelMismatch or LayerMismatch for an adapter that does not fit.
+        They keep their rows of the `per_expert` tensors; this router is unchanged. Raises ScopeError if they would have to
+        be trained again, WeightingError for a name it has already, BaseModelMismatch or LayerMismatch for an adapter that
+        does not fit.
         """
         if any(part.per_expert is None for part in self.parts):
             raise ScopeError(
@@ -227,7 +228,7 @@ def option_names(router: type[TokenRouter]) -> list[str]:
 
 
 class _Placed(TokenRouter):
-    """A router spread over a larger or reordered pool; saved as the router inside, which alone is trained and grown."""
+    """A router spread over a larger or reordered pool; saving, training and growing it change the router inside."""
 
     place_P: Tensor
 
@@ -277,7 +278,7 @@ Tables = dict[str, Tensor]
 
 
 def without_rows(router: R, name: str) -> R:
-    """Return a copy without one expert and its rows. All other rows stay the same, bit for bit."""
+    """Return a copy without one expert and its rows of the `per_expert` tensors, all other rows the same, bit for bit."""
     members, gone = router.members.without(name), router.members.places[name]
     copy = deepcopy(router)
     copy.pool = None if router.pool is None else router.pool.without(name)
@@ -298,7 +299,10 @@ def without_rows(router: R, name: str) -> R:
 
 
 def with_rows(router: R, name: str, adapter: Adapter) -> R:
-    """Return a copy with one more expert, whose rows come from a router for it alone. All other rows stay the same."""
+    """Return a copy with one more expert, whose rows of the `per_expert` tensors come from a router for it alone.
+
+    All other rows stay the same.
+    """
     members, place = router.members.including(name, adapter), len(router.experts)
     alone = router.alone(ExpertPool({name: adapter}))
     copy = deepcopy(router)
@@ -319,14 +323,17 @@ def _owner_tables(part: TokenRouter) -> list[str]:
 
 
 def _owners_of(part: TokenRouter, table: str, owner: str | None) -> Tables:
-    """Return {layer: the place of the expert that owns each row of a table}."""
+    """Return {layer: the index of the expert that owns each row of a table}."""
     if owner is not None:
         return _tables(part, owner)
     return {layer: torch.arange(len(rows), device=rows.device) for layer, rows in _tables(part, table).items()}
 
 
 def _join_rows(first: Tables, second: Tables, num_rows: tuple[int, int]) -> Tables:
-    """Stack the rows of both; a layer that one of them lacks gets as many rows of zeros as `num_rows` says instead."""
+    """Stack the rows of both tables by layer.
+
+    A layer that the first or second table lacks has `num_rows[0]` or `num_rows[1]` rows of zeros instead.
+    """
     joined = {}
     for layer in dict.fromkeys([*first, *second]):
         like = first[layer] if layer in first else second[layer]

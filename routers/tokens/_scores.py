@@ -94,7 +94,7 @@ def top_p_of_softmax(scores_BTE: Tensor, top_p: float) -> Tensor:
 
 
 def without(scores_BTE: Tensor, present: Sequence[int], filling: float = -math.inf) -> Tensor:
-    """Return the scores with -inf, or another `filling`, for the experts whose places are not in `present`."""
+    """Return the scores with -inf, or another `filling`, for the experts whose indices are not in `present`."""
     if len(present) == scores_BTE.shape[-1]:
         return scores_BTE
     return scores_BTE.masked_fill(_absent(tuple(present), scores_BTE.shape[-1], scores_BTE.device), filling)
@@ -117,9 +117,10 @@ def best_of(scores_BTE: Tensor, p_BTE: Tensor) -> Tensor:
 
 
 def parts(pool: ExpertPool, layer: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (place, a_RI, b_OR) of each expert that has factors in the layer, in float64.
+    """Yield (index, a_RI, b_OR) of each expert that has factors in the layer, in float64.
 
-    Raises AdapterUnsupported for experts that need their base layer first (DoRA): Composer.bound_pool has them resolved.
+    Raises AdapterUnsupported for experts that need their base layer first (DoRA): use Composer.bound_pool, where they have
+    it.
     """
     factors = pool.stacked(layer)
     for place in range(len(pool)):

@@ -1,4 +1,4 @@
-"""The base class of routers that choose by the text of a row, and how their examples are read."""
+"""The base class of routers that choose by the text of a row, and the reading of their examples."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ class TextRouter(TokenRouter):
             )
 
     def require_of_each(self, by_name: Mapping[str, Any], what: str, names: tuple[str, ...] | None = None) -> None:
-        """Raise UnknownExpert for other names than the experts', WeightingError naming the experts that have nothing.
+        """Raise UnknownExpert for a name in `by_name` that is no expert's, WeightingError for experts without an entry.
 
-        `names` takes the place of the experts' own.
+        `by_name` is {expert: entries} and `what` says what these are. `names` replaces the router's experts.
         """
         names = names or self.experts
         for name in by_name:
@@ -165,7 +165,7 @@ class TextRouter(TokenRouter):
         return w_BTE.to(text.ids_BT.device)
 
     def _of_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Return w_NE of the texts of token ids. Raises ScopeError without a tokenizer."""
+        """Return w_NE for N texts, given as token ids. Raises ScopeError without a tokenizer."""
         tokenizer = current_tokenizer()
         if tokenizer is None:
             raise ScopeError(
@@ -211,9 +211,9 @@ Examples = Mapping[str, Iterable[str]] | Hub | None
 def read_expert_texts(router: str, pool: ExpertPool, examples: Examples, template: str | None) -> dict[str, list[str]]:
     """Return {expert: texts} for the experts that have some.
 
-    Given texts are taken as they are. The sample inputs of a card (None), or of a hub's record of that name, become prompts
-    by the template, with the description as the instruction; up to 50 of each, and without a template the inputs alone.
-    Raises WeightingError for what is no list of texts.
+    Texts in `examples` are taken as they are. From a Hub, or from the adapters' cards if None, up to 50 sample inputs of
+    each expert become prompts by `template`, with the description as the instruction; without a template they stay as they
+    are. Raises WeightingError, naming `router`, for what is no list of texts.
     """
     if isinstance(examples, Mapping):
         return {name: _require_texts(router, name, texts) for name, texts in examples.items()}
@@ -272,7 +272,7 @@ def labelled_tasks(dataset: Any) -> dict[str, Task]:
 
 
 def _read_task(rows: Iterable[tuple[str, Any]]) -> Task:
-    """Make a task of rows and their places; its prompts are the inputs."""
+    """Make a task of (name for messages, row) pairs; its prompts are the inputs."""
     plain = Task(())
     read = [read_row(row, where) for where, row in rows]
     return Task([(plain.prompt_of(row), row.targets[0]) for row in read], template="{input}")

@@ -60,11 +60,11 @@ class Arrow(ScoredRouter):
         return self._scores(x_BTI @ v_EI.T, x_BTI, layer)
 
     def directions(self, layer: str) -> Tensor:
-        """Return v_EI of the layer."""
+        """Return v_EI of the layer, unit vectors; zeros for an expert without factors there."""
         return self.directions_[layer]
 
     def weights_along(self, z_BTP: Tensor, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return the weights of x for z = x v^T."""
+        """Return w_BTE for the projections z = x v^T, (B, T, E), of a layer's input x_BTI."""
         return self.chosen(self._scores(z_BTP, x_BTI, layer))
 
     def _scores(self, z_BTE: Tensor, x_BTI: Tensor, layer: str) -> Tensor:

@@ -92,7 +92,7 @@ class Logistic(TextRouter):
 
 
 def _fit(vectors_ND: Tensor, expert_N: Tensor, inverse_penalty: float) -> tuple[Tensor, Tensor]:
-    """Fit W_ED and b_E."""
+    """Return W_ED and b_E fitted to vectors_ND, where expert_N is the index of each text's expert."""
     from sklearn.linear_model import LogisticRegression
 
     num_experts = int(expert_N.max()) + 1

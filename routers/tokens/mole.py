@@ -53,7 +53,7 @@ class Mole(OutputRouter):
             self.log_temperatures_[layer] = torch.zeros(())
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return s_BTE / tau of the layer's experts, -inf for the others."""
+        """Return s_BTE / tau of the layer's experts, -inf for all other and for masked ones."""
         z_BTS = self.latents(x_BTI, layer)
         if layer not in self.gates_:
             return without(self.by_expert(z_BTS, layer), self._present(layer))
@@ -102,13 +102,13 @@ class Mole(OutputRouter):
         return tuple(place for place in self.members.layers[layer].experts if place not in masked)
 
     def _project(self, layer: str) -> Tensor:
-        """Return p_SE: each row of the bases with its own expert's projections, once a call instead of once a token."""
+        """Return p_SE = each rank row of the bases times its expert's projections, once a call instead of once a token."""
         q_SO, e_EOE = self.bases_[layer], self.gates_[layer]
         rows = [q_RO @ e_OE for q_RO, e_OE in zip(torch.split(q_SO, self._num_rows(layer)), e_EOE, strict=True)]
         return torch.cat(rows)
 
     def _num_rows(self, layer: str) -> list[int]:
-        """Count each expert's rows in the bases; the device is asked once."""
+        """Count each expert's rank rows in the layer's bases; the device is asked once."""
         owner_S = self.owners_[layer]
         known = self._counted.get(layer)
         if known is None or known[0] is not owner_S:
@@ -117,7 +117,7 @@ class Mole(OutputRouter):
         return known[1]
 
     def _mean_weights(self, step: Step) -> Tensor:
-        """Return q of each expert that some layer could weigh: the mean over real tokens, then over those layers."""
+        """Return q_E of the experts that some layer could weigh: the mean weight over real tokens, then those layers."""
         num_experts = len(self.experts)
         sum_E, layers_E = step.mask_BT.new_zeros(num_experts, dtype=torch.float32), [0] * num_experts
         for layer, w_BTE in step.weights.items():

@@ -65,7 +65,7 @@ class Phatgoose(InputGates):
         return self.note(layer, torch.where(own_B1E, scores_BT1, -torch.inf), w_BTE)
 
     def _of_own(self, x_BTI: Tensor, layer: str, expert_B: Tensor) -> Tensor:
-        """Return v_e . x of each row's own expert e."""
+        """Return v_e . x, (B, T, 1), where `expert_B` is the index e of each row's own expert."""
         if layer not in self.gates_:
             return x_BTI.new_zeros(*x_BTI.shape[:2], 1, dtype=torch.float32)
         v_EI = self.gates_[layer]

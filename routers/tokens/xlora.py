@@ -122,7 +122,7 @@ class Xlora(LearnedRouter):
         return _OfCall(self, scores_BTGE, w_BTGE, arguments.get("logits_to_keep"))
 
     def _choose(self, scores_BTGE: Tensor, absent_GE: Tensor) -> Tensor:
-        """Return w_BTGE before the global scaling."""
+        """Return w_BTGE before the global scaling, G groups of layers; absent_GE marks experts that leave a group alone."""
         some_BTGE = scores_BTGE.masked_fill(absent_GE, -torch.inf)
         if self.softmax == "top_k" and not self.as_peft:
             return top_k_softmax(some_BTGE, self.top_k, self.temperature)
@@ -143,7 +143,7 @@ class Xlora(LearnedRouter):
         return self.softmax in ("top_k", "twice")
 
     def _hidden(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-        """Return hidden_BTD of a call; states kept of a row that trains are not computed again."""
+        """Return hidden_BTD of a call; in training, states kept from an earlier step are used again."""
         step = self.step
         if step is None or model.training or step.mask_BT.shape[0] != step.rows_B.shape[0]:
             return self._read(model, arguments)
@@ -166,7 +166,7 @@ class Xlora(LearnedRouter):
             return last_hidden(self.name, model, arguments, self._beside)
 
     def _of_scaling_pass(self, device: torch.device) -> dict[str, float]:
-        """Return each expert's weight in the pass that gives the states."""
+        """Return {expert: weight} for the pass that gives the hidden states."""
         value, num_experts = self.scaling_pass_value, len(self.experts)
         chosen = set(range(num_experts))
         if self.as_peft and value:
