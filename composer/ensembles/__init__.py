@@ -1,1 +1,1 @@
-"""Mixtures combined in prediction space: each runs by itself, and what they predict is put together."""
+"""Mixtures combined in prediction space: each runs by itself, and their predictions are combined."""

@@ -28,7 +28,7 @@ from loraweave.types import Task
 
 # positions follow from the first two; tokenizers say that a text has one segment
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
-# of one forward pass: bounds what the layers hold, and what the language head gives
+# the most of one forward pass: bounds the memory of the layers, and that of the language head's output
 MAX_TOKENS = 2**13
 MAX_LOGITS = 2**26
 
@@ -49,13 +49,13 @@ def ensemble(
     """Return the members' averaged probabilities for each row: p(y|x) = sum over m of w_m softmax(f(x; W + update of m)).
 
     A member is one mixture for all rows: {name: weight}, None for the base, MixtureWeights of one row, or a router. `batch`
-    is what the model takes (a tokenizer's output), padded on either side. `weights` are the members' shares, by default
+    is the model's input by name (a tokenizer's output), padded on either side. `weights` are the members' shares, by default
     equal; they are divided by their sum. Probabilities are averaged, never logits or weights.
 
     The outcomes are the next token after each row's last one; with `num_positions=K` after each of its last K, on an axis of
     positions. `tokens` restricts each member's softmax to some token ids, `labels` to some texts by their summed
-    log-likelihood after the row (after a space, and with the end of sequence, as Composition.predict ranks them); this
-    needs the engine's tokenizer. A model that classifies rows gives its classes.
+    log-likelihood after the row (after a space, and with the end of sequence, as Composition.predict ranks them); this needs
+    the engine's tokenizer. The outcomes of a model that classifies rows are its classes.
 
     Members run beside each other, `rows_per_pass` rows in a forward pass, by default as many as 2^13 tokens and 2^26 logits
     allow. Raises WeightingError for invalid members or weights, UnknownExpert, InvalidTask for labels or tokens,
@@ -88,7 +88,7 @@ def ensemble(
 def _label_members(
     engine: Composer, members: Sequence[Any], batch: Mapping[str, Any], labels: Sequence[str], rows_per_pass: int | None
 ) -> Tensor:
-    """Return log p_MBL, each member's softmax over the labels' summed log-likelihoods."""
+    """Return log p_MBL for M members and L labels: each member's softmax over the labels' summed log-likelihoods."""
     model: Any = engine.model
     tokenizer = engine.tokenizer
     if tokenizer is None:
@@ -116,7 +116,7 @@ def _label_members(
 
 
 def _next_tokens(model: Any, num_positions: int | None, tokens: Tensor | None, inputs: Inputs) -> Tensor:
-    """Return the log-probabilities of the next token at the last positions of each row, from one call of the model."""
+    """Return the next token's log-probabilities, (B, K, V), or (B, V) if `num_positions` is None, from one call."""
     count, kept = num_positions or 1, _kept_positions(model, inputs, num_positions or 1)
     arguments = inputs if kept is None else {**inputs, "logits_to_keep": kept}
     logits = model(**without_cache(model, arguments)).logits
@@ -137,7 +137,7 @@ def _next_tokens(model: Any, num_positions: int | None, tokens: Tensor | None, i
 
 
 def _kept_positions(model: Any, inputs: Mapping[str, Any], count: int) -> Tensor | None:
-    """Return the positions whose logits some row needs; None where the model has to give them all."""
+    """Return the positions whose logits some row needs, for its last `count` tokens; None if the model must compute all."""
     if model.config.is_encoder_decoder or "input_ids" not in inputs or not takes(model, "logits_to_keep"):
         return None
     place_BK = last_positions(inputs, count, inputs["input_ids"].shape[1])
@@ -156,9 +156,9 @@ def _token_ids(model: Any, tokens: Sequence[int]) -> Tensor:
 class EnsemblePrediction:
     """Distributions over outcomes on the last axis, averaged as probabilities: p = sum over members of w_m p_m.
 
-    `members_MBV` are the log-probabilities of each member for each row, with an axis of positions before the last where
-    several were asked for; weight_M sums to 1. `outcomes` are what the last axis stands for: labels or token ids, or empty
-    where it is the whole vocabulary or the model's own classes. Entropies are in nats.
+    `members_MBV` are the log-probabilities of each of M members for each row, with an axis of positions before the last if
+    several were asked for; weight_M sums to 1. `outcomes` are the labels or token ids of the last axis, or empty if it is
+    the whole vocabulary or the model's own classes. Entropies are in nats.
     """
 
     members_MBV: Tensor
@@ -179,7 +179,7 @@ class EnsemblePrediction:
     def best(self) -> list[str] | list[int]:
         """The likeliest outcome of each row: a label or token id, or its index where `outcomes` is empty.
 
-        Rows of several positions follow each other.
+        With several positions a row has one entry for each, and the rows follow each other.
         """
         indices = self.log_probabilities.argmax(dim=-1).flatten().tolist()
         return [self.outcomes[index] for index in indices] if self.outcomes else indices
@@ -204,7 +204,7 @@ class EnsemblePrediction:
         return (self.entropy - average).clamp(min=0)
 
     def _column(self) -> Tensor:
-        """Return the weights along the members' axis, to be broadcast over the others."""
+        """Return weight_M with axes of size 1, to be broadcast over `members_MBV`."""
         weight_M = self.weight_M.to(self.members_MBV)
         return weight_M.view(-1, *[1] * (self.members_MBV.dim() - 1))
 
@@ -215,7 +215,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 def last_positions(batch: Mapping[str, Any], count: int, length: int, mask_name: str = "attention_mask") -> Tensor:
-    """Return place_BK, the places of the last `count` real tokens of each row of `length`; all are real without a mask.
+    """Return place_BK, the positions of the last K = `count` real tokens in rows of `length`; without a mask all are real.
 
     Raises CompositionError for a row of fewer tokens, and for a mask that does not say which tokens are padding.
     """
@@ -234,9 +234,9 @@ def last_positions(batch: Mapping[str, Any], count: int, length: int, mask_name:
 
 
 def without_left_padding(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the batch, changed if need be so that padding before a row's tokens does not count as positions.
+    """Return the batch, changed if need be so that padding before a row's tokens does not shift their positions.
 
-    A decoder gets position ids from the mask, unless some are given; for any other model the padding goes to the end.
+    A decoder gets position ids from the mask, unless the batch has some; for any other model the padding moves to the end.
     """
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2 or not bool((mask[:, 0] == 0).any()) or "position_ids" in batch:
@@ -257,7 +257,7 @@ def align_right(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs of a call that no other follows, without a cache unless the batch asks for one."""
+    """Return the inputs of a single call, with use_cache=False unless the batch sets it."""
     return {"use_cache": False, **inputs} if takes(model, "use_cache") else dict(inputs)
 
 
@@ -272,12 +272,12 @@ def answers(
 ) -> list[str]:
     """Return one answer for each input: the label of the highest averaged probability, else the first greedily decoded line.
 
-    Decoding takes at each step the token of the highest average of the members' probabilities, from which all members go
-    on: p(y) is the product of these averages. Members run as rows of one batch with a cache of keys and values.
-    A list of tasks, one for each member, asks each in prompts of its own, under demonstrations say. A member whose task has
-    several `orders` is asked in each, with that part of its share.
-    `mixtures` and `weights` are those of `ensemble`; raises what it raises, CompositionError without a tokenizer, and
-    InvalidTask for inputs that are no texts and no rows, and for tasks that are fewer than the members or differ in labels.
+    Decoding takes at each step the token of the highest average of the members' probabilities, and all members continue from
+    it: p(y) is the product of these averages. Members run as rows of one batch with a cache of keys and values. A list of
+    tasks, one for each member, gives each member prompts of its own, such as its own demonstrations. A member whose task has
+    several `orders` answers in each, with an equal part of its share. `mixtures` and `weights` are those of `ensemble`;
+    raises what it raises, CompositionError without a tokenizer, and InvalidTask for inputs that are no texts and no rows,
+    and for tasks that are fewer than the members or differ in labels.
     """
     texts = read_asked(inputs)
     tasks = [task] * len(mixtures) if isinstance(task, Task) else list(task)
@@ -297,7 +297,7 @@ def answers_to(
     weights: Sequence[float] | None = None,
     max_new_tokens: int = scoring.MAX_NEW_TOKENS,
 ) -> list[str]:
-    """Return the answers to N inputs, of which each of M members gets a form of its own; see `answers`."""
+    """Return the answers to N inputs, of which each of M members gets a text of its own, inputs_MN; see `answers`."""
     members = known_members(engine, mixtures)
     weight_M = member_weights(weights, len(members))
     tokenizer = engine.tokenizer
@@ -309,7 +309,7 @@ def answers_to(
     share_M = torch.tensor([float(w) / n for w, n in zip(weight_M, orders, strict=True) for _ in range(n)])
     routed = any(not isinstance(member, Mapping | MixtureWeights | None) for member in members)
     used = set() if routed else {name for member in members if member for name in getattr(member, "experts", member)}
-    # experts that count from a place in the whole prompt on are like routers
+    # experts whose weight begins at their invocation tokens need the whole prompt, as routers do
     routed = routed or bool(engine.pool.invocations(used))
     shown = any(ordered_tasks[0].demonstrations for ordered_tasks in in_orders)
     with engine.activate(repeated_members):
@@ -332,11 +332,11 @@ def member_passes(
     *,
     rows_per_pass: int,
 ) -> Tensor:
-    """Return read(inputs) of every member's rows, (M, B, ...); `read` runs the model and returns a tensor by rows.
+    """Return `read(inputs)` for the rows of each of M members, (M, B, ...); `read` runs the model, its result is by row.
 
     Several members share a forward pass where `rows_per_pass` lets them; a batch above it is run in parts. Tensors of the
-    batch whose first axis has its number of rows are laid out by row, all else is passed on as it is.
-    Raises CompositionError for what is neither by row nor shared: a cache, several images for a text.
+    batch whose first axis has its number of rows are laid out by row, all else is passed on as it is. Raises
+    CompositionError for inputs that are neither by row nor shared: a cache, several images for a text.
     """
     num_rows = rows_of(batch)
     tensors = tensors_of(batch)
@@ -364,7 +364,7 @@ def member_passes(
 
 
 def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
-    """Return the members, each as activate() takes it for a row. Raises WeightingError for anything else, UnknownExpert."""
+    """Return the members in a form that activate() takes for a row. Raises WeightingError or UnknownExpert."""
     if not is_list(mixtures) or not mixtures:
         raise WeightingError(
             f"the members of an ensemble are a list of at least one mixture, not {mixtures!r}; put a single one into a list"
@@ -391,7 +391,7 @@ def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
 
 
 def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
-    """Return weight_M, fp64, of sum 1; None gives all members the same. Raises WeightingError unless they are shares."""
+    """Return weight_M, fp64, of sum 1; None is equal weights. Raises WeightingError unless they are shares."""
     if weights is None:
         return equal_shares(num_members)
     weight_M = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
@@ -405,7 +405,7 @@ def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
 
 
 def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the inputs that may have rows."""
+    """Return the batch's tensors that have an axis, by name."""
     return {key: value for key, value in tensors_in(batch).items() if value.dim()}
 
 
@@ -432,7 +432,7 @@ def repeated(tensor: Tensor, count: int, rows: slice = slice(None)) -> Tensor:
 def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int, *, copies: int = 1) -> int:
     """Return the number of rows for one forward pass, by the tokens of the longest input and the logits of a row.
 
-    `copies` is how many rows of keys and values each row becomes.
+    `copies` is how many rows of a key-value cache each row becomes.
     """
     num_tokens = max(value[0].numel() for value in tensors_of(batch).values())
     return max(1, min(MAX_TOKENS // (num_tokens * copies), MAX_LOGITS // logits_per_row))

@@ -49,8 +49,8 @@ class ExpertModel(LikeBase, ExpertParts):
     in proportion to the call's share of the labels of a Trainer's step (`num_items_in_batch`); `terms` has those of the last
     call.
 
-    `shapes` has the experts of each site instead of the recipe's own, `starts` the factors that they begin with;
-    `names` are the names of the first experts.
+    `shapes`, {site: ExpertShape}, replaces the recipe's shapes, and `starts`, {site: [(a_RI, b_RO) or None]}, its first
+    factors; `names` are the names of the first experts.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ExpertModel(LikeBase, ExpertParts):
             self._put_in(block, model_class._after_block, block, before=model_class._before_block)
 
     def _put_in(self, path: str, after: Any, *place: Any, before: Any = None) -> None:
-        """Run the methods `before` and `after` around a module of the base, with `place` as their first arguments."""
+        """Run the methods `before` and `after` around the base's module at `path`, with `place` as their first arguments."""
         module = self.base_model.get_submodule(path)
         if before is not None:
             self._handles.append(module.register_forward_pre_hook(Hook(self, before, *place)))
@@ -118,7 +118,7 @@ class ExpertModel(LikeBase, ExpertParts):
         return {**self.recipe.losses(step), **self.recipe.factor_losses(factors)}
 
     def generate(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
-        """Return the output of the base's `generate`; what a gate decides by the prompt holds for the answer."""
+        """Return the output of the base's `generate`; a gate's decisions by the prompt hold for the whole answer."""
         if not self.form.generates:
             raise ScopeError(f"recipe {self.recipe.name!r} generates no tokens: call the model")
         self._require_open()
@@ -135,13 +135,13 @@ class ExpertModel(LikeBase, ExpertParts):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def show_gates(self, call: Call) -> None:
-        """Show every gate the call that begins."""
+        """Let every gate prepare for `call` (`Gate.begin`)."""
         with with_tokenizer(self.tokenizer), own_precision(self.device):
             for gate in self.gates.values():
                 gate.begin(call)  # type: ignore[operator]
 
     def with_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor, call: Call) -> Tensor:
-        """Return the output of a site whose module gave y for `args` in this call."""
+        """Return the output with experts of the site `name`, whose module returned y for `args` in this call."""
         layer: Any = self.layers[key_of(name)]
         output: Tensor = layer(module, args, y, self._weighing(self.sites[name], layer, call))
         return output
@@ -154,14 +154,14 @@ class ExpertModel(LikeBase, ExpertParts):
         return self.with_experts(name, module, args, y, running.call)
 
     def _before_part(self, running: Running, name: str, part: int, _: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Return the arguments to call a part of a site with, instead of `args`."""
+        """Return the arguments for a part of a site, the site's part number `part`, instead of `args`."""
         layer: Any = self.layers[key_of(name)]
         seen = running.within.setdefault(name, {})
         weigh = self._weighing(self.sites[name], layer, running.call)
         return layer.before(part, self.base_model.get_submodule(name), args, weigh, seen)
 
     def _after_part(self, running: Running, name: str, part: int, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Any:
-        """Return the output of a part of a site, whose module gave y for `args`."""
+        """Return the output of a part of a site, whose module returned y for `args`."""
         layer: Any = self.layers[key_of(name)]
         is_last = part + 1 == len(self.sites[name].parts)
         seen = running.within.pop(name) if is_last else running.within[name]
@@ -181,7 +181,7 @@ class ExpertModel(LikeBase, ExpertParts):
 
     @property
     def reader(self) -> Gate | None:
-        """The recipe's reader of calls, for gates that read none themselves; None if there is none."""
+        """The gate that looks at calls for all gates that do not, or None."""
         return dict(self.gates.items()).get(READER)  # type: ignore[return-value]
 
     def expert(self, number: int) -> Adapter:
@@ -323,7 +323,7 @@ class ExpertModel(LikeBase, ExpertParts):
         return self
 
     def take_tasks(self, tasks: tuple[str, ...]) -> None:
-        """Set the tasks of rows. Parts whose size depends on the number of tasks are rebuilt; others stay."""
+        """Set the recipe's `tasks`. Parts whose size depends on their number are rebuilt; all other parts stay."""
         recipe = replace(self.recipe, tasks=tasks)
         parts = make_parts(self.base_model, recipe, self._given, self._starts)
         before, by_hand = self.expert_state(), self.set_by_hand()
@@ -336,12 +336,12 @@ class ExpertModel(LikeBase, ExpertParts):
         self.set_again(by_hand)
 
     def set_by_hand(self) -> dict[str, bool]:
-        """Return whether a parameter trains, for each one where that differs from the recipe."""
+        """Return {parameter: whether it trains} for the parameters of experts and gates that differ from the recipe."""
         trainable = {name: parameter.requires_grad for name, parameter in self.expert_parameters().items()}
         return {name: learns for name, learns in trainable.items() if learns != self._learns[name]}
 
     def set_again(self, by_hand: Mapping[str, bool]) -> None:
-        """Set whether the parameters of these names train."""
+        """Set whether parameters train, from what `set_by_hand` returned."""
         for name, parameter in self.expert_parameters().items():
             parameter.requires_grad_(by_hand.get(name, parameter.requires_grad))
 
@@ -415,13 +415,19 @@ class ExpertModel(LikeBase, ExpertParts):
         return w_BTE
 
     def task_ids(self, task: Any) -> Tensor | None:
-        """Return task_B of names or ids, one for each row, or one for all. Raises UnknownName for an unknown one."""
+        """Return task_B, the ids of tasks given by name or id, one for each row or one for all; None if `task` is None.
+
+        Raises UnknownName for an unknown task.
+        """
         places = places_of(self.recipe, task)
         return None if places is None else torch.tensor(places, device=self.device)
 
 
 def trainer() -> Any:
-    """Return an extension's module that trains expert models and begins them as adapters. Raises PackageMissing for none."""
+    """Return the module of an extension that trains expert models and begins them as adapters.
+
+    Raises PackageMissing if no extension does.
+    """
     module = next(registry.bringing("trainer"), None)
     if module is None:
         raise PackageMissing("none of the extensions at hand trains expert models, or begins them as adapters")
@@ -429,13 +435,13 @@ def trainer() -> Any:
 
 
 def _share_of_step(kwargs: Mapping[str, Any]) -> Any:
-    """Return a pass's share of the labels of its step, if a Trainer tells how many these are; else 1."""
+    """Return a call's share of its step's labels, if a Trainer gives their number; else 1."""
     labels, num_items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
     return (labels != IGNORED).sum() / num_items if isinstance(labels, Tensor) and num_items is not None else 1
 
 
 def require_expert_model(model: Any, asker: str) -> None:
-    """Raise WeightingError for anything but an `ExpertModel`, such as a base model alone."""
+    """Raise WeightingError, naming `asker`, for anything but an `ExpertModel`, such as a base model alone."""
     if not isinstance(model, ExpertModel):
         raise WeightingError(
             f"{asker} was given {type(model).__name__}, which has no experts: give what lw.experts(recipe, base_model) made"

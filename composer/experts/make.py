@@ -82,12 +82,12 @@ def _saved(folder: Path, base_model: nn.Module, tokenizer: Any, options: Mapping
 
 
 def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel:
-    """Put the adapter in as the expert of that number, at weight 1; return the model.
+    """Put the adapter in as the expert with index `expert`, at weight 1; return the model.
 
     Layers that the adapter lacks are zero, and ranks below the expert's are filled with zeros. Raises LayerMismatch for
     layers where the model has no such expert, for other sizes and for a larger rank, UnknownName for a number that no expert
-    has, ScopeError for a recipe whose experts are no updates, WeightingError for a value that is no adapter or expert
-    model; the model is then as it was.
+    has, ScopeError for a recipe whose experts are no updates, WeightingError for a value that is no adapter or expert model;
+    the model is then as it was.
     """
     require_expert_model(model, "put_expert()")
     if not isinstance(adapter, Adapter):
@@ -109,7 +109,7 @@ def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel
 
 
 def layers_with(model: ExpertModel, experts: Iterable[int]) -> dict[str, SumOfExperts]:
-    """Return the layers by name that have one of these experts, each a product of two factors of its own.
+    """Return {path: layer} of the layers that have one of these experts (indices), each a product of two factors of its own.
 
     Raises UnknownName for a number that no expert has, ScopeError for a recipe whose experts are no such products.
     """

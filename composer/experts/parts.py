@@ -24,20 +24,20 @@ from loraweave.routers.tokens._learned import UNKNOWN
 
 # a_RI and b_RO of an expert
 Start = tuple[Tensor, Tensor]
-# of each expert of a site; the recipe's own where there is none, or no more
+# {site: a start for each expert}; the recipe draws those that are None or missing at the end
 Starts = Mapping[str, Sequence[Start | None]]
-# among the gates
+# the reader's key among the gates
 READER = "reader"
-# what recipes are named now that had another name when they were saved
+# {a recipe's former name: its name now}
 RENAMED = {"pfedlora": "local_and_shared"}
 
 
 class ExpertParts(nn.Module):
     """A base with the experts and gates of a recipe, by name: what is saved of an `ExpertModel`, and what learns.
 
-    The last call leaves `own_loss`, the base's loss of a call with labels, `terms`, the recipe's losses by name, and in
-    training mode `notes`, what the gates did. `interrupted` has digests of the parameters that an interrupted training left,
-    and began with; `report` is that of the last training.
+    The last call sets `own_loss`, the base's loss of a call with labels, `terms`, the recipe's losses by name, and in
+    training mode `notes`, the `Step` of the gates. `interrupted` has two digests of parameters: as an interrupted training
+    left them, and as it began. `report` is that of the last training.
     """
 
     base_model: nn.Module
@@ -46,7 +46,7 @@ class ExpertParts(nn.Module):
     sites: dict[str, Site]
     layers: nn.ModuleDict
     gates: nn.ModuleDict
-    # of the first experts
+    # the names of the first experts
     names: tuple[str, ...]
     own_loss: Tensor | None
     terms: dict[str, Tensor]
@@ -79,7 +79,7 @@ class ExpertParts(nn.Module):
         return (*self.names, *map(str, range(len(self.names), most)))
 
     def named_layers(self) -> dict[str, Any]:
-        """Return the experts of each site, by its path."""
+        """Return {path of a site: the module of its experts}."""
         return {name: self.layers[key_of(name)] for name in self.sites}
 
     def expert_state(self) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ class ExpertParts(nn.Module):
         return self.gates[key]  # type: ignore[return-value]
 
     def moved(self) -> list[nn.Parameter]:
-        """Return the parameters that fit() moves without a gradient."""
+        """Return the parameters that fit() changes without a gradient."""
         gates = [gate for gate in self.gates.values() if isinstance(gate, Gate)]
         return [parameter for part in (*gates, *self.layers.values()) for parameter in part.moved]  # type: ignore[union-attr]
 
@@ -126,10 +126,10 @@ def make_parts(
     shapes: Mapping[str, ExpertShape] | None = None,
     starts: Starts | None = None,
 ) -> Parts:
-    """Return experts and gates at their starts, on the devices of the modules that they are for.
+    """Return the sites with their experts and gates at initial values, on the devices of the sites' modules.
 
-    `shapes` are those of the sites instead of the recipe's own, and `starts` the first factors of the sites' experts instead
-    of the recipe's. Raises UnknownName where no layer gets experts, and what the recipe's form raises for a site.
+    `shapes`, {site: ExpertShape}, replaces the recipe's shapes, and `starts`, {site: factors of its experts}, the recipe's
+    first factors. Raises UnknownName if no layer gets experts, and what the recipe's form raises for a site.
     """
     form = registry.get("forms", recipe.form)
     sites, layers, gates = _sites(base_model, recipe, shapes), nn.ModuleDict(), nn.ModuleDict()
@@ -151,7 +151,7 @@ def make_parts(
 
 
 def asked_tensors(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertShape]) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors that such experts and gates have, without taking memory for them."""
+    """Return {name: shape} of the tensors of experts with these `shapes` and their gates, without allocating them."""
     form = registry.get("forms", recipe.form)
     layers, gates = nn.ModuleDict(), nn.ModuleDict()
     with torch.device("meta"):
@@ -169,7 +169,7 @@ def asked_tensors(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, Ex
 def shapes_of(
     base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertShape] | None = None
 ) -> dict[str, ExpertShape]:
-    """Return the experts of each site, from `shapes` or else from the recipe."""
+    """Return {path of a site: shape of its experts}, from `shapes` or else from the recipe."""
     return {site.name: shape for site, shape in _sites(base_model, recipe, shapes).items()}
 
 
@@ -185,7 +185,7 @@ def _sites(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertSha
 
 
 def _starts(recipe: Recipe, site: Site, shape: ExpertShape, starts: Starts | None) -> Sequence[tuple[Tensor, Tensor]]:
-    """Return each expert's start at a site, or at a part of one: the given one, or the recipe's own."""
+    """Return the first (a_RI, b_RO) of each expert at a site, or at a part of one, from `starts` or else from the recipe."""
     site_starts: list[tuple[Tensor, Tensor] | None] = list(() if starts is None else starts.get(site.name, ()))
     site_starts += [None] * (shape.num_experts - len(site_starts))
     return [
@@ -220,7 +220,7 @@ def layer_sites(model: nn.Module, targets: Sequence[str], *, kinds: Sequence[Lay
 
 
 def numbered_blocks(model: nn.Module) -> dict[str | None, int]:
-    """Return the place of each block among the model's, by its path; an encoder's come before its decoder's."""
+    """Return {path: index} of the model's blocks; an encoder's come before its decoder's."""
     blocks = dict.fromkeys(block for name, _ in model.named_modules() if (block := block_of(f"{name}.")) is not None)
     return {block: place for place, block in enumerate(blocks)}
 
@@ -231,7 +231,7 @@ def is_named(name: str, targets: Sequence[str]) -> bool:
 
 
 def require_all_named(targets: Sequence[str], found: Collection[str], known: Sequence[str]) -> None:
-    """Raise UnknownName, saying what there is, for a target that names no place."""
+    """Raise UnknownName for a target that no path in `found` ends in; the message lists the endings of `known`."""
     for target in targets:
         if not any(is_named(name, [target]) for name in found):
             endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in known})) or "none"
@@ -258,9 +258,9 @@ def make_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
 
 
 def places_of(recipe: Recipe, task: Any) -> list[int] | None:
-    """Return the places, among the recipe's tasks, of names or ids, one for each row or one for all; None if none is given.
+    """Return the indices, in the recipe's tasks, of names or ids, one for each row or one for all; None if `task` is None.
 
-    Raises UnknownName for an unknown task, ScopeError for none where the recipe needs one.
+    Raises UnknownName for an unknown task, ScopeError for none if the recipe needs one.
     """
     if task is None:
         if recipe.needs_tasks:

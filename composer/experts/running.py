@@ -1,7 +1,7 @@
-"""The calls of a base as an expert model's: its class, the call that is running, what its gates know of it, and its hooks.
+"""The calls of a base as an expert model's: its class, the running call, what its gates know of it, and its hooks.
 
-transformers asks before it works with a model: a pipeline for the name of its class, a Trainer whether it is a
-PreTrainedModel, and by the arguments of `forward` which columns of a data set it takes. It gets the base's (`LikeBase`).
+transformers inspects a model before it works with it: a pipeline the name of its class, a Trainer whether it is a
+PreTrainedModel, and the arguments of `forward` for the columns of a data set. It sees the base's (`LikeBase`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from loraweave.routers.tokens._learned import Step
 class Running:
     """A call of an expert model, or a generation, which is many calls of its base.
 
-    `owner` is the expert model; `task_B` the tasks of the rows that it was given, of which a call that `generates` may have
-    several copies on end. `call` is the present call of the base, `within` what the parts of sites that are running have
-    seen. `beside` is what the experts' form keeps of the call, `begun_BT` are the real tokens that a generation began with.
+    `owner` is the expert model; `task_B` the tasks of the rows that it was given, which a call that `generates` may repeat
+    for several consecutive copies of each. `notes` asks for a `Step`, `kept` is `Call.kept`, and `call` is the base's
+    current call. `within` is {site: what its parts that are running have seen}. `beside` is the state that the experts' form
+    keeps for the call, `begun_BT` are the real tokens that a generation began with.
     """
 
     owner: object
@@ -84,9 +85,10 @@ class Running:
     def begin_generation(
         self, model: nn.Module, given: Tensor | None, embeds_BTI: Tensor | None, mask: Tensor | None
     ) -> None:
-        """Begin a generation from the known prompts, or else from `given`: an encoder runs outside the calls of the base.
+        """Begin a generation from the current prompts, or else from `given`, its main input.
 
-        Raises ScopeError for no rows, and for tasks of other rows.
+        This runs before the first call of the base, because an encoder runs outside those. Raises ScopeError for no rows,
+        and if the number of tasks fits no rows.
         """
         known = current_prompts()
         if known is None and given is None:
@@ -102,7 +104,10 @@ class Running:
         self.call = Call(real_BT, real_BT, ids_BT, task_B, False, self.kept, None, embed, has_two_sequences(model))
 
     def _tasks(self, num_rows: int, task_B: Tensor, *, copies: bool = False) -> Tensor:
-        """Return the tasks of `num_rows` rows; with `copies` each prompt may have several adjacent rows, such as beams."""
+        """Return the tasks of `num_rows` rows; with `copies` each prompt may have several adjacent rows, such as beams.
+
+        Raises ScopeError if the number of tasks does not fit the rows.
+        """
         if not num_rows or num_rows % len(task_B) or (len(task_B) not in (1, num_rows) and not copies):
             raise ScopeError(
                 f"{len(task_B)} tasks were given for {num_rows} rows: give one for each row in their order, or one for all"
@@ -110,14 +115,14 @@ class Running:
         return task_B.repeat_interleave(num_rows // len(task_B))
 
 
-# in each thread and asyncio task
+# the running call of each thread and asyncio task
 RUNNING: ContextVar[Running | None] = ContextVar("loraweave_experts", default=None)
 
 
 class Hook:
     """A hook that runs a method of the expert model, `act`, in that model's calls; `place` are its first arguments.
 
-    `act` returns what torch takes from a hook of its kind. A copy or a pickle of the expert model has hooks that know it;
+    `act` returns what torch takes from such a hook. Hooks in a copy or a pickle of the expert model belong to the copy;
     those in a copy of the base alone have no `owner`.
     """
 
@@ -137,7 +142,7 @@ class Hook:
 
 
 def require_same_call(model: nn.Module) -> None:
-    """Raise TrainingError for a model whose checkpointed blocks would run again without the call and its experts."""
+    """Raise TrainingError if a checkpointed block would run its second time without the call, and so without experts."""
     for module in model.modules():
         again = getattr(module, "_gradient_checkpointing_func", None)
         is_ours = getattr(again, "keywords", {}).get("context_fn") is same_call
@@ -149,9 +154,9 @@ def require_same_call(model: nn.Module) -> None:
 
 
 class Again:
-    """A context in which the running call is the one that was running when this was made, as it was then.
+    """A context that makes `running`, as it was when this was made, the running call.
 
-    A gate that decides inside a block decides again in the second run; earlier decisions are kept.
+    A gate that decides inside a block decides again in the block's second run; earlier decisions are kept.
     """
 
     def __init__(self, running: Running | None) -> None:
@@ -187,14 +192,14 @@ def _num_rows(main: Tensor | None) -> int:
 
 
 def _real_tokens(main: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Return real_BT of the call's own tokens; None where no mask of that form was given."""
+    """Return real_BT of the call's own tokens; None unless `mask` has two axes and at least as many tokens as `main`."""
     if main is None or main.ndim < 2 or mask is None or mask.ndim != 2 or mask.shape[1] < main.shape[1]:
         return None
     return mask[:, -main.shape[1] :].bool()
 
 
 def _decoder_tokens(found: Mapping[str, Tensor]) -> Tensor | None:
-    """Return decoder_BT, a decoder's real tokens, from the labels or else its own arguments; None where neither tells."""
+    """Return decoder_BT, a decoder's real tokens, from the call's labels, mask or ids; None if it has none of them."""
     labels, mask, ids = (found.get(name) for name in ("labels", "decoder_attention_mask", "decoder_input_ids"))
     if labels is not None and labels.ndim == 2:
         return labels != IGNORED
@@ -204,7 +209,7 @@ def _decoder_tokens(found: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _of_beams(real_BT: Tensor, main: Tensor) -> Tensor | None:
-    """Return real_BT of a call with the same tokens, each row as often as it has beams; None for other tokens."""
+    """Return real_BT for a call with k times as many rows, each k times; None if `main` has another number of tokens."""
     copies, beyond = divmod(len(main), len(real_BT))
     if beyond or main.ndim < 2 or main.shape[1] != real_BT.shape[1]:
         return None
@@ -212,14 +217,14 @@ def _of_beams(real_BT: Tensor, main: Tensor) -> Tensor | None:
 
 
 def _of_last_tokens(main: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    """Return labels for all tokens, where `labels` has only those of the last tokens, whose logits are kept."""
+    """Return `labels` of the last tokens, whose logits alone are kept, padded in front to all tokens of `main`."""
     if main is None or labels is None or labels.ndim != 2 or labels.shape[1] >= main.shape[1]:
         return labels
     return functional.pad(labels, (main.shape[1] - labels.shape[1], 0), value=IGNORED)
 
 
 def _embedded(model: nn.Module, ids_BT: Tensor | None, given: Tensor | None) -> Tensor:
-    """Return x_BTI, the first layer's input of each token. Raises ScopeError if the model has no embeddings."""
+    """Return x_BTI, the first layer's input: `given`, or ids_BT embedded. Raises ScopeError without an embedding module."""
     if given is not None:
         return given
     if (embeddings := input_embeddings(model)) is None:
@@ -238,7 +243,7 @@ def input_embeddings(model: nn.Module) -> Any:
 
 
 def _prompt_tokens(main: Tensor, real_BT: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    """Return prompt_BT: the tokens that `prompted` says, or that stand before the first label; None for all."""
+    """Return prompt_BT: the tokens that `prompted` names, else those before the first label, else `real_BT`."""
     known = current_prompts()
     if known is not None:
         # in a generation the first call has the prompts alone, each as often as it has beams
@@ -253,7 +258,7 @@ def _prompt_tokens(main: Tensor, real_BT: Tensor | None, labels: Tensor | None) 
 
 
 class LikeBase(nn.Module):
-    """A module around `base_model` that is an instance of its class too, takes its arguments, and has its attributes."""
+    """A module around `base_model` that is an instance of the base's class, too, and has its arguments and attributes."""
 
     base_model: nn.Module
     # what a Trainer asks for of a quantised base: something on top of it that learns
@@ -287,7 +292,7 @@ class LikeBase(nn.Module):
 
     @property
     def _keys_to_ignore_on_save(self) -> list[str]:
-        """The names that a checkpoint of a Trainer leaves out: the base's."""
+        """The names of the base's tensors, which a Trainer's checkpoint leaves out."""
         return [name for name in self.state_dict() if name.startswith("base_model.")]
 
 
@@ -297,7 +302,7 @@ def _make(own: Any, base: Any) -> Any:
 
 @cache
 def _class_on(own: Any, base: Any) -> Any:
-    """Return a class like `own` for models of class `base`; `own` itself if it is one already."""
+    """Return a subclass of `own` for models of class `base`; `own` itself if it is one already."""
     if hasattr(own, "_on"):
         return own
     signature = inspect.signature(base.forward)

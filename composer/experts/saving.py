@@ -61,7 +61,7 @@ class SavedExperts:
     report: Mapping[str, Any] | None
 
     def require_base(self, model: nn.Module) -> None:
-        """Raise BaseModelMismatch for another base than the experts were trained on."""
+        """Raise BaseModelMismatch if `model` is not the base that the experts were trained on."""
         if why := self.fingerprint.differs(fingerprint(model)):
             raise BaseModelMismatch(
                 f"the experts in {self.folder} were trained on another base model ({self.base_model!r}) than this one: "
@@ -69,7 +69,7 @@ class SavedExperts:
             )
 
     def require_same(self, recipe: Recipe, shapes: Mapping[str, ExpertShape]) -> None:
-        """Raise WeightingError, naming what differs, for another recipe, other options than its seed, or other experts."""
+        """Raise WeightingError, naming the difference, for another recipe, options other than its seed, or other experts."""
         instead = f"lw.experts({str(self.folder)!r}, base_model) makes the saved one"
         if recipe.name != self.recipe:
             raise WeightingError(f"{self.folder} has experts of recipe {self.recipe!r}, not {recipe.name!r}: {instead}")
@@ -126,7 +126,7 @@ def experts_as_files(
     state: Mapping[str, Tensor],
     report: Mapping[str, Any] | None,
 ) -> dict[str, bytes]:
-    """Return the files of the folder by name. Raises WeightingError for options that JSON has no form for."""
+    """Return {file name: content} of a saved expert model. Raises WeightingError for options that JSON cannot express."""
     raw = tensor_bytes(state)
     description = {
         "format": FORMAT,
@@ -215,7 +215,7 @@ def _shape(data: Mapping[str, Any]) -> ExpertShape:
 
 
 def one_expert(base_model: nn.Module, recipe: Recipe, layers: Mapping[str, Any], number: int) -> Adapter:
-    """Return one expert as an adapter, or raise, as `ExpertModel.expert` says; `layers` are the experts of each site."""
+    """Return expert `number` as an adapter, from `layers`, the experts of each site; see `ExpertModel.expert`."""
     require_updates(recipe, layers, f"expert {number}")
     factors = {
         name: layer.factors(torch.eye(layer.shape.num_experts)[number])
@@ -229,7 +229,7 @@ def one_expert(base_model: nn.Module, recipe: Recipe, layers: Mapping[str, Any],
 
 
 def require_updates(recipe: Recipe, layers: Mapping[str, Any], what: str) -> None:
-    """Raise ScopeError for experts that are not updates of layers: no adapter can express them."""
+    """Raise ScopeError, naming `what`, for experts that are no updates of layers: no adapter can express them."""
     if not all(layer.is_update for layer in layers.values()):
         raise ScopeError(
             f"{what} of recipe {recipe.name!r} is no update of layers, and no adapter: save_pretrained() the whole"
@@ -239,7 +239,7 @@ def require_updates(recipe: Recipe, layers: Mapping[str, Any], what: str) -> Non
 def as_adapter(
     base_model: nn.Module, recipe: Recipe, name: str, layers: Mapping[str, Any], card: Mapping[str, Any]
 ) -> Adapter:
-    """Return these factors as an adapter whose card names the recipe."""
+    """Return an adapter of these factors, {layer: Factors}, whose card has the recipe and the entries of `card`."""
     about = {"method": "loraweave.experts", "recipe": recipe.name, **card}
     base = base_id(base_model)
     return Adapter(name, base, layers, fingerprint(base_model), {"recipe": about})

@@ -45,14 +45,14 @@ def train_experts(
 ) -> SharedReport:
     """Train expert models (`lw.experts`) on this base in place, in shared passes; return the report.
 
-    Each has experts and gates of its own and learns from its own examples, which are what `ExpertModel.fit` takes as a
-    dataset, rows with tasks among them, by the loss of `train_adapters` and the losses of its recipe, with the gradients of
-    being trained alone: AdamW without weight decay, clipped to norm 1. Rows share passes and jobs end as in
-    `train_adapters`, whose options these are. With `checkpoint`, the same call goes on where it was interrupted, with models
-    as they were before the first or as the interrupted call left them.
+    `jobs` is {name: (expert model, examples)}. Each model has experts and gates of its own and learns from its own examples,
+    a dataset as for `ExpertModel.fit`, rows with tasks included, by the loss of `train_adapters` and the losses of its
+    recipe, with the gradients of being trained alone: AdamW without weight decay, clipped to norm 1. Rows share passes and
+    jobs end as in `train_adapters`, whose options these are. With `checkpoint`, the same call resumes an interrupted
+    training, with models as they were before it or as the interruption left them.
 
     Raises TrainingError for a model of another base, for one that is given twice, and for recipes whose experts are no
-    updates of linear layers; InvalidTask for rows that cannot be used, or are of no task where the recipe needs it,
+    updates of linear layers; InvalidTask for rows that cannot be used, or have no task where the recipe needs it,
     UnknownName for unknown tasks, PackageMissing where no extension trains experts.
     """
     pace = Pace(steps, lr, batch_size, seed, warmup)
@@ -65,12 +65,12 @@ def train_experts(
 
 
 class ExpertJob(TrainingJob):
-    """The experts and gates of a model as a `TrainingJob`, for rows that are of their own tasks, or else of `task`.
+    """The experts and gates of a model as a `TrainingJob`, for rows that have tasks of their own, or else `task`.
 
-    Gates see the job's own rows alone, and the recipe's losses are its penalty. What a step draws (dropout, noise of gates)
-    follows from `seed`, the job's name and the step, for which torch's generator is seeded, and is drawn for the tokens that
-    its rows have alone, whatever the width of the pass. Raises TrainingError for recipes whose experts are no updates of
-    linear layers, ScopeError or UnknownName for a task that is missing or unknown.
+    Gates see the job's own rows alone, and the recipe's losses are its penalty. A step's random draws (dropout, noise of
+    gates) follow from `seed`, the job's name and the step, with which torch's generator is seeded; they are drawn for the
+    width that the job's rows have alone, whatever the width of the pass. Raises TrainingError for recipes whose experts are
+    no updates of linear layers, ScopeError or UnknownName for a task that is missing or unknown.
     """
 
     def __init__(self, name: str, model: ExpertModel, *, task: str | int | None = None, seed: int = 0) -> None:
@@ -97,7 +97,7 @@ class ExpertJob(TrainingJob):
         self._rows, self._step, self._num_drawn = rows, step, 0
 
     def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
-        """Show the gates the job's rows; with gradients, take notes for the recipe's losses."""
+        """Show the gates the job's rows of a call with `inputs`; with gradients, take notes for the recipe's losses."""
         learns = torch.is_grad_enabled()
         # not the base, which keeps its own mode
         self.model.layers.train(learns)
@@ -118,7 +118,7 @@ class ExpertJob(TrainingJob):
             self.model.show_gates(self._running.call)
 
     def update(self, layer: str, x_BTI: Tensor) -> Tensor:
-        """Return the update of the layer's output by the site's experts."""
+        """Return the experts' update, (B, T, O), to the output of the linear layer at the path `layer`."""
         module: nn.Module = self.model.base_model.get_submodule(layer)
         shape = linear.shape(module)
         assert shape is not None
@@ -136,7 +136,7 @@ class ExpertJob(TrainingJob):
         return torch.stack(list(terms.values())).sum() if terms else None
 
     def _tell_decoder_tokens(self) -> None:
-        """Derive the decoder's real tokens from the rows: a batch of an encoder-decoder has no labels to tell them by."""
+        """Note the decoder's real tokens by the lengths of the rows' targets, since a shared batch has no labels."""
         step = self._running.call.step
         if step is not None and step.decoder_BT is not None and self._rows:
             sizes_B = torch.tensor([len(row.target) for row in self._rows], device=step.decoder_BT.device)
@@ -168,9 +168,10 @@ def require_shareable(name: str, model: ExpertModel) -> None:
 
 @dataclass(frozen=True)
 class OwnWidth:
-    """The columns of a job's own tokens in a pass: (first, number) by width, the encoder's or the decoder's.
+    """The columns of a job's own tokens in a pass: {width of a tensor: (first column, number of columns)}.
 
-    Whatever is drawn for tokens, and whatever counts padding, then does not depend on the rows of others.
+    An encoder-decoder has one entry for each. So nothing that is drawn for tokens or counts padding depends on other jobs'
+    rows.
     """
 
     columns: Mapping[int, tuple[int, int]] = field(default_factory=dict)
@@ -193,9 +194,10 @@ class OwnWidth:
         return cls({mask_BT.shape[1]: (0, encoder + (encoder == decoder)), decoder_ids.shape[1]: (0, decoder)})
 
     def cut(self, value: Tensor, *, mask: bool = False) -> Tensor:
-        """Return the job's own columns of a tensor (rows, tokens, ..), the last one repeated where the pass has fewer.
+        """Return the job's own columns of a tensor (rows, tokens, ..), the last one repeated if the pass has fewer.
 
-        A repeated column is padding (`pad_apart` adds it), as a `mask` says. Other tensors are returned as they are.
+        Repeated columns are padding (`pad_apart` adds it): with `mask` they are 0. Tensors of other widths are returned
+        unchanged.
         """
         if value.ndim < 2 or value.shape[1] not in self.columns:
             return value
@@ -208,7 +210,7 @@ class OwnWidth:
         return torch.cat([own_columns, torch.zeros_like(more) if mask else more], dim=1)
 
     def put(self, value: Tensor, width: int) -> Tensor:
-        """Return (rows, tokens, features) in a tensor of this width: `value` in the job's own columns, 0 elsewhere."""
+        """Return a tensor (rows, `width`, features) with `value` in the job's own columns and 0 elsewhere."""
         if width not in self.columns:
             return value
         first = self.columns[width][0]

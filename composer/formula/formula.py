@@ -68,9 +68,9 @@ def parse(text: str) -> Formula:
     router of `names("routers")`; `ensemble(a, b)`, whose members' probabilities are averaged; `auto`, retrieval for each
     request; `base`, the base model. Docs: docs/formulas.md.
 
-    Raises FormulaError, whose message ends in the formula with a caret under the place, for what cannot be read, unknown
-    methods, routers and options, numbers that are not finite, and above the limits: 4096 characters, 64 adapters, brackets
-    8 deep. Whether the adapters exist is asked when they are used.
+    Raises FormulaError, whose message ends in the formula with a caret under the faulty piece, for what cannot be read,
+    unknown methods, routers and options, numbers that are not finite, and above the limits: 4096 characters, 64 adapters,
+    brackets 8 deep. The adapters are looked up only when they are used.
     """
     if not isinstance(text, str):
         raise FormulaError(f"a formula is text such as '0.7*a + 0.3*b', not {type(text).__name__} {text!r:.60}")
@@ -114,7 +114,7 @@ class Formula:
         return self.root == Sum(())
 
     def expand(self, hub_or_pool: HubOrPool) -> Formula:
-        """Return the formula with its stored formulas written out, and without stored compositions that are the base.
+        """Return the formula with its stored formulas written out and stored compositions of the base alone left out.
 
         Other stored compositions stay as they are. Raises FormulaError, whose cause is AdapterNotFound, for an unknown one,
         and FormulaError for formulas that name each other in a circle, and above the limits.
@@ -139,7 +139,7 @@ class Formula:
     def adapters(self, hub_or_pool: HubOrPool | None = None) -> tuple[str, ...]:
         """Return the sorted names of the adapters that the formula needs; with a hub or pool also those of stored formulas.
 
-        Raises FormulaError for one that is not there. What a stored composition has of its own does not count.
+        Raises FormulaError for one that is not there. Adapters inside stored compositions are not listed.
         """
         known = self
         if hub_or_pool is not None:
@@ -178,9 +178,9 @@ class Formula:
         return text_digest(str(said))
 
     def pool(self, hub_or_pool: HubOrPool) -> ExpertPool:
-        """Return the adapters that the formula needs as experts, each opened once, as `a`, `a@3` or `@name`.
+        """Return the adapters that the formula needs as experts, each opened once, named `a`, `a@3` or `@name`.
 
-        The formula's methods, given this pool, use these very adapters, whatever becomes of the hub. Raises ScopeError for
+        The formula's methods, given this pool, use these very adapters, even if the hub changes. Raises ScopeError for
         `auto` and for the base model, which have no adapters.
         """
         source = _source(hub_or_pool)
@@ -233,7 +233,7 @@ class Formula:
         return ((1.0, known),)
 
     def stored(self, hub_or_pool: HubOrPool) -> StoredComposition | None:
-        """Return the stored composition that the formula is, if that has a router or parts that answer apart; else None."""
+        """Return the stored composition that is the whole formula if it has a router or parts; else None."""
         match self.root:
             case Sum(terms=((1.0, Stored() as leaf),)):
                 stored = _stored(_source(hub_or_pool), leaf)
@@ -254,7 +254,7 @@ class Formula:
         """Return the one adapter that the formula's sums and methods, nested or not, make by `lw.merge`.
 
         `rank` cuts the result; `heads` ("error" or "average"), `progress`, `allow_licenses` and `interference` are those of
-        `lw.merge`, for every merge in it. The name is the canonical form by default. Raises ScopeError, which names the way
+        `lw.merge`, for every merge in it. `name` is by default the canonical form. Raises ScopeError, which names the way
         out, for routers, `auto` and the base model, and what `lw.merge` raises.
         """
         if heads == "first":
@@ -323,7 +323,7 @@ class Formula:
 
     @contextmanager
     def _at(self, leaf: Named | Stored) -> Iterator[None]:
-        """Raise the error about a missing leaf as a FormulaError with its place in the text."""
+        """Raise an AdapterNotFound or UnknownExpert about `leaf` as a FormulaError with its position in the text."""
         try:
             yield
         except (AdapterNotFound, UnknownExpert) as error:
@@ -345,7 +345,7 @@ _AUTO = "'auto' cannot {}: retrieval chooses for each request, by lw.Retriever o
 
 
 def _within_limits(formula: Formula) -> Formula:
-    """Return the formula if its canonical form can be read back. Raises FormulaError where that is above a limit."""
+    """Return the formula. Raises FormulaError if its canonical form is above a limit, so that it could not be read back."""
     if len(formula.canonical) > MAX_CHARACTERS:
         raise FormulaError(
             f"written out, this formula has {len(formula.canonical)} characters, above the limit of {MAX_CHARACTERS}: "
@@ -356,22 +356,22 @@ def _within_limits(formula: Formula) -> Formula:
 
 
 def _short(text: str) -> str:
-    """Return a formula's text as the name of an adapter; a long one is cut and ends in its digest."""
+    """Return a formula's text as an adapter's name; a long one is cut and ends in its digest."""
     return text if len(text) <= MAX_NAME_CHARACTERS else f"{text[: MAX_NAME_CHARACTERS - 16]}... {text_digest(text)[:12]}"
 
 
 def _source(hub_or_pool: HubOrPool) -> Hub | ExpertPool:
-    """Return where to look. Raises WeightingError for anything but a hub, a pool, a list or mapping of adapters."""
+    """Return a Hub unchanged, anything else as a pool. Raises WeightingError for what is neither, nor adapters."""
     return hub_or_pool if isinstance(hub_or_pool, Hub) else ExpertPool.of(hub_or_pool)
 
 
 def _stored(source: Hub | ExpertPool, leaf: Stored) -> StoredComposition | None:
-    """Return the composition that a hub keeps under the leaf's name; None of a pool, which has adapters alone."""
+    """Return the composition that a hub keeps under the leaf's name; None for a pool, which has adapters alone."""
     return source.composition(leaf.name) if isinstance(source, Hub) else None
 
 
 def _content(source: Hub | ExpertPool, leaf: Leaf) -> str:
-    """Return the hash of an adapter's content. Only a stored composition's adapter is opened for that, and once."""
+    """Return the content hash of the leaf's adapter; an adapter is opened for it only in a stored composition, and once."""
     if isinstance(source, ExpertPool):
         return _expert(source, leaf).hash
     if isinstance(leaf, Stored):
@@ -392,7 +392,10 @@ def _content(source: Hub | ExpertPool, leaf: Leaf) -> str:
 
 
 def _expert(pool: ExpertPool, leaf: Leaf) -> Adapter:
-    """Return an expert. Raises UnknownExpert, which names near misses; AdapterNotFound for `a@3` and `@name`."""
+    """Return the pool's expert for a leaf.
+
+    Raises UnknownExpert, which names near misses; AdapterNotFound for `a@3` and `@name`.
+    """
     if leaf.key in pool.names:
         return pool[leaf.key]
     if leaf.key != leaf.name:
@@ -404,12 +407,12 @@ def _expert(pool: ExpertPool, leaf: Leaf) -> Adapter:
 
 
 def has_router(stored: StoredComposition) -> bool:
-    """Return whether a router weighs in a stored composition, or is all of it."""
+    """Return True if a stored composition is a router, or has one."""
     return ROUTER in stored.files or (COMPOSITION in stored.files and stored.recipe.get("format") == FORMAT_WITH_ROUTER)
 
 
 def has_parts(stored: StoredComposition) -> bool:
-    """Return whether a stored composition is an average of members, or steps one after the other."""
+    """Return True if a stored composition is an average of members, or has steps that answer one after the other."""
     return COMPOSITION in stored.files and stored.recipe.get("format") in PARTS
 
 

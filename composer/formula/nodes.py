@@ -1,4 +1,4 @@
-"""The parts of a formula: immutable values, built in one form only, and that form as text; and the pieces of a text."""
+"""The nodes of a formula: immutable values, built in one form only, and that form as text; and the tokens of a text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraweave.errors import FormulaError, WeightingError
 
 # the most characters of a formula, digits of one number in it, and brackets inside each other
 MAX_CHARACTERS, MAX_DIGITS, MAX_DEPTH = 4096, 40, 8
-# the characters on either side of the place that an error shows of a long formula
+# the characters of a long formula that an error shows on either side of the faulty token
 AROUND = 60
 
 # a hyphen, dot or slash inside a name belongs to it; a minus has a space before it
@@ -77,7 +77,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Sum:
-    """The weighted sum of `terms`, (weight, term), positive ones first and by their texts; without any, the base model."""
+    """The sum of `terms`, (weight, term), positive weights first, then by the terms' texts; without any, the base model."""
 
     terms: tuple[tuple[float, Term], ...]
 
@@ -122,7 +122,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The average of the probabilities of members that answer apart, in proportion to `shares`, or all alike."""
+    """The average of the probabilities of members that answer apart, in proportion to `shares`, or equal if None."""
 
     members: tuple[Argument, ...]
     shares: tuple[float, ...] | None
@@ -161,7 +161,7 @@ Value = bool | int | float | str | None | Listed | Mapped
 
 
 def sum_of(parts: Iterable[tuple[Fraction, Argument]]) -> Sum:
-    """Return the weighted sum of terms and sums: equal terms added up exactly, and those of weight 0 left out.
+    """Return the weighted sum of (weight, term or sum): equal terms are added up exactly, terms of weight 0 left out.
 
     Raises WeightingError for a weight that no float holds.
     """
@@ -174,12 +174,12 @@ def sum_of(parts: Iterable[tuple[Fraction, Argument]]) -> Sum:
 
 
 def as_argument(whole: Sum) -> Argument:
-    """Return a sum as an argument: its only term where that has weight 1, else the sum."""
+    """Return a sum as an argument: its only term if that has weight 1, else the sum."""
     return whole.terms[0][1] if len(whole.terms) == 1 and whole.terms[0][0] == 1.0 else whole
 
 
 def as_sum(argument: Argument) -> Sum:
-    """Return an argument as a whole formula: a sum, of one term if it is not a sum."""
+    """Return an argument as a whole formula: itself if it is a sum, else a sum of one term."""
     return argument if isinstance(argument, Sum) else Sum(((1.0, argument),))
 
 
@@ -189,7 +189,7 @@ def merge_of(
     weights: Sequence[float] | None,
     options: Iterable[tuple[str, Value]],
 ) -> Merge:
-    """Return the merge with its arguments in order, without those of weight 0, and without weights that are equal shares."""
+    """Return the merge with its arguments sorted by text, without those of weight 0; equal weights are left out (None)."""
     shares = [1 / len(arguments)] * len(arguments)
     pairs = sorted(zip(weights or shares, arguments, strict=True), key=lambda pair: (str(pair[1]), pair[0]))
     used = [(weight, argument) for weight, argument in pairs if weight]
@@ -199,14 +199,14 @@ def merge_of(
 
 
 def ensemble_of(members: Sequence[Argument], shares: Sequence[float] | None) -> Ensemble:
-    """Return the ensemble with its members in order, and without shares that are equal."""
+    """Return the ensemble with its members sorted by text; equal shares are left out (None)."""
     pairs = sorted(zip(shares or [1.0] * len(members), members, strict=True), key=lambda pair: (str(pair[1]), pair[0]))
     numbers = tuple(share for share, _ in pairs)
     return Ensemble(tuple(member for _, member in pairs), None if len(set(numbers)) == 1 else numbers)
 
 
 def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
-    """Return the node with every leaf replaced by what `leaf` returns. Raises WeightingError for a merge of the base."""
+    """Return the node with every leaf replaced by `leaf(..)`. Raises WeightingError for a merge of the base model."""
     match node:
         case Merge(method, arguments, weights, options):
             inner = [replaced(argument, leaf) for argument in arguments]
@@ -221,7 +221,7 @@ def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
 
 
 def leaves(node: Root | Argument) -> list[Leaf]:
-    """Return the adapters and stored compositions that are written in a node, one for each mention."""
+    """Return the adapters and stored compositions of a node, one for each mention."""
     match node:
         case Sum():
             return [leaf for _, term in node.terms for leaf in leaves(term)]
@@ -237,12 +237,12 @@ def leaves(node: Root | Argument) -> list[Leaf]:
 
 
 def exact(number: float) -> Fraction:
-    """Return the number that the shortest text of a float says, as an exact fraction."""
+    """Return the exact fraction of the decimal number that a float's shortest text states."""
     return Fraction(repr(number))
 
 
 def rounded(number: Fraction) -> float:
-    """Return the float next to a number. Raises WeightingError above or below what floats hold."""
+    """Return the float next to `number`. Raises WeightingError if it is too large or too small for one."""
     try:
         value = float(number)
     except OverflowError:
@@ -303,7 +303,7 @@ def _bare(argument: Argument) -> str:
 
 @dataclass(frozen=True)
 class Token:
-    """A piece of a formula. `kind` is "word", "quoted", "number", "end", or for a symbol the symbol itself."""
+    """A token of a formula, text[start:end]. `kind` is "word", "quoted", "number", "end", or the symbol itself."""
 
     kind: str
     value: str
@@ -312,7 +312,7 @@ class Token:
 
 
 def tokens(text: str) -> list[Token]:
-    """Return the pieces of a formula, "end" last. Raises FormulaError for text that has none, and above the limits."""
+    """Return the tokens of a formula, "end" last. Raises FormulaError for text that is no token, and above the limits."""
     pieces: list[Token] = []
     position = depth = 0
     while not pieces or pieces[-1].kind != "end":
@@ -330,7 +330,7 @@ def tokens(text: str) -> list[Token]:
 
 
 def _piece(text: str, start: int) -> Token:
-    """Return the piece at a place. In quotes a backslash stands before a quote or another backslash."""
+    """Return the token at index `start`. In quotes a backslash stands before a quote or another backslash."""
     piece = _PIECE.match(text, start)
     if piece is None:
         here = Token(text[start], text[start], start, start + 1)
@@ -354,7 +354,7 @@ def _piece(text: str, start: int) -> Token:
 
 
 def misplaced(problem: str, text: str, place: Token | None) -> FormulaError:
-    """Return the error of a problem at a place of a formula: the problem, the text, and a caret under the place."""
+    """Return an error that shows the problem, the text, and a caret under the token `place`; no caret if it is None."""
     if place is None:
         return FormulaError(f"{problem}\n  {printable(text)[: 2 * AROUND]}")
     start = max(0, place.start - AROUND)
@@ -366,6 +366,6 @@ def misplaced(problem: str, text: str, place: Token | None) -> FormulaError:
 
 
 def _width(text: str) -> int:
-    """Return the number of columns of a terminal that a text takes."""
+    """Return the number of terminal columns that a text takes."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide - sum(bool(unicodedata.combining(character)) for character in text)

@@ -66,7 +66,7 @@ _DIGITS_OF_VERSION = 9
 
 @dataclass(frozen=True)
 class Placed:
-    """An argument with its place, and the factor before it; `written` says whether the text has one."""
+    """An argument with its first token, and the factor before it; `written` says whether the text has a factor."""
 
     place: Token
     factor: Fraction
@@ -75,7 +75,7 @@ class Placed:
 
 
 class Parser:
-    """A recursive-descent parser of one text; each method starts at the current piece and stops after what it has read."""
+    """A recursive-descent parser of one text; each method starts at the current token and stops after the last it read."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -92,7 +92,7 @@ class Parser:
         return self.pieces[min(self.place + 1, len(self.pieces) - 1)]
 
     def root(self) -> Root:
-        """Read the whole text. Raises FormulaError, with the place, for anything that is not a formula."""
+        """Read the whole text. Raises FormulaError, showing the token, for anything that is not a formula."""
         root: Root
         begin, called = self.piece, self.piece.value if self._is_call() else ""
         if begin.kind == "end":
@@ -195,7 +195,7 @@ class Parser:
         return merge_of(name.value, [part.argument for part in placed], weights, values)
 
     def _call(self, *, takes_options: bool = True) -> tuple[list[Placed], dict[str, tuple[Token, Value]]]:
-        """Read the bracketed arguments after a name; return (arguments, {option: (its place, its value)})."""
+        """Read the bracketed arguments after a name; return (arguments, {option: (its token, its value)})."""
         open_bracket = self._take()
         placed = [self._argument()]
         while self._takes(","):
@@ -346,7 +346,7 @@ class Parser:
         return token
 
     def _takes(self, kind: str) -> bool:
-        """Move past the current piece if it is of this kind; return True if it was."""
+        """Move past the current token if it is of this kind; return True if it was."""
         return self.piece.kind == kind and self._take() is not None
 
     def _close(self, bracket: str, begin: Token) -> None:
@@ -359,12 +359,12 @@ class Parser:
         return "the formula ends too early" if self.piece.kind == "end" else f"{self.piece.value!r} cannot stand here"
 
     def _error(self, problem: str, place: Token | None = None) -> FormulaError:
-        """Return the error that tells of a problem at a piece, by default the current one."""
+        """Return the error about a problem at a token, by default the current one."""
         return misplaced(problem, self.text, place or self.piece)
 
     @contextmanager
     def _at(self, place: Token) -> Iterator[None]:
-        """Raise errors from inside the block with this place."""
+        """Raise errors from inside the block as FormulaErrors that show the token `place`."""
         try:
             yield
         except FormulaError:
@@ -374,7 +374,7 @@ class Parser:
 
 
 def _why_no_router(name: str) -> str:
-    """Return why an entry of the registry is not a router, or "" if it is one."""
+    """Return why the registry's entry `name` is not a router, or "" if it is one."""
     try:
         router_class(name)
     except UnknownName as error:
@@ -383,10 +383,10 @@ def _why_no_router(name: str) -> str:
 
 
 class Expansion:
-    """A replacement of stored formulas by their content: `read(leaf)` returns that, or None to keep the leaf.
+    """A replacement of stored formulas by their content: `read(leaf)` returns its root, or None to keep the leaf.
 
     Each formula is read once. Raises FormulaError for formulas that contain each other, for a router or `auto` inside
-    something else, and above the limit of adapters.
+    another formula, and above the limit of adapters.
     """
 
     def __init__(self, read: Callable[[Stored], Root | None]) -> None:
@@ -395,7 +395,7 @@ class Expansion:
         self._inside: list[str] = []
 
     def of(self, root: Root) -> Root:
-        """Return the root without stored formulas, and without stored compositions that are the base."""
+        """Return the root with stored formulas written out, and without stored compositions that are the base alone."""
         match root:
             case Auto():
                 return root

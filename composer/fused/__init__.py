@@ -1,1 +1,1 @@
-"""Mixtures written into the weights: the writing, the parameter that is written over, and the way back."""
+"""Mixtures written into the weights: the writing, the parameter that is written over, and the restoring."""

@@ -1,8 +1,8 @@
 """A task-scope mixture written into the base's weights for the length of a block: plain layers, other weights.
 
-`mixture_updates` yields what a merge method makes of the mixture for each layer; `Fused.write` puts that into the model, one
-layer's update at a time. No parameter is exchanged before the new values of all are calculated and known to be finite, so
-that whatever is refused has changed nothing; `overwritten.py` draws the states of one parameter.
+`mixture_updates` yields the update that a merge method makes of the mixture for each layer; `Fused.write` writes these into
+the model, one layer at a time. No parameter is exchanged before the new values of all are calculated and known to be finite,
+so that a refusal has changed nothing; `overwritten.py` draws the states of one parameter.
 
     mixture -> {layer: w_E} -> method(experts, w_E) = update -> prepare all layers -> exchange all ... leave: restore all
 """
@@ -54,7 +54,8 @@ def fused(
 ) -> Iterator[Fused]:
     """Put the weights of `updates` into the model for the block, and the model's own back, bit for bit, after it.
 
-    `make` is what `switch` calls. Raises CompositionError on leaving, after restoring, when someone else changed a fused
+    `make` turns a mixture into updates, for `switch`; `originals` says where the original weights are kept, and `max_loss`
+    is that of `Composer.fused`. Raises CompositionError on leaving, after restoring, when someone else changed a fused
     weight meanwhile; else what `Fused.write` raises, with the model unchanged.
     """
     writing = Fused(model, make, originals, max_loss)
@@ -76,8 +77,8 @@ def fused(
 class Fused:
     """The handle that `Composer.fused` gives its block: the mixture that is in the weights, and the way to another one.
 
-    The originals of all parameters that were ever written to take as many bytes as these. While writing, there are also one
-    parameter's own values and 4 MB; of a quantised layer a few matrices of its size in fp32.
+    The originals take as many bytes as all parameters that were ever written to. Writing takes one parameter's size and 4 MB
+    beside them; for a quantised layer a few matrices of its size in fp32.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Fused:
         if max_loss not in (None, math.inf) and not is_number(max_loss, 0):
             raise CompositionError(f"max_loss={max_loss!r} is not a share of 0 or more of an update that may be lost")
         self._max_loss = max_loss
-        # for weights that are no plain ones
+        # for weights that are no plain floats
         self._writers = () if max_loss is None else lossy_writers()
         self._originals = Originals(originals)
         self.model = model
@@ -104,13 +105,13 @@ class Fused:
 
     @property
     def losses(self) -> dict[str, LayerLoss]:
-        """The loss of each layer that the mixture changes and whose weight cannot hold it as it is, by the layer's name."""
+        """The loss of each layer, by name, that the mixture changes and whose weight cannot hold the update exactly."""
         written = ((kept.layer.name, kept.loss) for kept in self._kept.values() if not kept.at_home)
         return {name: loss for name, loss in written if loss is not None}
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Let all layers compute for the block as if nothing of the mixture were lost.
+        """Let all layers compute for the block as if their weights held the mixture's updates exactly.
 
         Raises CompositionError after the end of the mixture's own block.
         """
@@ -135,22 +136,22 @@ class Fused:
     ) -> None:
         """Put another mixture in place of this one: originals and update in one pass, without restoring in between.
 
-        Raises what `fused` raises, and CompositionError after the block's end or when someone else changed a fused weight.
-        A mixture, method or option that is refused changes nothing; an error while writing, or an interruption, leaves the
-        base's own weights.
+        The arguments are those of `Composer.fused`. Raises what that raises, and CompositionError after the block's end or
+        when someone else changed a fused weight. A mixture, method or option that is refused changes nothing; an error while
+        writing, or an interruption, leaves the base's own weights.
         """
         self.write(self._make(mixture, method, seed, statistics, options))
 
     def write(self, updates: Iterable[Update]) -> None:
         """Write W (1 + gain) + update for these updates, in fp32 or better, rounded once, whatever was written before.
 
-        One of `updates` is held at a time. What is not yet fused is calculated, and found finite, beside the model, and then
-        changes places with the originals. What is fused already is written over, from its original, in one pass. Layers that
-        are in no update get theirs back. The parameters stay the same objects in the same memory.
+        One of `updates` is held at a time. New values of a parameter that is not yet fused are calculated, and found finite,
+        beside the model, and then change places with the originals. A fused parameter is written over, from its original, in
+        one pass. Layers that are in no update are restored. The parameters stay the same objects in the same memory.
 
         Raises CompositionError for weights that are quantised, without a `max_loss`, on the meta device or tied to another
-        parameter, for values that are not finite, and for fused weights that someone else has changed (which then stay).
-        Whatever fails, and interruptions, leave the base's own weights.
+        parameter, for values that are not finite, and for fused weights that someone else has changed (which then stay). Any
+        failure while writing, and an interruption, leave the base's own weights.
         """
         with self._lock:
             self._require_open()
@@ -167,9 +168,9 @@ class Fused:
                 raise
 
     def leave(self) -> list[str]:
-        """Put every original back, let go of them, and return the names of what others had changed. Twice is fine.
+        """Restore and release all originals, and return the names of parameters that others had changed. Twice is fine.
 
-        An interruption, or an error about one parameter, is raised once all others are back.
+        An interruption, or an error about one parameter, is raised once all other parameters are restored.
         """
         with self._lock:
             self._left = True
@@ -217,7 +218,10 @@ class Fused:
         return self._kept[layer, part]
 
     def _parts(self, layer: TargetLayer, update: Factors | DenseUpdate) -> list[str]:
-        """Return which parameters the update changes. Raises CompositionError for those that cannot be written to."""
+        """Return the parameters, "weight" and "bias", that the update changes.
+
+        Raises CompositionError for one that cannot be written to.
+        """
         parts: list[str] = []
         plain: list[str] = []
         if not isinstance(update, Factors) or update.rank or update.gain_O is not None:
@@ -253,7 +257,7 @@ class Fused:
         return parts
 
     def _lossy(self, layer: TargetLayer) -> Any:
-        """Return the writer for a weight that does not hold plain floats, if a loss is allowed and there is one."""
+        """Return the writer class for the layer's weight if that holds no plain floats and a loss is allowed, else None."""
         return next((writer for writer in self._writers if writer.takes(layer)), None)
 
     def _restore(self) -> None:

@@ -1,4 +1,4 @@
-"""One parameter that is written over: where its original values are kept, how new ones take their place, and the way back.
+"""One parameter that is written over: where its original values are kept, how new ones replace them, and the restoring.
 
     at home                        prepared                       written
     parameter: W     prepare       parameter: W     exchange      parameter: W'    <-+  rewrite: another mixture's W',
@@ -7,10 +7,9 @@
        +--------------------------- restore: copied, not subtracted --+
 
 W' = W (1 + gain) + update and bias' = bias + the update's bias, in fp32 or better, rounded once. The naive twin is that line
-as it stands, in float64 (`tests/composer/fused/test_fused.py`); what is fast is that it goes block by block through a cache,
-with the product of `added_product`, which is `addmm_` or equals it.
-The parameter stays the same object in the same memory, and `_original` is at every moment a tensor with the values of W,
-so that an interruption at any line can be undone.
+as it stands, in float64 (`tests/composer/fused/test_fused.py`). The fast way goes block by block through a cache, with the
+product of `added_product`, which is `addmm_` or equals it. The parameter stays the same object in the same memory, and
+`_original` is at every moment a tensor with the values of W, so that an interruption at any line can be undone.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ BLOCK = 2**20
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """The loss of a layer whose weight cannot hold an update as it is.
+    """The loss of a layer whose weight cannot hold an update exactly.
 
-    `loss` is the error of what is written over the size of the update, infinite where nothing can be written; `live` is True
-    if the layer was therefore left as it is, and adds the update to its output.
+    `loss` is the norm of the writing's error over that of the update, infinite where nothing can be written; `live` is True
+    if the layer's weight therefore stays unchanged and the layer adds the update to its output.
     """
 
     loss: float
@@ -54,13 +53,13 @@ class LayerLoss:
 class WeightWriter(ABC):
     """A writer of mixtures into one parameter of a layer, which can restore the original values; `slot` is its memory.
 
-    A subclass in the registry `writers` writes into weights that are no plain floats, where a loss is allowed: it is made of
-    the model, a layer that it `takes`, and the largest loss.
+    A subclass in the registry `writers` writes into weights that are no plain floats, where a loss is allowed: it is made
+    with the model, a layer that it `takes`, and the largest loss.
     """
 
     layer: TargetLayer
     slot: Tensor
-    # of the latest update; None where the weight holds it as it is
+    # the loss of the latest update; None if the weight holds it exactly
     loss: LayerLoss | None = None
 
     @classmethod
@@ -70,7 +69,7 @@ class WeightWriter(ABC):
 
     @classmethod
     def warnings(cls, adapters: Mapping[str, Adapter], layers: Mapping[str, TargetLayer]) -> list[str]:
-        """Return a sentence for each adapter that loses something when it is written into the model's own weights."""
+        """Return a sentence for each adapter that becomes less exact when it is written into the model's own weights."""
         return []
 
     @property
@@ -81,7 +80,7 @@ class WeightWriter(ABC):
     @property
     @abstractmethod
     def at_home(self) -> bool:
-        """True if the parameter has its original values, as far as this object has written to it."""
+        """True if the parameter has its original values, unless someone else has written to it."""
 
     @abstractmethod
     def prepare(self, update: Factors | DenseUpdate, scratch: Scratch) -> None:
@@ -112,7 +111,7 @@ class WeightWriter(ABC):
             self.restore()
 
     def exact(self) -> AbstractContextManager[None]:
-        """Return a block in which the layer computes as if nothing were lost."""
+        """Return a context in which the layer computes as if its weight held the update exactly."""
         return nullcontext()
 
 
@@ -122,7 +121,7 @@ def lossy_writers() -> tuple[type[Any], ...]:
 
 
 class Overwritten(WeightWriter):
-    """The weight or bias of a layer. `slot` takes what is to be written, and has the original once that is written."""
+    """The weight or bias of a layer. `slot` holds the values to write, and once they are written the original ones."""
 
     def __init__(self, layer: TargetLayer, part: str, parameter: Tensor, slot: Tensor) -> None:
         self.layer = layer
@@ -166,9 +165,9 @@ class Overwritten(WeightWriter):
     def changed(self) -> bool:
         """Return whether someone else has written to the parameter, or replaced it, since.
 
-        Compared are the sums of each row's bits as whole numbers of up to eight bytes, which reads the weights once and sees
-        writes of every kind (through .data or numpy too), but not such words changing places within a row. A move to
-        another dtype is no change.
+        The sums of each row's bits are compared, as whole numbers of up to eight bytes. This reads the weights once and sees
+        writes of every kind (through .data or numpy too), but not such words changing places within a row. A move to another
+        dtype is no change.
         """
         if self.at_home:
             return False
@@ -203,7 +202,10 @@ class Overwritten(WeightWriter):
                 self._put(exact.add_(update.bias_O.to(exact)), target)
 
     def _sum_weight(self, update: Factors | DenseUpdate, base: Tensor, target: Tensor, scratch: Scratch) -> None:
-        """Sum block by block of rows as stored (of the matrix (I, O) where it is stored so; of a kernel all axes)."""
+        """Write base (1 + gain) + update into `target`, a block of stored rows at a time.
+
+        Rows are those of the matrix (I, O) where the layer stores its weight so; a convolution's kernel is flattened by row.
+        """
         device, dtype = self._parameter.device, torch.promote_types(base.dtype, torch.float32)
         num_rows, num_columns = base.shape[0], base.shape[1:].numel()
         step = max(1, BLOCK // num_columns)
@@ -240,7 +242,7 @@ class Overwritten(WeightWriter):
 
 
 class Scratch:
-    """Memory that is used again and again while writing: one tensor for each device and dtype, as large as was needed."""
+    """Memory that is reused while writing: one tensor for each device and dtype, of the largest size asked for."""
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -294,14 +296,14 @@ class Originals:
         return slot
 
     def rest(self, slot: Tensor) -> None:
-        """Let the pages of a slot that is not needed just now leave memory, where they are on disk."""
+        """Let the pages of a slot that is not needed just now leave memory, if they are on disk."""
         if hasattr(mmap, "MADV_DONTNEED") and (place := self._on_disk.get(slot.data_ptr())):
             mapping, start, size = place
             # of a shared mapping this drops no value, only this process's hold on the file's pages
             mapping.madvise(mmap.MADV_DONTNEED, start, size)
 
     def close(self) -> None:
-        """Let go of everything; slots that someone still holds stay as they are. Twice is fine."""
+        """Release all slots; those that someone still holds stay valid. Twice is fine."""
         self._chunks.clear()
         self._on_disk.clear()
 
@@ -326,7 +328,7 @@ class _Chunk:
 
 
 def _mapped_file(num_bytes: int) -> mmap.mmap:
-    """Return new bytes of a file that is open nowhere else and has no name; it lives as long as the mapping."""
+    """Return a new mapping of `num_bytes` of a nameless temporary file, which exists as long as the mapping."""
     try:
         with tempfile.TemporaryFile(prefix="loraweave-") as file:
             # writing to a mapped hole of a full disk would end the process without an exception

@@ -1,1 +1,1 @@
-"""The forms in which the experts of a place enter its output; one file each."""
+"""The forms of experts, by which they enter a site's output; one file each."""

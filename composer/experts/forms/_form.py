@@ -1,4 +1,4 @@
-"""The base class of all forms of experts: a module for each place, which makes the place's output from the base's."""
+"""The base class of all forms of experts: a module for each site, which makes the site's output from the base's."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from loraweave.types import Factors
 
 # w_BTE of the experts of the site for its input x_BTI
 Weigh = Callable[[Tensor], Tensor]
-# of a module's call
+# the positional arguments of a module's call
 Args = tuple[Any, ...]
 Seen = dict[str, Any]
 
 
 class Form(nn.Module, ABC):
-    """The class of a file of this folder: the experts of one place.
+    """The base class of the forms in this folder: the experts of one site as a module.
 
-    For sites with parts, `before` and `after` run around each part, where `module` is that of the whole place and `seen` the
+    For sites with parts, `before` and `after` run around each part, where `module` is that of the whole site and `seen` the
     same mapping until the last part has run; for other sites `forward` runs. A form defines those that run for its sites,
-    and `factors` if it `is_update`; nothing calls the others.
+    and `factors` if it `is_update`; the rest is never called.
     """
 
     # whether the sum of its experts at constant weights is an update of the layer, as factors
@@ -45,22 +45,22 @@ class Form(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def sites(model: nn.Module, recipe: Recipe) -> list[Site]:
-        """Return the places that the recipe's target modules name, in the model's order.
+        """Return the sites that the recipe's target modules name, in the model's order.
 
-        Raises UnknownName for a target that names no place, LayerMismatch for a place that cannot have experts of this form.
+        Raises UnknownName for a target that names none, LayerMismatch for a module that cannot have experts of this form.
         """
         # the class is asked before a form is made
         raise NotImplementedError
 
     @classmethod
     def run(cls, model: Any, running: Running, args: Args, kwargs: Mapping[str, Any]) -> Any:
-        """Return the output of a call of the expert model, which is its base's in this call."""
+        """Return the output of a call of the expert model `model`, by default its base's for `args` and `kwargs`."""
         with holding(RUNNING, running):
             return model.base_model(*args, **kwargs)
 
     @staticmethod
     def current() -> Running | None:
-        """Return the call of an expert model that runs; None where there is none."""
+        """Return the running call of an expert model, or None."""
         return RUNNING.get()
 
     @staticmethod
@@ -70,12 +70,12 @@ class Form(nn.Module, ABC):
 
     @staticmethod
     def before_block(running: Running, block: str, args: Args) -> Args | None:
-        """Return the arguments to call a block with; None to keep `args`."""
+        """Return new arguments for a block, named by its path, or None to keep `args`."""
         return None
 
     @staticmethod
     def after_block(running: Running, block: str, output: Any) -> Any:
-        """Return the block's output instead of `output`; None to keep it."""
+        """Return a new output of the block, or None to keep `output`."""
         return None
 
     @abstractmethod
@@ -88,19 +88,19 @@ class Form(nn.Module, ABC):
         return []
 
     def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
-        """Return the output of the place, whose module gave y for `args`; it may be in y's own memory."""
+        """Return the site's output, whose module returned y for `args`; may use y's memory. `weigh(x_BTI)` returns w_BTE."""
         raise NotImplementedError
 
     def before(self, part: int, module: nn.Module, args: Args, weigh: Weigh, seen: Seen) -> Args:
-        """Return the arguments to call a part of the place with, instead of `args`."""
+        """Return the arguments for part number `part` of the site, instead of `args`. `weigh(x_BTI)` returns w_BTE."""
         raise NotImplementedError
 
     def after(self, part: int, module: nn.Module, args: Args, y: Tensor, seen: Seen) -> Tensor:
-        """Return the output of a part of the place, whose module gave y for `args`."""
+        """Return the output of part number `part` of the site, whose module returned y for `args`."""
         raise NotImplementedError
 
     def factors(self, w_E: Tensor) -> Factors:
-        """Return the update that the experts make at these constant weights, as detached fp32 copies on the CPU."""
+        """Return the update that the experts make at constant weights w_E, as detached fp32 copies on the CPU."""
         raise NotImplementedError
 
 
@@ -110,9 +110,9 @@ def place_like(module: nn.Module, like: Tensor) -> nn.Module:
 
 
 def fitting(w_BTE: Tensor, site: Site, num_rows: int, num_tokens: int) -> Tensor:
-    """Return w_BTE in fp32 or better, with one row and one token for all, or as many as there are.
+    """Return w_BTE in fp32 or better, with B 1 or `num_rows` and T 1 or `num_tokens`.
 
-    Where rows are split into windows, on end, each window has its row's weights. Raises ScopeError, naming the site and both
+    Rows that the model split into consecutive windows have their row's weights. Raises ScopeError, naming the site and both
     counts, if the weights are for other numbers of rows or tokens.
     """
     # where the second axis is as long as the batch, the rows could lie there

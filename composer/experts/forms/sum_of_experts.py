@@ -19,9 +19,9 @@ from loraweave.types import Factors
 
 
 class SumOfExperts(Form):
-    """y0 + scale * sum over e of w_e * gain_e * (dropout(x) a_e^T) b_e^T.
+    """The form y0 + scale * sum over e of w_e * gain_e * (dropout(x) a_e^T) b_e^T.
 
-    Factors are stacked by rank rows: a_SI and b_SO, or those of one expert where all share them. All experts of a place see
+    Factors are stacked by rank rows: a_SI and b_SO, or those of one expert where all share them. All experts of a site see
     the same dropout.
     """
 
@@ -33,7 +33,7 @@ class SumOfExperts(Form):
 
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
         super().__init__(recipe, site, shape)
-        # experts that can count in a token; fewer where the gate skips the others
+        # experts whose weight can be other than 0 in a token; fewer if the gate skips some
         self.most = shape.num_experts
         num_ranks = sum(shape.ranks)
         self.a_SI = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_a else num_ranks, site.num_inputs))
@@ -94,20 +94,20 @@ class SumOfExperts(Form):
         return Factors(a_SI, b_OS, kind="conv" if self.site.kernel else "linear", kernel=self.site.kernel)
 
     def gate_input(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return what the gate sees, by row and position: of a convolution all below its kernel, many times its input."""
+        """Return the gate's input, (B, positions, I): for a convolution all values under its kernel at each position."""
         return (conv if self.site.kernel else linear).inputs(module, x, self.a_SI)
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """Return a and b of all experts, or of one where all share them."""
+        """Return a and b, stacked by rank rows of all experts, or of one if all share them."""
         return self.a_SI, self.b_SO
 
     def expert_rows(self) -> list[slice]:
-        """Return the rank rows of each expert."""
+        """Return the slice of rank rows of each expert."""
         ends = list(accumulate(self.shape.ranks))
         return [slice(end - rank, end) for end, rank in zip(ends, self.shape.ranks, strict=True)]
 
     def _shared_rows(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the row of a and of b for each rank row, None for its own; with gains every expert has its own b."""
+        """Return the row of a and of b that each rank row uses, None if its own; with gains each expert has its own b."""
         b_row_S = self.own_row_S if self.shape.shared_b and self.gain_EO is None else None
         return self.own_row_S if self.shape.shared_a else None, b_row_S
 
@@ -121,5 +121,5 @@ class SumOfExperts(Form):
 
 
 def _others_saw(module: nn.Module) -> bool:
-    """Return whether hooks other than ours, which may keep the output, run before the experts'."""
+    """Return True if the module has forward hooks of others, which may keep the output that the experts would change."""
     return any(not type(hook).__module__.startswith("loraweave.") for hook in module._forward_hooks.values())
