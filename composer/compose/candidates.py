@@ -1,4 +1,4 @@
-"""The choice of which adapters of a hub or a pool are candidates for a task on a model."""
+"""The choice of which adapters of a hub or a pool are candidates for a task on a model, and which say they can do it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from loraweave.common.chat import Prompt
@@ -16,14 +17,20 @@ from loraweave.composer.live.fitting import misfit
 from loraweave.errors import BaseModelMismatch, EmptyIndex, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key, says_nothing
+from loraweave.hub.embedders.form import Form
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
+from loraweave.retrieval.query import KeySpace
 from loraweave.retrieval.retriever import Retriever
-from loraweave.types import BaseKey, Candidate, Task
+from loraweave.types import BaseKey, Candidate, Record, Task
 
 NUM_SHOWN = 5
 # the tag of an adapter that was trained to answer as the examples in a prompt do: where trainings under such prompts begin
 IN_CONTEXT = "in-context"
+# an adapter whose description has at least this cosine with the instruction is asked alone
+KNOWN = 0.92
+# two adapters answer one after the other where their cosine is at least LEAST, and by GAIN above that of the nearest one
+LEAST, GAIN = 0.72, 0.01
 
 
 def experts_of(given: Any) -> Hub | ExpertPool:
@@ -128,4 +135,39 @@ def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch 
         f"none of the hub's {counts.total()} adapters is for this base model ({base.id!r}): it has {listed}{more}{why}. "
         "Load one of these (load_base(...), --base), or bind those that were made for this model to it (hub.bind(name, "
         "model), `loraweave hub bind`); method='base' is the model as it is"
+    )
+
+
+def skills(space: KeySpace, records: Sequence[Record], task: Task, texts: Sequence[str]) -> tuple[list[Record], str]:
+    """Return the adapters that have the skill, in the order in which they answer, and why; none where nothing tells so."""
+    said_ND, asked_D = space.embed([record.description for record in records]), space.embed([task.instruction])[0]
+    cosine_N = said_ND @ asked_D
+    nearest = int(cosine_N.argmax())
+    alone = f"{records[nearest].name} alone has {cosine_N[nearest]:.2f}"
+    if cosine_N[nearest] >= KNOWN:
+        return [records[nearest]], f"by the instruction: cosine with its description {cosine_N[nearest]:.2f}"
+    # the cosine of the instruction with the sum of two descriptions
+    length_NN = np.sqrt(np.maximum(2 + 2 * said_ND @ said_ND.T, 1e-9))
+    cosine_NN = np.triu((cosine_N[:, None] + cosine_N) / length_NN, k=1)
+    first, second = np.unravel_index(cosine_NN.argmax(), cosine_NN.shape)
+    best = cosine_NN[first, second]
+    if task.labels is not None or best < max(LEAST, cosine_N[nearest] + GAIN):
+        return [], f"by the instruction: no stored adapter is near enough to it to be taken for the skill ({alone})"
+    pair = [records[first], records[second]]
+    pair = max(pair, pair[::-1], key=lambda order: _flow(space, order, texts))
+    return pair, f"by the instruction: cosine with both descriptions {best:.2f}, {alone}"
+
+
+def _flow(space: KeySpace, order: Sequence[Record], texts: Sequence[str]) -> float:
+    """Return how like `texts` the first one's inputs are, and how like the second one's inputs its outputs: four cosines.
+
+    Of meanings and of forms, since the sentence encoder reads capitals as small letters.
+    """
+    first, second = order
+    outputs = [answer for _, answer in space.pairs(first)]
+    return sum(
+        float(space.mean(embed(some)) @ space.mean(embed(others)))
+        for some, others in ((texts, first.examples), (outputs, second.examples))
+        for embed in (space.embed, Form().embed)
+        if some and others
     )

@@ -22,7 +22,7 @@ from loraweave.composer.compose.examples import EncodedExamples
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
 from loraweave.composer.compose.objectives._row_sums import Kind
 from loraweave.composer.compose.population import Job, row_sums
-from loraweave.composer.compose.program_search import Order, Reading, Step, search_programs
+from loraweave.composer.compose.program_search import Order, Reading, Step, answer_limit, search_programs
 from loraweave.composer.compose.refine import (
     STEP_COST,
     Tuning,
@@ -48,6 +48,7 @@ from loraweave.routers.searches._solver import Solver, described
 from loraweave.routers.searches._told import Told
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Record
 
 # trainings of a LoRA under demonstrations: of a new one, and of one that begins as the in-context adapter; chosen by
 # leave-one-out on the example pool, with ORDERS orders of the demonstrations in the prompts
@@ -305,6 +306,17 @@ def program(bench: Bench, retriever: Retriever, settings: Settings) -> Trial:
         return _program_choice(bench, chosen, None, read)
 
     return Trial("program", bench, lambda trial, splits: [search(trial, split.seen[:MAX_PACKED]) for split in splits])
+
+
+def stated_program(bench: Bench, records: Sequence[Record]) -> Trial:
+    """Return the trial of the program of these adapters, each asked by its own description."""
+    limit = answer_limit(bench.tokenizer, bench.task.examples)
+    steps = tuple(Step(record.name, record.description, record.hash, limit) for record in records)
+
+    def choose(trial: Trial, splits: Sequence[Split]) -> list[Selection]:
+        return [_program_choice(bench, steps, bench.engine.pool, {})] * len(splits)
+
+    return Trial("program", bench, choose, learns=False, evaluations=1)
 
 
 def _program_choice(

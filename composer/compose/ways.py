@@ -13,7 +13,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loraweave.composer.compose.learning import averaged, few_shot, long_lora, of_start, program, routed, search_of
+from loraweave.common.checks import says_something
+from loraweave.composer.compose.candidates import skills
+from loraweave.composer.compose.learning import (
+    averaged,
+    few_shot,
+    long_lora,
+    of_start,
+    program,
+    routed,
+    search_of,
+    stated_program,
+)
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.settings import CALIBRATING, OTHER_WAYS, Settings
 from loraweave.composer.compose.trials import Bench, Split, Trial, best_single, fixed
@@ -27,6 +38,8 @@ EACH = 10
 TRAINS_FROM = 40
 # a single adapter of less than this share of the loss without adapters is taken as it is
 SURE = 0.5
+# what learns nothing from the examples, and takes no adapter of a skill
+UNLEARNED = ("base", "in_context", "in_context_adapter")
 # with labels, unless the adapter suits these by luck with at least this probability
 LUCK = 0.05
 # no program is sought where something that did not learn has a lower loss, in nats a token
@@ -146,8 +159,12 @@ def _auto(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Set
     if not folds and _is_sure(plain, bench, settings):
         return Outcome(plain, "best_single", remarks)
     if _is_one(task, settings):
+        said = _that_run(_said(bench), lambda trial: trial.run(folds), remarks)
+        unlearned = [trial for trial in plain if trial.name in UNLEARNED]
+        if said and said[0].held_out_loss < SURE * _least(unlearned):
+            return Outcome([*plain, *said], said[0].name, remarks)
         remarks.append("one example is shown in prompts, and not learned from: two would tell how well ways do")
-        return _averaged(plain, prompts, folds, remarks)
+        return _averaged([*plain, *said], prompts, folds, remarks)
     if settings.has_many(task):
         # only the best on the examples held out goes on to learn from all
         programs = _programs(bench, settings, plain)
@@ -200,6 +217,19 @@ def _programs(bench: Bench, settings: Settings, plain: Sequence[Trial]) -> list[
     return [program(bench, bench.retriever, settings)] if bench.retriever is not None and is_sought else []
 
 
+def _said(bench: Bench) -> list[Trial]:
+    """Return the trial of the two adapters whose descriptions together say what the instruction asks for, if any do."""
+    if bench.retriever is None:
+        return []
+    records = [bench.retriever.hub.record(name) for name in bench.scores]
+    described = [record for record in records if says_something(record.description)]
+    if not described or not says_something(bench.task.instruction):
+        return []
+    texts = [str(text) for text, _ in bench.task.examples]
+    pair, _ = skills(bench.retriever.space, described, bench.task, texts)
+    return [stated_program(bench, pair)] if len(pair) == 2 else []
+
+
 def _joins(program: Trial, plain: Sequence[Trial], remarks: list[str]) -> bool:
     """Return whether the program is a member, and note it; not with one step, whose weight is learned anyway."""
     steps = [] if program.chosen is None else list(program.chosen.composition.steps)
@@ -226,8 +256,7 @@ def _is_sure(plain: Sequence[Trial], bench: Bench, settings: Settings) -> bool:
     losses = {trial.name: trial.held_out_loss for trial in plain}
     if _is_one(bench.task, settings) and bench.best([0], 1).keys() != set(list(bench.scores)[:1]):
         return False
-    prompts = ("base", "in_context", "in_context_adapter")
-    if losses["best_single"] >= SURE * min(losses[name] for name in prompts if name in losses):
+    if losses["best_single"] >= SURE * min(losses[name] for name in UNLEARNED if name in losses):
         return False
     return bench.task.labels is None or _luck_of_best(bench) < LUCK
 
@@ -279,6 +308,7 @@ PLAIN = ("base", "best_single")
 REASONS = {
     "average": "the members' probabilities, averaged",
     "best_single": "it answers the examples already, far better than prompts alone",
+    "program": "the instruction asks for both skills, and it answers the example far better than prompts alone",
 }
 
 

@@ -127,3 +127,19 @@ def test_without_examples_it_takes_a_hub_and_an_instruction(compose, trained_let
         letter_hub.update(name, description="")
     with pytest.raises(InvalidTask, match=r"none of the 3 adapters found in .* has a description"):
         compose("go on")
+
+
+def test_one_example_confirms_the_program_that_the_instruction_asks_for(compose, trained_letters, tokenizer, letter_hub):
+    task = lw.Task([("a", "i")], instruction="go on, do it")
+    composition = lw.compose(trained_letters[0], tokenizer, letter_hub, task, progress=False)
+    assert list(composition.steps) == ["one", "two"]
+    assert composition.predict(["b", "d"]) == ["j", "l"]
+    assert "the instruction asks for both skills" in composition.report.reason
+    losses = {row.name: row.loss for row in composition.report.rows}
+    assert losses["program"] < 0.5 * losses["base"]
+    # an example that the program does not answer: what prompts say stands
+    other = lw.Task([("a", "d")], instruction="go on, do it")
+    shown = lw.compose(trained_letters[0], tokenizer, letter_hub, other, progress=False)
+    assert not shown.steps
+    assert shown.report["program"].loss > 0.5 * shown.report["base"].loss
+    assert "one example is shown in prompts" in shown.report.reason
