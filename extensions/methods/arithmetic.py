@@ -26,8 +26,8 @@ from loraweave.extend import Count, Fraction, NonNegative, Positive, Share, alge
 def negate(adapter: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:
     """Return -D (Zhang et al. 2023, arXiv 2306.14870): one factor of each layer, gains and biases change their sign.
 
-    Twice is the adapter itself, bit for bit. An unbound update is refused: what replaces the base's weight or bias has no
-    opposite without the base.
+    Negating twice gives the adapter itself, bit for bit. An unbound update is refused: what replaces the base's weight or
+    bias has no opposite without the base.
     """
     negated = scale(adapter, -1.0, name=name, heads=heads)
     return negated if name else replace(negated, name=f"negated {adapter.name}")
@@ -64,8 +64,8 @@ def unlearn(a: Adapter, b: Adapter, strength: float = 1.0, *, name: str | None =
 def ema(slow: Adapter, fast: Adapter, decay: float, *, name: str | None = None, heads: str = "error") -> Adapter:
     """Return one step of I-LoRA's moving average (Ren et al. 2024, arXiv 2402.18865): decay * slow + (1 - decay) * fast.
 
-    It is taken on a and on b apart, as there (`factor_average`), so that cross terms are part of it, and both have one rank.
-    `decay` is in [0, 1]: 1 leaves slow, 0 takes fast.
+    As in the paper, the factors a and b are averaged separately (`factor_average`): the result has cross terms, and both
+    adapters must have the same rank. `decay` is in [0, 1]: 1 returns slow, 0 fast.
     """
     check_options("ema", {"decay": decay}, {"decay": Fraction})
     return merge(
@@ -189,7 +189,10 @@ def compeft(
 
 
 def _ternary(tau: Tensor, density: float, scale: float | str, where: str) -> Tensor:
-    """Return c * sign(tau) on the largest entries of a vector, zero elsewhere."""
+    """Return c * sign(tau) at the `density` share of largest entries of a vector tau, zero elsewhere; c is by `scale`.
+
+    Raises AdapterUnsupported, which names the tensors as `where`, if the standard deviation is 0.
+    """
     # as the decimal number that was written: 0.29 * 100 is below 29 in binary
     count = int(Decimal(repr(float(density))) * tau.numel())
     magnitude = tau.abs()
@@ -207,7 +210,7 @@ def _ternary(tau: Tensor, density: float, scale: float | str, where: str) -> Ten
 
 
 def _largest(magnitude: Tensor, count: int) -> Tensor:
-    """Return which `count` entries are largest, of equal ones the first; zeros are never among them."""
+    """Return a boolean mask of the `count` largest entries, of equal ones the first; an entry of zero is never chosen."""
     if count == 0:
         return torch.zeros_like(magnitude, dtype=torch.bool)
     least = magnitude.kthvalue(magnitude.numel() - count + 1).values

@@ -40,7 +40,7 @@ TINY = 1e-7
 
 @dataclass(frozen=True)
 class Kin:
-    """A method of mergekit's family: how updates are thinned out, whether signs are elected, mergekit's defaults."""
+    """A method of mergekit's: how it thins out updates, whether it elects signs, and mergekit's defaults of its options."""
 
     thinning: str
     elects: bool
@@ -74,7 +74,7 @@ def mergekit(
     rescale: bool,
     scale: float,
 ) -> DenseUpdate:
-    """Return one layer's merge by the method `of` KIN; `densities` and `extras` (gamma or epsilon) are those of the experts.
+    """Return one layer's merge by the method `of`, a key of `KIN`; each expert has a density and an extra (gamma, epsilon).
 
     tau_e is what is left of delta_e; with `rescale` it is multiplied by |delta_e|_1 / |tau_e|_1, matrix and bias apart.
     With elected signs the result is scale * sum of w_e tau_e over the experts for which it has the sign of the sum of all,
@@ -96,7 +96,7 @@ def mergekit(
 
 
 def _thinned(thinning: str, densities: Sequence[float], extras: Sequence[float], seeds: Sequence[int]) -> Prune:
-    """Return a `Prune` that thins out each expert's update by its own numbers, found by its place among those given."""
+    """Return a `Prune` that thins out each expert's update by its own density and extra; both lists follow the experts."""
     settings = list(zip(densities, extras, strict=True))
 
     def by(density: float, extra: float) -> Prune:
@@ -133,7 +133,7 @@ class _Scaled:
 
 
 def _with_norm(prune: Prune) -> Prune:
-    """Return a `Prune` that multiplies what is left of each tensor, so that its sum of magnitudes is that of the whole."""
+    """Return `prune` with what is left of each tensor scaled so that its L1 norm is that of the whole tensor."""
 
     def rescaled(entries: Entries) -> Sequence[Rule]:
         rules = prune(entries)
@@ -189,7 +189,10 @@ class Recipe:
 
     @classmethod
     def of(cls, path: Path, said: Mapping[str, Any]) -> Recipe:
-        """Return the recipe of a file. Raises WeightingError, by name, for what a merge of adapters cannot mean."""
+        """Return the recipe of the file `path`, whose parsed YAML is `said`.
+
+        Raises WeightingError, which names the key, for what a merge of adapters cannot mean.
+        """
         for key, why in OTHER_KEYS.items():
             if key in said:
                 raise WeightingError(f"{path} has {key!r}, which {why}: leave it out")
@@ -217,7 +220,7 @@ class Recipe:
 
     @property
     def _of_models(self) -> tuple[str, ...]:
-        """The names of the parameters of each model, as far as they count."""
+        """The names of the parameters that this method reads for each model."""
         kin = KIN.get(self.method)
         thinned = kin is not None and kin.thinning != "nothing"
         return ("weight", *(["density"] if thinned else []), *([kin.extra[0]] if kin and kin.extra else []))
@@ -264,7 +267,10 @@ class Recipe:
         return adapter, parameters
 
     def merge(self, find: Callable[[str], Adapter], *, seed: int = 0, **rules: Any) -> Adapter:
-        """Return the merged adapter; `rules` are those of `merge`. Raises what `merge` raises."""
+        """Return the merged adapter; `find` returns the adapter of a name or folder, `rules` are options of `merge`.
+
+        Raises what `merge` raises, and WeightingError for weights and densities that mergekit's method cannot take.
+        """
         # the base among the models adds nothing to itself
         used = [(find(name), parameters) for name, parameters in self.models if name is not None]
         used.sort(key=lambda pair: (pair[0].hash, pair[1]["weight"]))
@@ -290,7 +296,7 @@ class Recipe:
         return merge(adapters, weights, method=mergekit, seed=seed, **chosen, **rules)
 
     def _shares(self, weights: Sequence[float]) -> list[float]:
-        """Return the shares of mergekit's linear, where the base model's own weight counts, too.
+        """Return each adapter's share in mergekit's linear, whose divisor includes the base model's own weight.
 
         Raises WeightingError for weights that sum to 0, or without `normalize` to anything but 1.
         """
@@ -331,7 +337,7 @@ READS = "mergekit's 'merge_method' and 'models'"
 
 
 def read(path: Path, said: Mapping[str, Any]) -> Recipe | None:
-    """Return the recipe of a file with these keys, or None for a file that is not mergekit's.
+    """Return the recipe of the file `path` with the parsed content `said`, or None for a file that is not mergekit's.
 
     Raises WeightingError, which names the key, for what a merge of adapters cannot mean.
     """

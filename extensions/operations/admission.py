@@ -26,7 +26,7 @@ Ranks = dict[tuple[int, int], tuple[int, int]]
 
 
 class Budgets(Admission):
-    """The budgets of a server's memory and of the seconds of its steps; no row waits for one that is infinite."""
+    """The budgets of a server's memory in bytes and of a step's time in seconds; no row waits for an infinite budget."""
 
     def __init__(self, model: Any, limits: Limits, prefixes: Any, experts: Any, step_times: StepTimes | None = None) -> None:
         self._limits = limits
@@ -76,7 +76,7 @@ class Memory:
         self._prefixes, self._experts = prefixes, experts
 
     def needed(self, rows: Sequence[Any]) -> int:
-        """Return the bytes that these rows need together."""
+        """Return the bytes that these rows need together, for keys, values and adapters."""
         if not rows:
             return 0
         lines = sum(len(row.prompts) for row in rows)
@@ -84,11 +84,11 @@ class Memory:
         return int(lines * max(row.longest for row in rows) * self._token_bytes + sum(adapters.values()))
 
     def has_room(self, rows: Sequence[Any]) -> bool:
-        """Return whether the rows fit once nothing is kept beside them."""
+        """Return True if the rows fit into the budget once all kept prefixes and unused adapters are dropped."""
         return self._max_bytes == math.inf or self.needed(rows) <= self._max_bytes
 
     def make_room(self, rows: Sequence[Any]) -> None:
-        """Drop kept prefixes and unused adapters until the rest fits beside these rows."""
+        """Drop kept prefixes and unused adapters, least recently used first, until the rest fits beside these rows."""
         if self._max_bytes == math.inf:
             # nothing is added up at each step of a server without a limit
             return
@@ -114,7 +114,9 @@ def _token_bytes(model: Any) -> int:
 
 
 class StepTimes:
-    """A predictor of steps of rows on layers of this dtype and device, in seconds of `clock`. One thread uses it.
+    """A predictor of how many seconds (of `clock`) a decoding step takes, by item size in bytes and device type.
+
+    One thread uses it.
 
         seconds = c0 + c1 * lines + c2 * a        a: what composer/live/kernels/_parts.py prices the lines' updates at
 
@@ -132,7 +134,7 @@ class StepTimes:
         self._fitted: np.ndarray | None = None
 
     def saw(self, rows: Sequence[Any], seconds: float) -> None:
-        """Remember a step of these rows."""
+        """Remember that a step of these rows took `seconds`."""
         self._steps.append((self._features(rows), seconds))
         self._fitted = None
 
@@ -159,7 +161,7 @@ class StepTimes:
         return 1.0, float(sum(len(row.prompts) for row in rows)), self._updates(rows)
 
     def _updates(self, rows: Sequence[Any]) -> float:
-        """Return the seconds that the cost model gives the updates of one token in each line."""
+        """Return the seconds that the cost model predicts for the adapters' updates of one token in each line."""
         lines = [tuple(member.adapters.items()) for row in rows for member in row.served.members if member.adapters]
         ranks = {content: self._ranks_of(adapter) for line in lines for content, adapter in line}
         shapes = {shape for by_shape in ranks.values() for shape in by_shape}
@@ -195,5 +197,5 @@ class StepTimes:
 
 @lru_cache(maxsize=4096)
 def cheapest(work: Workload) -> float:
-    """Return the seconds of the kernel that would be chosen."""
+    """Return the predicted seconds of the cheapest compute kernel for this workload."""
     return min(work.rates.seconds(cost) for cost in costs(work).values())

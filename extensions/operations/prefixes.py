@@ -101,7 +101,10 @@ class KeptPrefixes(Prefixes):
                 self._keep(weights, read[line][:length], kept)
 
     def _longest(self, states: States, ids: tuple[int, ...]) -> tuple[int, Kept | None]:
-        """Return (number of tokens, prefix) of the longest common beginning, the last of `ids` excepted, or (0, None)."""
+        """Return (number of shared tokens, kept prefix) for the longest prefix kept under one of `states`, or (0, None).
+
+        The last of `ids` is never taken from a prefix: the model has to read it.
+        """
         most = {weights: len(ids) if count is None else count for weights, count in states if weights is not None}
         best, best_key = MIN_TOKENS - 1, None
         for key, kept in self._kept.items() if most else ():
@@ -114,7 +117,7 @@ class KeptPrefixes(Prefixes):
         return best, self._kept[best_key]
 
     def _keep(self, weights: Hashable | None, ids: tuple[int, ...], states: KeysAndValues) -> None:
-        """Keep copies of what the model made of these tokens, in place of shorter beginnings of them."""
+        """Keep copies of these tokens' keys and values, and drop kept prefixes of the same weights that begin them."""
         if weights is None or len(ids) < MIN_TOKENS or not self._max_bytes:
             return
         if any(kept_weights == weights and kept[: len(ids)] == ids for kept_weights, kept in self._kept):
@@ -132,9 +135,9 @@ class KeptPrefixes(Prefixes):
 
 
 def states_of(row: Any) -> list[States]:
-    """Return what each line's keys and values depend on, with None for weights where that is more than weights.
+    """Return, for each line of a row, the weights that its keys and values depend on; None where weights do not decide them.
 
-    A router counts by what the formula says, and not as an object, which would live as long as its keys and values.
+    A router is identified by its formula, not as an object, which would live as long as its keys and values.
     """
     served = row.served
     if served.router is not None:
@@ -143,10 +146,9 @@ def states_of(row: Any) -> list[States]:
 
 
 def _states(member: Any, prompt: Sequence[int]) -> States:
-    """Return what the keys and values of a member's line depend on.
+    """Return pairs (weights, count): the first `count` tokens of a member's line depend on these weights alone.
 
-    An adapter with invocation tokens is among them from these on: a line's keys and values before the first of them are
-    those of a line without it.
+    An adapter with invocation tokens is among the weights from these tokens on; before them it has no part.
     """
     if not member.is_activated:
         return [(frozenset(member.weights.items()), None)]
@@ -161,7 +163,7 @@ def _states(member: Any, prompt: Sequence[int]) -> States:
 
 
 def _cache_of(known: Sequence[tuple[int, Kept | None]], width: int) -> DynamicCache | None:
-    """Make a cache of each line's known beginning, padded on the left; None if no line has one."""
+    """Make a cache of `width` tokens from each line's (length, kept prefix), padded on the left; None if no line has one."""
     like = next((kept for _, kept in known if kept is not None), None)
     if like is None:
         return None
@@ -183,7 +185,7 @@ def _cache_of(known: Sequence[tuple[int, Kept | None]], width: int) -> DynamicCa
 
 
 def _common(kept: Sequence[int], ids: Sequence[int]) -> int:
-    """Count the tokens that both begin with, the last of `ids` excepted."""
+    """Return how many leading tokens both sequences share, leaving out the last of `ids`."""
     count = 0
     for one, other in zip(kept, ids[:-1], strict=False):
         if one != other:

@@ -12,7 +12,7 @@ __all__ = ["make_admission", "make_metrics", "make_prefixes"]
 
 
 def make_admission(model: Any, limits: Limits, prefixes: Any, experts: Any) -> Admission:
-    """Return the budgets of a server."""
+    """Return the admission that keeps the memory and time budgets of `limits`."""
     from loraweave.extensions.operations.admission import Budgets
 
     return Budgets(model, limits, prefixes, experts)

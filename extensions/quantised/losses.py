@@ -24,7 +24,7 @@ _TOLD: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
 def is_quantised(layer: TargetLayer) -> bool:
-    """Return whether it is a linear layer whose weight nothing can be added to as it is stored."""
+    """Return True for a linear layer whose weight is stored quantised, so that no update can be added in place."""
     if layer.kind.name != "linear" or layer.number is not None or layer.transposed or layer.offloaded:
         return False
     weight = layer.module._parameters.get("weight")
@@ -35,7 +35,10 @@ def is_quantised(layer: TargetLayer) -> bool:
 
 
 def full_weight_warnings(adapters: Mapping[str, Adapter], layers: Mapping[str, TargetLayer]) -> list[str]:
-    """Return a sentence for each adapter that saw quantised weights where the model has full ones."""
+    """Return a warning for each adapter that was trained on quantised weights, if the model's layers have full ones.
+
+    `adapters` are by name, `layers` the model's target layers by path.
+    """
     sentences = []
     for name, adapter in adapters.items():
         mark = adapter.card.get("quantization")
@@ -60,9 +63,9 @@ def full_weight_warnings(adapters: Mapping[str, Adapter], layers: Mapping[str, T
 
 
 def differences(adapter: Adapter, mark: Mapping[str, Any], layers: Mapping[str, TargetLayer]) -> dict[str, float] | None:
-    """Return {layer: |W - Q(W)| / |D|} over the linear layers that `mark` quantises.
+    """Return {layer: |W - Q(W)| / |D|} over the linear layers that `mark`, a quantization_config as JSON, quantises.
 
-    It is None for a quantisation that weights alone do not determine: GPTQ's and AWQ's look at data.
+    None for a quantisation that weights alone do not determine: GPTQ's and AWQ's look at data.
     """
     ratios: dict[str, float] = {}
     skipped = mark.get("llm_int8_skip_modules") or mark.get("modules_to_not_convert") or ["lm_head"]
@@ -81,9 +84,9 @@ def differences(adapter: Adapter, mark: Mapping[str, Any], layers: Mapping[str, 
 
 
 def quantised(weight_OI: Tensor, mark: Mapping[str, Any]) -> Tensor | None:
-    """Return Q(W) as the library of `mark` makes it, a transformers `quantization_config` as JSON.
+    """Return Q(W), dequantised, by the library that `mark` names, a transformers `quantization_config` as JSON.
 
-    Raises PackageMissing without that library.
+    None for a library other than bitsandbytes and torchao. Raises PackageMissing if it is not installed.
     """
     method = mark.get("quant_method")
     try:

@@ -30,7 +30,10 @@ UNEVEN = 1e-8
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """An expert's update as u diag(s) v^T in float64, s positive and descending, null directions left out."""
+    """An expert's update as u diag(s) v^T in float64, s positive and descending, null directions left out.
+
+    `place` is the expert's index among all experts of the merge.
+    """
 
     u_OR: Tensor
     s_R: Tensor
@@ -48,7 +51,10 @@ class Spectrum:
 
 
 def opened(experts: Experts, weights: Weights, scale: float = 1.0) -> tuple[Factors, Tensor | None, list[Spectrum]]:
-    """Return an update of the result's kind, scale * the sum of w_e bias_e, and the spectra of updates that are not zero."""
+    """Return (the first expert's factors, scale * sum of w_e bias_e or None, the spectra of the updates that are not zero).
+
+    The first factors tell the kind and kernel size of the result.
+    """
     terms_E = terms(experts, weights)
     return terms_E[0].factors, scaled_bias(terms_E, scale), [spectrum for spectrum in spectra(terms_E) if spectrum.rank]
 
@@ -123,13 +129,13 @@ class Joint:
         return self.s_S * self.weight_S
 
     def each(self, x_NS: Tensor) -> list[Tensor]:
-        """Return the columns of every expert."""
+        """Split the S columns of a tensor by expert, in order."""
         ends = list(itertools.accumulate(self.ranks, initial=0))
         return [x_NS[:, start:end] for start, end in itertools.pairwise(ends)]
 
 
 def joint(parts: Sequence[Spectrum]) -> Joint:
-    """Return the experts side by side, in order."""
+    """Return the experts' spectra concatenated, in order."""
     weights = [torch.full_like(spectrum.s_R, spectrum.weight) for spectrum in parts]
     return Joint(
         torch.cat([spectrum.u_OR for spectrum in parts], dim=1),
@@ -173,7 +179,9 @@ def _signs(basis_NP: Tensor) -> Tensor:
 
 
 def core_factors(parts: Spectrum, left_PR: Tensor | None = None, right_QR: Tensor | None = None) -> Factors:
-    """Return an expert's update as balanced fp32 factors, with coordinates in a basis in place of directions, where given.
+    """Return an expert's update as balanced fp32 factors: b = u sqrt(s), a = sqrt(s) v^T.
+
+    `left_PR` and `right_QR`, where given, replace u and v by their coordinates in a basis.
 
     Coordinates that are only rounding (2^-20 beside the largest) become zeros, so that experts that share no direction
     share no entry either: elementwise rules count entries.
@@ -196,7 +204,7 @@ def assemble(
 ) -> Factors:
     """Return (u left) core (v right)^T with `sides` = (left_SP, right_SQ), as fp32 factors of the kind of `first`.
 
-    A core of full rank `num` stays as it is, since nothing can cancel. Otherwise the factors are balanced, and what is only
+    A core of shape (num, num) has full rank and stays as it is. Otherwise the factors are balanced, and what is only
     rounding beside scale * the largest of the experts' singular values is left out.
     """
     if core_PQ.shape == (num, num):
@@ -210,7 +218,7 @@ def assemble(
 
 
 def as_factors(first: Factors, b_OR: Tensor, a_RI: Tensor, bias_O: Tensor | None) -> Factors:
-    """Return b a with the kind and kernel of `first`, in fp32, in memory of its own."""
+    """Return factors b and a with the layer kind and convolution kernel of `first`, in fp32, in memory of their own."""
     return replace(first, a_RI=a_RI.float().contiguous(), b_OR=b_OR.float().contiguous(), bias_O=bias_O)
 
 
@@ -221,7 +229,7 @@ def scaled_bias(found: Sequence[Term], scale: float) -> Tensor | None:
 
 
 def clean(x: Tensor) -> Tensor:
-    """Return the coordinates with zeros in place of those that are only rounding beside the largest."""
+    """Return the tensor with entries of at most 2^-20 times the largest magnitude set to zero: they are only rounding."""
     magnitude = x.abs()
     bound = 2.0**-20 * float(magnitude.max()) if x.numel() else 0.0
     return x.masked_fill(magnitude <= bound, 0.0)

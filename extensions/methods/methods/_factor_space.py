@@ -23,7 +23,10 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 def merge_rooted(found: Sequence[Term], combine: Combine, prune: Prune = lambda tensor, place: tensor) -> Factors:
-    """Return a and b merged by a rule with the roots of the weights, and biases merged with the weights themselves; fp32."""
+    """Return one layer's a and b merged by `combine` with the roots of the weights, and its bias with the weights; fp32.
+
+    `prune` is applied first to each expert's tensor.
+    """
     w_E = torch.tensor([term.weight for term in found], dtype=torch.float64)
     root_E = w_E.abs().sqrt()
 
@@ -57,7 +60,10 @@ def largest(density: float) -> Prune:
 
 
 def random_rescaled(density: float, seeds: Sequence[int]) -> Prune:
-    """Return a `Prune` that keeps entries with probability `density`, divided by it (0: zeros); a stream for each expert."""
+    """Return a `Prune` that keeps entries with probability `density`, divided by it (0: zeros).
+
+    Each expert draws from a random stream of its own seed.
+    """
     streams = [np.random.Philox(key=seed) for seed in seeds]
 
     def prune(tensor: Tensor, place: int) -> Tensor:

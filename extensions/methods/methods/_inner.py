@@ -16,7 +16,10 @@ NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodCall:
-    """Return the inner method with its options. Raises WeightingError for one that `method` cannot use, or UnknownName."""
+    """Return the merge method `name` with its options, for use inside `method`.
+
+    Raises UnknownName for a name that no method has, WeightingError for one that `method` cannot use.
+    """
     if name == method:
         raise WeightingError(
             f"{method}: inner={name!r} is the method itself; name the rule that it should apply, such as 'ties_per_layer'"
@@ -38,9 +41,10 @@ def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodC
 def combined(
     call: MethodCall, experts: Experts, weights: Weights, seeds: Sequence[int], *, survey: Any = None
 ) -> Factors | DenseUpdate | None:
-    """Return what the inner method makes of the experts. Raises WeightingError where it needs seeds and has none.
+    """Return the inner method's merge of one layer's experts; None if it merges them to nothing.
 
-    `survey` is what the inner method has seen of all layers; without it, it takes this one for all.
+    `seeds` has one per expert; `survey` is what the inner method has seen of all layers (None: it treats this layer as all
+    of them). Raises WeightingError where it needs seeds and has none.
     """
     extra: dict[str, Any] = {"survey": survey} if survey is not None else {}
     if call.takes("seeds"):

@@ -64,7 +64,7 @@ def ace(experts: Experts, weights: Weights, *, eps: Positive = 1e-2, k_fraction:
 
 
 def _level(fused_OP: Tensor, k_fraction: float, num_inputs: int) -> Tensor:
-    """Return mean(sigma_k) U_k V_k^T of the largest singular triplets that are not null."""
+    """Return mean(sigma_k) U_k V_k^T of the top `k_fraction` * min(O, `num_inputs`) singular triplets, without null ones."""
     u_OS, s_S, vh_SP = torch.linalg.svd(fused_OP, full_matrices=False)
     kept = min(int(min(fused_OP.shape[0], num_inputs) * k_fraction), counted(s_S))
     return (u_OS[:, :kept] * s_S[:kept].mean()) @ vh_SP[:kept] if kept else torch.zeros_like(fused_OP)

@@ -76,7 +76,7 @@ def core_space(
 
 
 def _of_updates(found: Sequence[Term]) -> tuple[Tensor, Tensor, list[Factors]]:
-    """Return U, V and the cores in the singular vectors of the updates."""
+    """Return U (O, P), V (I, Q) and each expert's core in the singular vectors of the updates; no cores for zero updates."""
     parts = spectra(found)
     experts_S = joint(parts)
     if not sum(experts_S.ranks):
@@ -88,7 +88,7 @@ def _of_updates(found: Sequence[Term]) -> tuple[Tensor, Tensor, list[Factors]]:
 
 
 def _of_factors(found: Sequence[Term]) -> tuple[Tensor, Tensor, list[Factors]]:
-    """Return U, V and the cores in the singular vectors of the stacked factors, as many as these are large."""
+    """Return U (O, min(O, S)), V (I, min(I, S)) and each expert's core in the singular vectors of the stacked factors."""
     u_OP, b_PS = _left_singular(torch.cat([term.factors.b_OR for term in found], dim=1).double())
     v_IQ, a_QS = _left_singular(torch.cat([term.factors.a_RI for term in found]).double().T)
     ranks = [term.factors.rank for term in found]

@@ -67,7 +67,10 @@ def della(
 def magprune(
     entries: Entries, seeds: Sequence[int], density: float, epsilon: float, *, rescale: bool = True
 ) -> Sequence[Rule]:
-    """Return rules that keep an entry by a probability that rises with its magnitude's rank, divided by it to `rescale`."""
+    """Return one rule per expert that keeps an entry with a probability that rises with its magnitude's rank in the row.
+
+    The probability goes from density - epsilon to density + epsilon; with `rescale` kept entries are divided by it.
+    """
     width = entries.shape[1]
     rising = np.linspace(-1.0, 1.0, width) if width > 1 else np.zeros(width)
     level_of_rank_I = torch.tensor([float(quantise(density + epsilon * step)) for step in rising])
@@ -76,7 +79,7 @@ def magprune(
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """A rule that keeps entries whose draw is below the level of their rank in the row, from the smallest magnitude on."""
+    """A rule that keeps an entry if its random draw is below the level of its rank; rank 0 is the row's least magnitude."""
 
     seed: int
     level_of_rank_I: Tensor
@@ -94,7 +97,7 @@ class Ranked:
 
 
 def _ascending(block_BI: Tensor) -> Tensor:
-    """Return for each row the columns in order of magnitude, of equal ones the earlier first.
+    """Return each row's column indices (B, I) in ascending order of magnitude, of equal ones the earlier first.
 
     The bits of a magnitude above those of the column make one integer, so that an ordinary sort, which is fast, is stable.
     """

@@ -40,7 +40,10 @@ def karcher(experts: Experts, weights: Weights, *, tolerance: NonNegative = 1e-9
 
 
 def _centre(unit_EE: Tensor, part_E: Tensor, tolerance: float, max_steps: int) -> Tensor | None:
-    """Return the centre's coefficients in unit vectors of that Gram matrix; None if their mean has no direction."""
+    """Return the coefficients (E) of the centre of unit vectors with Gram matrix `unit_EE` and shares `part_E`.
+
+    None if the vectors' mean has no direction.
+    """
     length = _length(unit_EE, part_E)
     if length < 1e-6:
         return None

@@ -14,7 +14,7 @@ from loraweave.extensions.methods.methods._inner import NO_OPTIONS, combined, in
 
 
 def needs_survey(*, inner: str = "ties", inner_options: Mapping[str, Any] = NO_OPTIONS) -> bool:
-    """Return whether the inner rule looks at all layers."""
+    """Return True if the inner rule looks at all layers, so that `survey` must run first."""
     return inner_call(inner, inner_options, method="knots").looks_at_all_layers
 
 
@@ -73,7 +73,10 @@ def knots(
 
 
 def _pieces(experts: Experts, found: Sequence[Term]) -> tuple[Tensor, list[Factors | None]]:
-    """Return U and each expert's U^T D_e with its bias, None for one that does not count, or for all without any update."""
+    """Return U (O, P) and for each expert U^T D_e with its bias.
+
+    It is None for an expert whose weight is 0 or that lacks the layer, and for all if every update is zero.
+    """
     pieces: list[Factors | None] = [None] * len(experts)
     parts = spectra(found)
     experts_S = joint(parts)

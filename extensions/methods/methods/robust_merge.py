@@ -48,7 +48,7 @@ def robust_merge(experts: Experts, weights: Weights, *, density: Share = 0.2, sc
 
 
 def _prune(parts: Spectrum, density: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return B', A' and the coefficients s of an expert, 0 for a row that is pruned away."""
+    """Return one expert's pruned B' (O, R) and A' (R, I), and s (R), which is 0 for a rank whose row of A is pruned away."""
     balanced = core_factors(parts)
     b_OR, a_RI = _largest(balanced.b_OR, density).double(), _largest(balanced.a_RI, density).double()
     whole_R, left_R = balanced.a_RI.double().abs().sum(dim=1), a_RI.abs().sum(dim=1)

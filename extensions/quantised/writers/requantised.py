@@ -36,9 +36,9 @@ Place = tuple[torch.device, torch.dtype]
 
 
 class Requantised(WeightWriter):
-    """The weight of a quantised layer, in the form that `Fused` handles all it writes to.
+    """The weight of a quantised layer, as a writer that `Fused` uses.
 
-    `loss` is that of the latest update; above `max_loss` the layer stays as it is and adds the update to its output.
+    `loss` is the latest update's; above `max_loss` the weight stays as it is and a hook adds the update to the output.
     """
 
     # no copy of the original is made
@@ -73,7 +73,7 @@ class Requantised(WeightWriter):
 
     @torch.no_grad()
     def prepare(self, update: Factors | DenseUpdate, scratch: object = None) -> None:
-        """Make the new weight beside the layer, for `exchange`, and its loss.
+        """Make the weight that `exchange` puts into the layer, and its `loss`; the layer itself is not changed yet.
 
         Raises CompositionError for values that are not finite.
         """
@@ -108,7 +108,7 @@ class Requantised(WeightWriter):
         self.exchange()
 
     def changed(self) -> bool:
-        """Return whether someone else has put another weight in place of this one.
+        """Return True if someone else has put another weight object in place of the one that this writer expects.
 
         What is in it is not compared, since bitsandbytes packs it otherwise when it first runs.
         """
@@ -125,7 +125,7 @@ class Requantised(WeightWriter):
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Keep the layer's own weight with the update live for the block, whatever was written."""
+        """Use the layer's own quantised weight, with the update added to its output, inside the block."""
         new = self._new
         if self.at_home or new is None:
             yield
@@ -168,7 +168,7 @@ class _Added:
 
 
 def read_weight(layer: TargetLayer, module: Any, place: Place) -> Tensor:
-    """Return (O, I) in fp32, as the forward of `module`, the layer's or one like it, computes with it."""
+    """Return the weight (O, I) in fp32 with which the forward of `module`, the layer's own or its twin, computes."""
     weight = module._parameters.get("weight")
     if weight is not None and type(weight.data) is not Tensor:
         # torchao's, whose forward may round its inputs too
@@ -194,7 +194,7 @@ def read_weight(layer: TargetLayer, module: Any, place: Place) -> Tensor:
 
 
 def quantised_again(module: Any, weight_OI: Tensor) -> Any:
-    """Return a module like this one with another weight, quantised in the same form; None where no way to do so is known.
+    """Return a copy of a module with `weight_OI` quantised as its own weight is; None for an unsupported quantisation.
 
     Forms: bitsandbytes' 4-bit (nf4, fp4) and int8, torchao's Int8Tensor and IntxUnpackedToInt8Tensor.
     """
@@ -225,7 +225,7 @@ def quantised_again(module: Any, weight_OI: Tensor) -> Any:
 
 
 def _is_packed(weight: Any) -> bool:
-    """Return whether a 4-bit weight has the form that CPUs with AVX512 run, its scales rounded to bf16."""
+    """Return True if a 4-bit weight is packed for CPUs with AVX512, its scales rounded to bf16."""
     return bool(getattr(weight.quant_state, "packing_format_for_cpu", False))
 
 
@@ -256,7 +256,7 @@ def _torchao_again(weight: Any, weight_OI: Tensor) -> Any:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return what a module reads its weight from."""
+    """Return {attribute: value} of everything that a module's forward reads its weight from."""
     beside = {name: vars(module)[name] for name in _BESIDE if name in vars(module)}
     return {"weight": module._parameters["weight"], **beside} if "weight" in module._parameters else beside
 
@@ -277,7 +277,7 @@ def _bias(module: Any) -> Tensor | None:
 
 
 def _place(model: nn.Module, layer: TargetLayer) -> Place:
-    """Return the device of the layer's values, and the dtype of what it is given."""
+    """Return (device of the layer's weight, dtype of the layer's inputs)."""
     if place := find_places(model, {layer.name: layer}).get(layer.name):
         return place
     tensors = [*layer.module.parameters(), *layer.module.buffers(), *model.parameters()]
