@@ -248,17 +248,21 @@ class Shelf(Generic[Key, Thing]):
         Raises BudgetExceeded, naming `what` was to be taken, when they do not fit beside what is in use.
         """
         self.require_room(sizes, what)
-        taken = {key: self._use(self._slots[key]) for key in sizes if key in self._slots}
-        for key in taken:
-            self._idle.pop(key, None)
-        fresh = {key: size for key, size in sizes.items() if key not in taken}
-        needed = sum(fresh.values())
+        taken: dict[Key, Slot[Thing]] = {}
+        needed = 0
+        for key, size in sizes.items():
+            if key in self._slots:
+                taken[key] = self._use(self._slots[key])
+                self._idle.pop(key, None)
+            else:
+                needed += size
         while self.budget_bytes is not None and self.num_bytes + needed > self.budget_bytes:
             self._remove(next(iter(self._idle)))
             self.num_evictions += 1
-        for key, size in fresh.items():
-            taken[key] = self._slots[key] = self._use(Slot(size))
-            self.num_bytes += size
+        for key, size in sizes.items():
+            if key not in taken:
+                taken[key] = self._slots[key] = self._use(Slot(size))
+                self.num_bytes += size
         return taken
 
     def give_back(self, taken: Mapping[Key, Slot[Thing]]) -> None:

@@ -20,6 +20,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import compress
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -310,7 +311,7 @@ def make_plan(
         # with the weights of a layer contiguous, since those of its tokens may be many
         values_LEBT = weights.values_BTLE.detach().permute(2, 3, 0, 1).clone(memory_format=torch.contiguous_format)
         used_E = (values_LEBT != 0).transpose(0, 1).flatten(1).any(dim=1)
-        active = tuple(name for name, used in zip(weights.experts, used_E.tolist(), strict=True) if used)
+        active = tuple(compress(weights.experts, used_E.tolist()))
         mixture = MixtureWeights(values_LEBT[:, used_E].permute(2, 3, 0, 1), active, weights.layers)
     if own_invocations := invocations(active):
         return _routed_plan(mixture, active, own_invocations)
