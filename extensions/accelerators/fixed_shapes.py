@@ -46,12 +46,12 @@ _FIXED: ContextVar[bool] = ContextVar("loraweave_fixed_shapes", default=False)
 
 
 def batch_invariant(model: nn.Module) -> AbstractContextManager[None]:
-    """Fix all shapes for the block: no bit of a row's outputs depends on other rows, their mixtures, padding, or a cache.
+    """Fix all shapes within the block: no bit of a row's outputs depends on other rows, their mixtures, padding or a cache.
 
-    It counts for calls of the model in this thread, and for activations that are opened inside. `model` is a transformers
+    It applies to calls of the model in this thread, and to activations that are opened inside. `model` is a transformers
     model whose attention is "sdpa", on a CPU, in any floating dtype; mixtures have a weight for each row. The number of
     threads (`torch.set_num_threads`) must stay the same, since another may round in another way. Raises CompositionError for
-    a model whose products it cannot fix, and, from a call inside, ScopeError, naming it, for a product of another form and
+    a model whose products it cannot fix; a call inside raises ScopeError for any other kind of product, which it names, and
     for a mixture whose weights are per token.
     """
     return only_kernel("fixed_shape", model)
@@ -59,7 +59,7 @@ def batch_invariant(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def fixing(model: nn.Module) -> Iterator[None]:
-    """Fix the shapes of the model's own products in the block. Raises CompositionError for one that has other products."""
+    """Fix the shapes of the model's own products within the block; raise CompositionError if some cannot be fixed."""
     _require_sound(model)
     running = ExitStack()
 
@@ -112,7 +112,7 @@ def _require_sound(model: nn.Module) -> None:
 
 
 class _FixedShapes(TorchFunctionMode):
-    """The mode in which products have fixed shapes, or raise ScopeError."""
+    """The torch mode in which matrix products have fixed shapes, or raise ScopeError if they cannot have."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -133,7 +133,10 @@ def fixed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> 
 
 
 def fixed_products(x_MTI: Tensor, weight_MOI: Tensor) -> Tensor:
-    """Return x W^T of each of M matrices, filled up to TILE rows; the model's own batched products are refused."""
+    """Return x W^T (M, T, O) for each of M pairs of matrices; T, at most TILE, is padded to TILE in the product.
+
+    It also runs where the model's own batched products are refused.
+    """
     num_tokens = x_MTI.shape[1]
     with torch._C.DisableTorchFunction():
         return _products(pad(x_MTI, (0, 0, 0, TILE - num_tokens)), weight_MOI)[:, :num_tokens]
@@ -149,7 +152,11 @@ def fixed_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return softmax(q k^T * scale) v of (B, H, T, D) over the keys that the mask leaves, in fp32 or better."""
+    """Return softmax(q k^T * scale) v over the keys that the mask allows, calculated in fp32 or better.
+
+    It has the arguments of `scaled_dot_product_attention`; query, key and value are (rows, heads, positions, head size).
+    Raises ScopeError for dropout, biases by position or a mask by head.
+    """
     if dropout_p:
         raise ScopeError("attention drops values at random: call model.eval() before batch_invariant()")
     if enable_gqa:
@@ -166,7 +173,7 @@ def fixed_attention(
     q_NTD = queries.reshape(-1, TILE, size)
 
     def by_tile(states: Tensor) -> Tensor:
-        """Return, for each tile of queries, the keys or values of its row and head."""
+        """Return, for each tile of queries, the `states` (keys or values) of its batch row and head."""
         return states[:, :, None].expand(-1, -1, num_tiles, -1, -1).reshape(len(q_NTD), *states.shape[2:])
 
     blocked = ~allowed_BQK.reshape(num_rows, 1, num_tiles, TILE, -1).expand(-1, num_heads, -1, -1, -1).reshape(
@@ -189,9 +196,9 @@ def fixed_attention(
 
 
 def _products(x_NTI: Tensor, weight_NOI: Tensor) -> Tensor:
-    """Return x W^T of each of N matrices.
+    """Return x W^T (N, T, O) for each of N pairs of matrices.
 
-    The library adds up otherwise for one matrix alone, and if W is laid out the other way, by a token's place in a tile.
+    They are never multiplied singly, nor with W in another memory layout: the library would add up in another order.
     """
     if len(x_NTI) == 1:
         return _products(x_NTI.repeat(2, 1, 1), weight_NOI.repeat(2, 1, 1))[:1]
@@ -200,7 +207,7 @@ def _products(x_NTI: Tensor, weight_NOI: Tensor) -> Tensor:
 
 
 def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function of single elements that calls `func` for whole vectors of them, in one thread."""
+    """Return the elementwise function `func` so that it runs on whole vectors of LANES elements, in one thread."""
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         alone = x.numel() <= PIECE or torch.get_num_threads() == 1
@@ -218,7 +225,7 @@ def _fixed_addmm(bias_O: Tensor, x_NI: Tensor, weight_IO: Tensor) -> Tensor:
 
 
 def _fixed_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Return a product whose sums have one term each, which are no sums; refuse any other."""
+    """Return left @ right if the inner dimension is 1, so that nothing is summed; else raise ScopeError."""
     if left.ndim > 1 and right.ndim > 1 and left.shape[-1] == 1:
         return left * right
     raise _refusal("torch.matmul")
@@ -264,27 +271,27 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def _with_outputs(weight: Tensor) -> Tensor:
-    """Return W (O, I), or several, with outputs of zeros up to TILE; else sums would depend on a token's place in a tile."""
+    """Return W (.., O, I) padded with zeros to TILE outputs; else sums would depend on a token's position in a tile."""
     missing = TILE - weight.shape[-2]
     return pad(weight, (0, 0, 0, missing)) if missing > 0 else weight
 
 
 def _with_inputs(x: Tensor) -> Tensor:
-    """Return x, or a W, with inputs of zeros up to whole vectors: of fewer, each row begins at another place of a vector.
+    """Return x or a weight (.., I) with I padded with zeros to a multiple of VECTOR.
 
-    Few outputs are then summed in another order for some rows than for others.
+    Else each row begins at another offset in a vector, and some rows are summed in another order if there are few outputs.
     """
     missing = -x.shape[-1] % VECTOR
     return pad(x, (0, missing)) if missing else x
 
 
 def _in_tiles(x_NI: Tensor) -> Tensor:
-    """Return the rows in contiguous memory, with rows of zeros up to whole tiles."""
+    """Return x_NI as contiguous memory, with N padded with zeros to a multiple of TILE."""
     return pad(x_NI, (0, 0, 0, -len(x_NI) % TILE)).contiguous()
 
 
 def _allowed(mask: Tensor | None, is_causal: bool, num_rows: int, num_queries: int, num_keys: int) -> Tensor:
-    """Return which keys each query sees, as (B, Q, K)."""
+    """Return True where a query sees a key, as (B, Q, K); raise ScopeError for a mask by head or one with other biases."""
     if mask is None:
         every = torch.ones(num_queries, num_keys, dtype=torch.bool)
         return (every.tril() if is_causal else every).expand(num_rows, -1, -1)
@@ -301,7 +308,10 @@ def _allowed(mask: Tensor | None, is_causal: bool, num_rows: int, num_queries: i
 
 
 def _own_keys(allowed_BQK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the places of the keys that each row's last query sees, in order and in whole tiles, and the mask of those."""
+    """Return the positions (B, K) of the keys that each row's last query sees, and allowed_BQK for these keys.
+
+    The positions ascend and are padded to whole tiles of KEYS, with False in the mask.
+    """
     last_BK = allowed_BQK[:, -1]
     counts_B = last_BK.sum(dim=1)
     size = -(-int(counts_B.max()) // KEYS) * KEYS or KEYS

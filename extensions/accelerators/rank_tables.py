@@ -1,4 +1,4 @@
-"""The distinct factors of a batch side by side, and which of their rank rows each mixture uses; what Triton kernels read."""
+"""The distinct factors of a batch side by side, and which of their rank rows each mixture uses: what Triton kernels read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEVICES = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cu
 
 
 def triton_runs(device: str, itemsize: int) -> bool:
-    """Return whether Triton's kernels, with sums in fp32, run on this type of device for floats of this many bytes."""
+    """Return whether Triton's kernels, which sum in fp32, run on this type of device for floats of `itemsize` bytes."""
     return device in DEVICES and itemsize in (2, 4) and _is_installed()
 
 
@@ -32,7 +32,7 @@ def _is_installed() -> bool:
 
 @dataclass(frozen=True, eq=False)
 class RankTables:
-    """The distinct rank rows of a batch, of which mixture g uses index_GR[g, :count_G[g]], with weights w_GR in fp32."""
+    """The D distinct rank rows of a batch, of which mixture g uses index_GR[g, :count_G[g]], with weights w_GR in fp32."""
 
     a_DI: Tensor
     b_DO: Tensor
@@ -69,7 +69,7 @@ class RankTables:
 
 
 class TableKernel(RowKernel):
-    """A kernel that reads `tables`."""
+    """A kernel whose factors are rank rows of `tables`."""
 
     is_shared: ClassVar[bool | None] = False
     devices: ClassVar[tuple[str, ...] | None] = DEVICES
@@ -97,11 +97,11 @@ class TableKernel(RowKernel):
 
     @abstractmethod
     def run(self, x_BTI: Tensor, in_DI: Tensor, out_DO: Tensor, y_BTO: Tensor | None) -> Tensor:
-        """Return x in^T * w out, added to y if there is one."""
+        """Return (x in^T * w) out, with the weights w of `tables`, added to y_BTO in place unless that is None."""
 
 
 class _Product(torch.autograd.Function):
-    """x a^T * w b; its gradient is the same with a and b in each other's place."""
+    """The product (x a^T * w) b of a kernel's tables; its gradient is the same product with a and b swapped."""
 
     @staticmethod
     def forward(ctx: Any, x_BTI: Tensor, kernel: TableKernel, turned: bool) -> Tensor:
@@ -116,7 +116,7 @@ class _Product(torch.autograd.Function):
 
 
 def group_rows(rows: RowSets) -> dict[tuple[tuple[int, float], ...], list[int]]:
-    """Return {distinct mixture: the numbers of its rows}, in the rows' order; rows without parts are left out."""
+    """Return {distinct mixture: the numbers of its batch rows}, in the rows' order; rows without experts are left out."""
     numbers_by_mixture: dict[tuple[tuple[int, float], ...], list[int]] = {}
     for number, row in enumerate(rows):
         if row:

@@ -1,7 +1,8 @@
 """The products of the Triton kernels, with sums in fp32: tokens with their own rank rows of a table, and the way back.
 
-Each group of rows has a list of rank rows: `index` into the table, `weight` for each and `count` of them, in tables of
-`width` columns. Importing this needs Triton; nothing does before a kernel runs.
+Tensors are row-major. `table` has a rank row for each line; `tokens` is the number of tokens of a batch row (of a group in
+the `each` kernels). Group g uses the rank rows index[g, :count[g]], with the weights weight[g, :count[g]]; `index`, `weight`
+and `hidden` have `width` columns. Importing this needs Triton; nothing does before a kernel runs.
 """
 
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 def shrink_each(
     x, table, index, weight, count, hidden, tokens, num_features, width, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr
 ):
-    """Store hidden_NR = weight * (x_NI . table_rI) for the token's own rows r; one token at a time."""
+    """Store hidden[n, r] = weight * (x_NI[n] . table row) for the rank rows of token n's group; one token at a time."""
     token = tl.program_id(0).to(tl.int64)
     group = token // tokens
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -45,7 +46,7 @@ def expand_each(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Store y_NO = hidden_NR . table_rO (added to y_NO with ADD) for the token's own rows r; one token at a time."""
+    """Store y[n] = hidden[n] @ the rank rows of token n's group (added to y[n] with ADD); one token at a time."""
     token = tl.program_id(0).to(tl.int64)
     group = token // tokens
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -85,7 +86,7 @@ def shrink_group(
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Do what `shrink_each` does for a block of a group's tokens; the group's rows are member[first[g] : first[g + 1]]."""
+    """Do what `shrink_each` does for a block of a group's tokens; its batch rows are member[first[g] : first[g + 1]]."""
     group = tl.program_id(0)
     begin = tl.load(first + group)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -132,7 +133,7 @@ def expand_group(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Do what `expand_each` does for a block of a group's tokens. Hidden values are rounded to the table's dtype."""
+    """Do what `expand_each` does for a block of a group's tokens, with hidden values rounded to the table's dtype."""
     group = tl.program_id(0)
     begin = tl.load(first + group)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

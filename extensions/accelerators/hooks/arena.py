@@ -45,7 +45,7 @@ class _Table(NamedTuple):
 
 @dataclass(eq=False)
 class _Slot:
-    """The rows of an expert, `size` of them from `start` on; `profile` is the number of its ranks by layer."""
+    """An expert's rank rows in the arena: `size` from row `start` on. `profile` numbers its ranks by layer."""
 
     start: int
     size: int
@@ -55,7 +55,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Groups:
-    """The layers grouped by the ranks of experts: in all layers of a group, each of P profiles has one rank (G, P)."""
+    """Layers in G groups: in all layers of a group, each of P profiles of experts has the same rank, `ranks_GP`."""
 
     of_layer: Mapping[str, int]
     ranks_GP: NDArray[np.int64]
@@ -63,10 +63,10 @@ class _Groups:
 
 @dataclass(frozen=True, eq=False)
 class Board:
-    """A mixture for M rows, as the numbers and weights of the rank rows that each row uses in each group of layers.
+    """A mixture for M batch rows: the numbers and weights of the rank rows that each uses in each group of layers.
 
     They lie at fixed addresses, an int32 tensor for each device, so that a captured graph can read the next mixture.
-    `remembered` and `kernels` keep what was made for these addresses; a board that is used again keeps them.
+    `remembered` and `kernels` keep what was made for these addresses; a board that is lent again keeps them.
     """
 
     key: tuple[Any, ...]
@@ -77,14 +77,14 @@ class Board:
     kernels: dict[tuple[str, bool], Kernel] = field(default_factory=dict)
 
     def reaches(self, layer: str) -> bool:
-        """Return whether some expert of the mixture has rank rows in the layer."""
+        """Return whether any expert of the mixture has rank rows in the layer of this name."""
         return layer in self.groups.of_layer
 
 
 class Arena(LiveHook):
-    """A lender of boards with experts' rank rows at fixed addresses. Any thread may call.
+    """A lender of boards that keeps experts' rank rows at fixed addresses. Any thread may call.
 
-    Above `max_bytes`, experts that nobody uses go, the one used longest ago first; what is used at once has no limit.
+    Above `max_bytes`, it drops experts that no board uses, the least recently used first; those in use have no limit.
     """
 
     devices = DEVICES
@@ -107,7 +107,7 @@ class Arena(LiveHook):
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all layers' rank rows, including those that no expert has."""
+        """The bytes of all layers' rank rows, including rows that no expert occupies."""
         return self._capacity * self._row_bytes
 
     @property
@@ -116,17 +116,17 @@ class Arena(LiveHook):
 
     @classmethod
     def bytes_beside(cls, adapter: Adapter, device: torch.device, dtype: torch.dtype) -> int:
-        """Return the bytes that an adapter takes of an arena whose layers are its own."""
+        """Return the bytes that an adapter takes of an arena with the adapter's layers; 0 where Triton does not run."""
         if not triton_runs(device.type, dtype.itemsize):
             return 0
         widths = sum(factors.a_RI.shape[1] + factors.b_OR.shape[0] for factors in adapter.layers.values())
         return dtype.itemsize * widths * max((factors.rank for factors in adapter.layers.values()), default=0)
 
     def prepare(self, mixture: MixtureWeights, lease: Lease, layers: Mapping[str, TargetLayer]) -> Board | None:
-        """Lend a board with this mixture of M rows, which all layers share, until `release`.
+        """Lend a board with this mixture, whose M rows have the same weights in all `layers`, until `release`.
 
-        Returns None where an expert has more than factors, where the place of a layer is not known or has no Triton, and
-        while experts of a model that has moved since are in use.
+        `lease` holds the mixture's experts on their devices. Returns None where an expert has more than factors, where its
+        factors are not placed or Triton does not run there, and while boards from before a move of the model are in use.
         """
         # asked before each call of a model: without Triton, not even one expert has to be looked at
         if not triton_runs("cuda", 4):
@@ -146,7 +146,7 @@ class Arena(LiveHook):
             return board
 
     def release(self, prepared: Board) -> None:
-        """Free the board for others, and its experts' rows where no other board uses them."""
+        """Take back a board that `prepare` lent; experts that no other board uses may then be dropped."""
         with self._lock:
             for slot in prepared.slots:
                 slot.num_users -= 1
@@ -161,7 +161,10 @@ class Arena(LiveHook):
                         del self._free[key]
 
     def forget(self, expert: str) -> None:
-        """Drop the expert of this name, which another may have next. All memory goes once little of it is used."""
+        """Drop the expert of this name, which another may have next.
+
+        Frees the whole arena if no board is in use and less than half of its rank rows are occupied.
+        """
         with self._lock:
             self._slots.pop(expert, None)
             if not any(slot.num_users for slot in self._slots.values()) and 2 * self._num_rows < self._capacity:
@@ -174,9 +177,9 @@ class Arena(LiveHook):
     def kernel(
         self, prepared: Board, layer: TargetLayer, device: torch.device, dtype: torch.dtype, *, one: bool
     ) -> Kernel | None:
-        """Return the kernel that adds the board's mixture to a layer, or None where that has another device or dtype.
+        """Return the kernel that adds the board's mixture to a layer, for `one` token a row or for more.
 
-        It is for `one` token a row or for more.
+        Returns None unless the arena has the layer's factors on this device in this dtype.
         """
         if (kernel := prepared.kernels.get((layer.name, one))) is None:
             table = self._tables[layer.name]
@@ -216,7 +219,7 @@ class Arena(LiveHook):
         return slot
 
     def _room(self, size: int, staying: Sequence[str]) -> int:
-        """Return where `size` rows are free: rows that were left, those of experts that nobody uses, or new ones."""
+        """Return the first of `size` free rank rows, made by dropping experts other than `staying` or by growing."""
         while (start := self._gap(size)) + size > self._capacity:
             idle = next((name for name, slot in self._slots.items() if not slot.num_users and name not in staying), None)
             if idle is None or (start + size) * self._row_bytes <= self.max_bytes:
@@ -226,7 +229,7 @@ class Arena(LiveHook):
         return start
 
     def _gap(self, size: int) -> int:
-        """Return the first row after which `size` rows are free; they may lie beyond the present capacity."""
+        """Return the first of `size` consecutive free rank rows; they may reach beyond the present capacity."""
         start = 1
         for slot in sorted(self._slots.values(), key=lambda slot: slot.start):
             if slot.start - start >= size:
@@ -277,7 +280,7 @@ class Arena(LiveHook):
 
 
 def _parts(name: str, lease: Lease, layers: Mapping[str, TargetLayer]) -> Mapping[str, PlacedFactors] | None:
-    """Return an expert's factors in its linear layers, or None if an arena cannot hold all that it does (a gain, a bias)."""
+    """Return {linear layer: the expert's factors}, or None if an arena cannot hold all of its update (a gain, a bias)."""
     placed = lease.placed(name)
     if not lease.layers_of(name) <= layers.keys():
         return None
@@ -298,9 +301,10 @@ def _spread(
     count_GM: NDArray[np.int64],
     width: int,
 ) -> NDArray[np.int32]:
-    """Return count_M, index_MR and the bits of w_MR for each group, from N uses of an expert by a row, in the rows' order.
+    """Return (G, M + 2 M `width`): for each group of layers, count_M, index_MR and the bits of w_MR, R = `width`.
 
-    The fewer calls the better: after a step of the model each finds its code and data outside the caches.
+    The N (row, expert) pairs are in the rows' order: rank_GN and start_N are the expert's rank and first rank row.
+    Few calls matter: after a step of the model each finds its code and data outside the caches.
     """
     num_groups, num_rows = count_GM.shape
     flats = np.zeros((num_groups, num_rows * (1 + 2 * width)), np.int32)

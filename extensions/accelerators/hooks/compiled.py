@@ -32,7 +32,7 @@ class Compiled(LiveHook):
         self.numbers: dict[str, Tensor] = {}
 
     def traced(self, mixed: MixedLayer) -> tuple[Traced, Tensor]:
-        """Return `mix` and the layer's number, by which `mix` finds it as long as it lives."""
+        """Return `mix` and the number, a tensor of shape (), by which `mix` finds the layer as long as that lives."""
         name = mixed.layer.name
         if name not in self.numbers:
             # a tensor, whose value no guard looks at: layers that share their code then share what it was compiled to
@@ -43,9 +43,9 @@ class Compiled(LiveHook):
 
 
 def mix(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the layer's output y with the update that is active when this runs; `bias` is the layer's own.
+    """Return y, the layer's output for x, plus the update that is active when this runs; `layer` is the layer's number.
 
-    The backward pass belongs inside the activation: it raises CompositionError after that has ended.
+    `bias` is the layer's own. The backward pass raises CompositionError once the activation has ended.
     """
     output: Tensor
     if torch.is_grad_enabled():
@@ -60,14 +60,14 @@ def _mixed(layer: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _mixed_for_backward(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the output, and the number of what was active (0: nothing), for the backward pass."""
+    """Return the layer's output, and the number of the activation that the backward pass needs (0: none was active)."""
     with torch.no_grad():
         output, mixing = _mixed_by(layer, x, y)
     return output, torch.tensor(0 if mixing is None else _number_of(mixing))
 
 
 def _number_of(mixing: Any) -> int:
-    """Return the number by which a backward pass finds the mixing, as long as that lives."""
+    """Return the number by which a backward pass finds an activation, `mixing`, as long as that lives."""
     if mixing not in _NUMBER_OF:
         _MIXINGS[_NUMBER_OF.setdefault(mixing, next(_NUMBERS))] = mixing
     return _NUMBER_OF[mixing]
@@ -91,7 +91,10 @@ def _mixed_shape(layer: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _mixed_backward(
     grad: Tensor, layer: Tensor, mixing: Tensor, x: Tensor, y: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, y and bias (empty where there is none)."""
+    """Return the gradients of x, y and bias (empty for a layer without one) for `grad`, the output's.
+
+    `layer` and `mixing` are the numbers of the layer and the activation. Raises CompositionError if that has ended.
+    """
     no_bias = grad.new_empty(0) if bias is None else torch.zeros_like(bias)
     if not int(mixing):
         return torch.zeros_like(x, memory_format=torch.contiguous_format), _copy(grad), no_bias

@@ -24,7 +24,7 @@ S_PER_COLD_BYTE = 1e-10
 
 
 class ChosenExperts:
-    """The ways that `add_experts` of the core asks for, on a CPU."""
+    """The faster products that `add_experts` of the core tries first, on a CPU."""
 
     @staticmethod
     def add_experts(
@@ -38,9 +38,10 @@ class ChosenExperts:
         *,
         learns: bool,
     ) -> Tensor | None:
-        """Return y + (x a^T * w) b^T in y's own memory, the update_NO alone without y, or None where that would not pay.
+        """Return y + (x a^T * w) b in y's own memory, the update_NO alone without y, or None where that would not pay.
 
-        No token has more than `most` weights other than 0, and a weight of 0 has no gradient.
+        N are tokens; `ranks` are the E experts' numbers of rows of a and b. A token has at most `most` weights that are
+        not 0; a weight of 0 has no gradient. `learns`: whether a gradient is needed.
         """
         num_tokens, num_inputs = x_NI.shape
         if x_NI.device.type != "cpu":
@@ -55,10 +56,10 @@ class ChosenExperts:
 
 
 class ChosenProduct(torch.autograd.Function):
-    """The `ExpertProduct` of experts with rank rows of their own, `ranks` of them one after the other, and weights by token.
+    """The product y + (x a^T * w) b of experts whose rank rows, `ranks` of them, are stacked in a and b; N are tokens.
 
-    A weight of exactly 0 has no gradient, and its expert no part in the token. The work grows with the number of other
-    weights, not of experts. Twice differentiated, it raises RuntimeError.
+    A weight of exactly 0 has no gradient, and its expert is skipped for the token: the work grows with the number of weights
+    that are not 0, not of experts. Twice differentiated, it raises RuntimeError.
     """
 
     @staticmethod
@@ -106,7 +107,10 @@ class ChosenProduct(torch.autograd.Function):
 
 
 def _chosen_experts(token_Z: Tensor, counts: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yield the number, rank rows and tokens of each expert that has tokens."""
+    """Yield each expert that has tokens as (its number, the slice of its rank rows, its token numbers).
+
+    `token_Z` has the token numbers of one expert after the other, `counts` of each.
+    """
     start = 0
     for expert, (token_M, rank) in enumerate(zip(torch.split(token_Z, list(counts)), ranks, strict=True)):
         if len(token_M):
@@ -119,7 +123,7 @@ def _weigh(values_MR: Tensor, w_M1: Tensor) -> Tensor:
 
 
 def _of_one_token(y: Tensor | None, x_1I: Tensor, w_E: Tensor, a_SI: Tensor, b_SO: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Return what `add_experts` returns for one token, without reading the factors of experts whose weight is 0."""
+    """Return `add_experts` for one token, in y's own memory, without reading the factors of experts whose weight is 0."""
     sum_1O = x_1I.new_zeros(1, b_SO.shape[1]) if y is None else y.view(1, -1)
     start = 0
     for weight, rank in zip(w_E.tolist(), ranks, strict=True):
@@ -132,7 +136,7 @@ def _of_one_token(y: Tensor | None, x_1I: Tensor, w_E: Tensor, a_SI: Tensor, b_S
 
 
 def choosing_pays(work: TokenWorkload, *, learns: bool) -> bool:
-    """Return whether, on a CPU, `ChosenProduct` clearly beats `ExpertProduct` (in both passes where the experts learn)."""
+    """Return whether `ChosenProduct` clearly beats `ExpertProduct` on a CPU, in both passes if the experts learn."""
     width, rank = work.num_inputs + work.num_outputs, work.stacked / work.num_experts
     products, operations = (6, 13) if learns else (2, 5)
     # inputs and gradients are copied; a sum is read and written, and so is what is added to it
@@ -146,7 +150,10 @@ def choosing_pays(work: TokenWorkload, *, learns: bool) -> bool:
 
 
 def skipping_pays(most: int, num_experts: int, num_bytes: int) -> bool:
-    """Return whether, on a CPU, a call for each of a token's `most` experts beats one that reads all of so many bytes."""
+    """Return whether, for one token on a CPU, a product for each of its `most` experts beats one of all experts' factors.
+
+    `num_bytes` is the size of all factors.
+    """
     # two products and their parts of the factors, against two products, and the weights of all rank rows
     extra_calls = 5 * most - 7
     return num_bytes * (1 - most / num_experts) * S_PER_COLD_BYTE > extra_calls * S_PER_OP

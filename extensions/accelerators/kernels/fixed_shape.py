@@ -1,7 +1,7 @@
-"""Each row's own factors, one expert of it after the other: what `batch_invariant` takes, and never the cheapest.
+"""Each batch row's own factors, one expert after the other: the kernel of `batch_invariant`, never the cheapest.
 
-A slot has the first, second, ... expert of each row that has so many, in the order of the pool; rows whose experts have the
-same rank share batched products. What a row adds up, and in which order, is its own.
+Slot k has the k-th expert, in the order of the pool, of each row with so many; rows whose experts there have the same rank
+share batched products. What a row adds up, and in which order, does not depend on other rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from loraweave.extensions.accelerators.fixed_shapes import TILE, fixed_products,
 
 @dataclass(frozen=True, eq=False)
 class FixedShape(RowKernel):
-    """The rows, a, and b with the weights in it, for each slot and rank."""
+    """The kernel that adds one expert of each row after the other.
+
+    `slots` has, for each slot and rank, the row numbers M, a_MRI, and b_MOR with the weights multiplied in.
+    """
 
     block: ClassVar[str] = "batch_invariant()"
     is_chosen: ClassVar[bool] = False

@@ -19,7 +19,7 @@ from loraweave.extend import Cost, Lend, Part, RowKernel, RowSets, Workload, gro
 
 @dataclass(frozen=True, eq=False)
 class Gathered(RowKernel):
-    """The factors of B mixtures, each filled up with zeros to the R rank rows of the largest; weights are in b."""
+    """The factors of B mixtures, each padded with zeros to the R rank rows of the largest, with the weights in b."""
 
     is_shared: ClassVar[bool | None] = False
 
@@ -73,9 +73,10 @@ class Gathered(RowKernel):
 
 
 class _Filling(NamedTuple):
-    """The pieces that B rows are gathered from, in order: whole parts, or a number of the zero rows after the last part.
+    """The pieces that a batch's factors are gathered from, in order, as pairs (index of the part, None for all of it).
 
-    `weights` are those of the rank rows; None where all are one.
+    The index after the last part means padding: so many rows of zeros. `padded`: whether there is any. `largest` is the rank
+    that all batch rows are padded to. `weights` has one for each gathered rank row; None where all are 1.
     """
 
     largest: int
@@ -86,7 +87,7 @@ class _Filling(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _filling(rows: RowSets, ranks: tuple[int, ...]) -> _Filling:
-    """Return the pieces for rows; they are the same for all layers in which the experts have the same ranks."""
+    """Return the pieces for a batch's rows; they are the same for all layers in which the parts have these `ranks`."""
     largest = max(sum(ranks[p] for p, _ in row) for row in rows)
     pieces: list[tuple[int, int | None]] = []
     weights: list[float] = []
@@ -103,7 +104,7 @@ def _filling(rows: RowSets, ranks: tuple[int, ...]) -> _Filling:
 
 
 def _joined(factors: list[Tensor], filling: _Filling, num_rows: int, lend: Lend | None) -> Tensor:
-    """Return the rows' pieces of the parts' factors, one below the other."""
+    """Return (rows x largest rank, width): the pieces of `factors`, one matrix a part, one below the other."""
     width = factors[0].shape[1]
     if filling.padded:
         factors.append(factors[0].new_zeros(filling.largest, width))

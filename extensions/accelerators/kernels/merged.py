@@ -15,7 +15,7 @@ from loraweave.extend import Cost, Lend, Part, RowKernel, RowSets, Workload, own
 
 @dataclass(frozen=True, eq=False)
 class Merged(RowKernel):
-    """The sum of w_e b_e a_e, multiplied in fp32 or better and rounded once."""
+    """The matrix delta_OI = sum over experts of w_e b_e a_e, multiplied in fp32 or better and rounded once."""
 
     # a full matrix in fp32 would take twice the layer's own memory
     widens: ClassVar[bool] = False

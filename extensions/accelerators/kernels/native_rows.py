@@ -53,16 +53,17 @@ class Table(ctypes.Structure):
 
 
 def function(dtype: torch.dtype, stored: torch.dtype) -> Any:
-    """Return the library's `add` for x and y of a dtype and factors stored in another; None where there is none."""
+    """Return the library's `add` for x and y of `dtype` and factors of dtype `stored`; None if it has none."""
     if dtype not in STORED or stored not in STORED[dtype]:
         return None
     return getattr(library(), f"add_{NAMES[stored]}_{NAMES[dtype]}", None)
 
 
 def shorten(*matrices: Tensor) -> list[Tensor] | None:
-    """Return the fp32 matrices in float16, else in bfloat16, if that changes no number; else None.
+    """Return copies of the matrices in float16, else in bfloat16, if that changes no number; else None.
 
-    Most adapters are stored in 16 bits, and a step of few tokens spends its time on reading factors.
+    Returns None, too, unless all are contiguous fp32. Most adapters are stored in 16 bits, and a step of few tokens spends
+    its time on reading factors.
     """
     if any(m.dtype is not torch.float32 or not m.is_contiguous() or m.numel() % LANES for m in matrices):
         return None
@@ -78,7 +79,7 @@ def shorten(*matrices: Tensor) -> list[Tensor] | None:
 
 
 def work(num_elements: int) -> Tensor:
-    """Return memory for the library in fp32, which one call at a time uses: a call holds Python's lock."""
+    """Return at least `num_elements` of fp32 scratch memory, which all calls share: a call holds Python's lock."""
     if _WORK[0].numel() < num_elements:
         with torch.inference_mode(False):
             _WORK[0] = torch.empty(num_elements, dtype=torch.float32)
@@ -90,7 +91,7 @@ _WORK = [torch.empty(0)]
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the library with its functions' types, or None where it cannot be had."""
+    """Return the compiled library with its functions' argument types set, or None without a compiler."""
     cdll = compiled_library(SOURCE, brief=True)
     if cdll is None:
         return None
@@ -105,7 +106,7 @@ def library() -> ctypes.CDLL | None:
 
 
 class Beside(NamedTuple):
-    """The price of an operation and of a call in units of torch's."""
+    """The cost of the library's operations and calls, as multiples of torch's."""
 
     flops: float
     calls: float
@@ -118,7 +119,10 @@ NATIVE = {4: Beside(1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" e
 
 @dataclass(frozen=True, eq=False)
 class NativeRows(RowKernel):
-    """The distinct factors of M mixtures; `entries` has (first rank row, how many, weight) of each expert of each row."""
+    """The distinct factors of M mixtures, whose D rank rows each lie there once.
+
+    `entries` has, for each mixture, (first rank row, rank, weight) of each of its experts; `of_layer` is the layer's dtype.
+    """
 
     widens: ClassVar[bool] = False
     is_compiled: ClassVar[bool] = True
@@ -171,7 +175,10 @@ class NativeRows(RowKernel):
 
     @classmethod
     def add_dense(cls, dense: Any, x_BTI: Tensor, y_BTO: Tensor) -> bool:
-        """Add the update of few tokens, by x or by x a^T where that is known; return False where it is not for this."""
+        """Add the update of `dense`, a `Dense` kernel, to y in place; return False, y unchanged, where this cannot.
+
+        It multiplies x by a unless `dense.hidden_NS` has x a^T. It takes few tokens, on a CPU, all in the kernel's dtype.
+        """
         num_tokens, dtype, read, stride = x_BTI.shape[0] * x_BTI.shape[1], dense.dtype, dense.hidden_NS, None
         if num_tokens * torch.get_num_threads() > MOST_TOKENS or not x_BTI.dtype is y_BTO.dtype is dtype:
             return False
@@ -223,7 +230,7 @@ class NativeRows(RowKernel):
         return add_native
 
     def _table(self, tokens: int) -> Table:
-        """Return the table that the library reads for so many tokens a row; it is kept as long as the kernel."""
+        """Return the table that the library reads for so many `tokens` a mixture; the kernel keeps it."""
         if tokens in self._tables:
             return self._tables[tokens]
         uses: list[tuple[int, int, int, float]] = []
@@ -254,7 +261,7 @@ class NativeRows(RowKernel):
         y_BTO.add_(self._formula(x_BTI.to(self.dtype)))
 
     def _formula(self, x_BTI: Tensor) -> Tensor:
-        """Return the update by the naive twin, with gradients: one mixture after the other."""
+        """Return the update_BTO by the naive twin, with gradients: one mixture after the other."""
         wide = torch.promote_types(self.dtype, torch.float32)
         updates = []
         for x_NI, row in zip(group_by_mixture(x_BTI, len(self.entries)).to(wide), self.entries, strict=True):
@@ -267,7 +274,7 @@ class NativeRows(RowKernel):
 
 
 class _Product(torch.autograd.Function):
-    """A kernel's update of x_BTI, with a gradient: x's is the same product of the output's gradient, a and b swapped."""
+    """A kernel's update of x_BTI with its gradient, which is the same product of the output's gradient, a and b swapped."""
 
     @staticmethod
     def forward(ctx: Any, x_BTI: Tensor, kernel: NativeRows) -> Tensor:
@@ -284,7 +291,7 @@ class _Product(torch.autograd.Function):
 
 
 def row_by_row(dense: Any, *, only_b: bool) -> list[Tensor]:
-    """Return and keep a stack's factors (b alone: `only_b`) row by row, in 16 bits where these hold the same numbers."""
+    """Return and keep [a, b] of a stack, or [b] if `only_b`, contiguous, in 16 bits where these hold the same numbers."""
     stack = dense.stack
     if only_b not in stack.beside:
         factors = [stack.b_SO] if only_b else [stack.a_SI.contiguous(), stack.b_SO]
@@ -294,7 +301,10 @@ def row_by_row(dense: Any, *, only_b: bool) -> list[Tensor]:
 
 
 def _table_of(dense: Any, num_tokens: int, stride: int | None) -> Table:
-    """Return the table that the library reads: for inputs or, with a `stride`, for hidden values; the stack keeps it."""
+    """Return the table that the library reads, which the stack keeps.
+
+    It is for inputs x or, with a `stride` (elements from token to token), for hidden values x a^T.
+    """
     stack = dense.stack
     table: Table | None = stack.beside.get((num_tokens, stride))
     if table is None:
@@ -311,7 +321,7 @@ def _table_of(dense: Any, num_tokens: int, stride: int | None) -> Table:
 
 @lru_cache(maxsize=256)
 def _uses(ranks: tuple[int, ...], num_tokens: int) -> Tensor:
-    """Return the numbers of a table, for all layers of these ranks, in which each token is a row that uses every factor."""
+    """Return `Table.counts` for layers of these ranks, where each token is a row that uses every expert: an int64 tensor."""
     starts = [num_tokens * number for number in range(len(ranks) + 1)]
     return torch.tensor([*ranks, *starts, *(len(ranks) * [*range(num_tokens)])])
 

@@ -14,11 +14,14 @@ from torch import Tensor
 
 
 class OnednnProduct:
-    """The product for fp32 on a CPU."""
+    """The product of two fp32 matrices on a CPU."""
 
     @staticmethod
     def add_product(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> bool:
-        """Add left @ right to `into`, as `addmm_` does but for the order of sums; return False where this is not for it."""
+        """Add left @ right to `into_MN` in place, like `addmm_` up to the order of sums.
+
+        Returns False, with nothing added, unless `into_MN` is fp32 on a CPU, K > 0 and torch has oneDNN.
+        """
         linear = _onednn_linear()
         if linear is None or into_MN.dtype != torch.float32 or into_MN.device.type != "cpu" or left_MK.shape[1] == 0:
             return False

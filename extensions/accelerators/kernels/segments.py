@@ -18,7 +18,7 @@ from loraweave.extensions.accelerators.rank_tables import group_rows
 
 @dataclass(frozen=True, eq=False)
 class Segments(RowKernel):
-    """The distinct mixtures of B rows, and which rows each is for: a slice where they are consecutive, else an index."""
+    """The distinct mixtures of a batch: for each, its rows (a slice if consecutive, else their numbers) and its kernel."""
 
     is_shared: ClassVar[bool | None] = False
 
@@ -32,7 +32,7 @@ class Segments(RowKernel):
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Segments:
-        """Return the segments; rows without a part are in none."""
+        """Return the segments of a batch's rows; rows without an expert are in none."""
         device = parts[0].a_RI.device
         members = group_rows(rows).items()
         of_all: type[RowKernel] = get("kernels", "shared")

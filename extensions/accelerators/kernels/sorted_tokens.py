@@ -1,6 +1,6 @@
 """Tokens sorted by expert: each expert meets only the tokens that chose it.
 
-For weights of few experts a token out of many, where every other path would multiply all tokens with all experts.
+It is for tokens that use few experts out of many, where every other kernel would multiply all tokens with all experts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ S_PER_OP = 2e-6
 
 @dataclass(frozen=True, eq=False)
 class SortedTokens(AddsInPlace):
-    """The kernel that multiplies each of P experts with the tokens alone for which its weight in w_BTP is not zero.
+    """The kernel that multiplies each of P experts with only those tokens for which its weight in w_BTP is not 0.
 
-    The weights are fp32 or float64; B divides the rows of x. Inputs and products are in `dtype`.
+    The weights are fp32 or float64; B divides the batch rows of x. Inputs and products are in `dtype`.
     """
 
     parts: Sequence[Part]
@@ -31,7 +31,7 @@ class SortedTokens(AddsInPlace):
 
     @staticmethod
     def token_seconds(work: TokenWorkload) -> float:
-        """Return the seconds of this path on a CPU."""
+        """Return the estimated seconds of one `update` on a CPU."""
         width, num_used = work.num_inputs + work.num_outputs, min(work.num_experts, work.chosen)
         # a chosen token's input is copied, and its output read and written twice
         moved = work.chosen * (2 * work.num_inputs + 3 * work.num_outputs) + work.stacked * width

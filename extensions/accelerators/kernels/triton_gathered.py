@@ -1,7 +1,7 @@
-"""Per-row mixtures on a GPU: each token reads its own mixture's factors where they are, and nothing is gathered.
+"""Per-row mixtures on a GPU: each token reads its own mixture's factors where they are, and nothing is copied.
 
-The idea is BGMV's (Punica, Chen et al., MLSys 2024), for mixtures of any ranks. Made for a token or a few of each row,
-where a step costs what it reads. Sums and weights are in fp32.
+The idea is BGMV's (Punica, Chen et al., MLSys 2024), for mixtures of any ranks. Made for one or a few tokens a row, where
+the time of a step is that of reading factors. Sums and weights are in fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraweave.extensions.accelerators.rank_tables import RankTables, TableKerne
 
 @dataclass(frozen=True, eq=False)
 class TritonGathered(TableKernel):
-    """A mixture for each of B rows. Rows without a part get zeros."""
+    """The kernel of a mixture for each of B batch rows. Rows without an expert get zeros."""
 
     tables: RankTables
 

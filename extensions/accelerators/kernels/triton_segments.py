@@ -20,9 +20,9 @@ BLOCK_N = 32
 
 @dataclass(frozen=True, eq=False)
 class TritonSegments(TableKernel):
-    """The distinct mixtures of B rows; the rows member_M[first_G[g] : first_G[g + 1]] have mixture g.
+    """The kernel of G distinct mixtures; the batch rows member_M[first_G[g] : first_G[g + 1]] have mixture g.
 
-    Rows without a part are in no segment. `largest` is the most rows of one.
+    Rows without an expert are in no segment. `largest` is the number of rows of the largest segment.
     """
 
     tables: RankTables
