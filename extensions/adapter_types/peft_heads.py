@@ -34,12 +34,13 @@ _OF_ADAPTERS = words(
 def take_heads(
     stored: dict[str, Tensor], listed: Sequence[str], task: str, bias: str, folder: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Take the heads out of `stored`; return {parameter of the base model: tensor in fp32} and their module names.
+    """Take the heads out of `stored`; return {parameter of the base model: tensor in fp32} and the heads' module names.
 
-    `listed` is the config's modules_to_save, to which a task adds its own. The file may have the module's own path, or
-    PEFT's inner one (`score.modules_to_save.default.weight`). With `bias` "all" PEFT also writes the bias of the copy a
-    second time, and that of the base's module, which it does not compute with. Raises AdapterUnsupported for any other part
-    of an adapter inside such a module, AdapterCorrupt for one parameter with two values, and for missing modules or values.
+    `stored` is {key in the file: tensor}. `listed`, `task` and `bias` are the config's modules_to_save, to which a task adds
+    its own, task_type and bias; errors name `folder`. The file may have the module's own path, or PEFT's inner one
+    (`score.modules_to_save.default.weight`). With `bias` "all" PEFT also writes the copy's bias a second time, and the bias
+    of the base's module, which is dropped, as PEFT does not compute with it. Raises AdapterUnsupported for any other tensor
+    inside such a module, AdapterCorrupt for a parameter with two values and for modules without tensors or empty ones.
     """
     names = list(dict.fromkeys((*listed, *TASK_HEADS.get(task, ()))))
     heads: dict[str, Tensor] = {}
@@ -70,10 +71,11 @@ def take_heads(
 
 
 def saved_modules(heads: Mapping[str, Tensor], layers: Iterable[str], recorded: object) -> tuple[list[str], str | None]:
-    """Return (modules_to_save, task_type) under which PEFT loads exactly these heads.
+    """Return (modules_to_save, task_type or None) under which PEFT loads exactly these heads, {parameter: tensor}.
 
-    The names and the task that the adapter was read with are kept if they fit. A task for which PEFT expects a head is left
-    out without one, since PEFT could not load the folder. Raises AdapterUnsupported if no names fit.
+    `layers` are the layers with an update. The names and the task in `recorded`, the config that the adapter was read with,
+    are kept if they fit. A task for which PEFT expects a head is left out if there is none, since PEFT could not load the
+    folder. Raises AdapterUnsupported if no names fit.
     """
     task = entry(recorded, "task_type", str)
     of_task = [name for name in TASK_HEADS.get(task or "", ()) if any(_depth(head.split("."), [name]) for head in heads)]
@@ -107,13 +109,13 @@ def _check_name(head: str, names: Sequence[str]) -> None:
 
 
 def _depth(pieces: Sequence[str], names: Sequence[str]) -> int | None:
-    """Return how many pieces of a parameter's path lead to the outermost module that PEFT saves under one of `names`."""
+    """Return how many pieces of a parameter's path lead to the outermost module that PEFT saves for `names`, or None."""
     ends = tuple(names)
     return next((depth for depth in range(1, len(pieces)) if ".".join(pieces[:depth]).endswith(ends)), None)
 
 
 def _own_path(key: str, pieces: list[str], depth: int, folder: Path) -> list[str]:
-    """Return the path below a saved module without PEFT's own steps."""
+    """Return the pieces after the saved module's path, `pieces[:depth]`, without PEFT's own (modules_to_save, default)."""
     rest = pieces[depth:]
     if rest[0] == "modules_to_save":
         rest = rest[1:]

@@ -39,10 +39,10 @@ def is_pickle(name: str) -> bool:
 
 
 def read_pickle(folder: Path, name: str, *, integers: bool = False) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield (key, dtype as safetensors names it, tensor in fp32) of every tensor in a file that torch.save wrote.
+    """Yield (key, dtype as safetensors names it, tensor in fp32) for every tensor in a file `name` that torch.save wrote.
 
     With `integers`, tensors of whole numbers are read too, as int64. Raises AdapterUnsupported, naming it, for any class but
-    plain tensors, and AdapterCorrupt for a damaged archive or one that claims more than the file holds.
+    plain tensors, and AdapterCorrupt for a damaged archive or one that claims more bytes than the file has.
     """
     with open_file(folder, name) as (file, size):
         where = f"{folder}: {name}"
@@ -61,14 +61,14 @@ def read_pickle(folder: Path, name: str, *, integers: bool = False) -> Iterator[
 
 
 def texts_in_pickle(folder: Path, name: str) -> list[str]:
-    """Return the texts in the file's pickle, which include the tensors' names; builds nothing. Raises as `read_pickle`."""
+    """Return the strings in the file's pickle, among them the tensors' names; build no object. Raises as `read_pickle`."""
     with open_file(folder, name) as (file, size):
         where = f"{folder}: {name}"
         return _check_classes(_pickle_in(file, size, where), where)
 
 
 def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
-    """Return the archive's pickle, after checking that its entries are stored plainly and fit into the file."""
+    """Return the archive's pickle, after checking that its entries are uncompressed and fit into the file's `size` bytes."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -99,7 +99,7 @@ def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
 
 
 def _check_classes(raw: bytes, where: str) -> list[str]:
-    """Return the texts of the pickle. Raises AdapterUnsupported if it names a class that is not allowed."""
+    """Return the pickle's strings. Raises AdapterUnsupported if it names a class that is not in ALLOWED."""
     num_tensors, texts = 0, []
     try:
         for opcode, argument, _ in pickletools.genops(raw):

@@ -17,12 +17,15 @@ def is_router(folder: Path) -> bool:
 
 
 def is_mixture(folder: Path) -> bool:
-    """Return whether the folder is a POLY of several tasks; a POLY of one is an adapter."""
+    """Return whether the folder is a POLY of several tasks, not of one, which is read as an adapter."""
     return is_router(folder) and config_fields(folder).get("n_tasks", 1) != 1
 
 
 def read(folder: Path, pool: ExpertPool | None, model: Any) -> TokenRouter:
-    """Return the router, with a pool that reads the adapter of each task when it is used."""
+    """Return the router of a POLY folder, with a pool of its own, which reads the adapter of each task on first use.
+
+    `pool` and `model` are not used.
+    """
     from loraweave.extensions.adapter_types.formats.poly import Poly as Format
     from loraweave.extensions.adapter_types.routers.poly import Poly
 

@@ -1,4 +1,4 @@
-"""The common readers: of everything that is only read, of PEFT's types, and of LoRA's variants.
+"""The base classes of formats that are only read: `Reader`, `ForeignFormat` for PEFT's types, `LoraVariant`.
 
 A format states the names of its tensors and config fields and gives one formula, `update`, for one layer. Everything here is
 as strict as the reader of LoRA folders: safetensors only, sizes checked first, unknown names and fields refused.
@@ -54,9 +54,10 @@ COMMON = words(
 
 @dataclass(frozen=True, eq=False)
 class StoredLayer:
-    """One layer of a stored adapter: its tensors, those of the whole file, the config, and the base's layer if known.
+    """One layer of a stored adapter: its `tensors`, those `shared` by all layers, the config, and the base's layer if known.
 
-    `position` counts the adapted layers in the order of the base model's modules; None if no model was given.
+    `where` begins error messages. `position` is the layer's index, of `num_layers`, in the order of the base model's
+    modules; None if no model was given.
     """
 
     name: str
@@ -72,9 +73,9 @@ class StoredLayer:
         return name in self.tensors
 
     def part(self, name: str, *sizes: int | None, empty: bool = False) -> Tensor:
-        """Return a tensor of this layer, or one that all layers share, in float64 (int64 for places).
+        """Return the tensor `name` of this layer, or of all layers, in float64, or int64 if it has whole numbers.
 
-        Raises AdapterCorrupt if it is missing or has other sizes; None stands for any size above 0, with `empty` for 0, too.
+        Raises AdapterCorrupt if it is missing or its shape is not `sizes`; None is any size above 0 (or 0 with `empty`).
         """
         tensor = self.shared.get(name, self.tensors.get(name))
         if tensor is None:
@@ -89,12 +90,12 @@ class StoredLayer:
         return tensor.double() if tensor.is_floating_point() else tensor
 
     def pair(self, name_a: str, name_b: str, *, empty: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the factors (R, I) and (O, R) of these names, which must have one rank, with `empty` of 0, too."""
+        """Return the factors a (R, I) and b (O, R) of these names, whose R must agree and may be 0 only with `empty`."""
         a_RI = self.part(name_a, None, None, empty=empty)
         return a_RI, self.part(name_b, None, a_RI.shape[0])
 
     def choice(self, name: str, options: Iterable[Any], default: Any) -> Any:
-        """Return the value of a field of the config. Raises AdapterUnsupported if it is none of the options."""
+        """Return the config's field `name`, or `default`. Raises AdapterUnsupported if its value is none of `options`."""
         value, known = self.config.fields.get(name, default), list(options)
         if not any(type(value) is type(option) and value == option for option in known):
             raise AdapterUnsupported(
@@ -104,7 +105,7 @@ class StoredLayer:
 
     @property
     def base(self) -> BaseLayer:
-        """The base's layer. Raises AdapterUnsupported, naming model=, if no model was given."""
+        """The base model's layer. Raises AdapterUnsupported, asking for model=, if no model was given."""
         if self.known_base is None:
             raise AdapterUnsupported(
                 f"{self.where}: the file alone does not determine the update, which depends on the base layer; give the "
@@ -113,7 +114,7 @@ class StoredLayer:
         return self.known_base
 
     def require_shared(self, *names: str) -> None:
-        """Raise AdapterUnsupported if the file holds a seed instead of these shared random matrices."""
+        """Raise AdapterUnsupported if the file lacks one of these shared random matrices, of which it has the seed only."""
         missing = [name for name in names if name not in self.shared]
         if missing:
             raise AdapterUnsupported(
@@ -123,7 +124,7 @@ class StoredLayer:
             )
 
     def places(self, name: str, *sizes: int | None, below: int) -> Tensor:
-        """Return a tensor of places, each from 0 to `below` - 1. Raises AdapterCorrupt for others."""
+        """Return a tensor of indices, int64, of shape `sizes`. Raises AdapterCorrupt for one outside 0 to `below` - 1."""
         stored = self.part(name, *sizes)
         whole = stored.long()
         if bool((whole != stored).any()) or (whole.numel() and not 0 <= int(whole.min()) <= int(whole.max()) < below):
@@ -144,13 +145,14 @@ class Reader(ABC):
         max_error: float | None = Bound.max_error,
         allow_pickle: bool = False,
     ) -> Contents:
-        """Return the adapter as a plain LoRA. `card["conversion"]` has rank and relative error of every converted layer.
+        """Return the adapter in a folder or file as a plain LoRA.
 
-        `model` is the base model: its names and sizes are checked, and types whose file does not determine the update need
-        it. Updates that are not of low rank are cut to the smallest rank within `max_error` (Frobenius norm, relative to the
-        layer's update) and at most `rank`. Raises AdapterUnsupported if `rank` leaves a larger error, for features without a
-        form as factors, and for an adapter without effect; AdapterCorrupt for damaged files; LayerMismatch and
-        BaseModelMismatch for another model. A pickle is read only with `allow_pickle`.
+        `card["conversion"]` has rank and relative error of every converted layer. `model` is the base model: its names and
+        sizes are checked, and types whose file does not determine the update need it. Updates that are not of low rank are
+        cut to the smallest rank within `max_error` (Frobenius norm, relative to the layer's update), at most `rank`. Pickles
+        are read only with `allow_pickle`. Raises AdapterUnsupported if `rank` leaves a larger error, for what factors cannot
+        express, and for an adapter without effect; AdapterCorrupt for damaged files; LayerMismatch and BaseModelMismatch for
+        another model.
         """
         contents = cls._read(Path(source), Bound(rank, max_error), model, allow_pickle)
         contents.require_effect(str(source))
@@ -159,27 +161,27 @@ class Reader(ABC):
     @classmethod
     @abstractmethod
     def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
-        """Return the contents of the folder or file."""
+        """Return the adapter in a folder or file; arguments are those of `read`, `bound` its `rank` and `max_error`."""
 
 
 class PeftReader(Reader):
-    """A format that the config of a PEFT folder names."""
+    """A format of PEFT folders that is recognised by the config's peft_type."""
 
     peft_type: ClassVar[str]
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """Return whether the folder is of this type by its config; the rest of its state is not checked."""
+        """Return whether the folder's config names this type; its other files are not checked."""
         return cls.claims(folder, config_fields(folder))
 
     @classmethod
     def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """Return `recognises` for a folder whose config has been read."""
+        """Return `recognises` for a folder whose config has been read, as `fields`."""
         return fields.get("peft_type") == cls.peft_type
 
 
 class ForeignFormat(PeftReader):
-    """A format of one type of PEFT whose tensors are not those of a plain LoRA."""
+    """The format of a PEFT type whose tensors are not those of a plain LoRA; it gives one formula, `update`."""
 
     # names below a layer's path, and below the adapter itself
     parts: ClassVar[frozenset[str]]
@@ -218,7 +220,7 @@ class ForeignFormat(PeftReader):
     @classmethod
     @abstractmethod
     def update(cls, layer: StoredLayer) -> Factors | Dense:
-        """Return the update of one layer by the type's formula."""
+        """Return one layer's update by the type's formula: exact factors, or a dense matrix to be cut to factors."""
 
     @classmethod
     def _own_config(cls, folder: Path) -> AdapterConfig:
@@ -260,7 +262,7 @@ class ForeignFormat(PeftReader):
 
     @classmethod
     def _place(cls, key: str, folder: Path) -> tuple[str | None, str]:
-        """Return (layer or None, part) of a tensor name."""
+        """Return (layer, its tensor's name there) for a key of the file; None is the layer of a shared tensor."""
         path = key.removeprefix(ROOT)
         for name in cls.shared:
             if path == name or (name.endswith(".") and path.startswith(name)):
@@ -278,7 +280,7 @@ class ForeignFormat(PeftReader):
 
 
 class LoraVariant(ForeignFormat):
-    """A variant of LoRA: its config is a LoRA's with one field more, which changes the tensors' meaning."""
+    """A variant of LoRA: its config is a LoRA's with one more, `field`, which changes the tensors' meaning."""
 
     peft_type = "LORA"
     parts = frozenset({"lora_A.weight", "lora_B.weight"})
@@ -286,17 +288,17 @@ class LoraVariant(ForeignFormat):
 
     @classmethod
     def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """Return whether the config is a LoRA's with this field set."""
+        """Return whether the config, `fields`, is a LoRA's with the variant's `field` set."""
         return super().claims(folder, fields) and bool(fields.get(cls.field))
 
     @classmethod
     def settings(cls, config: AdapterConfig) -> Any:
-        """Return the rest of the config, that of a LoRA."""
+        """Return the config parsed as that of a LoRA, without the variant's `field`."""
         return parse_lora({**config.fields, cls.field: None}, config.folder)
 
     @classmethod
     def scale(cls, layer: StoredLayer, rank: int) -> float:
-        """Return alpha / r of a layer. Raises AdapterCorrupt if the config gives it another rank than the file."""
+        """Return the layer's alpha / r. Raises AdapterCorrupt if the config gives it another rank than the file's `rank`."""
         settings = cls.settings(layer.config)
         expected = settings.ranks([layer.name])[layer.name]
         if expected != rank:
@@ -317,13 +319,13 @@ class LoraVariant(ForeignFormat):
 
 
 def require_plain_activation(settings: Any, beside: str) -> None:
-    """Raise AdapterUnsupported for the config of an aLoRA that is also of another kind, `beside`."""
+    """Raise AdapterUnsupported if the parsed LoRA config is an aLoRA's; `beside` names what that cannot be combined with."""
     if settings.invocation:
         raise AdapterUnsupported(f"{settings.folder}: alora_invocation_tokens beside {beside}, which PEFT does not combine")
 
 
 def check_size(layer: StoredLayer, rows: int, columns: int) -> None:
-    """Raise AdapterUnsupported for a matrix that no machine, or not this one, can hold: a small file can ask for one."""
+    """Raise AdapterUnsupported if rows x columns exceed MAX_VALUES or the free memory: a small file can ask for that."""
     free = free_host_bytes()
     # in float64, twice: the matrix, and the factors or the error computed from it
     if free is not None and 16 * rows * columns > free:
@@ -338,7 +340,10 @@ def check_size(layer: StoredLayer, rows: int, columns: int) -> None:
 
 
 def _convert(layout: type[ForeignFormat], layer: StoredLayer, bound: Bound) -> tuple[Factors, dict[str, Any]]:
-    """Return the layer's factors and note. Raises AdapterUnsupported for a matrix too large for this machine."""
+    """Return the layer's factors within `bound`, and the card's note on their rank and error.
+
+    Raises AdapterUnsupported for a matrix too large for this machine and for a layer that `layout` does not support.
+    """
     if layout.linear_only and layer.base.kind != "linear":
         raise AdapterUnsupported(f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers are supported")
     try:
@@ -361,9 +366,9 @@ def plain_factors(a_RI: Tensor, b_OR: Tensor, **others: Any) -> Factors:
 
 
 def block_diagonal(rows: Tensor, blocks: int, where: str) -> Tensor:
-    """Return the block-diagonal matrix whose blocks `rows` has one below the other: (rows, blocks * columns).
+    """Return the block-diagonal matrix (m, blocks * n) of `rows` (m, n), whose blocks lie one below the other.
 
-    Raises AdapterCorrupt if the rows do not divide into the blocks.
+    Raises AdapterCorrupt, with `where` first in its text, if the m rows do not divide into `blocks`.
     """
     if blocks < 1 or rows.shape[0] % blocks:
         raise AdapterCorrupt(f"{where}: a factor of shape {tuple(rows.shape)} does not divide into {blocks} equal blocks")

@@ -1,4 +1,4 @@
-"""Module names of the architectures whose LoRA files write them in another form, as rules from one to the other.
+"""Rules from the module names that LoRA files use to the paths in the base model, for architectures where they differ.
 
 `#` stands for a number, the same on both sides and in the same order; `{a,b}` for either, on both sides at once.
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rule:
-    """A module's name in a file, and its path in the base; several targets take B's rows in turn, by `shares`.
+    """A module's name in a file, and its paths in the base, which divide B's rows in the proportions `shares`, in order.
 
-    With `turned`, a module of twice as many outputs as inputs has (shift, scale), and the base has (scale, shift).
+    With `turned`, the file has (shift, scale) as outputs, and the base (scale, shift), if these are twice the inputs.
     """
 
     source: str
@@ -24,7 +24,7 @@ class Rule:
 
 
 def expand(names: str) -> list[str]:
-    """Return every name that braces stand for: `a.{b,c}` gives `a.b` and `a.c`."""
+    """Return every name that names with braces, separated by spaces, stand for: `a.{b,c}` gives `a.b` and `a.c`."""
     expanded: list[str] = []
     for name in names.split():
         pieces = re.split(r"\{([^{}]*)\}", name)
@@ -51,7 +51,7 @@ UNET = [
 
 
 def _original_unet() -> list[Rule]:
-    """Return the rules for the first authors' names: blocks in one row, two to a level going down, three going up."""
+    """Return the rules for the U-Net authors' names: blocks in one sequence, two a level going down, three going up."""
     rules = {
         "input_blocks.0.0": "conv_in",
         "out.2": "conv_out",
@@ -105,7 +105,7 @@ FINAL_MODULATION = Rule("final_layer.adaLN_modulation.1", ("transformer.norm_out
 
 
 def _original_flux() -> list[Rule]:
-    """Return the rules for the authors' names: q, k and v in one projection, with the MLP beside them in single blocks."""
+    """Return the rules for FLUX.1's authors' names: q, k and v in one projection, in single blocks with the MLP."""
     double, single = "transformer.transformer_blocks.#", "transformer.single_transformer_blocks.#"
     one_to_one = {
         "double_blocks.#.img_attn.proj": f"{double}.attn.to_out.0",
@@ -143,7 +143,7 @@ ORIGINAL_FLUX = _original_flux()
 
 
 def _original_sd3() -> list[Rule]:
-    """Return the rules for the authors' names of Stable Diffusion 3: image and text of a block side by side."""
+    """Return the rules for Stable Diffusion 3's authors' names: x_block is a block's image, context_block its text."""
     block = "transformer.transformer_blocks.#"
     rules = [
         Rule("context_embedder", ("transformer.context_embedder",)),
@@ -179,5 +179,5 @@ _CLIP = (
 
 
 def text_encoder(component: str) -> list[Rule]:
-    """Return the rules for CLIP's text encoders as the component of a pipeline."""
+    """Return the rules for a CLIP text encoder that is the pipeline's part of this name."""
     return _same(_CLIP, component)

@@ -58,7 +58,7 @@ FORMS: dict[str, type[ForeignFormat]] = {"hada_": Loha, "lokr_": Lokr}
 
 
 class LoraFile(Reader):
-    """A layout of one file of factors, alone or in a folder, known by its tensors' names, with the scale beside them."""
+    """A layout of one file of factors and scales, alone or in a folder, that is recognised by its tensors' names."""
 
     # the names of one layer's factors in such a file
     example: ClassVar[tuple[str, str]]
@@ -69,39 +69,45 @@ class LoraFile(Reader):
     @classmethod
     @abstractmethod
     def knows(cls, names: Collection[str]) -> bool:
-        """Return whether these tensor names are of this layout; the file's state is not checked."""
+        """Return whether these tensor names are of this layout; the tensors themselves are not checked."""
 
     @classmethod
     @abstractmethod
     def split(cls, name: str) -> tuple[str, str] | None:
-        """Return (module as the file names it, part of its update) of a tensor; None for a name of another layout."""
+        """Return (module as the file names it, one of MATRICES or "alpha") for a tensor's name; None in another layout."""
 
     @classmethod
     @abstractmethod
     def place(cls, module: str, base: BaseNames | None, where: str) -> Placement:
-        """Return the place of the module in the base. Raises AdapterUnsupported if only a guess could tell."""
+        """Return the paths in the base of the file's module. Raises AdapterUnsupported if only a guess could tell.
+
+        `base` has the model's names, if one was given; `where` begins the error's text.
+        """
 
     @classmethod
     def scales(cls, held: Mapping[str, Parts], metadata: Mapping[str, str], where: str) -> dict[str, float]:
-        """Return alpha / r of each module; 1 without alpha in the file, as in every program that reads such files."""
+        """Return {module: alpha / r}; 1 without alpha in the file, as in every program that reads such files.
+
+        `held` is {module: {part: tensor}}, `metadata` the file's.
+        """
         return {module: _alpha(parts, where, module) for module, parts in held.items()}
 
     @classmethod
     def base_id(cls, source: Path) -> str:
-        """Return the base model's id by a folder's card; "" for a file, whose neighbours say nothing about it."""
+        """Return the base model's id from a folder's README; "" for a lone file, whose neighbours say nothing about it."""
         return base_model_of_readme(source) if source.is_dir() else ""
 
     @classmethod
     def recognises(cls, source: Path, *, allow_pickle: bool = False) -> bool:
-        """Return whether `source` is, or has in it, a file of this layout; pickles count with `allow_pickle`."""
+        """Return whether `source` is, or contains, a file of this layout; pickles are looked at with `allow_pickle` only."""
         return bool(cls._files(source, allow_pickle))
 
     @classmethod
     def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
-        """Return the update of every module, under the paths of the base's modules.
+        """Return the file's update of every module, under the paths of the base's modules.
 
-        With `model`, its names decide what the file's mean. Raises AdapterUnsupported for names that cannot be mapped
-        without a guess, and for several such files in one folder.
+        With `model`, its module names decide what the file's names mean. Raises AdapterUnsupported for names that only a
+        guess could map, and for several such files in one folder.
         """
         path = cls._file(source, allow_pickle)
         metadata = {} if is_pickle(path.name) else file_metadata(path.parent, path.name)
@@ -157,7 +163,7 @@ class LoraFile(Reader):
 
     @classmethod
     def _held(cls, folder: Path, name: str) -> tuple[Held, set[str]]:
-        """Return the tensors by module and part, and the dtypes in which they are stored."""
+        """Return {module: {part: tensor}} of the file, and the names of the dtypes that its factors are stored in."""
         where = str(folder / name)
         held: Held = defaultdict(dict)
         dtypes: set[str] = set()
@@ -194,7 +200,10 @@ def _alpha(parts: Parts, where: str, module: str) -> float:
 def _factors(
     module: str, parts: Parts, scale: float, placement: Placement, bound: Bound, base: BaseNames | None, where: str
 ) -> tuple[Factors, dict[str, Any]]:
-    """Return the update as factors, and a note for the card if it was cut or converted."""
+    """Return a module's update as factors, and a note for the card if it was cut or converted, else {}.
+
+    `parts` are its tensors, `placement` its paths in the base.
+    """
     known = None
     if base is not None and len(placement.targets) == 1:
         known = base.layers[base.path(placement.targets[0], where)]
@@ -207,14 +216,17 @@ def _factors(
 
 
 def rank_of(parts: Parts) -> int | None:
-    """Return the rank of an update, or None if no part of it is of low rank (a Kronecker product of whole matrices)."""
+    """Return the rank of an update by its tensors, or None if all are full matrices (in a Kronecker product)."""
     ranked = (parts[name] for name in RANKED if name in parts)
     # `update_of` refuses a single number, which is not a matrix
     return next((matrix.shape[0] for matrix in ranked if matrix.dim()), None)
 
 
 def update_of(parts: Parts, scale: float, layer: str, base: BaseLayer | None, where: str) -> Factors | Dense:
-    """Return the update, scaled. Raises AdapterCorrupt for tensors that do not form an update."""
+    """Return the update of a layer, times `scale`, from its tensors `parts`, named as in MATRICES.
+
+    `base` is the model's layer, if known. Raises AdapterCorrupt, with `where` first in its text, if they form no update.
+    """
     if {"down", "up"} <= set(parts) <= {"down", "up", "mid"}:
         return _lora(parts, scale, where)
     for prefix, layout in FORMS.items():

@@ -1,4 +1,4 @@
-"""The place in the base of a module that a LoRA file names: by a table of rules, or by the model's names."""
+"""The paths in the base model of a module that a LoRA file names: by a table of rules, or by the model's names."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _OPTIONAL = re.compile(r"^(?:unet|transformer|text_encoder|text_encoder_2|text_e
 
 @dataclass(frozen=True)
 class Placement:
-    """The paths that one module of a file stands for, and the proportions in which they share the rows of B.
+    """The paths in the base of one module of a file, and the proportions in which they share B's rows, in order.
 
-    With `groups`, B is that many equal runs of rows, each shared in these proportions. `turned` is that of a Rule.
+    B has `groups` equal runs of rows, each shared in these proportions. `turned` is that of a Rule.
     """
 
     targets: tuple[str, ...]
@@ -32,7 +32,7 @@ class Placement:
 
 
 class Rules:
-    """A table of rules, looked up by names whose dots were turned into underscores."""
+    """A table of rules that is searched by names whose dots were turned into underscores."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
         self._by_form: dict[str, list[tuple[re.Pattern[str], Rule]]] = defaultdict(list)
@@ -41,7 +41,7 @@ class Rules:
             self._by_form[_form(rule.source)].append((re.compile(flat), rule))
 
     def find(self, flat: str) -> list[Placement]:
-        """Return every placement that a rule gives the name; more than one means that it is ambiguous."""
+        """Return every distinct placement that a rule gives the name; several mean that it is ambiguous."""
         placements: list[Placement] = []
         for pattern, rule in self._by_form.get(_form(flat), ()):
             hit = pattern.fullmatch(flat)
@@ -68,14 +68,14 @@ class BaseNames:
         return [*self._flat.get(flat, ()), *self._flat.get(f"{component}_{flat}", ())]
 
     def path(self, target: str, where: str) -> str:
-        """Return the target's path in this model, with or without a pipeline's prefix. Raises LayerMismatch for none."""
+        """Return a target's path in this model, with or without its pipeline prefix. Raises LayerMismatch if it has none."""
         for name in _shorten(target):
             if name in self.layers:
                 return name
         raise missing_layer(where, target, self.layers)
 
     def fitted(self, path: str, factors: Factors, where: str) -> Factors:
-        """Return the factors with the layer's kind. Raises LayerMismatch for another size."""
+        """Return the factors with the kind and kernel size of the layer at `path`. Raises LayerMismatch for other sizes."""
         base = self.layers[path]
         shape, update_shape = (base.num_outputs, base.num_inputs), (factors.b_OR.shape[0], factors.a_RI.shape[1])
         if shape != update_shape or (factors.kernel and max(factors.kernel) > 1 and factors.kernel != base.kernel):
@@ -87,7 +87,7 @@ class BaseNames:
 
 
 def only(placements: Sequence[Placement], name: str, where: str, *, model_given: bool) -> Placement:
-    """Return the only placement. Raises AdapterUnsupported if there are none, or several, which it lists."""
+    """Return the only placement of the module `name`. Raises AdapterUnsupported if there is none or more than one."""
     if len(placements) == 1:
         return placements[0]
     ways = "" if model_given else "; give the base model, whose names decide: Adapter.from_pretrained(..., model=model)"
@@ -98,7 +98,10 @@ def only(placements: Sequence[Placement], name: str, where: str, *, model_given:
 
 
 def divide(factors: Factors, placement: Placement, name: str, where: str) -> list[Factors]:
-    """Return the update of each target: its rows of B, and the rows of A that these use."""
+    """Return the factors of each target of a placement: its rows of B, and the rows of A that these use.
+
+    Raises AdapterUnsupported, naming the module `name`, if B's rows do not divide in the placement's proportions.
+    """
     if len(placement.targets) == 1:
         return [turned(factors) if placement.turned else factors]
     rows, total = factors.b_OR.shape[0], placement.groups * sum(placement.shares)
@@ -121,7 +124,7 @@ def _used(factors: Factors) -> Factors:
 
 
 def turned(factors: Factors) -> Factors:
-    """Return the update with the halves of its outputs swapped, if each half is as large as the inputs."""
+    """Return the factors with the two halves of their outputs swapped, if each half is as large as the inputs."""
     if len(factors.b_OR) != 2 * factors.a_RI.shape[1]:
         return factors
     return replace(factors, b_OR=torch.cat(factors.b_OR.chunk(2)[::-1]))
@@ -137,7 +140,7 @@ def _fill(target: str, numbers: Sequence[str]) -> str:
 
 
 def _shorten(target: str) -> list[str]:
-    """Return the path, and the path without one or both of the optional steps."""
+    """Return the path, and the path without its optional parts (`unet.`, `text_model.` and the like), one or both."""
     paths = [target]
     for name in paths:
         for hit in _OPTIONAL.finditer(name):

@@ -45,7 +45,7 @@ class Bdlora(LoraVariant):
 
 
 def _blocks(config: AdapterConfig) -> tuple[tuple[str, ...], tuple[str, ...], int]:
-    """Return (names of modules with blocks in A, in B, how many blocks)."""
+    """Return (names of modules with blocks in A, names of those with blocks in B, the number of blocks) by the config."""
     inner = AdapterConfig(config.folder, config.table("use_bdlora"))
     if unknown := sorted(set(inner.fields) - _FIELDS):
         raise AdapterUnsupported(f"{config.folder}: use_bdlora has the unknown field {unknown[0]!r:.80}")

@@ -39,7 +39,7 @@ class Boft(ForeignFormat):
 
 
 def _rotated(matrix_OI: Tensor, turned_NBB: Tensor, order_I: Tensor) -> Tensor:
-    """Return `matrix_OI` P D^T P^T, where P has ones at (i, order[i]) and D the blocks on its diagonal."""
+    """Return matrix P D^T P^T (O, I), where P has ones at (i, order[i]) and D has the N blocks (B, B) on its diagonal."""
     apart_OI = torch.empty_like(matrix_OI)
     apart_OI[:, order_I] = matrix_OI
     blocks_ONB = apart_OI.reshape(apart_OI.shape[0], *turned_NBB.shape[:2])
@@ -49,7 +49,7 @@ def _rotated(matrix_OI: Tensor, turned_NBB: Tensor, order_I: Tensor) -> Tensor:
 def _order(num_in: int, block: int, level: int) -> Tensor:
     """Return the butterfly permutation of a level as indices of inputs (I,); at level 0 it is the identity.
 
-    In each group of 2^level blocks, the half blocks at even places come first, then those at odd places.
+    In each group of 2^level blocks of `block` inputs, the half blocks of even index come first, then those of odd index.
     """
     halves = 2 ** (level + 1)
     sorted_halves = [*range(0, halves, 2), *range(1, halves, 2)]

@@ -9,7 +9,7 @@ from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, S
 
 
 class C3a(ForeignFormat):
-    """Block (m, n) of the update has w[m, n, (j - k) mod b] / I in row k and column j; I is the layer's number of inputs."""
+    """Block (m, n) of the update, b x b, has w[m, n, (k - j) mod b] / I in row j and column k; I is the number of inputs."""
 
     peft_type = "C3A"
     parts = frozenset({"c3a_kernel"})

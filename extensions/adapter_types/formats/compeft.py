@@ -32,13 +32,13 @@ FORMAT_VERSION = 1
 
 
 class Compeft:
-    """The reader and writer of folders of ternary adapters; it reads bit for bit what it wrote."""
+    """The reader and writer of folders of ternary adapters; what was written is read back bit for bit."""
 
     files = ("compeft.*",)
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder has a file of this layout; its state is not checked."""
+        """Return whether the folder has a file of this layout; the file's contents are not checked."""
         return any(present(folder, name) for name in (DESCRIPTION, WEIGHTS))
 
     @staticmethod
@@ -103,7 +103,7 @@ def _to_stored(dtype: str, tensor: Tensor) -> Tensor:
 
 
 def _check(layer: str, factors: Factors) -> None:
-    """Raise ValueError for parts that do not fit each other."""
+    """Raise ValueError if a layer's factors, kernel size and vectors (gain, bias ..) do not fit each other."""
     num_out, rank = factors.b_OR.shape
     kernel_fits = all(type(size) is int and size > 0 for size in factors.kernel)
     if type(layer) is not str or factors.rank != rank or not kernel_fits:

@@ -100,13 +100,13 @@ class Diffusers(LoraFile):
 
 
 def _component(name: str) -> str:
-    """Return the part of the pipeline that a name begins with, or "" for a file of one model alone."""
+    """Return the part of the pipeline, such as "unet", that a module's name begins with, or "" if it has none."""
     first = name.split(".")[0]
     return first if first in PIPELINE_PARTS else ""
 
 
 def _settings(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
-    """Return the LoRA config of each component, from the file's header."""
+    """Return {part of the pipeline: its LoRA config} from the metadata in the file's header; {} without."""
     if _CONFIG not in metadata:
         return {}
     try:

@@ -11,7 +11,7 @@ from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, S
 
 
 class Fourierft(ForeignFormat):
-    """Delta = scaling * Re(IDFT2(F)), F holding the trained values at places drawn with the config's seed."""
+    """Delta = scaling * Re(IDFT2(F)), F holding the trained values at positions drawn with the config's seed."""
 
     peft_type = "FOURIERFT"
     parts = frozenset({"fourierft_spectrum"})
@@ -24,7 +24,7 @@ class Fourierft(ForeignFormat):
 
 
 def scatter(layer: StoredLayer, values: Tensor) -> Tensor:
-    """Return a matrix (O, I) with the values at the places that PEFT draws by torch's CPU generator, else 0."""
+    """Return a matrix (O, I) with the 1-D `values` at the positions that PEFT draws with the config's seed, else 0."""
     num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
     if values.shape[0] > num_out * num_in:
         raise AdapterCorrupt(f"{layer.where} has {values.shape[0]} coefficients for a matrix of {num_out} x {num_in}")

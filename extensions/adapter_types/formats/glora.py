@@ -29,7 +29,7 @@ class Glora(ForeignFormat):
 
 
 def _term(layer: StoredLayer, name: str) -> Tensor:
-    """Return a trained term in the form in which it is stored; a single number has shape (1,)."""
+    """Return the trained term `name`: a product of factors, or the stored vector or number (1,), or zeros."""
     if layer.has(f"{name}.Xd"):
         down = layer.part(f"{name}.Xd", None, None)
         return down @ layer.part(f"{name}.Xu", down.shape[1], None)

@@ -36,7 +36,7 @@ class Lokr(ForeignFormat):
 
 
 def _factors(layer: StoredLayer, name: str) -> tuple[Tensor, Tensor]:
-    """Return (left, right) whose product is the matrix of that name; one is the identity if it is stored whole."""
+    """Return (left, right) whose product is the matrix `name`; one is the identity if the file has the whole matrix."""
     if layer.has(name):
         whole = layer.part(name, None, None)
         rows, columns = whole.shape

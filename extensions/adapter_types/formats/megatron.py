@@ -105,7 +105,7 @@ def _path(end: str, base: BaseNames, where: str) -> str:
 
 
 def _place_groups(paths: tuple[str, ...], base: BaseNames, where: str) -> Placement:
-    """Return the placement of query, key and value in groups of one key each."""
+    """Return the placement of a fused projection at the `paths` of query, key and value, in groups of one key head each."""
     queries, keys, values = (base.layers[path].num_outputs for path in paths)
     size = base.head_size
     if size is None or keys != values or keys % size or queries % keys:
@@ -117,7 +117,7 @@ def _place_groups(paths: tuple[str, ...], base: BaseNames, where: str) -> Placem
 
 
 def _settings(folder: Path) -> tuple[float, float]:
-    """Return (rank, alpha) from the config beside the file."""
+    """Return (rank, alpha) from the config in the folder. Raises AdapterUnsupported if it has none."""
     for name, steps, rank_name in CONFIGS:
         if not present(folder, name):
             continue

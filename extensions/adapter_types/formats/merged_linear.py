@@ -13,7 +13,7 @@ from loraweave.extensions.adapter_types.formats._foreign import LoraVariant, Sto
 
 
 class MergedLinear(LoraVariant):
-    """Delta = alpha/r B A in each part that `enable_lora` selects, zero in the others: exactly, as many ranks as A has rows.
+    """Delta = alpha/r B A in each part of the outputs that `enable_lora` selects, else 0: exactly of rank r x parts in use.
 
     The outputs are divided into as many equal runs as the list has entries, whatever the base has there. A has r rows for
     every part in use, and B is a convolution of width 1 in groups, each over its own rows of A.
@@ -57,7 +57,7 @@ def _parts_in_use(config: AdapterConfig) -> list[bool]:
 
 
 def _spread(b_PR: Tensor, used: list[bool]) -> Tensor:
-    """Return the rows of the parts at their places in the whole projection."""
+    """Return B for the whole projection: the rows of the parts in use where `used` is True, zeros where it is False."""
     chunks = iter(b_PR.chunk(sum(used)))
     size = b_PR.shape[0] // sum(used)
     return torch.cat([next(chunks) if part else b_PR.new_zeros(size, b_PR.shape[1]) for part in used])

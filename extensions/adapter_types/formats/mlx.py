@@ -34,7 +34,7 @@ class Mlx(LoraFile):
 
     @classmethod
     def recognises(cls, source: Path, *, allow_pickle: bool = False) -> bool:
-        """Return whether `source` is such a file or folder, with MLX's config beside the weights."""
+        """Return whether `source` is MLX's file of factors or its folder, with MLX's config beside the weights."""
         folder = source.parent if source.is_file() else source
         try:
             return _fields(folder) is not None and super().recognises(source, allow_pickle=allow_pickle)
@@ -109,6 +109,6 @@ class Mlx(LoraFile):
 
 
 def _fields(folder: Path) -> Mapping[str, Any] | None:
-    """Return MLX's config in a folder, or None if there is none."""
+    """Return the fields of MLX's config in a folder, or None if it has none."""
     fields = AdapterConfig.of(folder).fields if present(folder, CONFIG) else {}
     return None if "peft_type" in fields or entry(fields, "lora_parameters", dict) is None else fields

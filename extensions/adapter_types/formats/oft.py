@@ -47,7 +47,7 @@ def _skew(entries: Tensor, block: int) -> Tensor:
 
 
 def _shorten(skew_NBB: Tensor, limit: float) -> Tensor:
-    """Return the blocks of constrained OFT: every block's norm is at most the limit over the root of their number."""
+    """Return the N blocks (B, B) of constrained OFT, scaled so that each has a norm of at most limit / sqrt(N)."""
     limit = limit / math.sqrt(skew_NBB.shape[0])
     norms_N11 = skew_NBB.norm(dim=(1, 2), keepdim=True)
     return torch.where(norms_N11 <= limit, skew_NBB, skew_NBB * (limit / norms_N11.clamp(min=torch.finfo().tiny)))

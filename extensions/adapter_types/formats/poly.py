@@ -38,7 +38,7 @@ class Poly(ForeignFormat):
 
     @classmethod
     def part_names(cls, folder: Path) -> list[str]:
-        """Return the names of a folder's tasks."""
+        """Return the names of a folder's tasks, "task_0" and so on."""
         # of the first task, since a folder of several is no adapter itself
         first: type[Poly] = type(cls.__name__, (cls,), {"task": 0})
         config = first._config(folder)

@@ -30,7 +30,10 @@ class Vblora(ForeignFormat):
 
 
 def _mix(layer: StoredLayer, side: str, bank_VL: Tensor) -> Tensor:
-    """Return the sub-vectors of one factor, of shape (sub-vectors in the first two sizes, length)."""
+    """Return the sub-vectors of factor `side` ("A" or "B"), as (rows, columns of sub-vectors, length of one).
+
+    Each mixes `topk` of the V vectors of the bank.
+    """
     name, topk = f"vblora_logits_{side}", layer.config.count("topk", 2)
     if topk > bank_VL.shape[0]:
         raise AdapterCorrupt(f"{layer.where}: topk is {topk}, but the bank has {bank_VL.shape[0]} vectors")

@@ -23,7 +23,7 @@ class Vera(ForeignFormat):
 
     @classmethod
     def scaled(cls, layer: StoredLayer, name: str, *, values_per_rank: int = 1) -> Factors:
-        """Return the update of tensors called `name`; of `values_per_rank` runs of r values in lambda_d the first counts."""
+        """Return the update of the tensors `name`_*; lambda_d has `values_per_rank` runs of r values, the first is used."""
         num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
         a_RI, b_OR = _projections(layer, f"{name}_A", f"{name}_B")
         rank = layer.part(f"{name}_lambda_d", None).shape[0] // values_per_rank

@@ -1,1 +1,1 @@
-"""Forms in which a hub stores factors in fewer bits, each bit for bit; an entry packs tensors and unpacks them."""
+"""Encodings in which a hub stores factors in fewer bits without loss; an entry packs tensors and unpacks them."""

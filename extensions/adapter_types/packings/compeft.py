@@ -35,7 +35,10 @@ _INVERTED = 128
 
 
 def encode(signs: Signs) -> Bytes:
-    """Return the stream of a vector of -1, 0 and 1. Raises AdapterUnsupported for other values and too few non-zeros."""
+    """Return the stream of an int8 vector of -1, 0 and 1.
+
+    Raises AdapterUnsupported for other values and for so few non-zeros that `decode` would refuse the stream.
+    """
     if signs.ndim != 1 or signs.dtype != np.int8 or bool(((signs < -1) | (signs > 1)).any()):
         raise AdapterUnsupported(f"a ternary stream holds a vector of -1, 0 and 1, not {signs.dtype} of shape {signs.shape}")
     nonzero = signs != 0
@@ -58,9 +61,9 @@ def encode(signs: Signs) -> Bytes:
 
 
 def decode(stream: Bytes, size: int) -> Signs:
-    """Return the vector of `size` entries in a stream. Raises AdapterCorrupt for a stream that `encode` would not give.
+    """Return the int8 vector of `size` entries that a stream holds. Raises AdapterCorrupt if it holds no such vector.
 
-    Every count is checked against the stream's length before memory is allocated.
+    Every number in its header is checked against the stream's length before memory is allocated.
     """
     if not 0 <= size <= _most_entries(len(stream)):
         raise _corrupt(f"{len(stream)} bytes cannot be {size} entries")
@@ -93,7 +96,7 @@ def decode(stream: Bytes, size: int) -> Signs:
 
 
 def split(tensor: Tensor) -> tuple[Signs, float] | None:
-    """Return (signs in row-major order, c) of a tensor that is c * signs bit for bit in fp32; None for any other."""
+    """Return (signs in row-major order, c) for a tensor that is c * signs bit for bit in fp32, None for any other."""
     flat = tensor.detach().cpu().float().flatten()
     c = float(flat.abs().max()) if flat.numel() else 0.0
     signs = flat.sign()
@@ -105,7 +108,7 @@ def split(tensor: Tensor) -> tuple[Signs, float] | None:
 
 
 def pack(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return named ternary tensors as {"signs": one stream of all in order, "scales": the c of each, or one for all}.
+    """Return (name, ternary tensor) pairs as {"signs": one stream of all in order, "scales": a c for each, or one for all}.
 
     Raises AdapterUnsupported, naming the first tensor that is not ternary.
     """
@@ -127,7 +130,7 @@ def pack(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def unpack(packed: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Return the tensors that `pack` packed, bit for bit. Raises AdapterCorrupt for parts that do not fit the shapes."""
+    """Return the fp32 tensors of these shapes that `pack` packed. Raises AdapterCorrupt if `packed` does not fit them."""
     signs, scales = packed["signs"], packed["scales"]
     if signs.dtype != torch.uint8 or signs.dim() != 1 or scales.dtype != torch.float32 or scales.dim() != 1:
         raise _corrupt(f"it has signs of {signs.dtype} and scales of {scales.dtype}")
@@ -144,7 +147,7 @@ def unpack(packed: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]]) -> l
 
 
 class Compeft:
-    """Ternary tensors as one stream of signs beside their scales; `names` are the tensors that `pack` returns."""
+    """The packing of ternary tensors as a stream of signs beside their scales; `names` are the keys that `pack` returns."""
 
     names = ("signs", "scales")
     pack = staticmethod(pack)
@@ -152,7 +155,7 @@ class Compeft:
 
 
 def _parameter(gaps: np.ndarray[tuple[int], np.dtype[np.int64]]) -> int:
-    """Return the k that makes the gaps' code shortest: k + 1 bits for each gap, and one for each 2^k of its length."""
+    """Return the k with the shortest Rice code of the gaps: k + 1 bits for each gap, and 1 for each 2^k of its length."""
     sizes = [len(gaps) * (k + 1) + int((gaps >> k).sum()) for k in range(MAX_PARAMETER + 1)]
     return int(np.argmin(sizes))
 
@@ -186,7 +189,7 @@ def _varint(number: int) -> bytes:
 
 
 def _read_varint(stream: Bytes, start: int) -> tuple[int, int]:
-    """Return a number of at most 63 bits and the place after it. Raises AdapterCorrupt if it does not end."""
+    """Return (the number of at most 63 bits at `start`, the index after it). Raises AdapterCorrupt if it does not end."""
     number = 0
     for place, byte in enumerate(stream[start : start + 9].tolist()):
         number |= (byte & 127) << 7 * place

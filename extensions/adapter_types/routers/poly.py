@@ -10,7 +10,7 @@ from loraweave.extend import Members, TokenRouter, unknown_expert, without
 
 
 class Poly(TokenRouter):
-    """A router with w = 1 for the expert called `task`, 0 for the others: PEFT's `task_ids`, one task for all rows.
+    """A router with w = 1 for the expert called `task`, 0 for all others, in every row: PEFT's `task_ids` of one task.
 
     `lw.router(folder)` of a POLY that PEFT saved has an expert for each task, "task_0" and so on, and the first by name is
     the default. Rows of several tasks are a list of mixtures: [{"task_2": 1.0}, {"task_0": 1.0}]. Raises UnknownExpert.
@@ -25,7 +25,7 @@ class Poly(TokenRouter):
             raise unknown_expert(self.task, self.experts)
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return w_11E."""
+        """Return w_11E, the same weights for all inputs."""
         w_11E = torch.zeros(1, 1, len(self.experts), device=x_BTI.device)
         w_11E[..., self.members.places[self.task]] = 1.0
         return without(w_11E, self.members.layers[layer].experts, filling=0.0)
