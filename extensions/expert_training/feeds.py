@@ -1,4 +1,4 @@
-"""The ways of rows into an expert model: as token ids and their targets, or as tensors by the names of its inputs."""
+"""How rows of data reach an expert model: as token ids and their targets, or as tensors by the names of its inputs."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ Loss = Callable[[Any, Mapping[str, Any]], Tensor]
 
 
 def feed_of(model: ExpertModel, dataset: Any, tokenizer: Any, loss: Loss | None, *, digests: bool) -> Feed:
-    """Return the feed of a dataset: of rows of token ids or texts, or of rows that are read as tensors.
+    """Return the feed of a dataset's rows, as token ids or texts (TokenFeed) or as tensors by name (TensorFeed).
 
-    Tensors are for a loss of the caller's own, for a model that is not a language model, and for a row that has more than
-    tokens, such as an image.
+    It reads tensors for a `loss` of the caller's own, for a model that is not a language model, and for rows that have more
+    than tokens, such as an image. `digests`: whether such rows get a digest of their values.
     """
     counts_rows = loss is not None or not predicts_tokens(model.base_model)
     if counts_rows or _has_more_than_tokens(dataset, model.base_model):
@@ -56,7 +56,7 @@ def feed_of(model: ExpertModel, dataset: Any, tokenizer: Any, loss: Loss | None,
 
 
 def owners_of(recipe: Recipe) -> Owners:
-    """Return the tasks that rows may belong to; those that a dataset names, if the recipe has none."""
+    """Return the recipe's tasks as possible owners of rows; a recipe without tasks takes those that a dataset names."""
     learner, tasks = f"recipe {recipe.name!r}", recipe.tasks
 
     def unknown(task: object) -> UnknownName:
@@ -87,14 +87,14 @@ def _has_more_than_tokens(dataset: Any, model: nn.Module) -> bool:
 
 
 def _is_numbered(rows: Any) -> bool:
-    """Return whether rows[number] is a row; in a data frame it would be a column."""
+    """Return whether rows[number] is a row of data; False for a text and a data frame, where it would be a column."""
     if isinstance(rows, str) or hasattr(rows, "columns"):
         return False
     return hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
 
 
 class Feed(ABC):
-    """The way of a training's rows through its model. With `counts_rows` each row counts alike in the loss of a step."""
+    """The way of training rows through a model; a step's loss is a mean over rows if `counts_rows`, else over tokens."""
 
     counts_rows: bool
 
@@ -103,30 +103,33 @@ class Feed(ABC):
 
     @abstractmethod
     def read(self, dataset: Any, owners: Owners, what: str = "dataset") -> Sequence[Any]:
-        """Return the rows of a dataset. Raises InvalidTask for data of another form, UnknownName for an unknown task."""
+        """Return the rows of a dataset, which errors call `what`; `owners` has the tasks that a row may belong to.
+
+        Raises InvalidTask for data of another kind, UnknownName for an unknown task.
+        """
 
     @abstractmethod
     def inputs_of(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """Return the rows as one batch, with each one's place among the tasks in `task`."""
+        """Return the rows as one batch, {input: tensor}; "task" has the index of each row's task, or -1."""
 
     @abstractmethod
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """Return the model's output for a batch, and its mean loss. Raises TrainingError where there is no loss."""
+        """Return (the model's output for a batch, its mean loss). Raises TrainingError where there is no loss."""
 
     @abstractmethod
     def size(self, inputs: Mapping[str, Any]) -> int:
-        """Return the batch's size in the report: tokens without padding, or rows."""
+        """Return the batch's size for the report: its number of tokens without padding, or of rows."""
 
     def count(self, inputs: Mapping[str, Any]) -> int:
-        """Return how much of the batch counts: target tokens, or rows."""
+        """Return the number of terms in the batch's mean loss: target tokens, or rows if `counts_rows`."""
         return len(inputs["task"]) if self.counts_rows else int((inputs[LABELS] != IGNORED).sum())
 
     def labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Return labels_BK of the last tokens, `IGNORED` where no loss is asked; None if labels are not of tokens."""
+        """Return labels_BK of the last K tokens, `IGNORED` where a token has no loss; None if `counts_rows`."""
         return None if self.counts_rows else inputs[LABELS]
 
     def _own_loss(self, output: Any) -> tuple[Any, Tensor]:
-        """Return the output of a call with labels, and the base's own loss. Raises TrainingError where it has none."""
+        """Return (output, the base's own loss of the call with labels that gave it). Raises TrainingError without one."""
         if self._model.own_loss is None:
             raise TrainingError(
                 f"{type(self._model.base_model).__name__} gives no loss for labels, so there is nothing to learn: pass "
@@ -164,10 +167,10 @@ class TokenFeed(Feed):
 
 
 def label_rows(base_model: Any, tokenizer: Any, rows: Sequence[TrainingRow], *, whole: bool) -> dict[str, Tensor]:
-    """Return the rows as inputs of the model, with their `labels`, and in `task` each one's place among the tasks.
+    """Return the rows as {input of the model: tensor}, with "labels", and in "task" the index of each row's task.
 
-    The labels of a decoder are aligned with its last tokens, one before the longest target and those of it, where the model
-    can leave out the logits of the others; with `whole`, with all tokens.
+    A decoder's labels are for all tokens with `whole`, and else, where the model can leave out the logits of other tokens,
+    for its last ones: those of the longest target and one before it.
     """
     made = batch(base_model, tokenizer, rows)
     if base_model.config.is_encoder_decoder:
@@ -181,7 +184,10 @@ def label_rows(base_model: Any, tokenizer: Any, rows: Sequence[TrainingRow], *, 
 
 
 def call_labelled(model: Any, inputs: Mapping[str, Tensor], *, two_sequences: bool) -> Any:
-    """Return the model's output for inputs of `label_rows`, whose prompts are what stands before the first label."""
+    """Return the model's output for inputs of `label_rows`; a row's prompt is all before its first label.
+
+    `two_sequences`: whether the model is an encoder-decoder, which has its prompts apart.
+    """
     inputs = dict(inputs)
     task_B, labels = inputs.pop("task"), inputs["labels"]
     # no row of a task is as if none were given
@@ -198,9 +204,10 @@ def call_labelled(model: Any, inputs: Mapping[str, Tensor], *, two_sequences: bo
 
 @dataclass(frozen=True)
 class TensorRow:
-    """A row by its place in what the caller gave, from where it is read whenever a step has it.
+    """A row by its index in the caller's `source`, from which it is read whenever a step has it.
 
-    `task_key` is not among its columns; `expert` is the place of its task, or -1; `digest` is of its values, where asked.
+    `task_key` is the column that names the task, which is left out; `expert` is the task's index, or -1; `digest` is of the
+    row's values, or "" if the feed takes none.
     """
 
     source: Sequence[Any]
@@ -213,7 +220,7 @@ class TensorRow:
         return 1
 
     def identity(self) -> list[Any]:
-        """Return the row's digest and owner, as JSON."""
+        """Return [the row's digest, the index of its task], for JSON."""
         return [self.digest, self.expert]
 
     def columns(self) -> dict[str, Tensor]:
@@ -224,7 +231,7 @@ class TensorRow:
 class TensorFeed(Feed):
     """A feed of stacked rows; the loss is the base's own for `labels`, or `loss(output, columns)`.
 
-    With `counts_rows` each row counts alike, with `digests` rows have digests of their values.
+    With `counts_rows` a step's loss is a mean over rows, with `digests` rows have digests of their values.
     """
 
     def __init__(self, model: ExpertModel, loss: Loss | None, *, counts_rows: bool, digests: bool) -> None:
@@ -233,9 +240,9 @@ class TensorFeed(Feed):
         self._taken = list(inspect.signature(model.base_model.forward).parameters)
 
     def read(self, dataset: Any, owners: Owners, what: str = "dataset") -> list[TensorRow]:
-        """Return the rows of a dataset, all of one shape in each column.
+        """Return the rows of a dataset, whose columns each have one shape and dtype in all rows.
 
-        Raises InvalidTask for data of another form, UnknownName for an unknown task.
+        Raises InvalidTask for data of another kind, UnknownName for an unknown task.
         """
         rows: list[TensorRow] = []
         first: tuple[str, dict[str, Tensor]] | None = None
@@ -254,7 +261,7 @@ class TensorFeed(Feed):
         return rows
 
     def _require(self, columns: Mapping[str, Tensor], where: str) -> None:
-        """Raise InvalidTask for a row that the model cannot take."""
+        """Raise InvalidTask if the model cannot take a row of these columns; `where` names the row."""
         base = self._model.base_model
         # embeddings are in place of tokens
         needed = [getattr(base, "main_input_name", "input_ids")] if EMBEDDINGS not in columns else []
@@ -277,7 +284,7 @@ class TensorFeed(Feed):
             )
 
     def inputs_of(self, rows: Sequence[TensorRow]) -> dict[str, Any]:
-        """Return the batch of `Feed`; floating-point inputs of the model are in its precision."""
+        """Return the rows stacked by column, with "task"; the model's floating-point inputs get its dtype."""
         read = [row.columns() for row in rows]
         stacked = {name: torch.stack([columns[name] for columns in read]) for name in read[0]}
         dtype, device = next(self._model.base_model.parameters()).dtype, self._model.device
@@ -306,7 +313,7 @@ class TensorFeed(Feed):
 
 
 def _source(given: Any, where: str) -> Sequence[Any]:
-    """Return numbered rows of one part of a dataset. Raises InvalidTask for what is none, and for no rows."""
+    """Return the rows of `given`, one part of a dataset, as a sequence. Raises InvalidTask if it has none or is no rows."""
     source = given.examples if isinstance(given, Task) else given
     if isinstance(source, str | bytes) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
         raise InvalidTask(f"{where} is {source!r:.80}, not rows: {FORMS}")
@@ -319,7 +326,7 @@ def _source(given: Any, where: str) -> Sequence[Any]:
 
 
 def _require_alike(columns: Mapping[str, Tensor], where: str, first: str, known: Mapping[str, Tensor]) -> None:
-    """Raise InvalidTask for a row that cannot be stacked with the first one, `known`."""
+    """Raise InvalidTask if the columns of row `where` cannot be stacked with `known`, those of the row named `first`."""
     if odd := sorted(set(columns) ^ set(known)):
         raise InvalidTask(f"{odd[0]!r} is in only one of {first} and {where}: all rows must have the same columns")
     for column, value in columns.items():

@@ -60,10 +60,10 @@ Side = ExpertPool | Sequence[str]
 def similarities(
     pool: Hub | ExpertPool, *, n_jobs: int | None = None, progress: bool = True
 ) -> tuple[Sequence[str], NDArray[np.float64]]:
-    """Return the names, and cos_EE of the updates of all layers side by side, from the factors; a missing layer is zero.
+    """Return (names, cos_EE): the adapters' names and the cosines of their updates, all layers side by side.
 
-    Gains and biases do not enter. Raises AdapterUnsupported for unbound updates, WeightingError for an update of zero,
-    LayerMismatch for layers of several shapes.
+    They are calculated from the factors; a layer that an adapter lacks is zero, gains and biases are left out. Raises
+    AdapterUnsupported for unbound updates, WeightingError for an update of zero, LayerMismatch for layers of several shapes.
     """
     hub = pool if isinstance(pool, Hub) else None
     names = pool.names if isinstance(pool, ExpertPool) else [record.name for record in pool.records()]
@@ -87,7 +87,7 @@ def similarities(
 
 
 def _inner_products(hub: Hub | None, sides: tuple[Side, Side]) -> NDArray[np.float64]:
-    """Return inner_EF of the updates of two parts of a pool; the parts of a hub are names."""
+    """Return inner_EF, the inner products of the updates of E and F adapters; `sides` are pools, or names in the hub."""
     left, right = (side if isinstance(side, ExpertPool) else cast(Hub, hub).pool(side) for side in sides)
     inner_EF = torch.zeros(len(left), len(right), dtype=torch.float64)
     there = set(right.layer_names)

@@ -20,10 +20,10 @@ MAX_VALUES = 1_000_000
 
 
 def loss_identity(function: Any) -> Any:
-    """Return as JSON the function's name and code, and the numbers, texts, tensors and functions that it is bound to.
+    """Return, for JSON, a loss function's name and code, and the numbers, texts, tensors and functions that it is bound to.
 
-    These are its defaults, what it has of the scope around it, a partial's arguments, and an object's attributes. What else
-    it reads, such as globals and the content of lists, is not looked at.
+    It is bound to its defaults, its closure's variables, a partial's arguments, and an object's attributes. What else it
+    reads, such as globals and the content of lists, is not looked at.
     """
     return _identity(function, {})
 
@@ -57,14 +57,14 @@ def _identity(value: Any, seen: dict[int, Any]) -> Any:
 
 
 def _of_object(value: Any, held: Mapping[str, Any], run: Any, seen: dict[int, Any]) -> Any:
-    """Return the identity of an object; `held` are its attributes, and `run` the function that a call of it runs."""
+    """Return an object's identity: its class, the code of `run`, which a call of it runs, and `held`, its attributes."""
     code = _code(run.__code__) if isinstance(run, FunctionType) else None
     attributes = {name: attribute for name, attribute in held.items() if not isinstance(attribute, dict)}
     return [type(value).__qualname__, code, _named(attributes, seen)]
 
 
 def _bound(function: FunctionType) -> dict[str, Any]:
-    """Return the values of the names in a function's scope and of its defaults."""
+    """Return {name: value} of the variables in a function's closure and of its defaults."""
     scope = inspect.getclosurevars(function).nonlocals
     defaults = inspect.signature(function, follow_wrapped=False).parameters.values()
     return {**scope, **{option.name: option.default for option in defaults if option.default is not inspect.Parameter.empty}}
@@ -82,7 +82,7 @@ def _tensor_digest(tensor: Tensor) -> Any:
 
 
 def _code(code: CodeType) -> str:
-    """Return a digest that does not depend on where the code stands."""
+    """Return a digest of the code that does not depend on its file and line."""
     constants = list(map(_constant, code.co_consts))
     return text_digest(repr((code.co_code, code.co_names, constants)))
 
@@ -97,7 +97,7 @@ def _constant(value: Any) -> Any:
 
 
 def training_identity(model: ExpertModel, learning: list[str]) -> list[Any]:
-    """Return the recipe's options, the shapes of its experts and the names that learn, as JSON."""
+    """Return [the recipe's options, {site: its experts' shape}, the names of parameters that learn], for JSON."""
     options = {name: repr(value) for name, value in model.recipe.options.items()}
     if model.recipe.revision > 1:
         options["revision"] = repr(model.recipe.revision)
@@ -105,7 +105,7 @@ def training_identity(model: ExpertModel, learning: list[str]) -> list[Any]:
 
 
 def start_digest(model: ExpertModel) -> str:
-    """Return the digest of the base and parameters that the training begins with, or began with before an interruption."""
+    """Return the digest of the base and parameters that the training begins with, or began with if it was interrupted."""
     now = _digest(model)
     interrupted, began = model.interrupted
     return began if interrupted == now else now
@@ -113,7 +113,7 @@ def start_digest(model: ExpertModel) -> str:
 
 @contextmanager
 def remember_start(model: ExpertModel, began: str) -> Iterator[None]:
-    """Let the same call on the same model, if an exception interrupts this one, know what the training began with."""
+    """If an exception interrupts the block, note in the model the start's digest, `began`, for the call that resumes."""
     try:
         yield
     except BaseException:

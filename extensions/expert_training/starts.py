@@ -38,7 +38,10 @@ FORM = "sum_of_experts"
 def start_from(
     name: str, base_model: nn.Module, pool: Any, *, hub: Hub | None, tokenizer: Any, options: Mapping[str, Any]
 ) -> ExpertModel:
-    """Return the recipe on the pool's layers, with experts that begin as its adapters; `lw.experts` documents `pool`."""
+    """Return an expert model of the recipe `name` on the pool's layers, whose experts begin as the pool's adapters.
+
+    `lw.experts` documents `pool`; `options` are the recipe's.
+    """
     if "target_modules" in options:
         raise WeightingError(
             "target_modules cannot be given with a pool: the layers that get experts are those of its adapters"
@@ -60,7 +63,10 @@ def start_from(
 
 
 def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
-    """Return the values as a pool. Raises WeightingError for other values, and for candidates without their hub."""
+    """Return what the caller gave as `pool` as an ExpertPool.
+
+    Raises WeightingError for values that are no adapters, and for candidates of a search without their hub.
+    """
     hub = getattr(pool, "hub", None) if hub is None else hub
     match pool:
         case ExpertPool():
@@ -88,7 +94,7 @@ def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
 
 
 def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:
-    """Return the pool, or the means of `num_experts` groups of similar adapters."""
+    """Return the pool, or one of the means of `num_experts` groups of similar adapters (None: the pool)."""
     if num_experts is None or num_experts == len(pool):
         return pool
     if not is_whole(num_experts, 1) or num_experts > len(pool):
@@ -117,7 +123,7 @@ def _require_updates(pool: ExpertPool) -> None:
 
 
 def _following(name: str, pool: ExpertPool, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for the number of experts: `num_experts`, or else the tasks, each with an expert of its own."""
+    """Return the option of recipe `name` that sets its number of experts to the pool's: `num_experts`, else `tasks`."""
     known = {field.name: field for field in fields(get("experts", name))}
     if "num_experts" in known:
         return {"num_experts": (len(pool),) if isinstance(known["num_experts"].default, tuple) else len(pool)}
@@ -125,7 +131,10 @@ def _following(name: str, pool: ExpertPool, options: Mapping[str, Any]) -> dict[
 
 
 def _by_task(recipe: Recipe, pool: ExpertPool) -> ExpertPool:
-    """Return the pool in the order of the tasks if these have its names. Raises WeightingError if only some have."""
+    """Return the pool in the order of the recipe's tasks if its names are theirs, else unchanged.
+
+    Raises WeightingError if an adapter with a task's name has another index than that task.
+    """
     if set(recipe.tasks) == set(pool.names):
         return ExpertPool({task: pool[task] for task in recipe.tasks})
     for place, task in enumerate(recipe.tasks):
@@ -138,7 +147,10 @@ def _by_task(recipe: Recipe, pool: ExpertPool) -> ExpertPool:
 
 
 def _shape(recipe: Recipe, site: str, own: ExpertShape, pool: ExpertPool) -> ExpertShape:
-    """Return the ranks of the pool's adapters at a site, followed by those of the recipe's further experts."""
+    """Return the shape of the experts at a site: the ranks of the pool's adapters, then of the recipe's further experts.
+
+    `own` is the recipe's shape there. Raises ScopeError or WeightingError for a recipe whose experts cannot be adapters.
+    """
     if recipe.form != FORM or own.shared_a or own.shared_b or own.gains:
         raise ScopeError(
             f"the experts of recipe {recipe.name!r} are not each a product of two factors of its own, and cannot begin as "

@@ -21,13 +21,13 @@ POINTS = 100
 
 @dataclass(frozen=True)
 class ExpertSettings(TrainingSettings):
-    """The settings of a training of experts: `batch_size` counts the rows of all processes and passes of a step together.
+    """The settings of a training of experts: `batch_size` is the number of rows of a step, over all processes and passes.
 
-    The others are those of `TrainingSettings`. `callbacks` are transformers' `TrainerCallback`s; every hundredth of the
+    All others are those of `TrainingSettings`. `callbacks` are transformers' `TrainerCallback`s; every hundredth of the
     training they are told loss, entropy and the load of each expert in `on_log`.
 
-    `loss(output, columns)` is the mean loss of a pass, instead of the base's own: `columns` are those of its rows, stacked,
-    with the names of their tasks in "task". A checkpoint knows it by its name, its code and what it is
+    `loss(output, columns)` returns the mean loss of a pass, instead of the base's own: `columns` are those of its rows,
+    stacked, with the names of their tasks in "task". A checkpoint identifies it by its name, its code and what it is
     bound to (`loss_identity`): with another loss, training starts from the beginning.
     """
 
@@ -43,7 +43,7 @@ class ExpertSettings(TrainingSettings):
             raise TrainingError(f"loss is {self.loss!r:.80}; it must be a function of the output and the rows' columns")
 
     def products(self, device: torch.device) -> Any:
-        """Return a context that sets the precision of the model's products."""
+        """Return a context in which matrix products are in bfloat16 if `mixed_precision` is "bf16"."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
     def identity(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class ExpertSettings(TrainingSettings):
 
 
 class ExpertSteps(TrainerCallback):  # type: ignore[misc]
-    """A watcher of a Trainer's steps, which checks them and keeps their results."""
+    """A callback that checks a Trainer's steps and keeps their results; `held` are the rows of the evaluation."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
 
     def see(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
-        """Note one pass of the running step, with its share of the step's loss and terms."""
+        """Note one pass of the running step: its share of the step's loss, of the loss's `terms` by name, and its batch."""
         self.num_passes += 1
         # terms of processes are averaged, losses of their tokens added up
         parts = {"": loss.detach(), **{name: term.detach() / self._num_processes for name, term in terms.items()}}
@@ -105,7 +105,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
             self._evaluate(0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Check the step: gradients are complete, and no parameter has changed."""
+        """Check a step before parameters change: raise TrainingError for a value not finite and a missing due gradient."""
         number = state.global_step + 1
         totals = self._sum(torch.stack(list(self._totals.values()))).tolist()
         values = dict(zip(self._totals, totals, strict=True))
@@ -125,7 +125,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = control.should_training_stop or self.progress.stops
 
     def finish(self) -> None:
-        """Leave the model with the best parameters and the report."""
+        """Finish the training: leave the model with the best parameters and the report."""
         self._model.report = self.progress.finish()
 
     def _tell(self, number: int) -> None:
@@ -154,7 +154,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def _evaluate(self, number: int) -> None:
-        """Note the mean loss over the rows held out, counted as the feed counts, with the model as it will be used."""
+        """Note the mean loss over the held-out rows (of tokens or of rows, as in training) after step `number`."""
         if not self._held:
             return
         trainer, model, size = self._trainer, self._model, self._settings.batch_size
@@ -175,7 +175,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
 
 
 class FirstSteps:
-    """A check of which parameters have got a gradient.
+    """A check that each parameter gets a gradient in the first steps.
 
     One factor of an expert begins as 0: in the first step it alone has a gradient, and the other factor and the gates have
     one from the second on, or from the recipe's `num_first_steps`. Parameters are due once each task has had a row.
@@ -191,7 +191,7 @@ class FirstSteps:
         self._due = set(parameters)
 
     def silent(self, number: int) -> str:
-        """Return what to say of parameters that lack a due gradient after a step's backward passes; "" if none does."""
+        """Return an error's text on parameters without a gradient that is due at step `number`; "" if there are none."""
         if not self._due:
             return ""
         self._due -= {name for name in self._due if bool(self._parameters[name].grad.any())}  # type: ignore[union-attr]

@@ -59,7 +59,7 @@ def train_together(
     checkpoint: str | Path | None,
     progress: bool,
 ) -> SharedReport:
-    """Train expert models on one base, as `lw.train_experts` says, and return the report."""
+    """Train the expert models of `jobs`, {name: (model, rows)}, on one base, as `lw.train_experts` says; return a report."""
     _require_jobs(jobs)
     models = {name: made for name, (made, _) in jobs.items()}
     _require_apart(model, models)
@@ -69,7 +69,7 @@ def train_together(
     all_rows = {name: readers[name].read(examples, what=f"job {name!r}") for name, (_, examples) in jobs.items()}
 
     def held(name: str, examples: Any) -> list[TrainingRow]:
-        """Return rows to judge by, in the prompts of the job's Task unless they are a Task themselves."""
+        """Return a job's held-out `examples` as rows, in the prompts of the job's Task unless they are a Task themselves."""
         taught = jobs[name][1]
         reader = RowReader(owners[name].closed(), model, tokenizer)
         return reader.read(examples, what=f"held_out[{name!r}]", task=taught if isinstance(taught, Task) else PLAIN)
@@ -90,7 +90,7 @@ def train_together(
 
 @contextmanager
 def _with_tasks(models: Mapping[str, ExpertModel], tasks: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
-    """Give the models these tasks; restore their own after errors that come before the first step."""
+    """Give the models, by job, these task names within the block; restore the former ones after errors before training."""
     before = {name: made.tasks for name, made in models.items()}
     try:
         for name, made in models.items():
@@ -106,7 +106,7 @@ def _with_tasks(models: Mapping[str, ExpertModel], tasks: Mapping[str, tuple[str
 
 @contextmanager
 def _in_their_modes(models: Iterable[ExpertModel]) -> Iterator[None]:
-    """Restore the mode of every module afterwards."""
+    """Restore the mode (training or evaluation) of the models' modules after the block."""
     modes = [(module, module.training) for made in models for module in made.modules()]
     try:
         yield
@@ -200,19 +200,19 @@ class Together:
 
 
 def _said(row: EncodedRow) -> dict[str, Any]:
-    """Return a row in the form that keys of checkpoints have."""
+    """Return a row's contents, for JSON, as they enter a checkpoint's key."""
     assert isinstance(row, TrainingRow)
     return {"prompt": row.prompt, "target": row.target, "labels": row.labels, "task": row.expert}
 
 
 def save_finished(folder: Path, key: str, tensors: Mapping[str, Tensor], report: JobReport) -> None:
-    """Keep the tensors that a job has ended with."""
+    """Save a finished job's tensors and report in the checkpoint's folder, under the digest `key`."""
     kept = {f"{TENSOR}{name}": value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     save_state(folder, key, TrainingState(report.steps, kept, report.to_json()), place=FINISHED)
 
 
 def load_finished(folder: Path, key: str) -> tuple[dict[str, Tensor], JobReport] | None:
-    """Return what `save_finished` kept under that key, or None; a damaged file is logged and counts as none."""
+    """Return the (tensors, report) that `save_finished` kept under `key`, or None; a damaged file is logged and ignored."""
     state = load_state(folder, key, place=FINISHED)
     if state is None:
         return None

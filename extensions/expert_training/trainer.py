@@ -34,7 +34,7 @@ from loraweave.extensions.expert_training.together import train_together as trai
 def fit(
     model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, Any], *, same_call: Callable[[], Contexts]
 ) -> None:
-    """Train `model` on a dataset with these `ExpertSettings`, as `ExpertModel.fit` says.
+    """Train `model` on a dataset with `given`, the fields of `ExpertSettings`, as `ExpertModel.fit` says.
 
     `same_call` returns the contexts in which a checkpointed block runs again.
     """
@@ -70,7 +70,7 @@ def fit(
 
 @contextmanager
 def _as_it_was(model: ExpertModel) -> Iterator[None]:
-    """Restore the modes of the base's modules and its settings afterwards; leave the experts in evaluation mode."""
+    """Restore the base's modes and settings and accelerate's state afterwards; leave the experts in evaluation mode."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     modes = [(module, module.training) for module in model.base_model.modules()]
@@ -132,7 +132,7 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         course.begin(self)
 
     def get_train_dataloader(self) -> Any:
-        """Return the rows of all steps, one after the other."""
+        """Return a loader of the batches of all steps' passes, in order."""
         return self.accelerator.prepare(
             DataLoader(self.train_dataset, batch_size=self.args.per_device_train_batch_size, collate_fn=self.feed.inputs_of)
         )
