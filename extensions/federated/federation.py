@@ -44,7 +44,7 @@ BACKENDS: dict[str, Backend] = {"here": here, "flower": flower}
 class Federated:
     """The result of a federation: the global `adapter`, the reports of the `rounds`, and the strategy's own `figures`.
 
-    The figures are such as the epsilon and delta of `dp_lora`.
+    An example of figures: the epsilon and delta of `dp_lora`.
     """
 
     adapter: Adapter
@@ -107,16 +107,17 @@ def federate(
     """Run `rounds` rounds of federation on the clients' examples, {client: Task, rows, or a list of tasks}.
 
     In each round a share `participation` of the clients begins with what the server sends, takes `steps` steps on its own
-    rows as `train_adapters` does, each round with a warm-up and a cosine of its own, and sends its update; the `strategy`, a
-    name of `lw.names("strategies")` with its `strategy_options`, says what is sent and how updates are aggregated. `ranks`
-    has the ranks of clients that differ from `rank`, for strategies that take them; `alpha / rank` is the scale of all.
+    rows as `train_adapters` does, with a learning rate that warms up and decays in each round, and sends its update; the
+    `strategy`, a name of `lw.names("strategies")` with its `strategy_options`, says what is sent and how updates are
+    aggregated. `ranks` has the ranks of clients that differ from `rank`, for strategies that allow it; each client's scale
+    is `alpha / rank`.
     `models` has the models of clients that bring their own, for strategies that take them; the tokenizer is the same for
     all, and a target module may be one of some models alone.
 
     A client that raises, dies, or sends something missing, misshapen or not finite is left out of its round, and the report
     and a logged warning say why; it keeps what it had. A round with fewer than `min_clients` usable updates is refused, if
-    any was left out. With `checkpoint`, a folder, the same call goes on where it was interrupted or refused, to the same
-    bits; only the clients that were running train again.
+    any was left out. With `checkpoint`, a folder, the same call resumes where it was interrupted or refused, with the same
+    result to the bit; only the clients that were running train again.
 
     `backend` "flower" runs every client of a round in flower's simulation, in processes of its own; "here" runs
     them one after the other. Raises TrainingError for settings and options out of range and for a refused round, UnknownName
@@ -156,7 +157,7 @@ def _course(
     rounds: int,
     sample_rate: float,
 ) -> Course:
-    """Return what all rounds have in common, read from the caller's values."""
+    """Return the course, which has what all rounds share, with the clients' rows; `tasks` has {client: its tasks}."""
     members = {}
     for name, parts in tasks.items():
         rows = training_rows(own_models.get(name, model), tokenizer, parts, settings.seed)
@@ -172,7 +173,7 @@ def _course(
 
 
 def _card(course: Course, strategy: Strategy, state: State, figures: Mapping[str, float]) -> dict[str, Any]:
-    """Return the card of the adapter: its recipe, and the federation that made it."""
+    """Return the adapter's card: {"recipe": settings, "federation": figures and, unless the strategy is secret, rounds}."""
     settings, done = asdict(course.settings), dict[str, Any](figures)
     if strategy.secret:
         del settings["seed"]
@@ -204,7 +205,10 @@ def _require_clients(option: str, given: Mapping[str, Any], clients: Mapping[str
 
 
 def _ranks(given: Mapping[str, int], strategy: Strategy, clients: Mapping[str, Any], rank: int) -> dict[str, int]:
-    """Return each client's rank. Raises TrainingError for ranks that the strategy cannot take, UnknownName."""
+    """Return {client: its rank}, `rank` for those that `given` lacks.
+
+    Raises TrainingError for ranks that the strategy cannot take, UnknownName for a name that is not a client's.
+    """
     _require_clients("ranks", given, clients, "rank")
     for name, client_rank in given.items():
         if not is_whole(client_rank, 1):
@@ -220,7 +224,7 @@ def _ranks(given: Mapping[str, int], strategy: Strategy, clients: Mapping[str, A
 
 
 def _models(given: Mapping[str, Any], strategy: Strategy, clients: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the models of clients that bring their own. Raises TrainingError if the strategy takes none."""
+    """Return `given`, {client: its own model}, once checked. Raises TrainingError if the strategy takes no such models."""
     _require_clients("models", given, clients, "model")
     for name, model in given.items():
         require_model(model)
@@ -237,9 +241,9 @@ Layers = dict[str, tuple[int, int]]
 
 
 def _layers(model: Any, own_models: Mapping[str, Any], endings: Sequence[str]) -> tuple[Layers, dict[str, Layers]]:
-    """Return (O, I) of the target layers of the model, and of each client's own.
+    """Return {target layer: (O, I)} of the model, and {client: the same for its own model}; `endings` select the layers.
 
-    Raises UnknownName for an ending that matches nothing in any of them, and for a model in which none matches.
+    Raises UnknownName for an ending that matches no layer of any model, and for a model in which none matches.
     """
 
     def matches(model: Any, ending: str) -> bool:
@@ -268,7 +272,7 @@ def _named(strategy: Strategy) -> dict[str, Any]:
 
 
 def _key(course: Course, strategy: Strategy) -> str:
-    """Return the digest of everything the rounds depend on."""
+    """Return the digest of all that the rounds depend on, under which their state is stored."""
     members = [
         [name, client.rank, client.size, [[row.prompt, row.target, row.labels] for row in client.rows]]
         for name, client in course.clients.items()

@@ -21,12 +21,12 @@ DIED = "ActorDiedError"
 
 
 def flower(course: Course, strategy: Strategy, orders: Sequence[Order]) -> Iterator[tuple[str, Trained | str]]:
-    """Carry out the orders in one simulation; a client trains the same as in this process, bit for bit.
+    """Carry out the orders in one simulation; yield each client's name with its result, or the reason why it has none.
 
-    A client takes as many cores as torch has threads here, so that several run at once with fewer threads; each process
-    holds a copy of all models. After the death of one the simulation has no processes left, so every client it then fails to
-    run is tried once more, alone: one that dies again is left out. Raises PackageMissing without flwr and ray, TrainingError
-    for a model that is not on the CPU, and where ray does not start.
+    A client trains the same as in this process, bit for bit. It takes as many cores as torch has threads here, so that more
+    run at once with fewer threads; each process holds a copy of all models. If a process dies, the simulation has none left,
+    so every client it then fails to run is tried once more, alone: one that dies again is left out. Raises PackageMissing
+    without flwr and ray, TrainingError for a model that is not on the CPU, and where ray does not start.
     """
     if not orders:
         return
@@ -47,7 +47,7 @@ def flower(course: Course, strategy: Strategy, orders: Sequence[Order]) -> Itera
 
 
 def _simulated(course: Course, strategy: Strategy, orders: Sequence[Order]) -> dict[str, Trained | str]:
-    """Return the outcome of each order, from one simulation with a node for each of them."""
+    """Return {client: its result, or why it has none}, from one simulation with a node for each order."""
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     try:
         import ray
@@ -98,7 +98,7 @@ def _simulated(course: Course, strategy: Strategy, orders: Sequence[Order]) -> d
 
 
 def _carry_out(reference: Any, threads: int, message: Any, _: Any) -> Any:
-    """Carry out an order in a client's process, and return the reply."""
+    """Carry out the order in `message` in a client's process and return the reply; `reference` is of the shared course."""
     from flwr.app import ConfigRecord, Message, RecordDict
 
     course, strategy = _shared(reference)
@@ -117,7 +117,7 @@ def _carry_out(reference: Any, threads: int, message: Any, _: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _shared(reference: Any) -> tuple[Course, Strategy]:
-    """Return the course and strategy that the rounds share, read once by a process."""
+    """Return the course and strategy that ray stores under a reference; a process reads them once."""
     import ray
 
     shared: tuple[Course, Strategy] = ray.get(reference)

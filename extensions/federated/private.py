@@ -40,10 +40,10 @@ FLOAT = np.dtype("<f4")
 
 
 def split_adapter(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
-    """Split an adapter into (public part, {layer: M_RR}): b a = B M A exactly, A = p^T and B = q of `algebra.orthonormal`.
+    """Split an adapter into (public adapter, {layer: M_RR}): b a = B M A exactly, A = p^T, B = q of `algebra.orthonormal`.
 
-    The public adapter's factors are A and B: what the update reads and writes, and nothing of what it does with it. Where A
-    and B were drawn at random and M alone was trained, as published, they say nothing at all.
+    The public adapter's factors are A and B: the subspaces that the update reads and writes, not the map between them. Where
+    A and B were drawn at random and M alone was trained, as published, they tell nothing about the training.
     Raises AdapterUnsupported for an update that is not b a alone.
     """
     layers, cores = {}, {}
@@ -62,10 +62,10 @@ def split_adapter(adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
 
 @dataclass
 class Traffic:
-    """The bytes of numbers and of their heads, both ways, and what they were for.
+    """The bytes of frames sent and received, including their heads.
 
-    `tokens` is the number of tokens that ran through the base; `spared` is how much more it were if each layer's whole input
-    and output went over, instead of A x and M A x.
+    `tokens` is the number of tokens that ran through the base; `spared` are the bytes that would come on top if each layer's
+    whole input and output were sent instead of A x and M A x.
     """
 
     sent: int = 0
@@ -75,17 +75,17 @@ class Traffic:
 
     @property
     def bytes_per_token(self) -> float:
-        """The bytes of all that went over the connection, for each token."""
+        """The bytes per token that went over the connection, both ways."""
         return (self.sent + self.received) / max(self.tokens, 1)
 
     @property
     def activation_bytes_per_token(self) -> float:
-        """The bytes for each token if whole activations went over the connection."""
+        """The bytes per token that would go over the connection with whole activations."""
         return (self.sent + self.received + self.spared) / max(self.tokens, 1)
 
 
 class Head(NamedTuple):
-    """The head of a frame: its kind, the place of a layer or what is asked for, and how many bytes follow."""
+    """The head of a frame: its kind, `place` (a layer's index or a call's flags), its shape, the number of bytes it has."""
 
     kind: int
     place: int
@@ -114,7 +114,7 @@ class _Line:
         return Head(*HEAD.unpack(self._read(HEAD.size)))
 
     def due(self, kind: int) -> Head:
-        """Read the head of the next frame. Raises LayerMismatch for one of another kind."""
+        """Read and return the head of the next frame. Raises LayerMismatch if it is of another kind."""
         head = self.head()
         self.require(kind, head)
         return head
@@ -131,7 +131,7 @@ class _Line:
             raise SourceUnavailable(f"{self.peer} is gone ({error})") from error
 
     def numbers(self, given: int, *shape: int) -> Tensor:
-        """Read a tensor of this shape. Raises LayerMismatch, before allocation, if `given` bytes are another number."""
+        """Read an fp32 tensor of this shape. Raises LayerMismatch, before allocation, unless it takes `given` bytes."""
         expected = math.prod(shape) * FLOAT.itemsize
         if given != expected:
             raise LayerMismatch(f"{self.peer} sent {given} bytes, and numbers of shape {shape} are {expected}")
@@ -161,7 +161,7 @@ class _Line:
 
 
 class _Remote(TrainingJob):
-    """A job that adds the device's cores to the layers of the base."""
+    """A job that adds B M A x to the base's layers, where the device calculates M A x."""
 
     def __init__(self, public: Adapter, line: _Line) -> None:
         self.name = public.name
@@ -193,11 +193,12 @@ def serve_base(
     ready: Callable[[str, int], None] = lambda host, port: None,
     devices: int | None = None,
 ) -> None:
-    """Run the model's blocks for devices, one after the other, until `devices` were served or an interruption.
+    """Run the model's blocks for one device after the other, until `devices` were served (None: until an interruption).
 
-    `ready` is told host and port once devices may come; port 0 takes a free one. A device that dies, is silent for `timeout`
-    seconds, or sends other shapes than its adapter's ends its own connection, which is logged, and nothing else.
-    Raises LayerMismatch for a public part that does not fit the model's blocks. Whoever reaches the address uses the model.
+    `public` is the first result of `split_adapter`. `ready(host, port)` is called once devices may connect; port 0 takes a
+    free one. A device that dies, is silent for `timeout` seconds, or sends other shapes than its adapter's ends its own
+    connection, which is logged, and nothing else. Anyone who reaches the address can use the model.
+    Raises LayerMismatch for a public adapter that does not fit the model's blocks.
     """
     body = model.base_model
     inside = {id(module) for module in body.modules()}
@@ -305,11 +306,11 @@ class PrivateDevice:
         self._line.socket.close()
 
     def logits(self, ids_BT: Tensor) -> Tensor:
-        """Return logits_BTV of all tokens."""
+        """Return logits_BTV of all tokens of rows without padding."""
         return self._call(ids_BT, WHOLE | BEGINS)
 
     def generate(self, ids_BT: Tensor, *, max_new_tokens: int, eos_token_id: int | None = None) -> Tensor:
-        """Return the rows with at most so many tokens more, the likeliest each, until all of them have ended."""
+        """Return the rows with up to `max_new_tokens` likeliest tokens appended; stop once each has had `eos_token_id`."""
         rows_BT, new_BT = ids_BT, ids_BT
         ended_B = torch.zeros(len(ids_BT), dtype=torch.bool)
         for number in range(max_new_tokens):

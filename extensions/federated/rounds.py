@@ -29,7 +29,7 @@ SERVER, OWN, UPDATE = "server/", "own/", "update/"
 class RoundReport:
     """The report of a round: the mean loss of each client that took part, None if unknown, and why others were left out.
 
-    `bytes_down` and `bytes_up` are of the tensors that the server sent and of the updates that it used.
+    `bytes_down` and `bytes_up` are the bytes of the tensors that the server sent and of the updates that it used.
     """
 
     losses: Mapping[str, float | None]
@@ -162,9 +162,9 @@ def _mean(losses: Sequence[float]) -> float | None:
 
 
 def draw(course: Course, strategy: Strategy, number: int, min_clients: int) -> list[str]:
-    """Return the clients of a round, in the order in which they were given; a function of the seed and the round.
+    """Draw the clients of round `number`, by the seed and the number; return their names in the caller's order.
 
-    By count, as many as the sample rate says and at least `min_clients`; by Poisson sampling each with that probability.
+    Sampling by "count" draws a share `sample_rate` of them, at least `min_clients`; "poisson" each with that probability.
     """
     names, rate = list(course.clients), course.sample_rate
     chance = torch.rand(len(names), generator=seeded(course.settings.seed, "participation", number), dtype=torch.float64)
@@ -176,7 +176,7 @@ def draw(course: Course, strategy: Strategy, number: int, min_clients: int) -> l
 
 
 def flaw(strategy: Strategy, received: Tensors, update: object) -> str:
-    """Return why an update cannot be used, as a phrase; empty for one that can."""
+    """Return why a client's update cannot be used, as a phrase, or "" if it can; `received` is what the client was sent."""
     if not isinstance(update, Mapping) or not all(isinstance(value, torch.Tensor) for value in update.values()):
         return f"it sent {type(update).__name__}, and not named tensors"
     tensors = dict(update)
@@ -208,7 +208,7 @@ def _require_enough(number: int, drawn: Sequence[str], left_out: Mapping[str, st
 
 
 def here(course: Course, strategy: Strategy, orders: Sequence[Order]) -> Iterator[tuple[str, Trained | str]]:
-    """Carry out the orders in this process, one after the other; an exception of a client leaves it out of the round."""
+    """Carry out the orders in this process, one by one; yield each client's name with its result or its exception's text."""
     for order in orders:
         try:
             with untouched(course.of(order.client).model):

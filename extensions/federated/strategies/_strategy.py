@@ -41,7 +41,7 @@ A, B = ".a_RI", ".b_OR"
 class Client:
     """A client: its rows, its largest rank, and its size, the number of its examples.
 
-    `rows_apart` is True if each row holds one of the examples alone.
+    `rows_apart` is True if each row is made from one example alone (no other examples are shown in its prompt).
     """
 
     name: str
@@ -87,7 +87,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Order:
-    """A client's input in a round, counted from 1: what it receives, and what it has kept for itself since its last one."""
+    """A client's input in a `round`, counted from 1: what it receives, and what it kept in its last round (`own`)."""
 
     client: str
     round: int
@@ -97,7 +97,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Trained:
-    """A client's result of a round: what it sends, what it keeps, and its losses before each step, if it tells them."""
+    """A client's result of a round: the update it sends, what it keeps (`own`), and its losses before each step, if told."""
 
     update: Tensors
     own: Tensors
