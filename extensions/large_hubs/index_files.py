@@ -37,7 +37,7 @@ CHECKED_BYTES = 2**25
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """Write and sync a temporary file, then rename it to `path`; an error leaves nothing behind."""
+    """Write {name: array} and the metadata to a temporary file, sync it and rename it to `path`; an error leaves no file."""
     table: dict[str, Any] = {}
     end = 0
     # the format allows no gaps: wide numbers first, so that every array begins at a multiple of its numbers' size
@@ -132,16 +132,16 @@ _FORMAT = 1
 
 
 def load(places: Sequence[Path], wanted: Stamp, dim: int, choice: Choice) -> tuple[Keys, Stamp] | None:
-    """Return the newest saved keys of the embedder and index that are wanted, mapped, and their stamp.
+    """Return (keys, stamp) of the newest file in the folders `places` for the embedder and index in `wanted` and `choice`.
 
-    Returns None if there are none, or the file is damaged or of another form.
+    The keys are mapped from the file. Returns None if there is none, or it is damaged or in another format.
     """
     saved = [_load(folder, wanted, dim, choice) for folder in places]
     return max(filter(None, saved), key=lambda one: one[1].generation, default=None)
 
 
 def save(place: Path, stamp: Stamp, keys: Keys) -> Keys | None:
-    """Save keys of one segment and return them mapped.
+    """Save keys of one segment in the folder `place`, under their stamp, and return them mapped from the file.
 
     Returns None, without an error, for keys that are few or mapped already, and where a file cannot be written.
     """
@@ -166,7 +166,7 @@ def save(place: Path, stamp: Stamp, keys: Keys) -> Keys | None:
 
 
 def problems(place: Path) -> Iterator[str]:
-    """Yield a sentence for each damaged file in index/."""
+    """Yield a sentence for each damaged index file of the hub in the folder `place`."""
     for path in sorted((place / "index").glob("*.safetensors")):
         try:
             map_arrays(path, all_digests=True)

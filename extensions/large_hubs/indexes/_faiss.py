@@ -32,12 +32,12 @@ _GROWTH = 8
 
 
 def from_keys(count: int) -> int | None:
-    """Return the number of keys from which an index is taken by default: `count` with faiss, None without."""
+    """Return the number of keys from which an index is the default: `count` if faiss is installed, else None (never)."""
     return count if importlib.util.find_spec("faiss") else None
 
 
 def import_faiss(index: str) -> Any:
-    """Return the module. Raises PackageMissing with the install command, naming the index that needs it."""
+    """Return the module faiss. Raises PackageMissing with the install command, naming the `index` that needs it."""
     try:
         import faiss
     except ImportError as error:
@@ -130,9 +130,9 @@ class HalfScanner:
         )
 
     def best(self, query_D: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray | None]], num: int) -> Ranking:
-        """Return the `num` largest products over all lists of (codes, row numbers or None), and their rows, in no order.
+        """Return (the `num` largest products with the query, their row numbers), in no order, fewer if there are fewer rows.
 
-        There are fewer if the lists have fewer rows. Without numbers there is one list.
+        `lists` are pairs (fp16 codes, row numbers). Numbers of None are for a single list, of rows 0, 1 and so on.
         """
         scores_R = np.full(num, -np.finfo(np.float32).max, np.float32)
         rows_R = np.full(num, -1, np.int64)
@@ -160,7 +160,7 @@ class HalfScanners(threading.local):
 
 
 def selector(faiss: Any, allowed_N: np.ndarray) -> Any:
-    """Return faiss's form of a mask."""
+    """Return faiss's selector of the rows where `allowed_N` is True."""
     return faiss.IDSelectorBitmap(np.packbits(allowed_N, bitorder="little"))
 
 
@@ -177,9 +177,10 @@ Search = Callable[[np.ndarray, int, float], np.ndarray]
 
 
 def least_effort(efforts: Sequence[float], search: Search, vectors_ND: np.ndarray) -> float:
-    """Return the effort after the first at which `search(query_QD, k, effort)` finds enough; the last if none does.
+    """Return the effort after the first at which `search(query_QD, k, effort)` finds enough neighbours, else the last.
 
-    It is one step more because query texts lie less close to the vectors than these to each other.
+    It finds enough with a share GOAL of the nearest. The next effort is taken since query texts lie less close to the
+    vectors than these to each other.
     """
     chosen_Q = np.sort(np.random.default_rng(0).permutation(len(vectors_ND))[:_NUM_QUERIES])
     query_QD = np.ascontiguousarray(vectors_ND[chosen_Q])

@@ -54,7 +54,7 @@ class FaissHalf(Flat):
         self._bounds = np.array([1.0, 0.0], np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays to save."""
+        """Return {name: array}, all that an index file needs."""
         return {"vectors": self._vectors_ND, "codes": self._codes_ND, "bounds": self._bounds}
 
     def _append(self, new_ND: np.ndarray) -> None:

@@ -34,9 +34,9 @@ _MAX_LATE_SHARE = 0.2
 
 @dataclass(frozen=True, eq=False)
 class _Lists:
-    """Rows in the order of their lists: list c has those from `starts[c]` to `starts[c + 1]`, then come the late ones.
+    """Rows in the order of their lists: list c is starts[c] to starts[c + 1]; rows added later follow the last list.
 
-    `share` is the share of the lists that a search looks into.
+    `share` is the share of the lists that a search looks into, those of the nearest centres.
     """
 
     share: float
@@ -107,7 +107,7 @@ class FaissIvf(Flat):
         return self._look(query_QD, k, min(1.0, self._lists.share * len(self) / count), mask_N)
 
     def _look(self, query_QD: np.ndarray, k: int, share: float, mask_N: np.ndarray | None) -> Ranking:
-        """Return the k best rows of that share of the lists, and of more lists if those have fewer than k."""
+        """Return (scores, rows) of each query's k best in a `share` of the lists, and in more if those have fewer than k."""
         assert self._lists is not None
         scanner = self._scanners.get(mask_N)
         nearness_QC = query_QD @ self._lists.centres_CD.T
@@ -120,7 +120,7 @@ class FaissIvf(Flat):
         return np.concatenate([scores for scores, _ in rankings]), np.concatenate([at for _, at in rankings])
 
     def _near(self, scanner: HalfScanner, query_D: np.ndarray, nearness_C: np.ndarray, k: int, share: float) -> np.ndarray:
-        """Return the rows to score again, at least k unless all lists have fewer."""
+        """Return the rows of one query to score again, at least k unless all lists have fewer."""
         assert self._lists is not None
         lists = self._lists
         num_probed, num_wanted = math.ceil(len(nearness_C) * share), min(len(self), max(k, NUM_RESCORED))
@@ -181,7 +181,7 @@ def _gathered(sample_SD: np.ndarray, count: int, rng: np.random.Generator) -> np
 
 
 def nearest(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
-    """Return the centre with the largest inner product for each vector (N,); with many centres, nearly always.
+    """Return (N,): each vector's number of the centre with the largest inner product; with many centres, nearly always it.
 
     Many centres are grouped around centres of their own, and a vector is compared with the centres of the nearest group and
     of the few beside it: a seventh of the work at 2,000. If that is wrong for some of a sample, as for vectors without
@@ -218,13 +218,13 @@ def _grouped(centres_CD: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _by_list(list_N: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows in the order of their lists, and where each of the `count` lists begins, and the last one ends."""
+    """Return (rows by their list in `list_N`, starts): list c has rows[starts[c] : starts[c + 1]], of `count` lists."""
     rows_N = np.argsort(list_N, kind="stable").astype(np.int64)
     return rows_N, np.searchsorted(list_N[rows_N], np.arange(count + 1)).astype(np.int64)
 
 
 def nearest_of_all(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
-    """Return the centre with the largest inner product for each vector (N,)."""
+    """Return (N,): each vector's number of the centre with the largest inner product."""
     found_N = np.empty(len(vectors_ND), np.int64)
     for start in range(0, len(vectors_ND), BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
