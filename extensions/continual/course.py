@@ -55,8 +55,8 @@ Losses = Callable[[int], Tensor]
 class Course:
     """A course of `tasks` in the order in which they are learned; `start` is the adapter that the first one begins from.
 
-    `layers` has (O, I) of each target layer, `options` are those of this way of training. What is made `once` is kept in
-    `folder`, a checkpoint, where there is one.
+    `layers` has (O, I) of each target layer, `options` are those of this `way` of training. Updates made by `once` are kept
+    in `folder`, the checkpoint, if there is one.
     """
 
     way: str
@@ -79,13 +79,13 @@ class Course:
         return {} if self.start is None else self.start.layers
 
     def jobs(self, names: Sequence[str], start: Layers | None = None) -> LoraJobs:
-        """Return jobs with new factors for each name, or with copies of `start`."""
+        """Return a job for each of `names`, with new factors, or with copies of those in `start`."""
         starts = {} if start is None else dict.fromkeys(names, start)
         return LoraJobs(self.model, self.layers, names, self.settings, starts)
 
     @contextmanager
     def frozen(self, layers: Layers) -> Iterator[None]:
-        """Add the update to the model inside the block, without gradients."""
+        """Add an update, {layer: its factors}, to the model inside the block, without training it."""
         if not layers:
             yield
             return
@@ -96,7 +96,7 @@ class Course:
             yield
 
     def plain(self, jobs: LoraJobs, frozen: Layers) -> Losses:
-        """Return the function of each job's loss on the rows of its task, over a frozen update."""
+        """Return the function step -> each job's loss on that step's rows of its task, with the update `frozen` added."""
 
         def losses(step: int) -> Tensor:
             chosen = [row for job in jobs.jobs for row in self.settings.rows(self.rows[job], job, step)]
@@ -106,7 +106,7 @@ class Course:
         return losses
 
     def run(self, jobs: LoraJobs, losses: Losses, *, after_step: Callable[[int], None] | None = None) -> None:
-        """Take all steps down the gradient of `losses`, each job's clipped to norm 1.
+        """Take all training steps down the gradient of `losses(step)`, clipped to norm 1 for each job.
 
         Raises TrainingError for a loss that is not finite.
         """
@@ -114,18 +114,18 @@ class Course:
         descend(learners, losses, self.settings.steps, self.bar, title=", ".join(jobs.jobs), after_step=after_step)
 
     def learned(self, name: str, start: Layers | None = None, frozen: Layers | None = None) -> Layers:
-        """Train a job on its task alone, from new factors or `start`, over a frozen update; return its layers."""
+        """Train a job on task `name` alone, from new factors or `start`, with `frozen` added; return {layer: factors}."""
         jobs = self.jobs([name], start)
         self.run(jobs, self.plain(jobs, frozen or {}))
         return jobs.layers_of(name)
 
     def encoded(self, examples: Task | GivenRows) -> list[EncodedRow]:
-        """Return an option's examples in token ids."""
+        """Return the examples that an option has, as rows of token ids."""
         task = Task.of(examples)
         return encode_pairs(self.model, self.tokenizer, task, task.examples)
 
     def once(self, name: str, make: Callable[[], Sequence[Layers]], kinds: Sequence[str] = ("",)) -> list[Adapter]:
-        """Return the updates, one of each kind, known once task `name` is learned: made, or read from the checkpoint."""
+        """Return the updates after task `name`, one for each of `kinds`, from the checkpoint, or else made by `make`."""
         keys = [self._key(name, kind) for kind in kinds]
         kept = [] if self.folder is None else [load_adapter(self.folder, key) for key in keys]
         if kept and None not in kept:
@@ -152,7 +152,7 @@ class Course:
         return {"method": "loraweave.train_adapters", **settings, "continual": self.way, "settings": plain, **begin}
 
     def _key(self, name: str, kind: str) -> str:
-        """Return the digest of everything an update depends on that is known after `name`."""
+        """Return the digest of everything that the update of this kind after task `name` depends on."""
         until = [[task, *asdict(self.tasks[task]).values()] for task in self._until(name)]
         options = sorted((key, repr(value)) for key, value in self.options.items())
         content = json.dumps([self._recipe, options, until, len(self.tasks), self.base.to_json(), kind], sort_keys=True)
@@ -170,7 +170,7 @@ Lesson = Callable[[str, Layers], Layers]
 
 
 def one_by_one(course: Course, lesson: Lesson) -> dict[str, Adapter]:
-    """Return {task: the adapter after it}; `lesson(task, layers)` returns its layers, from those after the task before."""
+    """Return {task: the adapter after it}; `lesson(task, layers)` makes its layers from those after the task before."""
     adapters: dict[str, Adapter] = {}
     layers = course.first
     for name in course.rows:
@@ -184,15 +184,15 @@ def _alone(lesson: Lesson, name: str, layers: Layers) -> list[Layers]:
 
 
 def by_prefix(course: Course, lesson: Lesson) -> dict[str, Adapter]:
-    """Return {task: the sum after it}; `lesson(task, prefix)` returns the update that it adds to the frozen prefix."""
+    """Return {task: the sum of updates up to it}; `lesson(task, prefix)` makes the task's update over the sum before it."""
     return one_by_one(course, lambda name, prefix: added(prefix, lesson(name, prefix)))
 
 
 def own_parts(adapters: Mapping[str, Adapter], *, start: Adapter | None = None) -> dict[str, Adapter]:
-    """Return {task: the update that it added}, from the prefix sums of `train_in_order`, in their order.
+    """Return {task: the update that it added}, from `train_in_order`'s adapters, each a sum of all updates up to its task.
 
-    Summed from the start on they are those prefixes, bit for bit. For `construct_vl`, `inflora`, `gs_lora` and an untuned
-    `task_arithmetic`; raises LayerMismatch for adapters that are no prefixes of each other.
+    Added up from `start` on, they give those sums bit for bit. For `construct_vl`, `inflora`, `gs_lora` and an untuned
+    `task_arithmetic`; raises LayerMismatch for an adapter that does not begin with the one before it.
     """
     parts, before = {}, {} if start is None else dict(start.layers)
     for name, adapter in adapters.items():
@@ -203,7 +203,7 @@ def own_parts(adapters: Mapping[str, Adapter], *, start: Adapter | None = None) 
 
 
 def _beyond(name: str, layer: str, before: Factors | None, after: Factors) -> Factors:
-    """Return the rank rows of `after` beyond those of `before`. Raises LayerMismatch if it does not begin with them."""
+    """Return `after` without its first rank rows, those of `before`. Raises LayerMismatch if it does not begin with them."""
     if before is None:
         return after
     rank = before.rank
@@ -239,7 +239,7 @@ def train_in_order(
 
     A task's adapter is the whole model after it. `way` is one of `lw.names("continual")`, and `options` are its own
     (docs/extensions/continual.md); the others are those of `train_adapters`. Only the first task can have a `start`. With
-    `checkpoint`, a folder, the same call goes on with the task that was interrupted.
+    `checkpoint`, a folder, the same call resumes with the task that was interrupted.
 
     Raises UnknownName for an unknown way and for target modules without a layer, TrainingError for options and settings out
     of range, a list of tasks, launched processes, a checkpoint that cannot be written and a loss that is not finite; what

@@ -115,7 +115,7 @@ def split(text: str) -> list[str]:
 
 
 def _versions(model: Any, tokenizer: Any, documents: Mapping[str, str], rewrites: int) -> dict[str, list[str]]:
-    """Return each document with so many rewrites, each of the one before: greedy answers would else be alike."""
+    """Return {name: [the document, its rewrites by the model]}, each of the version before, as greedy answers are alike."""
     versions = {name: [text] for name, text in documents.items()}
     chat = bool(getattr(tokenizer, "chat_template", None))
     asking = Task([], instruction=REWRITE, chat=chat, stop=())

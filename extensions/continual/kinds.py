@@ -17,7 +17,7 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Linearized(JobKind):
-    """Jobs that train to first order at their beginning (L-LoRA, arXiv 2310.04742); new ones have one a, which stays.
+    """Jobs that train to first order around their start (L-LoRA, arXiv 2310.04742); new jobs share one a, which stays.
 
     `train_adapters(..., kind=Linearized())`; `tangent(adapter, start)` is what a task with a start has learned.
     """
@@ -31,7 +31,7 @@ class Linearized(JobKind):
 
 @dataclass(frozen=True)
 class Beside(JobKind):
-    """Jobs that learn beside an adapter, which stays as it is, from what its a leaves of a layer's inputs (`BesideJob`).
+    """Jobs that learn beside a frozen `adapter`, from the part of a layer's inputs that its a does not read (`BesideJob`).
 
     `train_adapters(..., kind=Beside(adapter))`, without a start.
     """
