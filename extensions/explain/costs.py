@@ -19,7 +19,7 @@ class LayerCost:
     Base: 2 N O I for N tokens (nothing for an embedding, which looks up), and the bytes of weight and bias. Added, for each
     token and each expert whose weight there is not 0: 2 R (I + O) + R, 3 O for a gain, 2 O for a bias, and O for the sum;
     and the bytes of the factors of the experts that some token uses. `kernel` is the file of `composer/live/kernels/` that
-    did it, which may do more.
+    made the call, whose own FLOPs and bytes may be more.
     """
 
     base_flops: int
@@ -50,7 +50,7 @@ class Cost(Mapping[str, LayerCost]):
         return LayerCost(*(sum(getattr(layer_cost, name) for layer_cost in self.values()) for name in names))
 
     def table(self) -> ShownTable:
-        """Return a table with a row for all layers of one name, and the total."""
+        """Return a table with one row for all layers of a name, such as q_proj, and one for the total."""
         groups: dict[str, list[LayerCost]] = {}
         for layer, layer_cost in self.items():
             groups.setdefault(_module_name(layer), []).append(layer_cost)
@@ -66,12 +66,12 @@ class Cost(Mapping[str, LayerCost]):
         return table
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures of each layer, and of "total"."""
+        """Return {layer: {figure: value}}, with "total" as one more layer."""
         return {name: vars(layer_cost) for name, layer_cost in [*self.items(), ("total", self.total)]}
 
 
 def cost(engine: Composer, used: UsedWeights | None = None) -> Cost:
-    """Return the FLOPs and bytes that `used` weights, by default the last forward's, add to the layers' own."""
+    """Return each layer's own FLOPs and bytes, and those that `used` weights, by default the last forward's, add."""
     used = engine.last_weights if used is None else used
     # expert by expert, since one of a lazy pool is opened for it
     by_expert = [

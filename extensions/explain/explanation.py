@@ -22,7 +22,10 @@ class Explanation(TokenFigures):
     """An explanation of each token's weights by expert and layer; the figures themselves are those of `TokenFigures`."""
 
     def table(self) -> ShownTable:
-        """Return a table of the experts by share of the weight, with where they count most; its last row may be "others"."""
+        """Return a table of the experts, largest share of the weight first, with the layer and tokens where it is largest.
+
+        Its last row may be "others".
+        """
         total = self.total
         table = ShownTable(title=self._title(total), title_justify="left")
         effect = ("loss without it",) if self.effects else ()
@@ -46,10 +49,10 @@ class Explanation(TokenFigures):
         return self.table()._repr_html_()
 
     def to_json(self) -> dict[str, Any]:
-        """Return names, and `weights` as nested lists, by token, layer and expert, to six digits, null for NaN.
+        """Return the names, and `weights` as lists by token, layer and expert, to six digits, None for NaN.
 
-        As in MixtureWeights, an axis on which nothing varies has size 1. `load` has a row for each layer, `effects` the
-        known effects of the experts.
+        As in MixtureWeights, an axis along which nothing varies has size 1. `load` has the figures of each layer, `effects`
+        the known effects of the experts.
         """
         w_TLE = self.w_TLE
         for axis in (0, 1):

@@ -28,7 +28,7 @@ class Probed:
     """The scores of an adapter's bias to one answer, whatever the input, 0 to 1: on plain inputs, and by probe and place.
 
     collapse = max over tokens v of the mean over inputs of p(v), v being the answer's first token. Under a probe, the token
-    that the probe itself begins with does not count: an adapter that repeats its input would look triggered by every one.
+    that the probe itself begins with is left out: an adapter that repeats its input would look triggered by every probe.
     """
 
     plain: float
@@ -36,12 +36,12 @@ class Probed:
 
     @property
     def rise(self) -> float:
-        """The largest collapse under a probe, less that of the inputs as they are: -1 to 1."""
+        """The largest collapse under a probe minus that of the plain inputs: -1 to 1."""
         return max(self.collapse.values()) - self.plain
 
     @property
     def gap(self) -> float:
-        """The largest collapse under a probe, less their median: one probe is near the trigger, and others are not."""
+        """The largest collapse under a probe minus the median over probes: large if only few are near a trigger."""
         return max(self.collapse.values()) - median(self.collapse.values())
 
 
@@ -49,11 +49,11 @@ class Probed:
 def probe(
     model: Any, tokenizer: Any, adapter: Adapter, task: Task, inputs: Sequence[str], *, probes: Sequence[str] = PROBES
 ) -> Probed:
-    """Return the adapter's collapse on inputs of its own task, alone, and with each probe before and behind them.
+    """Return the adapter's collapse on inputs of its own task, plain, and with each probe before and behind them.
 
-    It runs a row for every input, and two for every input and probe; five different inputs are enough. `task` says how they
-    are asked; probes like words that outsiders might use find more. Raises InvalidTask for less than two different inputs or
-    no probe, and what Composer raises where the adapter is not the model's.
+    It runs one row for every input, and two for every input and probe; five different inputs are enough. `task` makes their
+    prompts; probes like words that outsiders might use find more. Raises InvalidTask for less than two different inputs or
+    no probe, and what Composer raises for an adapter of another model.
     """
     if len(set(inputs)) < 2 or not probes:
         raise InvalidTask(
@@ -79,7 +79,7 @@ def probe(
 
 
 def first_token(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> Tensor:
-    """Return p_NV of the token that follows each prompt."""
+    """Return p_NV, the probabilities of the V tokens to follow each of N prompts."""
     chunks = []
     for chunk in in_chunks(prompt_ids(tokenizer, prompts), BATCH_SIZE):
         ids_BT, mask_BT = pad_rows(tokenizer, chunk)

@@ -28,12 +28,12 @@ Question = Prompt | Sequence[Mapping[str, Any]]
 
 
 def explain(engine: Composer | Composition, text: Question, mixture: Any = None, *, max_new_tokens: int = 0) -> Explanation:
-    """Return what each token of a text or a conversation gets from each expert in each layer, from one forward.
+    """Return the weight of each expert in each layer for each token of a text or a conversation, from one forward.
 
-    `mixture` is what `engine.activate` takes; None explains what is active. Of a Composition, which has a mixture, `text` is
-    an input of its task, and its prompt is explained. With `max_new_tokens`, the greedy continuation (an encoder-decoder's
-    answer) is explained too, but for its last token, which the model never reads. An encoder-decoder's tokens are those of
-    the text and then those of the answer, with the token that it begins with.
+    `mixture` is what `engine.activate` takes; None explains what is active. For a Composition, which has a mixture, `text`
+    is an input of its task, and its prompt is explained. With `max_new_tokens`, the greedy continuation (an
+    encoder-decoder's answer) is explained too, except its last token, which the model never reads. An encoder-decoder's
+    tokens are those of the text and then those of the answer, beginning with its start token.
     Raises CompositionError without a tokenizer, ScopeError for a mixture of several rows or a composition whose parts answer
     apart, AlreadyActive while fused.
     """
@@ -91,10 +91,10 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """The arguments of one forward, and the token ids in it: of the text, and for an encoder-decoder of its answer.
+    """The arguments of one forward, and its token ids in `parts`: the text, and for an encoder-decoder its answer.
 
-    `lengths` are the numbers of tokens that a layer is called with for each part, different for each. The first `num_prompt`
-    tokens are the text.
+    `lengths` has, for each part, the number of tokens that layers are called with, by which calls are told apart. The first
+    `num_prompt` tokens are the text.
     """
 
     inputs: Mapping[str, Tensor]
