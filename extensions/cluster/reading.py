@@ -48,7 +48,7 @@ Read = Prepared | LoraweaveError
 
 @dataclass(frozen=True, kw_only=True)
 class ReadByWorker(Prepared):
-    """An adapter whose content is `blob` in the store, which has `origin` in it if this worker wrote it, else None."""
+    """An adapter whose content is `blob` in the store; `origin` is its record if this worker wrote the blob, else None."""
 
     blob: rows.BlobRow
     origin: Record | None
@@ -82,7 +82,10 @@ def read_many(
     progress: bool,
     **reading: Any,
 ) -> Iterator[tuple[Addition, Read]]:
-    """Yield the sources with what workers read, in order. A piece whose workers are lost again and again is refused."""
+    """Yield (source, the adapter or error that a worker read), in the sources' order; `reading` are `read_piece`'s options.
+
+    A piece of sources whose workers are lost again and again gives WorkersFailed for each.
+    """
     work = partial(read_piece, hub, measured=set(checked_policy(anomalies).values()) != {"off"}, **reading)
     parts = [additions[start : start + PIECE] for start in range(0, len(additions), PIECE)]
     pieces = {f"{number} of {len(parts)}, from {part[0].label} on": part for number, part in enumerate(parts, start=1)}
@@ -104,7 +107,10 @@ def read_many(
 def read_piece(
     hub: compositions.CompositionShelf, additions: Sequence[Addition], *, measured: bool, stored_as: str, allow_pickle: bool
 ) -> list[Read]:
-    """Return the adapter or the error of each source, after writing their content, without rows, to the store."""
+    """Return each source's adapter or error, after writing the adapters' content to the store, without rows.
+
+    `measured`: whether they are examined for anomalies, too.
+    """
     done: list[Read] = []
     held: dict[int, Prepared] = {}
     for place, addition in enumerate(additions):
@@ -161,7 +167,7 @@ def drop(hub: compositions.CompositionShelf, refused: Sequence[Prepared]) -> Non
 def problems_of_blobs(
     hub: compositions.CompositionShelf, checks: Sequence[tuple[rows.BlobRow, str, str]], n_jobs: int | None
 ) -> list[list[str]]:
-    """Return the problems of each of these blobs, as workers read them."""
+    """Return, for each of the blobs in `checks`, the sentences on what is wrong with it, as workers read them."""
     pieces = {f"from adapter {place + 1} on": checks[place : place + MANY] for place in range(0, len(checks), MANY)}
     with progress_bar(False) as bar:
         problems = require_all(dict(spread(partial(_problems, hub), pieces, n_jobs=n_jobs, label="reading", bar=bar)))

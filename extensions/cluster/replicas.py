@@ -87,7 +87,7 @@ class Front:
 
 
 def formula_of(body: bytes) -> str:
-    """Return the formula in its one form; "", for any replica, if there is none or each prompt has its own (`auto`)."""
+    """Return the canonical formula in a request's body; "", for any replica, if it has none or is `auto` (one a prompt)."""
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, FormulaError):
         formula = parse(json.loads(body)["model"])
         return "" if formula.is_auto else formula.canonical
