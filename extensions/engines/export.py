@@ -44,12 +44,12 @@ class Target(ABC):
 
     @classmethod
     def program(cls, contents: Contents) -> tuple[str, ...]:
-        """Return the words that start a server with the base, before `flags`; none without such a command."""
+        """Return the words of the command that starts a server with the base, before `flags`; () if there is none."""
         return ()
 
     @classmethod
     def flags(cls, contents: Contents, name: str, folder: Path, rank: int) -> tuple[str, ...]:
-        """Return the server's arguments."""
+        """Return the server's arguments for an adapter called `name` in this folder, of this `rank`."""
         return ()
 
     @classmethod
@@ -59,7 +59,7 @@ class Target(ABC):
 
 
 def require_target(target: str) -> type[Target]:
-    """Return the target of that name. Raises UnknownName for anything but a target of an export."""
+    """Return the export target of that name. Raises UnknownName for any other name."""
     known = names("targets")
     if target not in known:
         raise UnknownName(f"no export target {target!r}{nearest(target, known)}; there are {', '.join(known)}")
@@ -70,7 +70,7 @@ def require_target(target: str) -> type[Target]:
 def export(
     contents: Contents, name: str, folder: Path, *, target: str, max_rank: int | None, base: Any = None
 ) -> ExportReport:
-    """Write the folder of an adapter, called `name` in requests to a server, and return the report.
+    """Write an adapter's folder for the program `target`; return the report. Requests call the adapter `name`.
 
     Layers above `max_rank` are cut to it by the best approximation in the Frobenius norm; nothing is cut without it. `base`
     is the base model, its config, folder or id, by default the base that the adapter names. Raises UnknownName for a target,
@@ -134,6 +134,6 @@ def _total_error(layers: Mapping[str, Factors], errors: Mapping[str, float]) -> 
 
 
 def _pad(factors: Factors, rank: int) -> Factors:
-    """Return the same update, to the bit, with rows and columns of zeros up to `rank`."""
+    """Return the same update, to the bit, as factors of this `rank`, padded with zeros."""
     missing = rank - factors.rank
     return replace(factors, a_RI=pad(factors.a_RI, (0, 0, 0, missing)), b_OR=pad(factors.b_OR, (0, missing)))

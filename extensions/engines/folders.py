@@ -96,9 +96,9 @@ class Folders:
     """The folders of one server, in `root`, which no other process may use meanwhile. Raises HubLocked if one does.
 
     An update of a rank above `max_rank` is cut to it, and refused where that costs more than `max_error`. Above `max_bytes`
-    the least recently used folders go, but none that is in use or was a few seconds ago: those count beyond the limit.
-    Several threads may ask; merges are made one at a time. `base` is the engine's model and `shapes` are those of its
-    parameters, where known: vLLM passes over an update of a layer that its model does not have, and answers as the base.
+    the least recently used folders are deleted, but none that is in use or was a few seconds ago, even beyond the limit.
+    Any thread may call; merges are made one at a time. `base` is the engine's model, `shapes` are {parameter: shape} of it,
+    where known: vLLM ignores an update of a layer that its model does not have, and answers as the base.
     """
 
     def __init__(

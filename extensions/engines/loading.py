@@ -48,7 +48,7 @@ def unload(folder: Folder, url: str, *, engine: str) -> None:
 
 
 def require_engine(engine: str) -> None:
-    """Raise UnknownName for anything but an engine that a folder can be loaded into."""
+    """Raise UnknownName unless `engine` is one that a folder can be loaded into ("sglang", "lorax")."""
     if engine not in ENGINES:
         raise UnknownName(
             f"no engine {engine!r}{nearest(engine, ENGINES)}; there are {', '.join(ENGINES)}; vLLM asks loraweave by itself"

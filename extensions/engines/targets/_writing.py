@@ -1,4 +1,4 @@
-"""The parts that targets share: refusals of what programs have no form for, files that appear all at once, and experts.
+"""The parts that targets share: refusals of what programs cannot express, files that appear all at once, and experts.
 
 Fused experts are written for programs that have gate, up and down of all experts as one tensor each.
 """
@@ -59,7 +59,7 @@ def require_plain(contents: Contents, name: str, program: str, *, kinds: tuple[s
 
 
 def require_untied(contents: Contents, name: str, program: str, config: Any) -> None:
-    """Raise AdapterUnsupported for an update of one side of tied embeddings, which the program has as one matrix."""
+    """Raise AdapterUnsupported for an update of the embedding or the head if `config`, the base's, ties both."""
     if not getattr(config, "tie_word_embeddings", False):
         return
     for layer in contents.layers:
@@ -72,7 +72,7 @@ def require_untied(contents: Contents, name: str, program: str, config: Any) -> 
 
 
 def stored_factors(factors: Factors) -> tuple[Tensor, Tensor]:
-    """Return (a, b) in the shapes of the layer's weight: (R, I) and (O, R), with the kernel's axes for a convolution."""
+    """Return (a, b) as programs store them: (R, I) and (O, R), with the axes of the kernel size for a convolution."""
     a_RI, b_OR = factors.a_RI.contiguous(), factors.b_OR.contiguous()
     if factors.kind != "conv":
         return a_RI, b_OR
@@ -80,10 +80,10 @@ def stored_factors(factors: Factors) -> tuple[Tensor, Tensor]:
 
 
 def place(contents: Contents, folder: Path, library: str, files: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write the files, each by its function, a README and the kept files of the adapter, all at once.
+    """Write a folder all at once: `files`, {name: function that writes to a path}, a README and the adapter's own files.
 
-    Raises AdapterUnsupported for an adapter without effect or values that are not finite; AdapterExists for a folder with
-    anything else in it.
+    `library` is the README's. Raises AdapterUnsupported for an adapter without effect or values that are not finite;
+    AdapterExists for a folder with anything else in it.
     """
     contents.require_effect(str(folder))
     for layer, factors in contents.layers.items():
@@ -104,7 +104,7 @@ def place(contents: Contents, folder: Path, library: str, files: Mapping[str, Ca
 
 
 def tensors_file(tensors: Mapping[str, Tensor]) -> Callable[[Path], object]:
-    """Return the function that writes a safetensors file."""
+    """Return the function that writes these tensors to a path, as a safetensors file in fp32."""
     return lambda path: save_tensors(
         {name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in tensors.items()},
         path,
@@ -113,18 +113,18 @@ def tensors_file(tensors: Mapping[str, Tensor]) -> Callable[[Path], object]:
 
 
 def num_experts(config: Any) -> int:
-    """Return the number of experts in each layer of this base, 0 if it has none."""
+    """Return the number of experts in each layer of a base with this config, 0 if it has none."""
     return int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
 
 
 def matrices(parameter: str) -> list[str]:
-    """Return the names of the program's matrices for a parameter of experts, in the order of its rows."""
+    """Return the paths of the program's matrices for a fused parameter of experts, in the order of its outputs."""
     place, _, last = parameter.rpartition(".")
     return [f"{place}.gate_proj", f"{place}.up_proj"] if last == "gate_up_proj" else [parameter]
 
 
 def require_known(layer: str, config: Any, name: str) -> None:
-    """Raise AdapterUnsupported for an expert that the base does not have."""
+    """Raise AdapterUnsupported if the base of this config lacks the expert that `layer` ends in; `name` is the adapter's."""
     parameter, _, number = layer.rpartition(".")
     if not number.isdigit() or int(number) >= num_experts(config):
         raise AdapterUnsupported(

@@ -81,7 +81,7 @@ class Kohya(Target):
 
 
 def _modules(contents: Contents, name: str, base: Any) -> dict[str, _Module]:
-    """Return the modules of such a file by name."""
+    """Return {name in the file: the module} for the layers of an adapter called `name`; `base` is the model, if given."""
     paths = {layer: pipeline_path(layer, name) for layer in contents.layers}
     single = not any(path.startswith(("text_encoder_2.", "transformer.")) for path in paths.values())
     prefixes = {**PREFIXES, "text_encoder": SINGLE} if single else PREFIXES
@@ -110,7 +110,7 @@ def _modules(contents: Contents, name: str, base: Any) -> dict[str, _Module]:
 
 
 def _rules(paths: list[str], name: str, base: Any) -> dict[str, tuple[_Rule, str]]:
-    """Map each path of a transformer to its rule and block number, in the only family of models that has all paths."""
+    """Map each path in a transformer to (its rule, its block's number), in the one family of models that has all paths."""
     kind = type(getattr(base, "transformer", base)).__name__
     # by the first letters of diffusers' classes
     families: dict[str, list[_Rule]] = _reader().family_rules
@@ -140,7 +140,7 @@ def _rule(path: str, table: list[_Rule]) -> tuple[_Rule, str] | None:
 
 
 def _joined(module: str, joined: _Module, contents: Contents, name: str) -> Factors:
-    """Return the update of all of a module's layers: their B stacked if they share A, else in blocks."""
+    """Return the factors of a module that joins several layers: their B stacked if they share A, else in blocks."""
     parts = [None if layer is None else contents.layers[layer] for layer in joined.layers]
     known = [part for part in parts if part is not None]
     first = known[0]
