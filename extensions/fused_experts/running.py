@@ -53,12 +53,12 @@ class ExpertsForward(StandIn):
         module.forward = self.run  # type: ignore[method-assign]
 
     def add(self, layers: Iterable[TargetLayer]) -> None:
-        """Take further experts of the module, which the mixture may update."""
+        """Let mixtures update these further experts of the module."""
         # another mapping, since other threads may be looking at this one
         self._layers = {**self._layers, **{(layer.attribute, layer.number): layer for layer in layers}}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run in place of the module's forward: with the active mixture's updates, or else the forward itself."""
+        """Return the module's output, with the active mixture's updates if it has any, else by its own forward."""
         return (self._outside if torch.compiler.is_compiling() else self._run)(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,14 +88,17 @@ class ExpertsForward(StandIn):
         return activation if any(reaches(layer.name, lease) for layer in self._layers.values()) else None
 
     def remove(self) -> None:
-        """Give the module its own forward back; if another object stands in for this by now, it stays, and calls this."""
+        """Give the module its own forward back; if another stand-in has replaced this one, that stays and calls this one."""
         if not give_back(self.module, "forward", self._own, self):
             self.live = None
 
 
 @contextmanager
 def watched(module: nn.Module, see: See) -> Iterator[None]:
-    """Show every product of an expert to `see` in the block. Raises LayerMismatch for a class that computes otherwise."""
+    """Call `see` with every product of an expert within the block; the module then uses what `see` returns.
+
+    Raises LayerMismatch for a module whose class computes otherwise than this file's loop.
+    """
     if not computes_as_known(module):
         raise LayerMismatch(f"a {type(module).__name__} computes with its experts otherwise than those that can be watched")
     running = getattr(module.forward, "__self__", None)
@@ -112,7 +115,7 @@ def watched(module: nn.Module, see: See) -> Iterator[None]:
 def _sum_of_experts(
     module: Any, x: Tensor, reached: Iterator[Reached], update: Update, see: See | None = None, num_tokens: int = 0
 ) -> Tensor:
-    """Return the output of the module's forward, with the updates in both products."""
+    """Return the module's output for rows `x`, with `update(..)` added to both products of each expert."""
     y = torch.zeros_like(x)
     first, by_columns = ("gate_up_proj" if _gated(module) else "up_proj"), multiplies_columns(module)
     for expert, row_N, token_N, score_N in reached:
@@ -137,7 +140,7 @@ def _sum_of_experts(
 
 
 def _reached(module: nn.Module, given: list[Any]) -> tuple[Tensor, int, Iterator[Reached]]:
-    """Return the module's input as rows, the number of the call's tokens, and what reached each expert."""
+    """Return (input rows, the number of the call's tokens, what reached each expert) for a forward's arguments, `given`."""
     x = given[0].reshape(-1, given[0].shape[-1])
     count = int(module.down_proj.shape[0])  # type: ignore[union-attr, index]
     if len(given) == 1:
@@ -146,7 +149,10 @@ def _reached(module: nn.Module, given: list[Any]) -> tuple[Tensor, int, Iterator
 
 
 def _by_scores(index_NK: Tensor, score_NK: Tensor, count: int) -> Iterator[Reached]:
-    """Yield what reached each expert by transformers' indices and scores, (N, K) each; other processes' are left out."""
+    """Yield what reached each of `count` experts, by the K experts of each of N tokens and their scores.
+
+    Indices outside 0 to `count` - 1, those of other processes' experts, are left out.
+    """
     with torch.no_grad():
         hit = torch.unique(index_NK).tolist()
     for expert in hit:
