@@ -24,10 +24,10 @@ def inputs_of(pipe: Any, adapter: Adapter, run: Callable[[], object]) -> Any:
     """Return X^T X / n of the inputs of each of the adapter's layers while `run()` runs the pipeline under it alone.
 
     `lw.merge(adapters, method="least_squares", statistics=[inputs_of(..), ..])` is then Mix-of-Show's gradient fusion in
-    closed form: one update that does to each concept's inputs what that concept's own adapter does. All rows of a call
-    count, those without prompts under guidance too. Raises LayerMismatch for convolutions, CompositionError for a layer that
-    does not run, what Composer raises for an adapter that does not fit, and PackageMissing without the extension
-    `statistics`, which records them and merges by them.
+    closed form: one update that does to each concept's inputs what that concept's own adapter does. n is the number of
+    inputs, in all rows of a call, also guidance's without prompts. Raises LayerMismatch for convolutions, CompositionError
+    for a layer that does not run, what Composer raises for an adapter that does not fit, and PackageMissing without the
+    extension `statistics`, which records the inputs and merges by them.
     """
     modules = brought("collecting")
     if not modules:
@@ -92,7 +92,7 @@ def regions(pipe: Any, given: Sequence[tuple[str, Box | Tensor]], *, negative_pr
 
 
 def _text(pipe: Any, prompt: str, negative: str | None) -> tuple[Tensor, Tensor]:
-    """Return the embeddings of a prompt, and those that guidance leads away from."""
+    """Return the embeddings of a prompt, and those of the negative one that guidance leads away from (None: "")."""
     device = pipe._execution_device
     made = pipe.encode_prompt(
         prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=negative
@@ -128,7 +128,7 @@ class _Regional:
         return torch.where(count_T1 == 0, plain, total_BTC / count_T1.clamp(min=1)).to(plain.dtype)
 
     def _masks(self, num_places: int) -> Tensor:
-        """Return 1 where a region has a place of the features and 0 elsewhere, of shape (regions, places)."""
+        """Return (regions, positions): 1 where a region has a position of the feature map, else 0."""
         height, width = self._size
         # each level of a UNet halves both, rounded up
         while height * width > num_places:

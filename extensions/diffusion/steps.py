@@ -18,7 +18,7 @@ Schedule = Callable[[int, int], Mapping[str, float] | MixtureWeights]
 def switch(names: Sequence[str], *, every: int = 1, weight: float = 1.0) -> Schedule:
     """Return a schedule of one expert at a time, each for `every` steps, in turn.
 
-    At step s it is the one at place floor(s / every) mod their number. LoRA Switch, Multi-LoRA Composition (2402.16843); its
+    At step s it is names[floor(s / every) mod len(names)]. This is LoRA Switch of Multi-LoRA Composition (2402.16843); its
     code holds the first one step longer. Text encoders have the first. Raises WeightingError for no names, or for `every`
     below 1.
     """
@@ -73,6 +73,6 @@ def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float 
 
 @torch.no_grad()
 def _sums(factors: Factors, k: int) -> tuple[float, float]:
-    """Return the sum of the k largest absolute entries of B A, and of all."""
+    """Return (the sum of the k largest absolute entries of B A, the sum of all)."""
     entries = algebra.delta(factors).abs().flatten()
     return float(entries.topk(min(k, len(entries))).values.sum()), float(entries.sum())

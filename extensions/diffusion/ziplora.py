@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 
 class _Merger(NamedTuple):
-    """One layer of both adapters: their factors, and m of each, (2, I)."""
+    """One layer of both adapters: their factors, and the learned weights m of its inputs, one row for each adapter."""
 
     parts: tuple[Factors, Factors]
     m_2I: Tensor
