@@ -45,7 +45,8 @@ NUM_KEPT = 65536
 class ClusterGate(Gate):
     """A gate by clusters: the expert of the highest p = softmax(g c / temperature) weighs p, the last, universal one 1 - p.
 
-    c_H is the embedding of the row's cluster, which a `ClusterReader` of the model found; g_EH has the other experts.
+    c_H is the embedding, of H = `num_features` values, of the row's cluster, which the model's `ClusterReader` finds. g_EH
+    has a row for each expert but the universal one. `static` says that the task alone decides, without any input.
     """
 
     # exponent of p in the weight of the best expert
@@ -76,7 +77,7 @@ class ClusterGate(Gate):
         return of_rows(Weighing(w_B1E), len(w_B1E) if x_BTI is None else len(x_BTI))
 
     def scores(self, call: Call) -> Tensor:
-        """Return scores_BE before the temperature, without the universal expert."""
+        """Return scores_BE of the rows' clusters, before the temperature and without the universal expert."""
         c_BH: Tensor = call.kept[_OF_ROWS]
         return c_BH @ self.g_EH.T
 
@@ -117,8 +118,8 @@ class ReleasedClusterGate(ClusterGate):
 class ClusterReader(Gate):
     """A reader that finds each row's cluster before the model runs: its task, or with an `embedder` the nearest centroid.
 
-    c_KH are the clusters' embeddings, which are learned, where `num_features` says their size. With an embedder, `fit` makes
-    the centroids of clusters from texts, and a row belongs to the nearest one of its prompt's embedding.
+    c_KH are learned embeddings of the K clusters, of H = `num_features` values; None makes none. With an embedder, `fit`
+    makes the centroids from texts, and a row's cluster is the centroid nearest to its prompt's embedding.
     """
 
     centroid_KD: Tensor
@@ -181,7 +182,7 @@ class ClusterReader(Gate):
         self.made_by.copy_(self._digest())
 
     def clusters(self, texts: Sequence[str]) -> list[int]:
-        """Return the place of each text's nearest centroid. Raises WeightingError before `fit`, and for another embedder."""
+        """Return the index of each text's nearest centroid. Raises WeightingError before `fit`, and for another embedder."""
         if not bool(self.count_K.any()):
             raise WeightingError("the gates know no clusters yet: fit_clusters(model, texts) finds them, before fit()")
         if not torch.equal(self.made_by.cpu(), self._digest()):
@@ -198,7 +199,7 @@ class ClusterReader(Gate):
         return [known[text] for text in texts]
 
     def begin(self, call: Call) -> None:
-        """Note the clusters of a call's rows in it. ScopeError where they are unknown; raises what `clusters` raises."""
+        """Store the clusters of a call's rows in `call.kept`. Raises ScopeError if they are unknown, and as `clusters`."""
         if _CLUSTERS not in call.kept:
             k_B = call.kept[_CLUSTERS] = self._of_tasks(call) if self.embedder is None else self._of_prompts(call)
             if self.c_KH is not None:
@@ -251,7 +252,7 @@ def fit_clusters(model: ExpertModel, texts: Sequence[str], *, seed: int = 0) -> 
 
 
 def _nearest(vectors_ND: Tensor, centroid_KD: Tensor) -> Tensor:
-    """Return the place of each vector's nearest centroid, the first of several equally near."""
+    """Return the index of each vector's nearest centroid (N), the first of several equally near."""
     # the vectors' own squares are the same for all
     centroid_KD = centroid_KD.to(vectors_ND.dtype)
     return (centroid_KD.square().sum(dim=1) - 2 * vectors_ND @ centroid_KD.T).argmin(dim=1)
@@ -263,11 +264,11 @@ WORD = r"(?u)\b\w+\b"
 
 
 def experts_for(texts: Sequence[str], *, most: int = 10, seed: int = 0) -> int:
-    """Count the clusters of the training texts: the number of k-means over TF-IDF with the best mean silhouette.
+    """Return how many experts to train: the number of k-means clusters of the texts' TF-IDF with the best mean silhouette.
 
-    From 2 to `most`, at most one less than there are different texts with a word; 1 for fewer than three. Of more than
-    5000 a part is drawn by `seed`. The paper finds the number by k-means; the silhouette is our measure of it. Raises
-    WeightingError for a `most` below 2.
+    It is from 2 to `most`, and less than the number of different texts that have a word; 1 for fewer than three such texts.
+    Of more than 5000, a sample is drawn by `seed`. The paper finds the number by k-means; the silhouette is our measure.
+    Raises WeightingError for a `most` below 2.
     """
     if not is_whole(most, 2):
         raise WeightingError(f"most is {most!r}: it is the largest number of experts to try, a whole number of at least 2")

@@ -87,16 +87,16 @@ def top_k_of_softmax(scores_BTE: Tensor, top_k: int) -> Tensor:
 
 
 def without_some(scores_BTE: Tensor, share: float, least: int = 1) -> Tensor:
-    """Set scores of each token to -inf, each with probability `share` and drawn for it alone; `least` always stay."""
+    """Return the scores with -inf in place of each with probability `share`; at least `least` of each token's stay."""
     drawn_BTE = torch.rand_like(scores_BTE)
     stays_BTE = (drawn_BTE >= share).scatter(-1, drawn_BTE.topk(least, dim=-1).indices, True)
     return scores_BTE.masked_fill(~stays_BTE, -math.inf)
 
 
 def heaviest_within_capacity(w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor | None = None) -> Tensor:
-    """Return the weights with 0 but for the `capacity_B` real tokens of a row that an expert weighs most.
+    """Return w_BTE with each expert's weights set to 0 but for the `capacity_B` real tokens of a row that it weighs most.
 
-    They may be anywhere in the row, the earlier of equal ones (Batch Prioritized Routing, Riquelme et al. 2021, arXiv
+    Of equal ones the earlier tokens stay (Batch Prioritized Routing, Riquelme et al. 2021, arXiv
     2106.05974, within a row). A token depends on others in its row, so this is for training alone.
     """
     falling_BTE = (w_BTE.detach() * _chosen(w_BTE, real_BT)).argsort(dim=1, descending=True, stable=True)
@@ -104,30 +104,30 @@ def heaviest_within_capacity(w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor 
 
 
 def within_capacity(w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor | None = None) -> Tensor:
-    """Return the weights with 0 for every token of a row after the first `capacity_B` real ones that an expert got.
+    """Return w_BTE with 0 for every token of a row after the first `capacity_B` real ones that chose the expert.
 
-    Weights that stay are as they were. A token depends on others in its row, so this is for training alone.
+    The other weights are unchanged. A token depends on others in its row, so this is for training alone.
     """
     return w_BTE * (_chosen(w_BTE, real_BT).cumsum(dim=1) <= capacity_B[:, None, None])
 
 
 def _chosen(w_BTE: Tensor, real_BT: Tensor | None) -> Tensor:
-    """Return True where a real token chose an expert."""
+    """Return a boolean (B, T, E): True where a real token has a weight for the expert that is not 0."""
     chosen_BTE = w_BTE.detach() != 0
     return chosen_BTE if real_BT is None else chosen_BTE & real_BT[..., None]
 
 
 def even_share(real_BT: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:
-    """Return capacity_B: `factor` times each expert's tokens of a row if all have equally many, rounded up."""
+    """Return capacity_B, the tokens that an expert may take of each row: `factor` times top_k T / E, rounded up."""
     # in this order a factor of 1 is exact
     return (real_BT.sum(dim=1) * (factor * top_k) / num_experts).ceil()
 
 
 class Overflow:
-    """The share of experts chosen by tokens before a target that had no capacity left, step by step.
+    """A watcher that measures, step by step, the share of chosen experts that had no capacity left.
 
-    A row's targets are its last tokens, so that most of what the first tokens leave over is taken from them. Where labels
-    are not those of tokens, all tokens count.
+    It counts tokens before a target, which are a row's last ones and so lose most. Where labels are not those of tokens,
+    all tokens count.
     """
 
     def __init__(self, model: Any, report: Any) -> None:
@@ -140,7 +140,7 @@ class Overflow:
         self._whose = "tokens before a target"
 
     def see(self, step: Step, labels_BK: Tensor | None) -> None:
-        """Count the weights of one pass of the running step."""
+        """Count the weights that one forward pass of the step lost to capacity; `labels_BK` are the targets, if known."""
         if not self._most:
             return
         w_BTE = step.weights
@@ -158,7 +158,10 @@ class Overflow:
             self._counts += torch.tensor([chosen - int(kept), chosen], dtype=torch.float64)
 
     def end_step(self, summed: Callable[[Tensor], Tensor]) -> str:
-        """Return the step's share to show. Warns, once, when much has overflowed for some steps."""
+        """Return the step's share as text for the progress bar; `summed` adds a tensor up over processes.
+
+        Warns once if the mean share of the last 20 steps is above 20 %.
+        """
         if not self._most:
             return ""
         dropped, chosen = summed(self._counts).tolist()
@@ -198,12 +201,12 @@ class BiasedGate(Gate):
         return [self.bias_E] if self.rate else []
 
     def move(self, chosen_E: Tensor) -> None:
-        """Move the bias after a step of `fit`, whose real tokens chose each expert `chosen_E` times."""
+        """Move bias_E after a step of `fit`; `chosen_E` counts how often the step's real tokens chose each expert."""
         chosen_E = chosen_E.to(self.bias_E)
         self.bias_E.add_(self.rate * (chosen_E.mean() - chosen_E).sign())
 
     def chosen(self, biased_BTE: Tensor) -> Tensor:
-        """Return 1 for the chosen experts, each token's highest, and 0 for the others."""
+        """Return (B, T, E): 1 at each token's `top_k` highest biased scores, 0 for the others, without a gradient."""
         return torch.zeros_like(biased_BTE).scatter(-1, biased_BTE.detach().topk(self.most, dim=-1).indices, 1.0)
 
 
@@ -216,7 +219,7 @@ class Moves:
         self._chosen: dict[BiasedGate, Tensor] = {}
 
     def see(self, step: Step, labels_BK: Tensor | None) -> None:
-        """Count the choices of one pass of the running step."""
+        """Count the choices of one forward pass of the running step; the labels are not used."""
         for place, w_BTE in step.weights.items() if self._gates else ():
             # of a layer that runs several times, each run
             if (gate := self._gates.get(place.partition(" (run ")[0])) is not None:
@@ -225,7 +228,7 @@ class Moves:
 
     @torch.no_grad()
     def end_step(self, summed: Callable[[Tensor], Tensor]) -> str:
-        """Move the gates by the counts of the step that is over."""
+        """Move the gates' biases by the counts of the step that is over; `summed` adds a tensor up over processes."""
         for gate, chosen_E in self._chosen.items():
             gate.move(summed(chosen_E))
         self._chosen.clear()

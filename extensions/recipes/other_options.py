@@ -39,10 +39,10 @@ def with_task(model: ExpertModel, task: str) -> ExpertModel:
 
 
 def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
-    """Return the model with these options of its recipe instead.
+    """Return a model with these options of the recipe changed, which keeps what the given model has learned.
 
-    Experts, and rows of gates, that it has are the same bits; those that are new, or have another rank, are untrained. What
-    was frozen by hand stays so. The given model is closed. Raises WeightingError for anything but an expert model, for
+    Its experts and rows of gates are the same bits; those that are new, or have another rank, are untrained. What was frozen
+    by hand stays so. The given model is closed. Raises WeightingError for anything but an expert model, for
     options that the recipe has not, or whose values are out of range, for tasks in other places than they have, for experts
     that would go, and where tensors that both have do not fit into the new ones; the model then stays as it was.
     """
@@ -68,7 +68,7 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
 
 
 def _shapes(model: ExpertModel, other: Recipe) -> dict[str, ExpertShape]:
-    """Return the experts of each site that the model has, and of each that only the other options give experts."""
+    """Return {site: shape of its experts under the recipe `other`}, with the model's ranks where no option changes them."""
     before, after = shapes_of(model.base_model, model.recipe), shapes_of(model.base_model, other)
     if gone := sorted(set(model.sites) - set(after)):
         raise WeightingError(f"{gone[0]!r} would have no experts, and what they learned no place: make a new model")
@@ -80,7 +80,10 @@ def _shapes(model: ExpertModel, other: Recipe) -> dict[str, ExpertShape]:
 
 
 def _expert_shape(site: str, model: ExpertModel, before: ExpertShape | None, other: Recipe, new: ExpertShape) -> ExpertShape:
-    """Return the new experts, with the site's ranks where the options change nothing."""
+    """Return `new`, a site's shape under the recipe `other`, with the model's ranks where the options change none.
+
+    `before` is the site's shape by the model's recipe, None if that gives it no experts.
+    """
     if before is None:
         return new
     shape, place = model.shapes[site], model.sites[site]

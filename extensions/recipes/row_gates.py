@@ -35,7 +35,7 @@ _HAVE_PROMPTS = "every row has a prompt"
 class RowGate(Gate):
     """A gate by scores r mean(x) with r_EI, x the site's input at the real tokens of a row's prompt; `weights` makes w_B1E.
 
-    What was decided for a row holds for the tokens that follow its prompt. `padding` counts the prompt's padding, too.
+    A row's weights also hold for the tokens that follow its prompt. With `padding` the mean includes the prompt's padding.
     """
 
     padding = False
@@ -114,7 +114,7 @@ class DomainGate(RowGate):
 class FactorGate(RowGate):
     """A gate of E factors a and E factors b: w = [softmax(r_a h), softmax(r_b h)] with h = mean(x) over a row's prompt.
 
-    They are scores, of which a form chooses the best. r_EI is that of the factors a, and then of b.
+    The weights are scores: the form `selected_factors` chooses the best. r_EI has E rows for the factors a, then E for b.
     """
 
     def __init__(self, num_inputs: int, num_factors: int, *, padding: bool = False) -> None:
@@ -153,7 +153,7 @@ class EmbeddingGate(Gate):
             draw_linear(self.r_EH, generator)
 
     def begin(self, call: Call) -> None:
-        """Decide the weights of a call. Raises ScopeError for a call that goes on from another one's cache."""
+        """Store the weights of a call in `call.kept`. Raises ScopeError for a call that continues another call's cache."""
         if self not in call.kept:
             require_beginning(call)
             call.kept[self] = self.of_prompts(call)
@@ -182,7 +182,8 @@ class EmbeddingGate(Gate):
 class TaskSwitch(Gate):
     """A gate with w_e = scale_e for the experts of the row's task, and 0 for the others.
 
-    `used` has, for each task and at last for rows without one, which experts count. With `learned` the scales learn.
+    `used` has, for each task and at last for rows without one, E booleans: which experts take part. `scales` has one number
+    per expert; with `learned` they are trained.
     """
 
     static = True
@@ -256,7 +257,7 @@ def prompt_mean(x_BTI: Tensor, call: Call, *, padding: bool = False) -> Tensor:
 
 
 def require_beginning(call: Call) -> None:
-    """Raise ScopeError for a call that goes on from a cache, so that its rows' prompts were not seen."""
+    """Raise ScopeError for a call that continues from a cache, so that its rows' prompts are not among its tokens."""
     if call.follows:
         raise ScopeError(
             "the gate decides by the prompt of a row, which this call with a cache has not: use the model's own generate(), "
@@ -265,7 +266,7 @@ def require_beginning(call: Call) -> None:
 
 
 def of_rows(weighing: Weighing, num_rows: int) -> Weighing:
-    """Repeat the weights for consecutive copies of each row, such as beams."""
+    """Return weights for `num_rows` rows: each row's are repeated for its consecutive copies, such as beams."""
     w_BTE, scores_BTE, _ = weighing
     copies = num_rows // len(w_BTE)
     if copies <= 1:
@@ -297,5 +298,5 @@ class Frozen(Recipe):
 
     @property
     def frozen(self) -> tuple[int, ...]:
-        """The places of the experts that do not learn."""
+        """The indices of the experts that do not learn."""
         raise NotImplementedError

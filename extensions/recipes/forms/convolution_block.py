@@ -49,7 +49,7 @@ class ConvolutionBlock(SumOfExperts):
             self.d_EO = nn.Parameter(torch.zeros(shape.num_experts, site.num_outputs))
 
     def gate_input(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return what the gate sees: the channels at each position, for a convolution those in the middle of its kernel."""
+        """Return the gate's input (B, positions, channels): for a convolution, the middle pixel of each kernel window."""
         return conv.middle(module, x, self.a_SI) if self.site.kernel else super().gate_input(module, x)
 
     @property
@@ -96,7 +96,7 @@ class ConvolutionBlock(SumOfExperts):
         return conv.put_back(made_BTO.to(y.dtype), y)
 
     def _sum(self, hidden_BTS: Tensor, w_BE: Tensor, first: int, last: int) -> Tensor:
-        """Return the sum of w (hidden b + d) over the experts from `first` to before `last`."""
+        """Return the sum of w_e (hidden_e b_e + d_e) over experts `first` .. `last` - 1; `hidden_BTS` is A x + c."""
         expert_rows = self.expert_rows()
         rows, w_BE = slice(expert_rows[first].start, expert_rows[last - 1].stop), w_BE[:, first:last]
         w_B1S = w_BE[:, None, self.owner_S[rows] - first]

@@ -45,13 +45,13 @@ class Layout:
     halves: bool = False
 
     def between(self, block: nn.Module, made: Sequence[Tensor]) -> Tensor:
-        """Return the input of the last layer, before dropout, from the outputs of the first layers."""
+        """Return the input of the block's last layer, before dropout, from `made`, the outputs of its first layers."""
         act: Callable[[Tensor], Tensor] = getattr(block, self.act)
         made = made[0].chunk(2, dim=-1) if self.halves else made
         return act(made[0]) if len(made) == 1 else act(made[0]) * made[1]
 
     def is_that_of(self, block: nn.Module) -> bool:
-        """Return whether a block has linear layers of these names and no other parameters."""
+        """Return True if a block has linear layers of these names, this activation and no other parameters."""
         parts = [getattr(block, name, None) for name in (*self.first, self.down)]
         if not all(isinstance(part, nn.Module) and linear.shape(part) is not None for part in parts):
             return False
@@ -114,7 +114,7 @@ def _part(name: str, module: nn.Module, place: tuple[int | None, int]) -> Site:
 
 
 def _does_what_it_says(block: nn.Module, layout: Layout) -> bool:
-    """Return whether block and layout agree on a random x; True if the block's weights are not plain floats."""
+    """Return True if block and layout compute the same for a random x, or if the block's weights are not plain floats."""
     weights = list(block.parameters())
     if any(weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2 for weight in weights):
         return True
@@ -182,9 +182,9 @@ class FeedForward(Form):
     def _mixed(
         self, block: nn.Module, x: Tensor, made: Sequence[Tensor], own: Tensor, weigh: Weigh
     ) -> tuple[Tensor, Tensor]:
-        """Return (h, the experts' update of D h), each in the shape of its layer's tensors.
+        """Return (h, the experts' update of D h): input and change of output of the block's last layer, in their shapes.
 
-        `made` has the outputs of the first layers for x, `own` the input that the block made of them for its last layer.
+        `made` has the outputs of the first layers for x, `own` the frozen block's own input of its last layer.
         """
         x_BTI = by_row(x)
         w_BTE = fitting(weigh(x_BTI), self.site, *x_BTI.shape[:2])
@@ -211,7 +211,7 @@ class FeedForward(Form):
         return mixed_NF.view(own.shape), update_NO.view(*own.shape[:-1], -1)
 
     def _kept(self, block: nn.Module, like: Tensor) -> Tensor | None:
-        """Return the mask of the block's dropout before its last layer, already scaled; None where it changes nothing."""
+        """Draw the scaled dropout mask before the block's last layer, shaped as `like`; None if there is no dropout."""
         dropout = None if self.layout.dropout is None else block.get_submodule(self.layout.dropout)
         if dropout is None or not dropout.training:
             return None
@@ -232,7 +232,7 @@ class _Factors(nn.Module):
         self.b_SO = nn.Parameter(torch.zeros(sum(ranks), part.num_outputs))
 
     def product(self, expert: int, x_NI: Tensor) -> Tensor:
-        """Return (x a_e^T) b_e^T."""
+        """Return the unscaled product (x a_e^T) b_e^T (N, O) of one expert."""
         start = sum(self.ranks[:expert])
         rows = slice(start, start + self.ranks[expert])
         return (x_NI @ self.a_SI[rows].to(x_NI.dtype).T) @ self.b_SO[rows].to(x_NI.dtype)

@@ -43,7 +43,7 @@ class PartlyFrozen(SumOfExperts):
         return torch.cat(self._each(self.a_SI, self.frozen_a_SI)), torch.cat(self._each(self.b_SO, self.frozen_b_SO))
 
     def _each(self, learned: Tensor, frozen: Tensor) -> list[Tensor]:
-        """Return the rows of each expert, from the learned or the frozen factors."""
+        """Return each expert's rank rows, in order, from the learned or the frozen factors."""
         expert_rows, begins = [], [0, 0]
         for rank, is_frozen in zip(self.shape.ranks, self.is_frozen, strict=True):
             begin = begins[is_frozen]

@@ -77,7 +77,10 @@ class SelectedFactors(Form):
         return (y_BTO + (inner_BTR @ b_BRO.to(dtype)).to(y.dtype)).view(y.shape)
 
     def _chosen(self, factors: Tensor, scores_BE: Tensor, p_BE: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the factors with the best scores of each row, best first, and for each a 1 with the gradient of its p."""
+        """Return (each row's best-scored factors, best first; a 1 for each (B, R), with the gradient of its p).
+
+        p is `p_BE`, by default the scores themselves.
+        """
         best_BR = scores_BE.topk(self.recipe.rank, dim=1).indices
         p_BR = (scores_BE if p_BE is None else p_BE).gather(1, best_BR)
         ones_BR = torch.ones_like(p_BR)

@@ -87,7 +87,7 @@ class TaskBranches(SumOfExperts):
         return made
 
     def _sum(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> tuple[Tensor, Tensor]:
-        """Return y0, and all streams on end: y0 + LayerNorm(sum over t of y_t), and each y_t."""
+        """Return (y0, all streams stacked along the rows: y0 + LayerNorm(sum over t of y_t), then each task's y_t)."""
         assert self.norm is not None
         num_streams = self.num_tasks + 1
         y0 = y[: len(y) // num_streams].clone()

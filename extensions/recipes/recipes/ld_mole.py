@@ -43,7 +43,7 @@ def sparsegen(scores_BTE: Tensor, lambda_BT1: Tensor) -> Tensor:
 
 
 def least_lambda(scores_BTE: Tensor, num_shares: int) -> Tensor:
-    """Return the least lambda_BT1 that leaves at most so many shares above 0: 1 - sum over the highest u of (u - next u).
+    """Return the least lambda_BT1 with at most `num_shares` weights above 0: 1 - sum over the highest u of (u - next u).
 
     -inf where no more scores than that are finite.
     """
@@ -129,7 +129,7 @@ class LdMole(EvenRecipe):
 
 
 def _unevenness(w_NE: Tensor) -> Tensor:
-    """Return E * sum over e of f_e p_e, which is 1 where all experts are alike."""
+    """Return E * sum over e of f_e p_e, f_e the share of e of all weights above 0 and p_e its mean; 1 if all are alike."""
     chosen_NE = (w_NE > 0).to(w_NE)
     return w_NE.shape[1] * (chosen_NE.sum(dim=0) / chosen_NE.sum() * w_NE.mean(dim=0)).sum()
 
@@ -173,7 +173,7 @@ class _LambdaReader(Gate):
         call.kept[_READER] = self
 
     def lambdas_of(self, x_BTI: Tensor) -> Tensor:
-        """Return lambda_BT1, on the device of the site."""
+        """Return lambda_BT1 of the MLP for inputs of this width, on the device of x."""
         network = self.lambdas[str(x_BTI.shape[-1])]
         lambda_BT1: Tensor = network(x_BTI.to(network.last.weight.device)).to(x_BTI.device)  # type: ignore[union-attr, arg-type]
         return lambda_BT1

@@ -62,7 +62,7 @@ class Loramoe(EvenRecipe):
         return {"balance": self.balance * torch.stack(by_site).sum()}
 
     def _knows(self, step: Step) -> Tensor:
-        """Return first_B: whether each row is of a task of knowledge."""
+        """Return first_B, True for each row of a `knowledge` task. Raises ScopeError for rows without a task."""
         num_rows, missing = len(step.expert_B), int((step.expert_B < 0).sum())
         if self.knowledge and missing:
             raise ScopeError(

@@ -89,7 +89,7 @@ class _NormalGate(LimitedGate):
 
 
 def _of_those_chosen(step: Step) -> Tensor:
-    """Return the mean over sites of E * sum over e of f_e p_e, where a token has the experts whose weights are not 0."""
+    """Return the mean over sites of E * sum over e of f_e p_e, f_e being the share of tokens whose weight of e is not 0."""
     losses = []
     for site, scores_BTE in step.scores.items():
         p_NE, w_NE = step.real(scores_BTE).softmax(dim=1), step.real(step.weights[site])

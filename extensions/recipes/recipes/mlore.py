@@ -151,7 +151,7 @@ class SpatialGate(Gate):
                 part.reset(generator)
 
     def forward(self, x_BTC: Tensor, call: Call) -> Weighing:
-        """Weigh the experts of each image. ScopeError for layers that see parts of images, texts, and unknown tasks."""
+        """Weigh the experts of each image. Raises ScopeError for texts, parts of images and images without a task."""
         task_B = image_tasks(x_BTC, call)
         x_BTC = x_BTC.to(self.v.weight_KOI.dtype)
         each_B1H = self.u3(functional.gelu(self.norm1(self.u1(x_BTC, task_B), task_B)), task_B).mean(dim=1, keepdim=True)
@@ -179,7 +179,7 @@ class SpatialGate(Gate):
 
 
 def image_tasks(x_BTC: Tensor, call: Call) -> Tensor:
-    """Return task_B of the images with these positions. ScopeError for texts, parts of images and unknown tasks."""
+    """Return task_B, each image's task. Raises ScopeError for texts, parts of images and images without a task."""
     if call.ids_BT is not None or call.follows:
         raise ScopeError("the gate looks at all positions of an image at once: for texts, take a recipe with another gate")
     if call.task_B is None:

@@ -34,7 +34,7 @@ class Branch:
     noted: dict[str, Tensor] = field(default_factory=dict)
 
     def note(self, path: str, value: Tensor) -> None:
-        """Note a tensor of the shared stream. Raises ScopeError for a place that runs twice in a call."""
+        """Store a tensor of the shared stream under its module's path. Raises ScopeError for a module that runs twice."""
         # a layer that a backward pass runs again was noted before
         if torch._C._current_graph_task_id() != -1:
             return
@@ -46,13 +46,13 @@ class Branch:
         self.noted[path] = value
 
     def take(self, path: str) -> Tensor:
-        """Return a copy of the tensor noted there. Raises ScopeError where the shared stream did not run."""
+        """Return a copy of the tensor stored for `path`. Raises ScopeError if the shared stream did not run that module."""
         if path not in self.noted:
             raise ScopeError(f"{path!r} runs for a task, but not in the shared stream: the model has to run the same layers")
         return self.noted[path].clone()
 
     def enter(self, block: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Return the arguments for a branching block, or None to keep `args`. Raises ScopeError if there are none."""
+        """Return the arguments for a branching block, or None to keep `args`. Raises ScopeError if `args` is empty."""
         if not args:
             raise ScopeError(
                 f"block {block!r} is given its input by name, so that no branch of a task can leave there: take a "
@@ -169,7 +169,7 @@ class Mtlora(Recipe):
         return 0 if self.mode == "addition" and self.is_branched(site) else 1
 
     def is_branched(self, site: Site) -> bool:
-        """Return whether the tasks have experts of their own at a site."""
+        """Return True if the tasks have experts of their own at a site."""
         if not self.tasks:
             self.refuse("tasks", "name those that get experts of their own")
         closing = not isinstance(site, BranchSite) or site.closing
@@ -181,7 +181,7 @@ class Mtlora(Recipe):
         return branched
 
     def _for_tasks(self, option: str) -> tuple[Any, ...]:
-        """Return an option's value for each task."""
+        """Return the values of the option of this name, one for each task; one value counts for all tasks."""
         value = getattr(self, option)
         values = value if isinstance(value, tuple) else (value,) * max(len(self.tasks), 1)
         if self.tasks and len(values) != len(self.tasks):

@@ -42,7 +42,7 @@ class LdMole(InputGates):
         return self.note(layer, scores_BTE, sparsegen(scores_BTE, lambda_BT1), lambda_BT1)
 
     def lambdas(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return lambda_BT1, below 0.99; 0 in a layer whose experts have biases alone."""
+        """Return lambda_BT1, below 0.99; 0 in a layer where no expert has factors."""
         width = str(self.members.layers[layer].num_inputs)
         if width not in self.lambdas_:
             return x_BTI.new_zeros(*x_BTI.shape[:2], 1, dtype=torch.float32)
