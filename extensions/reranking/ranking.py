@@ -135,7 +135,10 @@ def _ranked(
     weight: float,
     batch_size: int,
 ) -> _Ranking:
-    """Return the score and evidence of some candidates, which are names if they are a hub's."""
+    """Return {name: (score, evidence)} of the candidates `side`: a pool, or names of adapters in `hub`.
+
+    `load` returns model and tokenizer; the other arguments are those of `rerank`.
+    """
     model, tokenizer = load()
     pool = side if isinstance(side, ExpertPool) else cast(Hub, hub).pool(side)
     engine = Composer(model, pool, tokenizer=tokenizer)
@@ -173,10 +176,10 @@ class LossSlopes:
 def first_order(
     engine: Composer, tokenizer: Any, task: Task, *, mixture: Mapping[str, float] | None = None, batch_size: int = 8
 ) -> LossSlopes:
-    """Return the slope of the loss for every expert of the engine's pool; the loss is the mean over the task's examples.
+    """Return the slope d loss / d weight of each expert in the engine's pool, for the mean loss over the task's examples.
 
-    It is taken at a `mixture`, by default at the base model. One forward and one backward pass for each `batch_size`
-    examples, whatever the size of the pool. The products run in fp32 or better. The model is left as it was.
+    They are taken at `mixture`, {name: weight}, by default the base model. It takes one forward and one backward pass for
+    each `batch_size` examples, whatever the size of the pool. Products are in fp32 or better. The model is left unchanged.
     Raises InvalidTask for examples that cannot be encoded, AlreadyActive while another Composer is active, CompositionError
     for a loss that is not finite.
     """
@@ -216,7 +219,7 @@ def first_order(
 
 
 class _Slopes:
-    """The slopes of one layer, summed up as backward passes go by."""
+    """The contributions of one layer to the experts' slopes (E), summed over backward passes."""
 
     def __init__(self, target: TargetLayer, stack: StackedFactors, num_experts: int) -> None:
         self.target = target
@@ -233,7 +236,7 @@ class _Slopes:
 
     @torch.no_grad()
     def receive(self, gradient: Tensor, x: Tensor) -> None:
-        """Add the products of one call of the layer."""
+        """Add to the slopes one call of the layer: its input x and the loss's gradient by its output."""
         g_NO = self._kind.rows(self.target.module, gradient).flatten(0, 1)
         # padding gets no gradient, and neither do tokens that no target looks back to
         touched_N = g_NO.any(dim=1)
@@ -249,13 +252,13 @@ class _Slopes:
             self.slope_E += stack.bias_EO.double() @ g_NO.sum(dim=0, dtype=torch.float64)
 
     def _project(self, x: Tensor, rows_SI: Tensor, touched_N: Tensor) -> Tensor:
-        """Return x rows^T of the touched tokens."""
+        """Return x rows^T (N, S) for the N tokens with a gradient, `touched_N`."""
         if self._kind is linear:
             return functional.linear(x.reshape(-1, self.target.num_inputs)[touched_N].to(rows_SI.dtype), rows_SI)
         return self._kind.project(self.target.module, x, rows_SI).flatten(0, 1)[touched_N]
 
     def _on(self, g_NO: Tensor) -> StackedFactors:
-        """Return the factors where the layer is, in the dtype of the products."""
+        """Return the stacked factors on the layer's device, in the dtype of `g_NO`."""
         if g_NO.dtype not in self._placed:
             device, stack = self.slope_E.device, self._stack
             self._placed[g_NO.dtype] = StackedFactors(
