@@ -106,9 +106,10 @@ def train_encoder(
 
 
 def contrastive_loss(unit_ND: Tensor, task_N: Tensor, temperature: float) -> Tensor:
-    """Return the mean of LoraRetriever's loss over rows; a row's positive is the next of its task, the last one's the first.
+    """Return the mean of LoraRetriever's loss over N unit vectors of inputs, `task_N` being the task of each.
 
-    Rows of one task lie side by side, and each task has at least two.
+    An input's positive is the next one of its task, the last one's is the first. Inputs of one task lie side by side, and
+    each task has at least two.
     """
     similarity_NN = unit_ND @ unit_ND.T / temperature
     same_NN = task_N[:, None] == task_N[None, :]
@@ -163,7 +164,7 @@ def _learning(model: Any) -> list[Tensor]:
 
 
 def _batch(inputs: Mapping[str, Sequence[str]], recipe: EncoderRecipe, step: int) -> tuple[list[str], Tensor]:
-    """Draw the texts of one step and the task of each, from the seed and the step alone."""
+    """Draw one step's texts and their tasks' indices (N), a function of `inputs`, the recipe and the step's number."""
     generator = torch.Generator().manual_seed(int(text_digest(f"{recipe.seed}/{step}")[:16], 16) % 2**63)
     names = sorted(inputs)
     chosen = torch.randperm(len(names), generator=generator)[: recipe.tasks_per_step].tolist()
@@ -190,7 +191,10 @@ def _inputs(hub_or_inputs: Hub | Mapping[str, GivenRows]) -> dict[str, list[str]
 
 
 def _save(target: Path, begin: sentence.Sentence, model: Any, recipe: EncoderRecipe, tasks: Sequence[str]) -> None:
-    """Write the encoder's folder, whole or not at all. Raises TrainingError where it cannot be written."""
+    """Write the encoder's folder `target`, whole or not at all, with the files of `begin` beside the new weights.
+
+    Raises TrainingError if it cannot be written.
+    """
     try:
         with replacing(target) as temporary:
             for name in sentence.MODEL_FILES:
@@ -221,7 +225,7 @@ def _key(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], begin: sent
 
 
 def _claim(folder: Path, recipe: EncoderRecipe, key: str) -> None:
-    """Note in the checkpoint folder which training it is for. Raises TrainingError if it is for another."""
+    """Write the recipe and key of this training into its checkpoint folder. Raises TrainingError if it has another's."""
     path = folder / RECIPE_FILE
     training = {**asdict(recipe), "key": key}
     if path.is_file():

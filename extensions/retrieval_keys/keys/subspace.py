@@ -32,7 +32,10 @@ class Subspace:
 
 
 def overlap(left: Adapter, right: Adapter) -> float:
-    """Return the mean over shared layers and both sides of |U^T V|^2 / min(rank); NaN if no layer is shared in one shape."""
+    """Return the mean of |U^T V|^2 / min(rank) over shared layers and both sides, U and V being the two adapters' bases.
+
+    NaN if no layer is shared in one shape.
+    """
     overlaps = []
     for layer in left.layers.keys() & right.layers.keys():
         one, other = left.layers[layer], right.layers[layer]
