@@ -42,7 +42,7 @@ LEAST, MOST = math.log(1e-4), math.log(1e10)
 def laplace(
     engine: Composer, name: str, task: Task, *, prior: Positive | None = None, progress: bool = True
 ) -> LaplacePosterior:
-    """Return the posterior of the engine's adapter `name` on a task's examples, best those it was trained on.
+    """Return the posterior of the engine's adapter `name` given a task's examples, ideally those it was trained on.
 
     The score f of a label is the summed log-likelihood of its tokens after the prompt, as predictions rank labels. `prior`
     is the precision of a Gaussian prior around 0 for every entry; by default the one of the highest marginal likelihood,
@@ -114,7 +114,7 @@ class LaplacePosterior:
         return EnsemblePrediction(torch.cat(members, dim=1), share_S, tuple(self.task.labels or ()))
 
     def scores(self, tokenizer: Any, inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Return the scores f_NL and their covariance_NLL, float64."""
+        """Return, for N inputs and the task's L labels, the scores f_NL and their covariance_NLL, float64."""
         scored = _scores(self.engine, tokenizer, self.name, self.task, inputs)
         num_rows, num_labels = scored.f_NL.shape
         covariance_NLL = torch.zeros(num_rows, num_labels, num_labels, dtype=torch.float64)
@@ -128,7 +128,7 @@ class LaplacePosterior:
         return scored.f_NL.double(), covariance_NLL
 
     def draw(self, count: int, *, seed: int = 0) -> list[Adapter]:
-        """Return adapters "name~1", .. of factors drawn from the posterior: an `ensemble` of them samples the predictive."""
+        """Return `count` adapters "name~1", .. drawn from the posterior; their `ensemble` samples the predictive."""
         require_whole("count", count, 1, CompositionError)
         adapter = self.engine.bound_pool[self.name]
         adapters = []
@@ -146,7 +146,7 @@ class LaplacePosterior:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """The curvature of one matrix W_OI: out (x) in, by the eigenvectors (columns) and eigenvalues of both, float64."""
+    """The curvature of one matrix W_OI, out (x) in, as both Kronecker factors' eigenvectors and eigenvalues, float64."""
 
     in_II: Tensor
     in_I: Tensor
@@ -170,7 +170,7 @@ class _Block:
 
 @dataclass(eq=False)
 class _Sums:
-    """Sums over tokens of one layer's Kronecker factors: in and out of a, in and out of b."""
+    """The sums over tokens of one layer's Kronecker factors: (inputs of a, gradients of a, inputs of b, gradients of b)."""
 
     factors: tuple[Tensor, Tensor, Tensor, Tensor]
     num_tokens: int = 0
@@ -196,9 +196,9 @@ class _Sums:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """A pass of N inputs with L labels each, M = N L rows: the scores f_NL, and the tensors that each layer saw.
+    """A pass of N inputs with L labels each, M = N L rows: the scores f_NL, the mask of real tokens, and `seen`.
 
-    These are of each layer x, z = a x, and the gradients by z and by y.
+    `seen` has for each layer x, z = a x, and the gradients of f by z and by the layer's output.
     """
 
     f_NL: Tensor

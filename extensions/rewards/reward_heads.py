@@ -1,4 +1,4 @@
-"""Rewards of several mixtures, and conservative ways to make one of them.
+"""Rewards by several mixtures, and conservative ways to aggregate them into one.
 
 Coste et al., 2023 (arXiv 2310.02743) call the minimum WCO and the mean less lambda variances UWO; UP-RLHF (Zhai et al.,
 2024, arXiv 2401.00243) takes the mean less eta standard deviations. Members that are LoRAs on one base, with a head each or
@@ -43,7 +43,7 @@ from loraweave.extend import (
 
 @dataclass(frozen=True, eq=False)
 class Rewards:
-    """The rewards of each member for each row, rewards_MB."""
+    """The rewards_MB by M members for B rows."""
 
     rewards_MB: Tensor
 
@@ -61,8 +61,9 @@ class Rewards:
         return self.variance_B.sqrt()
 
     def aggregated(self, by: str = "mean", *, penalty: float = 1.0) -> Tensor:
-        """Return reward_B: "mean", "min", "mean_minus_std" or "mean_minus_variance", less `penalty` times either.
+        """Return reward_B by the members' "mean" or "min", or by the mean less `penalty` times the std or variance.
 
+        The latter are "mean_minus_std" and "mean_minus_variance".
         Raises UnknownName for another way, WeightingError for a penalty that is negative or not finite.
         """
         if by not in _WAYS:
@@ -108,7 +109,7 @@ def rewards(
 
 @torch.no_grad()
 def head_rewards(heads: Sequence[nn.Module], features_MBH: Tensor) -> Tensor:
-    """Return rewards_MB of a head for each member. Raises CompositionError for heads without one number a row."""
+    """Return rewards_MB, one head for each member. Raises CompositionError for a head without one number per row."""
     member_rewards = []
     for number, (head, features_BH) in enumerate(zip(heads, features_MBH, strict=True)):
         reward = head(features_BH)
@@ -136,7 +137,7 @@ def require_reward_head(model: Any, beside: str = "") -> None:
 
 
 def own_reward(output: Any) -> Tensor:
-    """Return reward_N of the rows of an output with one logit each, in fp32 or better."""
+    """Return reward_N from a classifier's output with one logit per row, in fp32 or better."""
     logits_N1: Tensor = output.logits
     return logits_N1.to(torch.promote_types(logits_N1.dtype, torch.float32))[:, 0]
 
@@ -167,7 +168,7 @@ def features(
 
 
 def row_features(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Return features_NH in fp32 or better: the last hidden state of each row's last real token, of the model as it is."""
+    """Return features_NH in fp32 or better: each row's last hidden state at its last real token, under what is active."""
     hidden_NTH = _last_hidden(model, inputs)
     name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
     place_N = last_positions(inputs, 1, hidden_NTH.shape[1], name)[:, 0].to(hidden_NTH.device)
@@ -176,7 +177,7 @@ def row_features(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def text_features(engine: Composer, mixtures: Sequence[Any], texts: Sequence[str], *, progress: bool = True) -> Tensor:
-    """Return features_MNH of texts, each run once under each member, in batches of similar length.
+    """Return features_MNH of N texts under M members, each run once, in batches of similar length.
 
     Raises CompositionError without a tokenizer, InvalidTask without texts and for one without tokens.
     """
@@ -202,7 +203,7 @@ def text_ids(engine: Composer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Return hidden_NTH of the model below its head, without logits of whole texts or states of other layers."""
+    """Return the last layer's hidden_NTH, without keeping other layers' states or logits of whole texts."""
     seen: list[Tensor | None] = []
 
     def see(_: nn.Module, __: Any, output: Any) -> None:
@@ -221,7 +222,7 @@ def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def padded(tokenizer: Any, rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """Return rows of token ids as the inputs of a model, filled up on the right."""
+    """Return rows of token ids as {"input_ids", "attention_mask"} on `device`, padded on the right."""
     ids_BT, mask_BT = pad_rows(tokenizer, rows, left=False)
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
 
@@ -293,7 +294,7 @@ def require_pairs(pairs: Pairs) -> None:
 
 
 def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: HeadTraining, *, progress: bool) -> None:
-    """Train a head of features_MBH (M may be 1) on pairs of features, in place."""
+    """Train in place a head that maps features_MBH to one reward per row, on N pairs of features (M may be 1)."""
     order = Epochs(preferred_MNH.shape[1], settings.seed)
 
     def next_loss() -> Tensor:
@@ -307,9 +308,9 @@ def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: Hea
 def learn(
     parameters: Iterable[Tensor], settings: HeadTraining, next_loss: Callable[[], Tensor], *, what: str, progress: bool
 ) -> None:
-    """Take the settings' steps of AdamW without weight decay, each down the gradient of the next loss.
+    """Train the parameters for the settings' steps of AdamW without weight decay, each on what `next_loss` returns.
 
-    Raises TrainingError for a loss that is not finite.
+    `what` names them for the progress bar. Raises TrainingError for a loss that is not finite.
     """
     descent = Descent(parameters, lambda _: settings.lr, limit=None)
     with torch.enable_grad(), progress_bar(progress, field="loss") as bar:
@@ -317,7 +318,7 @@ def learn(
 
 
 class Epochs:
-    """Indices in shuffled epochs, a function of the seed alone."""
+    """An endless sequence of the indices 0 .. size - 1, shuffled anew each epoch by the seed."""
 
     def __init__(self, size: int, seed: int) -> None:
         self._size = size

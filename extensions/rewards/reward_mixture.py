@@ -81,7 +81,7 @@ class RewardMixture(nn.Module):
         return reward_B1[:, 0]
 
     def rewards(self, engine: Composer, batch: Mapping[str, Any]) -> Tensor:
-        """Return reward_B of each row of a batch, as the model takes it, padded on either side.
+        """Return reward_B of the rows of a batch, {name of a model's argument: tensor}, padded on either side.
 
         Raises UnknownExpert for a member missing from the engine's pool, CompositionError for another adapter of its name.
         """
@@ -97,7 +97,7 @@ class RewardMixture(nn.Module):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The members, sizes and hashes that make an equal head, as JSON."""
+        """The constructor's arguments as JSON: {"members", "hidden_size", "hashes"}."""
         members = [None if member is None else dict(member) for member in self.members]
         return {"members": members, "hidden_size": self.hidden_size, "hashes": self.hashes}
 
@@ -112,7 +112,7 @@ class RewardMixture(nn.Module):
 
 
 def write_heads(heads: nn.Module, target: Path, recipe: Mapping[str, Any]) -> Path:
-    """Write the tensors with the recipe, whole or not at all, and return their folder."""
+    """Write the module's tensors with the recipe to the file `target`, whole or not at all; return its folder."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in heads.state_dict().items()}
     with storage_errors(target, "saving a reward mixture"):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def train_reward_mixture(
 def trained_mixture(
     engine: Composer, mixtures: Sequence[Any], pairs: Pairs, settings: HeadTraining, progress: bool
 ) -> RewardMixture:
-    """Train a reward mixture as `train_reward_mixture` does, whose settings have been checked."""
+    """Train a reward mixture as `train_reward_mixture` does, with settings that are checked already."""
     members = known_members(engine, mixtures)
     for number, member in enumerate(members):
         if not (member is None or isinstance(member, Mapping)):

@@ -64,7 +64,7 @@ class RoutedRewards(nn.Module):
         return [self.categories[place] for place in self._places(engine, batch).tolist()]
 
     def rewards(self, engine: Composer, batch: Mapping[str, Any], *, questions: Mapping[str, Any] | None = None) -> Tensor:
-        """Return reward_B of each row of a batch, by its category's head alone; `questions`, if given, decide that.
+        """Return reward_B of a batch's rows, each by the head of its category, which `questions` decide if they are given.
 
         Raises WeightingError for another number of questions, and what `categories_of` and the heads' `rewards` raise.
         """
@@ -162,7 +162,7 @@ def train_routed_rewards(
 def _by_text(
     names: Sequence[str], pairs: Mapping[str, Pairs], questions: Mapping[str, Sequence[str]] | None
 ) -> dict[str, int]:
-    """Return {text: the place of its category} of all texts that the router learns from."""
+    """Return {text: index of its category in `names`} of all texts that the router learns from."""
     if questions is not None and (lacking := [name for name in names if not questions.get(name)]):
         raise InvalidTask(f"category {lacking[0]!r} has no questions for the router to learn from: give some of each")
     places: dict[str, int] = {}
@@ -184,7 +184,10 @@ def _learn_categories(
     settings: HeadTraining,
     progress: bool,
 ) -> None:
-    """Train the linear map, and the LoRA of `jobs` if there is one, in place."""
+    """Train in place the router's linear map `found.outer`, and the LoRA of `jobs` if there is one.
+
+    `category` is {text: index of its category}.
+    """
     model, device = engine.model, found.outer.weight.device
     ids, category_N = text_ids(engine, list(category)), torch.tensor(list(category.values()), device=device)
     order = Epochs(len(ids), settings.seed)
