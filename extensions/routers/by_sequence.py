@@ -33,15 +33,15 @@ class BySequence(TokenRouter):
         self._beside: BesideCache[RunningSums] = BesideCache(self.name)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return scores_BTE in fp32 or better, -inf for experts that leave the layer alone."""
+        """Return scores_BTE of the layer's input in fp32 or better, -inf for experts that do not update the layer."""
         raise NotImplementedError
 
     def summed(self, scores_BTE: Tensor) -> Tensor:
-        """Return the finite values of a token's scores that the means are over."""
+        """Return finite values (B, T, E) of the tokens' scores, over which the running means are taken."""
         raise NotImplementedError
 
     def decided(self, mean_BTE: Tensor, scores_BTE: Tensor, layer: str) -> Tensor:
-        """Return w_BTE of the means so far and the tokens' own scores."""
+        """Return w_BTE from the running means and the tokens' own scores."""
         raise NotImplementedError
 
     def of_tokens(self, x_BTI: Tensor, layer: str) -> Tensor:
@@ -51,7 +51,7 @@ class BySequence(TokenRouter):
 
     @property
     def needs_call(self) -> bool:
-        """True if the router has to see each call of the model first, as it does unless it decides for each token."""
+        """True if the router needs `begin` before each call of the model: unless it decides for each token."""
         return self.decision == "sequence"
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
@@ -64,7 +64,10 @@ class BySequence(TokenRouter):
         return self.of_tokens(x_BTI, layer)
 
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> Router:
-        """Return the router for one call. ScopeError for tokens that are not known; raises what `BesideCache.of` raises."""
+        """Return the router for one call of the model, whose `arguments` are by name.
+
+        Raises ScopeError if they do not say which tokens are real, and what `BesideCache.of` raises.
+        """
         if not self.needs_call:
             return self
         if has_two_sequences(model):
@@ -83,9 +86,9 @@ class BySequence(TokenRouter):
 
 
 class RunningSums(RowsAndTokens):
-    """The real tokens in a cache, real_BT, and the sums_BTE over them for each layer.
+    """The mask real_BT of a cache's tokens, and for each layer sums_BTE of what `summed` returns.
 
-    Token t's sum is over the real tokens up to t, so that tokens can be taken back. A layer that a call did not reach has
+    Token t's sum is over the real tokens up to t, so that a cache can be cut. A layer that a call did not reach has
     fewer tokens than the others.
     """
 
@@ -102,7 +105,7 @@ class RunningSums(RowsAndTokens):
         self.real_BT = torch.cat([self.real_BT, real_BT.to(self.real_BT.device)], dim=1)
 
     def put(self, layer: str, sums_BTE: Tensor) -> None:
-        """Store the sums of the last T tokens."""
+        """Store a layer's sums for the T tokens added last."""
         num_before, known_BTE = self.get_seq_length() - sums_BTE.shape[1], self.sums.get(layer)
         new_BTE = sums_BTE.detach()
         self.sums[layer] = new_BTE if known_BTE is None else torch.cat([known_BTE[:, :num_before], new_BTE], dim=1)
@@ -116,7 +119,7 @@ class RunningSums(RowsAndTokens):
 
 
 class _OfCall:
-    """The decisions on one call's tokens, whose sums go on from those of the cache."""
+    """A router for one call's tokens, whose sums continue those of the cache."""
 
     def __init__(self, router: BySequence, state: RunningSums, real_BT: Tensor) -> None:
         self._router = router
@@ -175,7 +178,10 @@ class _OfCall:
 
 
 def _real_tokens(router: str, arguments: Mapping[str, Any]) -> Tensor:
-    """Return real_BT of the tokens of a call. Raises ScopeError for a call or a mask that does not tell."""
+    """Return real_BT, True for the call's tokens that are not padding.
+
+    Raises ScopeError for a call without tokens or with a mask that is not (rows, tokens).
+    """
     inputs = next((arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None)
     if inputs is None or inputs.ndim < 2:
         raise ScopeError(

@@ -39,10 +39,11 @@ _READ = words(
 
 
 def read_xlora(folder: Path, given: ExpertPool | None, model: nn.Module | None) -> TokenRouter:
-    """Read an X-LoRA, with its adapters as `pool`. `model` is the base, for one whose layers have weights of their own.
+    """Return the X-LoRA in a folder as a router, whose attribute `pool` has its adapters: `given`, or those in the folder.
 
-    Raises AdapterUnsupported for what our router computes otherwise and for adapters that are not there, AdapterCorrupt for
-    damaged files, WeightingError for a pool of other adapters.
+    `model` is the base, needed if the layers have weights of their own. Raises AdapterUnsupported for settings that our
+    router computes otherwise and for missing adapters, AdapterCorrupt for damaged files, WeightingError for a pool of other
+    adapters.
     """
     config, xlora = AdapterConfig.of(folder), router_class("xlora")
     config.check_fields(_BENIGN | _READ, {})
@@ -86,7 +87,10 @@ def read_xlora(folder: Path, given: ExpertPool | None, model: nn.Module | None) 
 
 
 def _experts(config: AdapterConfig, given: ExpertPool | None) -> ExpertPool:
-    """Return the pool of adapters in the config's order. AdapterUnsupported without them, WeightingError for others."""
+    """Return the adapters that the config names, in its order, from `given` or else from the folder.
+
+    Raises AdapterUnsupported if they are not there, WeightingError if `given` has other ones.
+    """
     names = config.table("adapters")
     if not 0 < len(names) <= MAX_EXPERTS:
         raise AdapterCorrupt(f"{config.folder}: adapters are {names!r:.80}, not from 1 to {MAX_EXPERTS} names and paths")
@@ -113,7 +117,7 @@ def _inner(folder: Path, name: str) -> Adapter:
 
 
 def _classifier(folder: Path, own: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Return the network's tensors under our names. Raises AdapterCorrupt unless they have the shapes in `own`."""
+    """Return the classifier's tensors by our names. Raises AdapterCorrupt unless they have `own`, {our name: shape}."""
     by_number: dict[int, dict[str, Tensor]] = {}
     for key, _, tensor in stored_tensors(folder):
         if (match := _CLASSIFIER.search(key)) is not None:
@@ -138,7 +142,7 @@ def _classifier(folder: Path, own: Mapping[str, tuple[int, ...]]) -> dict[str, T
 
 
 def _order(folder: Path, router: Any, model: nn.Module | None) -> dict[str, int]:
-    """Return the place of each layer in PEFT's order, which is that of the model's modules."""
+    """Return {layer: its index in PEFT's order}, which is that of the model's modules."""
     if model is None:
         raise AdapterUnsupported(
             f"{folder}: layerwise_scalings has weights for each layer in the order of the base's modules, which the files "
@@ -151,7 +155,7 @@ def _order(folder: Path, router: Any, model: nn.Module | None) -> dict[str, int]
 
 
 def read_arrow(folder: Path) -> TokenRouter:
-    """Read the folder of `create_arrow_model`, with its adapters as `pool`. Raises as `read_xlora` does."""
+    """Return the router of a folder of `create_arrow_model`, with its adapters as `pool`. Raises as `read_xlora`."""
     config = AdapterConfig.of(folder / ARROW)
     settings = AdapterConfig(config.folder, config.table("arrow_config"))
     settings.check_fields(words("top_k router_temperature rng_seed use_gks task_adapter_names gks_adapter_names"), {})
@@ -183,7 +187,7 @@ def read_arrow(folder: Path) -> TokenRouter:
 
 
 def _names(settings: AdapterConfig, field: str, kind: str) -> tuple[str, ...]:
-    """Return names of folders as create_arrow_model gives them. Raises AdapterUnsupported for any other path."""
+    """Return the folder names in a setting: `kind`_0, `kind`_1, .. Raises AdapterUnsupported for any other path."""
     names = settings.names(field)
     if odd := [name for name in names if not re.fullmatch(rf"{kind}_\d+", name)]:
         raise AdapterUnsupported(f"{settings.folder}: {field} has {odd[0]!r}, which is not {kind}_ and a number")
@@ -200,7 +204,7 @@ def _require_plain(folder: Path, name: str, adapter: Adapter) -> None:
 
 
 def _without_general(folder: Path, tasks: Mapping[str, Adapter], general: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Subtract the means of the general adapters' a and b from each task's (GenKnowSub in PEFT, before the scales).
+    """Return the tasks' adapters with the means of the general ones' a and b subtracted (PEFT's GenKnowSub, without scales).
 
     PEFT subtracts in its first forward, of adapters as they were loaded, and notes nowhere that it did.
     """
@@ -230,7 +234,7 @@ def _without_general(folder: Path, tasks: Mapping[str, Adapter], general: Mappin
 
 
 def _scales(folder: Path, adapter: Adapter) -> dict[str, float]:
-    """Return alpha / r of each layer, which b contains."""
+    """Return {layer: alpha / r}, the scale that is part of the adapter's b."""
     return parse_lora(AdapterConfig.of(folder).fields, folder).scales(
         {name: part.rank for name, part in adapter.layers.items()}
     )

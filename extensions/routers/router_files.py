@@ -13,7 +13,7 @@ FILES = tuple(f"{place}{name}" for place in ("", "*/") for name in (CONFIG, WEIG
 
 
 def is_router(folder: Path) -> bool:
-    """Return whether PEFT saved a router there; says nothing about its state."""
+    """Return True if PEFT saved a router in the folder; its files are not checked."""
     return config_fields(folder).get("peft_type") == "XLORA" or _is_arrow(folder)
 
 

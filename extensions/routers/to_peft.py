@@ -149,7 +149,7 @@ def _experts(router: Any, pool: ExpertPool) -> list[Adapter]:
 
 
 def _in_order_of(router: Any, model: nn.Module | None) -> Tensor:
-    """Return the numbers of the last layer's rows, layer by layer in the order of the model's modules."""
+    """Return the indices that put the rows of the network's last linear layer in the order of the model's modules."""
     if model is None:
         raise AdapterUnsupported("PEFT has layerwise weights in the order of the base's modules: pass model=")
     count, places = len(router.experts), {name: place for place, name in enumerate(router.layers)}

@@ -18,5 +18,5 @@ class LorahubOriginal(CrossEntropy):
     """
 
     def losses(self, sums: RowSums) -> Tensor:
-        """Return each example's share of the loss, which is the mean of the shares."""
+        """Return each example's share (N) of the loss; the loss is the mean of the shares."""
         return sums.negative_logs[:, 0] / sums.num_targets

@@ -26,11 +26,11 @@ class OutputAttention(OutputRouter):
         self.keys_ = LayerTensors({}, learned=True)
 
     def query_bias(self, layer: str) -> Tensor | None:
-        """Return what is added to q x in a layer's queries, or None."""
+        """Return the bias (D) that is added to q x in a layer's queries, or None."""
         return None
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return s_BTE of the layer's experts, -inf for the others."""
+        """Return s_BTE, -inf for experts that do not update the layer."""
         z_BTS = self.latents(x_BTI, layer)
         if layer in self.queries_:
             z_BTS = z_BTS * self._query_products(x_BTI, layer) * self.scale
@@ -43,7 +43,7 @@ class OutputAttention(OutputRouter):
         return self.note(layer, scores_BTE, scores_BTE.softmax(dim=-1))
 
     def _query_products(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return k_s . query(x) for each row s of the bases (B, T, S), by the cheaper order of the two products."""
+        """Return k_s . query(x) for each of the layer's S basis rows: (B, T, S), before the scale."""
         q_DI, bias_D = self.queries_[layer], self.query_bias(layer)
         x_BTI = x_BTI.to(q_DI.dtype)
         # k E_e(x) = k q z: the keys meet the bases once a call, and no output is formed

@@ -86,7 +86,7 @@ def _input_means(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (expert, {layer: mean_I}) over all tokens of the expert's prompts, with that expert at weight 1, in float64.
 
-    `layers` says which experts, by their places, update each. Text by text, so that no padding is among the tokens. Raises
+    `layers` is {layer: indices of the experts that update it}. Text by text, so that no padding is among the tokens. Raises
     ScopeError for a layer that is not called with one vector a token.
     """
     modules = dict(engine.model.named_modules())
@@ -107,7 +107,7 @@ def _input_means(
 
 
 class _Sum:
-    """A hook that adds up the inputs of one layer."""
+    """A forward pre-hook that sums up the inputs of one layer; `mean` is their mean over tokens (I)."""
 
     def __init__(self, layer: str) -> None:
         self._layer = layer

@@ -65,7 +65,7 @@ class Bayesian(Solver):
         return [low + (high - low) * unit for unit in chosen]
 
     def _fill_box(self) -> list[np.ndarray]:
-        """Draw a Latin hypercube around the start: each part of each weight's range has one point."""
+        """Return the other initial candidates, a Latin hypercube around the start: each part of a weight's range has one."""
         count, generator = self._num_initial - 1, np.random.default_rng([self.seed, 0])
         places = np.stack([generator.permutation(count) for _ in range(self.space.size)], axis=1)
         units = (places + generator.uniform(size=places.shape)) / max(count, 1)
@@ -96,7 +96,7 @@ class Bayesian(Solver):
 
 
 def _fit_kernel(units: np.ndarray, losses: np.ndarray) -> Any:
-    """Fit the kernel that makes the losses most likely."""
+    """Return the Gaussian process's kernel that makes the losses (N) at the points `units` (N, D) most likely."""
     # scikit-learn takes a second to import and the catalogue should not wait for it
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -112,7 +112,7 @@ def _fit_kernel(units: np.ndarray, losses: np.ndarray) -> Any:
 
 
 def _predict(kernel: Any, units: np.ndarray, losses: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean and deviation of the loss of each draw, without the noise."""
+    """Return (mean_N, deviation_N) of the loss at each of N draws, given known losses; the noise is not part of it."""
     from sklearn.gaussian_process import GaussianProcessRegressor
 
     process = GaussianProcessRegressor(kernel, optimizer=None).fit(units, losses)

@@ -97,7 +97,7 @@ class FirstOrder(Solver):
                 self._known.append((vector, loss, gradient))
 
     def _trust(self, length: float, fallen: float) -> float:
-        """Return the next radius after a step, by what share of the predicted fall of the loss there was."""
+        """Return the next trust radius after a step of this length, by the loss's fall against the predicted one."""
         if fallen < 0.25 * self._foretold:
             return length / 4 if fallen == -math.inf else length / 2
         return 2 * self._trusted if fallen > 0.75 * self._foretold and length > 0.99 * self._trusted else self._trusted
@@ -112,7 +112,7 @@ LEAST_CURVATURE = 1e-3
 
 @dataclass(frozen=True)
 class Quadratic:
-    """The parts of the model: c, g and d have D entries, basis_DQ orthonormal columns, and inner_QQ is M."""
+    """The quadratic model: `centre` c, `slope` g and `diagonal` d (D entries each), basis_DQ is Q, inner_QQ is M."""
 
     centre: np.ndarray
     slope: np.ndarray
@@ -129,7 +129,7 @@ class Quadratic:
         return float(self.slope @ step + step @ self.hessian_times(step) / 2)
 
     def lowest(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Return a point of the box [low, high], which contains c, at which the model has no descent left."""
+        """Return a minimum of the model in the box [low, high], which contains c."""
         # scipy takes longer to import than a catalogue of solvers should
         from scipy.optimize import minimize
 
@@ -151,7 +151,7 @@ class Quadratic:
 def fit_quadratic(
     centre: np.ndarray, slope: np.ndarray, steps_KD: np.ndarray, changes_KD: np.ndarray, *, curvature: float, ridge: float
 ) -> Quadratic:
-    """Fit the model to these s_k and y_k; `curvature` is h if there are none, or none that curves upwards."""
+    """Fit the model to K steps s_k and changes y_k; `curvature` is h if no step curves upwards, `ridge` is r."""
     lengths_K1 = np.linalg.norm(steps_KD, axis=1, keepdims=True)
     s_KD, y_KD = steps_KD / lengths_K1, changes_KD / lengths_K1
     along_K = (s_KD * y_KD).sum(axis=1)
@@ -170,6 +170,6 @@ def fit_quadratic(
 
 
 def _span(rows_ND: np.ndarray) -> np.ndarray:
-    """Return orthonormal columns that span the rows."""
+    """Return orthonormal columns (D, Q) that span the N rows."""
     _, sizes, right_ND = np.linalg.svd(rows_ND, full_matrices=False)
     return np.asarray(right_ND[sizes > 1e-12 * max(sizes, default=0.0)].T)

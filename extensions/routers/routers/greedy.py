@@ -63,7 +63,7 @@ class Greedy(Solver):
         self._finished = self._finished or not self._propose()
 
     def _order(self, losses: Sequence[float]) -> None:
-        """Take the best expert as the first member and order the others by their losses, without those that have none."""
+        """Take the expert of the lowest loss as the first member and queue the others by loss, without non-finite ones."""
         scored = [place for place, loss in enumerate(losses) if math.isfinite(loss)]
         ordered = sorted(scored, key=lambda place: losses[place])
         self._members, self._untried = ordered[:1], ordered[1:]

@@ -43,7 +43,7 @@ class Lag(ScoredRouter):
         self.spectr: ScoredRouter = get("routers", "spectr")(pool)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return |b_e a_e x| of the candidates, -inf for all others."""
+        """Return |b_e a_e x| (B, T, E) of each token's candidates, -inf for the other experts."""
         candidates_BTK = self.arrow.scores(x_BTI, layer).topk(self.candidates, dim=-1).indices
         scores_BTE = self.spectr.scores(x_BTI, layer)
         return torch.full_like(scores_BTE, -math.inf).scatter(-1, candidates_BTK, scores_BTE.gather(-1, candidates_BTK))

@@ -65,7 +65,7 @@ class LoraFlow(LearnedRouter):
         return self.note(layer, without(scores_BTE, present), without(w_BTE, present, filling=0.0))
 
     def _of_block(self, x_BTI: Tensor, block: str) -> tuple[Tensor, Tensor]:
-        """Return the scores and weights of a block's experts, -inf and 0 for the others."""
+        """Return (scores_BTE, w_BTE) from a block's input; -inf and 0 for experts that do not update the block."""
         first = self._blocks[block][0]
         c_E = self.biases_[first]
         scores_BTE = x_BTI.new_zeros(*x_BTI.shape[:2], len(self.experts), dtype=c_E.dtype)
@@ -86,7 +86,10 @@ class LoraFlow(LearnedRouter):
 
 
 def _width(block: str, layers: Sequence[str], members: Members, width: int | None) -> int:
-    """Return how many features the input of a block has; 0 where a layer outside blocks does not say it."""
+    """Return how many features the input of a block has; 0 if it is a layer outside blocks that does not say it.
+
+    `layers` are those of the block, `width` is the router's option. Raises WeightingError if it cannot be told.
+    """
     if block in layers:
         return members.layers[block].num_inputs
     if width is not None:

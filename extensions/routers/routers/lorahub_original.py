@@ -65,7 +65,10 @@ class LorahubOriginal(Solver):
         self._candidate = self._guard(lambda: self._next(told))
 
     def _next(self, loss: float) -> Any:
-        """Tell a candidate's loss and ask for the next at once, so that no thread of nevergrad's is left running."""
+        """Tell nevergrad the candidate's loss and return the next candidate, or None when the budget is spent.
+
+        Both at once, so that no thread of nevergrad's is left running.
+        """
         self._optimizer.tell(self._candidate, loss)
         return self._optimizer.ask() if self._left() else None
 
@@ -88,7 +91,7 @@ class LorahubOriginal(Solver):
         return nevergrad.optimizers.NGOpt(parametrization=space, budget=self.budget)
 
     def _guard(self, call: Callable[[], Any]) -> Any:
-        """Return what a call of nevergrad returns. Raises SearchFailed if it fails."""
+        """Return the result of `call`, run in a daemon thread. Raises SearchFailed if it fails."""
         results: list[Any] = []
         errors: list[Exception] = []
 

@@ -107,7 +107,10 @@ class Lorauter(TextRouter):
         self.report = {"losses": {name: dict(losses[name]) for name in prompts}}
 
     def _row(self, task: str, losses: Mapping[str, float]) -> list[float]:
-        """Return the losses of one task in the order of the experts, infinity in place of what is not finite."""
+        """Return one task's losses in the order of the experts, infinity for those that are not finite.
+
+        Raises WeightingError if an expert is missing or no loss is finite.
+        """
         if missing := [name for name in self.experts if name not in losses]:
             raise WeightingError(f"the losses of task {task!r} lack {', '.join(map(repr, missing))}: measure all experts")
         row = [float(losses[name]) if math.isfinite(losses[name]) else math.inf for name in self.experts]
@@ -124,7 +127,7 @@ MAX_ROWS = 64
 def expert_losses(
     engine: Composer, tasks: Mapping[str, Task | GivenRows], *, progress: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Return {task: {expert: loss}}: the mean over a task's examples of their target tokens' mean loss, that expert at 1.
+    """Return {task: {expert: loss}}, a mean over examples of their target tokens' mean loss, with that expert alone at 1.
 
     Raises CompositionError for an engine without a tokenizer, InvalidTask for a task without examples or with those that the
     model cannot read, AlreadyActive while a mixture is fused.

@@ -80,7 +80,7 @@ class Ramole(OutputAttention):
         return super().remove_expert(name)._settle()
 
     def _noise(self, scores_BTE: Tensor, layer: str) -> Tensor:
-        """Draw u_BE; in a training each row's own, so that splitting a step into passes leaves out the same experts."""
+        """Draw u_BE, uniform in [0, 1); in training by each row's seed, however a step is split into passes."""
         num_rows, _, num_experts = scores_BTE.shape
         if self.step is None or len(self.step.seeds_B) != num_rows:
             return torch.rand(num_rows, num_experts, device=scores_BTE.device)
@@ -89,7 +89,10 @@ class Ramole(OutputAttention):
         return torch.stack([torch.rand(num_experts, generator=draw) for draw in draws])
 
     def _settle(self) -> Self:
-        """Return itself, with a RouterLoRA for each of its layers and no other; a new one weighs all experts alike."""
+        """Make a RouterLoRA for each layer that lacks one, drop those of other layers, and return self.
+
+        A new one weighs all experts alike.
+        """
         for layer in set(self.queries_) - set(self.informed):
             del self.queries_[layer], self.keys_[layer]
         for layer, routed in self.informed.items():
@@ -101,7 +104,7 @@ class Ramole(OutputAttention):
 
 
 def _leaving_out(scores_BTE: Tensor, noise_BE: Tensor, present: Sequence[int], dropout: float) -> Tensor:
-    """Set scores to -inf, row by row, for each of the experts with that probability; two random ones always stay."""
+    """Return the scores with -inf, row by row, for each expert of `present` with probability `dropout`; two always stay."""
     noise_BE = without(noise_BE, present, filling=-1)
     out_BE = noise_BE < dropout
     out_BE.scatter_(1, noise_BE.topk(min(2, len(present)), dim=1).indices, False)

@@ -33,7 +33,7 @@ class Spectr(ScoredRouter):
                 self.cores_[layer], _, self.owners_[layer] = output_factors(expert_pool, layer, routed)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return |b_e a_e x|, -inf for experts that leave the layer alone."""
+        """Return |b_e a_e x| (B, T, E), -inf for experts that do not update the layer."""
         c_SI, owner_S = self.cores_[layer], self.owners_[layer]
         squares_BTS = (x_BTI.to(c_SI.dtype) @ c_SI.T).square()
         zeros_BTE = squares_BTS.new_zeros(*squares_BTS.shape[:2], len(self.experts))

@@ -65,7 +65,7 @@ class Wemoe(LearnedRouter, BySequence):
         return tuple(dict.fromkeys(self._mlps.values()))
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return each token's own w_BTE before any mean, -inf for experts that leave the layer alone."""
+        """Return each token's own w_BTE before any mean, -inf for experts that do not update the layer."""
         if layer in self._mlps:
             block_input = running_block(self.name, layer, x_BTI, self._mlps[layer])
             if self not in block_input.kept:
@@ -105,7 +105,7 @@ class Wemoe(LearnedRouter, BySequence):
 
 
 def _path_of(layer: str, gated: tuple[str, ...]) -> str | None:
-    """Return the path of the innermost module with one of these names that a layer lies in, or None."""
+    """Return the path of the innermost module around a layer whose name is in `gated`, or None."""
     parts = layer.split(".")[:-1]
     while parts and parts[-1] not in gated:
         parts.pop()
