@@ -92,7 +92,7 @@ def discover(
 
 
 def _listed(api: Any, model_id: str, query: str | None) -> Iterator[Any]:
-    """Yield the repositories that the model hub lists, most downloads first, with safetensors, a valid id and a commit."""
+    """Yield `api`'s listings of adapters for `model_id`, most downloads first, with safetensors, a valid id and a commit."""
     listed = api.list_models(filter=f"base_model:adapter:{model_id}", search=query, sort="downloads", full=True)
     for info in islice(listed, MAX_LISTED):
         names = [file.rfilename for file in info.siblings or ()]

@@ -55,7 +55,7 @@ MAX_SPREAD = 4096
 
 @dataclass(frozen=True)
 class TreeReport:
-    """The outcome of every adapter found, in order of paths; `entries` have path, state, name, hash and why.
+    """The outcome for every adapter in a tree, in order of paths; `entries` have path, state, name, hash and why.
 
     A state is "added", "updated" (a next version, since the files changed), "present", "refused" or, in a dry run, "found".
     """
@@ -125,7 +125,7 @@ def add_tree(
 
 @dataclass
 class _Walk:
-    """The state of one walk: the hub and options, the notes of earlier walks, and the names given by this one."""
+    """The state of one walk: the hub and options, `known` notes of earlier walks by path, and this walk's {name: path}."""
 
     hub: Hub
     root: Path
@@ -150,7 +150,7 @@ class _Walk:
         return Noted(path, "", "found", name)
 
     def take(self, source: Path) -> list[Noted]:
-        """Read one source, unless it is unchanged; return its outcome, and those of a batch that it completes."""
+        """Read one source unless it is unchanged; return the outcomes known now: its own, or of a batch it completes."""
         path = self._path(source)
         try:
             now = stamp(source, self.options)
@@ -172,7 +172,7 @@ class _Walk:
         return [*done, *(self.settle() if len(self.waiting) >= most else [])]
 
     def settle(self) -> list[Noted]:
-        """Add the waiting batch and return the outcome of each source."""
+        """Add the waiting sources to the hub in one batch and return the outcome of each."""
         waiting, self.waiting = self.waiting, []
         if not waiting:
             return []
@@ -190,7 +190,10 @@ class _Walk:
         ]
 
     def _read(self, source: Path, path: str, now: str, before: Noted | None) -> list[Noted]:
-        """Return the outcome of one source; nothing for one that waits for its batch."""
+        """Return [outcome] of the source at `path`, or [] if it waits for its batch.
+
+        `now` is its stamp, `before` its note of an earlier walk. Raises AdapterExists if both its names are other adapters'.
+        """
         adapter: Adapter | None = None
         for name in self._names(path):
             record = self._record(name)
@@ -221,7 +224,7 @@ class _Walk:
         return os.fsencode(source.relative_to(self.root)).decode("utf-8", "backslashreplace")
 
     def _names(self, path: str) -> tuple[str, str]:
-        """Return the name of a path, and the name to use if another adapter has that."""
+        """Return (name of a path, name to use if another adapter has the first)."""
         stem = (
             self.root.resolve().name if path == "." else path.removesuffix(archive_suffix(path)).removesuffix(".safetensors")
         )
@@ -263,14 +266,14 @@ class Noted:
 
 
 class TreeJournal:
-    """The notes of one tree; the last of a path counts. It only saves time: without it everything is read again."""
+    """The file of one tree's notes, the last of each path being valid. Without it, everything is read again."""
 
     def __init__(self, hub_folder: Path, root: Path) -> None:
         key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
         self.path = hub_folder / "trees" / f"{key}.jsonl"
 
     def read(self) -> dict[str, Noted]:
-        """Return the notes by path, without lines that cannot be read, such as the last of a killed process."""
+        """Return {path: note}, without lines that cannot be read, such as the last of a killed process."""
         notes: dict[str, Noted] = {}
         reading = storage_errors(self.path, "reading what was added of the tree")
         with reading, suppress(FileNotFoundError), self.path.open("rb") as file:

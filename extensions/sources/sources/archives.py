@@ -158,7 +158,7 @@ class Archives:
 
 @dataclass
 class _Plan:
-    """The entries admitted so far, and the place of each."""
+    """The checks of one archive's entries before any is unpacked into `folder`, and what they have admitted so far."""
 
     archive: Path
     folder: Path
@@ -170,7 +170,11 @@ class _Plan:
     folders: set[str] = field(default_factory=set)
 
     def admit(self, name: str, kind: str, size: int) -> Path | None:
-        """Return the path for a file, in a folder that exists; None for a folder. Raises AdapterUnsupported if refused."""
+        """Return the path to write a file entry to, in a folder that exists; None for a folder.
+
+        `size` is in bytes, `kind` "file", "folder" or what else the entry is. Raises AdapterUnsupported for a refused entry,
+        AdapterCorrupt for a negative size, HubFull for a full disk.
+        """
         shown = f"{self.archive}: entry {name!a:.120}"
         parts = self._checked_parts(name, shown)
         if kind not in ("file", "folder"):
@@ -295,9 +299,9 @@ class ShortReads(io.RawIOBase):
 
 
 class Forward(ShortReads):
-    """A stream that only reads forwards, and at most `limit_bytes` from here on: a false size ends in ValueError.
+    """A stream that reads only forwards, and at most `limit_bytes` in all until that is set anew, else raises ValueError.
 
-    Skipped bytes do not count. `last` is what the last read returned.
+    Bytes that `seek` skips do not count. `last` has the bytes of the last read.
     """
 
     def __init__(self, file: Any, limit_bytes: int) -> None:
@@ -332,7 +336,7 @@ class Forward(ShortReads):
 
 
 def decompress(file: BinaryIO, archive: Path) -> Any:
-    """Return the stream inside a gzip, bzip2, xz or zstandard file, by its first bytes; else the file itself.
+    """Return the decompressed stream of a gzip, bzip2, xz or zstandard file, told by its first bytes; else the file itself.
 
     Raises AdapterUnsupported for zstandard if this Python has no reader for it (before 3.14).
     """
@@ -354,7 +358,7 @@ def decompress(file: BinaryIO, archive: Path) -> Any:
 
 
 class _Xz(io.RawIOBase):
-    """The content of an xz file, within a limit of memory, which lzma's own reader cannot have."""
+    """A stream of an xz file's content that limits the decoder's memory, as lzma's own reader cannot."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
