@@ -117,7 +117,10 @@ def record_inputs(model: Any, adapter: Adapter, run: Callable[[], object]) -> St
 
 
 class Recorder:
-    """The sums of one layer, on its device: over tokens x^T x, over texts the squared gradient."""
+    """A hook that sums up one layer's x^T x over tokens and its squared weight gradient over texts, on its device.
+
+    `shape` is (O, I) of the weight, `kinds` says which of "gram" and "fisher" are recorded.
+    """
 
     def __init__(self, name: str, module: nn.Module, shape: tuple[int, int], kinds: Collection[str]) -> None:
         self.name = name
@@ -131,7 +134,7 @@ class Recorder:
         self._wanted = torch.zeros((), device=device, requires_grad="fisher" in kinds)
 
     def begin(self, mask_BT: Tensor) -> None:
-        """Begin the next batch, with the mask of its real tokens; for a batch of one row, all are."""
+        """Begin the next batch, with the mask of its real tokens; in a batch of one row all tokens count as real."""
         self._mask_BT = mask_BT
         self._num_calls = 0
         self._seen: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -152,13 +155,13 @@ class Recorder:
         return GradientTap.apply(output, self._wanted, x, receive)  # type: ignore[no-untyped-call, no-any-return]
 
     def _receive(self, by_text: Callable[[Tensor], list[Tensor]], gradient: Tensor, x: Tensor) -> None:
-        """Take the gradient of log p at the layer's output. A layer that ran several times gets all of them first."""
+        """Store the gradient of log p by the layer's output; finish once those of all runs in the batch have come."""
         self._seen.append((by_text(gradient), by_text(x)))
         if len(self._seen) == self._num_calls:
             self.finish()
 
     def finish(self) -> None:
-        """Square what came, text by text: the gradient of a weight is the sum over its tokens and calls of g^T x."""
+        """Add each text's squared weight gradient to fisher_OI: the gradient is the sum over tokens and runs of g^T x."""
         if self.fisher_OI is None or not self._seen:
             return
         for row in range(len(self._seen[0][0])):
@@ -169,7 +172,7 @@ class Recorder:
         self._seen = []
 
     def _real(self, x: Tensor) -> list[Tensor]:
-        """Return the real tokens of each text, (T, features) each."""
+        """Split a batch's tensor into the real tokens of each text, (T, features) each."""
         mask_BT = self._mask_BT.to(x.device)
         if len(mask_BT) == 1:
             return [x.reshape(-1, x.shape[-1])]
@@ -184,7 +187,7 @@ class Recorder:
 
 
 class ExpertRecorder(Recorder):
-    """The sums of an expert of a fused parameter. Where it is `turned`, its factors have the sides as (I, O)."""
+    """A recorder for one expert of a fused parameter. If `turned`, its adapter's factors have the sides as (I, O)."""
 
     def __init__(self, matrix: ExpertMatrix, kinds: Collection[str]) -> None:
         sides = matrix.num_outputs, matrix.num_inputs
@@ -194,11 +197,14 @@ class ExpertRecorder(Recorder):
         self.place = matrix.parameter, matrix.number
 
     def saw(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """Count the tokens of a run of the module of all its experts."""
+        """Count the batch's real tokens when the module that holds all experts runs; `reached` records the rest."""
         self.num_tokens += self._mask_BT.numel() if len(self._mask_BT) == 1 else int(self._mask_BT.sum())
 
     def reached(self, x_NI: Tensor, token_N: Tensor, made_NO: Tensor, num_tokens: int) -> Tensor:
-        """Record what the expert made of those of the call's tokens that reached it, and return it."""
+        """Record the expert's inputs x_NI and outputs made_NO for the N tokens that reached it, and return the outputs.
+
+        `token_N` are the tokens' indices among the call's `num_tokens`.
+        """
         mask_BT = self._mask_BT.to(token_N.device)
         if num_tokens != mask_BT.numel():
             raise CompositionError(
@@ -217,7 +223,7 @@ class ExpertRecorder(Recorder):
 
 @contextmanager
 def recording(recorders: Mapping[str, Recorder]) -> Iterator[None]:
-    """Show the recorders, within the block, what their layers read and, where they ask for it, the gradients that pass."""
+    """Attach the recorders, by name, to their layers inside the block."""
     experts: dict[nn.Module, dict[tuple[str, int], ExpertRecorder]] = {}
     with ExitStack() as stack:
         for recorder in recorders.values():
@@ -293,7 +299,7 @@ def _drawn_gradient(logits: Tensor, mask_BT: Tensor, draws: Sequence[np.random.P
 
 
 def _draws(rows: Sequence[EncodedRow], seed: int) -> list[np.random.Philox]:
-    """Return a stream for each text, which depends on the seed, its tokens, and which of several equal texts it is."""
+    """Return a random stream for each text, a function of the seed, its tokens, and its number among equal texts."""
     counts: dict[str, int] = {}
     streams = []
     for row in rows:
@@ -334,7 +340,10 @@ def _heads(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 def make_recorders(model: nn.Module, names: Iterable[str], kinds: Collection[str]) -> dict[str, Recorder]:
-    """Return a recorder for each layer. Raises LayerMismatch for one neither linear nor an expert of a fused parameter."""
+    """Return {layer: recorder} for these paths of layers.
+
+    Raises LayerMismatch for a layer that is neither linear nor an expert of a fused parameter.
+    """
     modules = dict(model.named_modules())
     recorders: dict[str, Recorder] = {}
     for name in dict.fromkeys(names):
@@ -350,7 +359,10 @@ def make_recorders(model: nn.Module, names: Iterable[str], kinds: Collection[str
 
 
 def results(recorders: Mapping[str, Recorder], num_texts: int) -> dict[str, LayerStatistics]:
-    """Return what the recorders have seen. Raises CompositionError for a layer that never ran and for values not finite."""
+    """Return {layer: its statistics} after passes over `num_texts` texts.
+
+    Raises CompositionError for a layer that never ran and for values that are not finite.
+    """
     layers: dict[str, LayerStatistics] = {}
     fishers = {name: _mean(name, recorder.fisher_OI, num_texts) for name, recorder in recorders.items()}
     present = [tensor for tensor in fishers.values() if tensor is not None]

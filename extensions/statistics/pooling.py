@@ -32,7 +32,7 @@ def pool_statistics(
     open those of a hub themselves (docs/howto/many_machines.md). The options are those of `collect_statistics`; `layers`
     are recorded of every adapter. All matrices come back into this process.
 
-    Raises InvalidTask for texts that are no mapping or are none, UnknownExpert or AdapterNotFound for a name that is not
+    Raises InvalidTask if `texts` is no mapping or empty, UnknownExpert or AdapterNotFound for a name that is not
     there, before anything runs; then what `collect_statistics` raises, with the adapter's name in a note.
     """
     if not isinstance(texts, Mapping) or not texts:
@@ -58,7 +58,7 @@ def _collected(
     options: Mapping[str, Any],
     piece: tuple[Adapter | str, Sequence[Row]],
 ) -> Statistics:
-    """Return the statistics of one adapter, which is a name if it is a hub's."""
+    """Return the statistics of one adapter from its texts; `piece` is (adapter, or its name in `hub`; rows)."""
     side, rows = piece
     adapter = side if isinstance(side, Adapter) else cast(Hub, hub)[side]
     texts = [(row.asked, row.targets[0]) if row.targets else row.asked for row in rows]

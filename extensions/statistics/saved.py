@@ -104,7 +104,7 @@ class Statistics:
 
 
 def _layer(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> LayerStatistics:
-    """Return one layer's statistics. Raises ValueError, naming the layer, for what no collection gives."""
+    """Return one layer's statistics from its tensors and its entry in the header. Raises ValueError for invalid values."""
     gram_II, fisher_OI = parts.get("gram_II"), parts.get("fisher_OI")
     where, num_tokens, norm = f"layer {entry['path']!r}", entry["num_tokens"], entry["fisher_norm"]
     for name, tensor in parts.items():

@@ -14,7 +14,7 @@ from loraweave.extensions.statistics.saved import LayerStatistics
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """One expert that takes part with a weight above zero; `term` is None for one whose update is zero in this layer."""
+    """An expert with a weight above 0 and its statistics `seen`; `term` is None if its update is zero in this layer."""
 
     term: Term | None
     weight: float
@@ -22,7 +22,7 @@ class Share:
 
 
 def shares(experts: Experts, weights: Weights, statistics: Sequence[LayerStatistics | None], *, part: str) -> list[Share]:
-    """Return the experts that take part in a layer's mean, in the order given; empty when none has an update there.
+    """Return the experts that take part in a layer's mean, in order, with their statistics; [] if none updates the layer.
 
     An expert without the layer is a zero update where its inputs were recorded there (collect_statistics(layers=...)),
     and has no part in the mean otherwise: it has seen nothing. Raises WeightingError for a negative weight and for an

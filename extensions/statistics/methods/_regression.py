@@ -80,7 +80,7 @@ class _Inputs:
         return cls(live_I, scale_I, r_KK, basis_IK)
 
     def applied(self, rows_RI: Tensor) -> Tensor:
-        """Return rows S^+."""
+        """Return rows S^+ (R, I)."""
         result_RI = torch.zeros_like(rows_RI)
         rows_RL = rows_RI[:, self.live_I]
         if self.basis_IK is None:
@@ -93,7 +93,7 @@ class _Inputs:
         return result_RI
 
     def unseen(self, rows_RI: Tensor) -> Tensor:
-        """Return rows (1 - P): what of the rows acts on inputs that no expert has seen."""
+        """Return rows (1 - P) (R, I): the part of the rows that acts on inputs that no expert has seen."""
         result_RI = rows_RI.clone()
         rows_RL = rows_RI[:, self.live_I]
         seen_RL = rows_RL if self.basis_IK is None else (rows_RL @ self.basis_IK) @ self.basis_IK.T

@@ -61,7 +61,10 @@ def fisher(
 
 
 def _norm(share: Share) -> float:
-    """Return the norm of the expert's Fisher, over all layers if it was recorded so. Raises WeightingError for 0."""
+    """Return the Frobenius norm of the expert's Fisher, over all layers if that is recorded, else of this one.
+
+    Raises WeightingError for 0.
+    """
     seen = share.seen
     assert seen.fisher_OI is not None
     norm = float(seen.fisher_OI.double().norm()) if seen.fisher_norm is None else seen.fisher_norm
