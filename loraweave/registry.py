@@ -147,9 +147,9 @@ def registries() -> list[str]:
 
 
 def brought(part: str) -> dict[str, str]:
-    """Return {name: module} of a part without a registry: extensions' files `part`.py, then entry points `loraweave.part`.
+    """Return {name: module} of what brings a part: extensions' files `part`.py, then entry points `loraweave.part`.
 
-    Of one name the extension's counts.
+    An extension takes precedence over an entry point of the same name. No module is imported.
     """
     files = {name: f"{EXTENSIONS}.{name}.{part}" for name, path in extensions().items() if (path / f"{part}.py").is_file()}
     return {name: point.module for name, point in _plugins(part, tuple(sys.path)).items()} | files
@@ -310,9 +310,9 @@ def _packages(folder: str) -> tuple[str, ...]:
 
 
 def nearest(name: str, known: Iterable[str], folder: str = "") -> str:
-    """Return ", did you mean 'x'?", of `known`, for an error about a name; "" where none is alike.
+    """Return ", did you mean 'x'?" with the name in `known` nearest to `name`, for an error's message; "" if none is near.
 
-    Of a name that the registry `folder` had once, it is ": it was withdrawn, since ..".
+    For a name withdrawn from the registry `folder`, return ": it was withdrawn, since ..".
     """
     if (why := WITHDRAWN.get((folder, name))) is not None:
         return f": it was withdrawn, since {why}"

@@ -340,11 +340,11 @@ class Task:
 
     @classmethod
     def of(cls, given: Task | GivenRows) -> Task:
-        """Return the task itself, or a task of these rows with nothing else set."""
+        """Return `given` if it is a Task, else a task of these rows with default settings."""
         return given if isinstance(given, Task) else cls(cast(Sequence[tuple[Prompt, str]], given))
 
     def prompt(self, asked: Prompt) -> Prompt:
-        """Return what the model is shown for one input, after the demonstrations.
+        """Return the prompt for one input `asked`, the demonstrations included.
 
         A text, which the answer follows after a space; of a chat a Conversation, which the assistant's turn follows.
         """
@@ -436,7 +436,7 @@ class Task:
             object.__setattr__(self, "system", said.pop() if len(said) == 1 else "")
 
     def _as_kept(self, asked: Prompt) -> Prompt:
-        """Return an input as examples keep it: a text, unless a chat has several turns, or a system of its own."""
+        """Return the input `asked` as examples store it: a text, unless a chat has several turns or its own system turn."""
         if not isinstance(asked, Conversation) or self.chat is False:
             return str(asked)
         kept = asked.without_system if self.system else asked

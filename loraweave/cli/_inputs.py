@@ -100,7 +100,7 @@ def is_terminal() -> bool:
 
 
 def read_weights(text: str | None, sources: Sequence[str]) -> list[float]:
-    """Return one number for each adapter, separated by commas; equal weights that sum to 1 when there is no text."""
+    """Return one weight for each of `sources` from comma-separated numbers; without a text, equal weights that sum to 1."""
     count = len(sources)
     if text is None:
         return [1 / count] * count

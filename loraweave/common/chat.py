@@ -15,13 +15,16 @@ from loraweave.errors import InvalidTask
 
 @dataclass(frozen=True)
 class Conversation:
-    """The (role, content) of each turn. As text it is its one turn, or lines "role: content", without the system's."""
+    """The turns of a chat as (role, content) pairs. `str()` gives the only turn's text, else lines "role: content".
+
+    Turns of the system are left out of that text.
+    """
 
     turns: tuple[tuple[str, str], ...]
 
     @classmethod
     def read(cls, messages: Any, where: str) -> Conversation:
-        """Read a list of {"role", "content"}. Raises InvalidTask, with `where`, for turns that say more than a text."""
+        """Read a list of {"role", "content"}. Raises InvalidTask, which begins with `where`, for other fields or types."""
         if not is_messages(messages):
             raise InvalidTask(
                 f"{where} has {messages!r:.80} as its messages, which is no list of {{'role', 'content'}} with texts alone"
@@ -59,19 +62,19 @@ Prompt: TypeAlias = str | Conversation
 
 
 def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
-    """Return a text, or the messages of a conversation, which a reader of rows takes for the same prompt."""
+    """Return the prompt as JSON: a text as it is, a conversation as its list of {"role", "content"}."""
     return prompt if isinstance(prompt, str) else prompt.messages
 
 
 def is_messages(given: Any) -> bool:
-    """Return whether these are turns of a chat by their form: mappings with a role."""
+    """Return whether a value has the form of chat messages: a non-empty list of mappings with a "role"."""
     return is_list(given) and len(given) > 0 and all(isinstance(turn, Mapping) and "role" in turn for turn in given)
 
 
 def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, answered: bool = False, **given: Any) -> str:
-    """Render messages by the template, up to the beginning of the assistant's answer, or to their end if `answered`.
+    """Render messages by the chat template, up to where the assistant's answer begins, or to their end if `answered`.
 
-    Raises InvalidTask for a tokenizer without a template, and for messages that the template refuses.
+    `given` goes to `apply_chat_template`. Raises InvalidTask without a template, and for messages that the template refuses.
     """
     from jinja2 import TemplateError
 

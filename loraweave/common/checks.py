@@ -45,7 +45,7 @@ def require_whole(name: str, value: object, least: int, error: type[LoraweaveErr
 
 
 def one_or_many(values: Iterable[str] | str | None) -> tuple[str, ...]:
-    """Return the texts as a tuple; a single text counts as one, None as none."""
+    """Return the texts as a tuple: (values,) for a single text, () for None."""
     if values is None:
         return ()
     return (values,) if isinstance(values, str) else tuple(values)

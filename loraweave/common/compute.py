@@ -101,9 +101,9 @@ def side_by_side(
 
 @cache
 def library(source: Path, *, brief: bool) -> ctypes.CDLL | None:
-    """Load the library of a C file; None, with a log line that says why, if it cannot be had.
+    """Compile and load a C file as a library; return None where that fails, which is logged, or if LORAWEAVE_NATIVE is 0.
 
-    The calls of a `brief` one take microseconds, less than another thread's turn would, and keep Python's lock meanwhile.
+    Pass `brief` if its calls take microseconds: they then hold Python's lock, which costs less than releasing it.
     """
     if os.environ.get("LORAWEAVE_NATIVE") == "0":
         return None

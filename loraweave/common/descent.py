@@ -68,7 +68,7 @@ class Descent:
         self._rate, self._limit = rate, limit
 
     def step(self, number: int) -> None:
-        """Take the step of this number, from 0, and keep the gradients."""
+        """Clip the gradients and take step `number`, counted from 0; gradients are not reset."""
         if self._limit is not None:
             nn.utils.clip_grad_norm_(self.parameters, self._limit)
         for group in self.optimizer.param_groups:
@@ -103,10 +103,10 @@ def descend(
 
 
 def backward(loss_J: Tensor, steps: Mapping[str, int], *, whole_J: Tensor | None = None) -> list[float]:
-    """Add the gradients of the losses and return the losses as numbers. `steps` has each learner's step, from 0.
+    """Backpropagate the sum of `loss_J`, one loss for each of J learners, and return the losses as floats.
 
-    Where the losses are parts, `whole_J` has what they are parts of, which is returned.
-    Raises TrainingError for a loss that is not finite, before any gradient changes.
+    `steps` is {learner: step from 0}, in the order of `loss_J`. If `loss_J` holds parts of larger losses, `whole_J` has
+    those, which are checked and returned. Raises TrainingError, before any gradient changes, for one that is not finite.
     """
     losses: list[float] = (loss_J if whole_J is None else whole_J).tolist()
     for (name, step), loss in zip(steps.items(), losses, strict=True):

@@ -90,7 +90,7 @@ class ShownTable(Table):
         yield from Table.__rich_console__(self._fitted(options.max_width), console, options)
 
     def _fitted(self, width: int) -> ShownTable:
-        """Return a copy that `width` characters hold: every column has a width of its own, and the last ones may be gone."""
+        """Return a copy at most `width` characters wide: each column gets a width, and the last columns may be left out."""
         least = [_least_width(column, is_first=not at) for at, column in enumerate(self.columns)]
 
         def spare(kept: int) -> int:

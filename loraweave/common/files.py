@@ -69,7 +69,7 @@ def cache_folder() -> Path:
 
 
 def as_path(value: object, what: str, error: type[LoraweaveError] = HubError) -> Path:
-    """Return the value as a path. Raises `error`, which names `what` was expected, unless it is a text or a path."""
+    """Return `value` as a path. Raises `error` unless it is a text or a path; `what` names the argument in the message."""
     if not isinstance(value, str | PathLike):
         raise error(f"{what} is {value!r:.80}; give its path")
     return Path(value)

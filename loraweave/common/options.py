@@ -91,7 +91,10 @@ def require_known(
     noun: str = "option",
     error: type[LoraweaveError] = WeightingError,
 ) -> None:
-    """Raise `error` for an unknown name, with the nearest one and all of them."""
+    """Raise `error` if a name in `given` is not in `known`, with the nearest name and all of them.
+
+    `whose` and `noun` name the owner and what is named: "method 'ties' has no option 'x'".
+    """
     for name in given:
         if name not in known:
             has = ", ".join(known) or f"no {noun}s"
@@ -106,7 +109,11 @@ def check_options(
     noun: str = "option",
     error: type[LoraweaveError] = WeightingError,
 ) -> None:
-    """Raise `error` for an unknown name, with the nearest and all names, and for a value outside its kind or range."""
+    """Raise `error` unless each option in `given` {name: value} is in `kinds` {name: annotation} and fits its annotation.
+
+    `whose` and `noun` begin the message, as in `require_known`. If `error` is WeightingError, a text outside a Literal
+    raises its subclass UnknownWord.
+    """
     require_known(whose, given, kinds, noun=noun, error=error)
     for name, value in given.items():
         if not fits(value, kinds[name]):

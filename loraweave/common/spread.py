@@ -207,7 +207,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def _carry_out(work: Callable[[Item], Result], threads: int, piece: Item) -> Result | Failed:
-    """Do a piece's work in a worker, with as many threads of torch as the caller has."""
+    """Set torch's number of threads to the caller's `threads` in a worker, and return work(piece), or Failed."""
     with _ONE_AT_A_TIME:
         # sums of another number of threads round otherwise
         torch.set_num_threads(threads)

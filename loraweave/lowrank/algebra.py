@@ -46,7 +46,7 @@ def delta(factors: Factors) -> Tensor:
 
 
 def bind(factors: Factors, weight_OI: Tensor, bias_O: Tensor | None) -> Factors:
-    """Resolve what depends on the base layer, and return the same update without it.
+    """Return the update without what depends on the base layer, whose weight and bias (None: no bias) are given.
 
     DoRA (Liu et al. 2024, eq. 5) with m = magnitude: y = m/|W + b a| * (W + b a) x, hence gain = m/|W + b a| - 1 and b is
     scaled by 1 + gain. A trained bias becomes its difference to the base's.
@@ -121,7 +121,7 @@ def add(terms: Sequence[Factors]) -> Factors:
 
 
 def require_alike(terms: Sequence[Factors]) -> None:
-    """Raise AdapterUnsupported unless all are bound, LayerMismatch unless all have one shape and kind."""
+    """Raise AdapterUnsupported unless all updates are bound, LayerMismatch unless all have the same `signature`."""
     for term in terms:
         _require_bound(term)
         if signature(term) != signature(terms[0]):
@@ -166,7 +166,7 @@ def within_sides(factors: Factors) -> Factors:
 
 
 def require_in_range(factors: Factors, where: str) -> None:
-    """Raise AdapterSuspicious if a term of b a, or a sum of its terms on the way, can be beyond what fp32 holds."""
+    """Raise AdapterSuspicious, which begins with `where`, if a partial sum of an entry of b a could overflow fp32."""
     # by Cauchy and Schwarz, the product of the Frobenius norms bounds the reach, and takes a fifth of the time
     if float(torch.linalg.vector_norm(factors.b_OR)) * float(torch.linalg.vector_norm(factors.a_RI)) <= MAX_FP32:
         return
@@ -328,7 +328,7 @@ def compress_sum(updates: Sequence[Factors], weights: Sequence[float], rank: int
 
 
 def summed_by_owner(product_SS: Array, ranks: Sequence[int]) -> Array:
-    """Sum the blocks of rows and columns that belong to one update each, as (E, E); `ranks` are the blocks' sizes."""
+    """Sum each block (rows of one update, columns of another) of an (S, S) matrix, as (E, E); `ranks` has block sizes."""
     present = [place for place, rank in enumerate(ranks) if rank]
     starts = [sum(ranks[:place]) for place in present]
     # sums from each start to the next, so that updates of no rows have no place in it

@@ -146,7 +146,7 @@ class _Dense:
         return self._refined(start_NR)
 
     def rest(self, u_NR: Array, sigma_R: Array, v_MR: Array) -> float:
-        """Return the energy that the approximation leaves out."""
+        """Return the squared Frobenius norm of delta minus its approximation by these singular triplets."""
         left = self.energy - float(np.square(sigma_R).sum())
         if left > REST_FP64 * self.energy:
             return left
