@@ -67,7 +67,7 @@ class Rows:
 
 
 def read_rows(path: Path, *, split: str) -> Rows:
-    """Read a .jsonl or .csv file, or stdin for `-`; of rows with a field "split", only those of `split` count.
+    """Read a .jsonl or .csv file, or stdin for `-`, without the rows whose field "split" differs from `split`.
 
     Raises InvalidTask with the file and line.
     """
@@ -310,9 +310,9 @@ def recorded_base(folder: Path) -> str | None:
 
 
 def require_one_adapter(folder: Path, command: str, *rest: str) -> None:
-    """Raise ScopeError for the folder of an average or a program, with the command and its `rest` for each of its parts.
+    """Raise ScopeError if `folder` holds an average or a program, with `command` and `rest` for each of its parts.
 
-    Parts that are programs themselves are left out.
+    Parts that are averages or programs themselves are left out.
     """
     from loraweave.composer.compose.report import SavedRecipe
 

@@ -96,7 +96,7 @@ def read_asked(given: GivenRows) -> list[Prompt]:
 
 
 def shared_instruction(rows: Sequence[Row]) -> str:
-    """Return the one instruction of all rows, empty where none has one. Raises InvalidTask where they differ."""
+    """Return the instruction that all rows have, "" where none has one. Raises InvalidTask where rows differ."""
     for number, row in enumerate(rows, start=1):
         if row.instruction != rows[0].instruction:
             raise InvalidTask(
@@ -107,7 +107,7 @@ def shared_instruction(rows: Sequence[Row]) -> str:
 
 
 def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: bool = True) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row as it came) of each row; integer labels of a data set are already their names.
+    """Yield (place, row) for each row, such as ("row 3 of x", row); class numbers of a data set become class names.
 
     Raises InvalidTask if these are not rows, for an unreadable file, and, with `one_split`, for rows of more than one
     `split`.

@@ -229,7 +229,7 @@ def _attempt(work: Callable[[Item], Result], piece: Item) -> Result | Failed:
 
 
 def _asked(n_jobs: int | None) -> tuple[Any, int | None]:
-    """Return joblib's backend, and the number of workers that the call or joblib's configuration names."""
+    """Return (backend, number of workers): joblib's active backend, and `n_jobs` or else joblib's own (None: unset)."""
     backend, said = get_active_backend()
     if n_jobs is not None and not (is_whole(n_jobs, -sys.maxsize) and n_jobs):
         raise WorkersFailed(f"n_jobs is {n_jobs!r:.40}: give a number of workers, -1 for all there are, or None")

@@ -88,7 +88,7 @@ def unbind(factors: Factors, weight_OI: Tensor) -> Factors:
 
 
 def scale(factors: Factors, weight: float) -> Factors:
-    """Return weight * update, `factors` for 1. The weight goes onto b alone: on both factors it would count twice."""
+    """Return weight * update; `factors` itself for 1. The weight multiplies b alone: on both factors it would be squared."""
     if weight == 1.0:
         return factors
     _require_bound(factors)
