@@ -323,7 +323,6 @@ from loraweave.hub.base_layer import missing_layer as missing_layer
 from loraweave.hub.base_reference import base_loader as base_loader
 from loraweave.hub.embedders import sentence as sentence
 from loraweave.hub.embedders._embedder import Embedder as Embedder
-from loraweave.hub.embedders._embedder import embed_in_batches as embed_in_batches
 from loraweave.hub.embedders._embedder import embedder_of as embedder_of
 from loraweave.hub.embedders._embedder import readable as readable
 from loraweave.hub.formats._card import base_model_of_readme as base_model_of_readme

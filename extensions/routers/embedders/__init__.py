@@ -1,1 +1,0 @@
-"""The embedder that a published router names: the base model's own states."""
