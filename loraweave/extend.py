@@ -124,7 +124,7 @@ _MODULES = {
         "rounded_samples sampled_places says_nothing"
     ),
     "hub.base_layer": "BaseLayer ExpertMatrix as_base_layer base_layer expert_matrix head_size missing_layer",
-    "hub.base_reference": "base_loader",
+    "hub.base_reference": "BaseReference base_loader",
     "hub.embedders": "sentence",
     "hub.embedders._embedder": "Embedder embedder_of readable",
     "hub.indexes.flat": "Flat Index saved_array",
@@ -170,7 +170,7 @@ _MODULES = {
     "common.names": "MAX_NAME_CHARACTERS checked_name printable text_digest unknown_expert",
     "common.process": "free_host_bytes launched_processes lock_of",
     "common.rows": "GivenRows Row located read_asked read_inputs read_rows",
-    "common.spread": "Failed processes_here require_all spread",
+    "common.spread": "Crew Failed processes_here require_all spread",
     "errors": "BudgetExceeded WorkersFailed",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",

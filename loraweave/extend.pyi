@@ -85,6 +85,7 @@ from loraweave.common.rows import located as located
 from loraweave.common.rows import read_asked as read_asked
 from loraweave.common.rows import read_inputs as read_inputs
 from loraweave.common.rows import read_rows as read_rows
+from loraweave.common.spread import Crew as Crew
 from loraweave.common.spread import Failed as Failed
 from loraweave.common.spread import processes_here as processes_here
 from loraweave.common.spread import require_all as require_all
@@ -320,6 +321,7 @@ from loraweave.hub.base_layer import base_layer as base_layer
 from loraweave.hub.base_layer import expert_matrix as expert_matrix
 from loraweave.hub.base_layer import head_size as head_size
 from loraweave.hub.base_layer import missing_layer as missing_layer
+from loraweave.hub.base_reference import BaseReference as BaseReference
 from loraweave.hub.base_reference import base_loader as base_loader
 from loraweave.hub.embedders import sentence as sentence
 from loraweave.hub.embedders._embedder import Embedder as Embedder

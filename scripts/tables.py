@@ -79,6 +79,8 @@ These groups are not registries. An entry point of theirs names
   `train_adapters` ([training_at_scale](extensions/training_at_scale.md));
 - `loraweave.reading`: a module that reads by workers for `n_jobs=` of a hub's `add_many` (`read_many`, and `drop` for
   what the hub then refused) and `verify` (`problems_of_blobs`; [cluster](extensions/cluster.md));
+- `loraweave.scoring`: a module whose `ScoringWorkers(crew, engine, tokenizer, hub)` deals out the forward passes of a
+  search for `n_jobs=` of `compose` ([cluster](extensions/cluster.md));
 - `loraweave.step_memory`: a module whose `EstimatedMemory(model, tokenizer, job, allowed, share=)` is the `StepMemory` of a
   training ([training_at_scale](extensions/training_at_scale.md));
 - `loraweave.index_files`: a module that keeps search indexes of large hubs in files, by `load`, `save` and `problems`

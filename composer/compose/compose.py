@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from loraweave.common.display import progress_bar
 from loraweave.common.rows import GivenRows
-from loraweave.common.spread import Crew, crew
+from loraweave.common.spread import crew, spreader
 from loraweave.composer.compose.candidates import candidates, experts_of, in_context_adapter
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.examples import Examples
@@ -119,8 +119,10 @@ def compose(
     require_model(model)
     if not callable(tokenizer):
         raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is not one")
+    scoring = spreader("scoring", n_jobs)
     with crew(n_jobs) as workers:
-        return _compose(model, tokenizer, experts, task, settings, workers, progress)
+        dealt = None if scoring is None else partial(scoring.ScoringWorkers, workers)
+        return _compose(model, tokenizer, experts, task, settings, dealt, progress)
 
 
 def _compose(
@@ -129,7 +131,7 @@ def _compose(
     experts: Hub | ExpertPool,
     task: Task,
     settings: Settings,
-    workers: Crew,
+    workers: Callable[..., Any] | None,
     progress: bool | Progress,
 ) -> Composition:
     started = time.perf_counter()
@@ -162,10 +164,8 @@ def _compose(
             in_context_adapter(experts, model) if settings.method in ("auto", "few_shot") else None,
             None if hub is None else Retriever.of(hub),
         )
-        if not workers.is_here:
-            from loraweave.composer.compose.scoring_workers import ScoringWorkers
-
-            bench = replace(bench, workers=ScoringWorkers(workers, engine, tokenizer, hub))
+        if workers is not None:
+            bench = replace(bench, workers=workers(engine, tokenizer, hub))
         # 2. trials: the ways to answer the task, none of which has run
         splits = splits_of(task, settings)
         plain, learning = ways_of(bench, settings)

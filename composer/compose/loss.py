@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -38,9 +38,6 @@ from loraweave.lowrank.algebra import all_finite
 from loraweave.registry import get
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
-
-if TYPE_CHECKING:
-    from loraweave.composer.compose.scoring_workers import ScoringWorkers
 
 Candidates = Sequence[MixtureWeights]
 # factor sums that are made at a time, since each has as many bytes as an adapter
@@ -193,7 +190,7 @@ class ExampleLoss:
         merge_method: str = "linear",
         inputs: Sequence[Prompt] | None = None,
         turned: bool = False,
-        workers: ScoringWorkers | None = None,
+        workers: Any = None,
         **terms: float,
     ) -> None:
         if inputs is not None and kind != "entropy":

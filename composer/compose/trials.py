@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.progress import Progress
@@ -29,9 +29,6 @@ from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.searches._told import SearchResult
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
-
-if TYPE_CHECKING:
-    from loraweave.composer.compose.scoring_workers import ScoringWorkers
 
 NO_REPORT = Report((), "", "", (), 0.0, 0)
 # (loss_N, hit_N) on some examples, without terms for the weights
@@ -86,7 +83,7 @@ class Bench:
     start: Adapter | None = None
     retriever: Retriever | None = None
     turned: bool = False
-    workers: ScoringWorkers | None = None
+    workers: Any = None
     _losses: dict[str, ExampleLoss] = field(default_factory=dict)
 
     @property

@@ -14,13 +14,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, Self, TypeVar
 
-from loraweave.common.display import progress_bar
-from loraweave.common.spread import Crew, require_all
-from loraweave.composer.composer import Composer
-from loraweave.composer.live.fitting import Fitting
-from loraweave.errors import AdapterNotFound, CompositionError, WorkersFailed
-from loraweave.hub.base_reference import BaseReference
-from loraweave.hub.hub import Hub
+from loraweave import AdapterNotFound, Composer, CompositionError, Hub
+from loraweave.extend import BaseReference, Crew, Fitting, WorkersFailed, progress_bar, require_all
 
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")

@@ -9,17 +9,28 @@ from functools import partial
 import joblib
 import pytest
 import torch
+from warm_workers import warm_workers as warm_workers
 
 import loraweave as lw
 from loraweave.common.spread import crew
-from loraweave.composer.compose import loss, population, scoring_workers
+from loraweave.composer.compose import loss, population
 from loraweave.composer.compose.loss import ExampleLoss, together
-from loraweave.composer.compose.scoring_workers import Parcel, ScoringWorkers
 from loraweave.errors import BaseModelMismatch, CompositionError, WorkersFailed
+from loraweave.extensions.cluster import scoring as scoring_workers
+from loraweave.extensions.cluster.scoring import Parcel, ScoringWorkers
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe"), ("g", "gg"), ("hh", "h")]
 TASK = lw.Task(EXAMPLES, instruction="swap")
 NAMES = tuple("abcd")
+
+
+@pytest.fixture(scope="module")
+def base(make_model, tokenizer, tmp_path_factory):
+    """(model, tokenizer) from a folder, which workers can load too."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return lw.load_base(folder)
 
 
 @pytest.fixture(scope="module")
