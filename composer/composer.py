@@ -96,12 +96,12 @@ class Composer:
         return self._bound
 
     def bound(self, name: str) -> Adapter:
-        """Return an expert as it is mixed, to look at; take what is kept from `bound_pool`. Raises UnknownExpert."""
+        """Return an expert as it is mixed, for inspection; `bound_pool` is for anything kept. Raises UnknownExpert."""
         return self._bound[name]
 
     @property
     def target_layers(self) -> Mapping[str, TargetLayer]:
-        """The model's layers that some expert updates, by module path; of a lazy pool, some expert that was opened."""
+        """The model's layers that some expert updates, by module path; for a lazy pool, the experts opened so far."""
         return self._fitting.layers
 
     @property
@@ -289,7 +289,7 @@ class Composer:
         return stream(generate, self.tokenizer)
 
     def _resolve_texts(self, texts: Sequence[Asked], mixture: Any) -> tuple[list[Prompt], MixtureWeights | Router | None]:
-        """Return the texts as prompts and the mixture resolved, both checked."""
+        """Return the texts as prompts and the mixture resolved, None for none; raises what `generate` raises for them."""
         from loraweave.composer.model.generate import read_prompt
 
         self._require_open()
@@ -416,7 +416,7 @@ class Composer:
         )
 
     def _source(self) -> tuple[Callable[[str], Adapter], Callable[[], Mapping[str, pages.Place]]]:
-        """Return how the residents look up an expert and the layers' places, without this object: that would be a cycle."""
+        """Return functions that find an expert and the layers' places, without a reference to this object (a cycle)."""
         model, fitting, adapters = self.model, self._fitting, self._bound.adapters
         return adapters.__getitem__, lambda: pages.find_places(model, fitting.layers)
 

@@ -1,7 +1,7 @@
-"""A call of the model: its checks before any layer runs, the rows that it has meanwhile, and a router that it is shown to.
+"""A call of the model: the checks before any layer runs, the number of its rows, and the router that sees the call first.
 
-Entry   modules, weights and rows looked at: a mistake is named while no cache has taken anything yet
-CALL    the rows, for the layers;  ROUTED  the router's answer to this call, for the layers
+Entry   checks modules, weights and rows: an error is raised before any cache has taken tokens
+CALL    the call's rows, for the layers;  ROUTED  the router for this call, for the layers
 Exit    the call is over
 """
 
@@ -27,9 +27,9 @@ from loraweave.types import Router
 
 
 class Call(NamedTuple):
-    """The rows that a call of a model was given, where they are known; `beside` is True if it has images or sounds, too.
+    """The number of rows in a call of a model, if known; `beside` is True if the call has images or sounds, too.
 
-    Of those a row may have any number, and layers may see them instead of the rows.
+    A row of text may have any number of those, and a layer's first axis may be theirs.
     """
 
     num_rows: int | None = None
@@ -37,20 +37,20 @@ class Call(NamedTuple):
 
 
 NO_CALL = Call()
-# the running call of a model in this context; torch.compile sees no context, and looks at no rows
+# the running call of a model in this context; code made by torch.compile sees no context, and checks no rows
 CALL: ContextVar[Call] = ContextVar("loraweave_call", default=NO_CALL)
 
 
 def can_be_batch(num_rows: int) -> bool:
-    """Return whether so many rows can be those of the model's call, as far as these are known."""
+    """Return True unless the running call is known to have another number of rows."""
     rows = CALL.get().num_rows
     return rows is None or num_rows == rows
 
 
 def require_own_rows(layer: str, num_rows: int) -> None:
-    """Raise ScopeError for a layer that meets another number of rows than the call has, which has images or sounds, too.
+    """Raise ScopeError if a layer's input has other rows than a call that has images or sounds, too.
 
-    How many of these belong to each row, only the model knows.
+    Only the model knows how many of these belong to each row.
     """
     rows, beside = CALL.get()
     if rows is not None and num_rows != rows and beside:
@@ -62,9 +62,9 @@ def require_own_rows(layer: str, num_rows: int) -> None:
 
 
 def require_batch_first(layer: str, shape: Size) -> None:
-    """Raise ScopeError for (A, B, features) where B and not A is the rows of the model's call.
+    """Raise ScopeError for a layer's input (A, B, features) if B and not A is the number of rows in the model's call.
 
-    XLNet, FSMT and Longformer's attention put the tokens first. Where as many tokens as rows are, nothing can be told.
+    XLNet, FSMT and Longformer's attention put the tokens first. If A and B are equal, the order cannot be told.
     """
     rows = CALL.get().num_rows
     if rows is not None and len(shape) == 3 and shape[0] != rows and shape[1] == rows:
@@ -75,7 +75,7 @@ def require_batch_first(layer: str, shape: Size) -> None:
 
 
 def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None:
-    """Raise ScopeError where rows' tokens on one axis cannot be told apart, or are not as many a row as the weights'."""
+    """Raise ScopeError if tokens on one axis cannot be split into rows of `of_weights` tokens each (any number, if 1)."""
     rows, beside = CALL.get()
     tokens_per_row, rest = divmod(num_tokens, rows or 1)
     if beside or rest or (rows and of_weights not in (1, tokens_per_row)):
@@ -86,9 +86,9 @@ def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None
 
 
 def in_own_precision(router: Router) -> Router:
-    """Return the router, or a batch's routers, computing outside of autocast and where the layers are.
+    """Return the router, or a ByRow of routers, wrapped to compute outside autocast and on the layers' device.
 
-    A router that is not loraweave's stays as it is, since it may need autocast.
+    A router that is no TokenRouter stays as it is, since it may need autocast.
     """
     if isinstance(router, ByRow):
         # one object for one router, which is shown a call once
@@ -100,7 +100,7 @@ def in_own_precision(router: Router) -> Router:
 
     def weigh(of_call: Router, x_BTI: Tensor, layer: str) -> Tensor:
         nonlocal device
-        # a router of a call sees to that itself
+        # the router that `begin` made for a call moves itself
         if of_call is router and x_BTI.device != device:
             with torch.inference_mode(False):
                 router.to(x_BTI.device)
@@ -111,12 +111,15 @@ def in_own_precision(router: Router) -> Router:
     return derive(router, weigh, shares_weights=True)
 
 
-# the call router that was asked, and the router that it returned for the running call
+# a call router, and the router that its `begin` made for the running call
 ROUTED: ContextVar[tuple[CallRouter, Router] | None] = ContextVar("loraweave_call_router", default=None)
 
 
 class CallRouter:
-    """A router that is shown each call of the model; its weights are those of the running call. `name` is for messages."""
+    """A wrapper of a router that must see each call of the model; its weights are those for the running call.
+
+    `name` is the router's name for messages.
+    """
 
     def __init__(self, router: Any, name: str) -> None:
         self._router = router
@@ -138,7 +141,7 @@ class CallRouter:
         return self.reads_text or bool(getattr(self._router, "reads_prompts", False))
 
     def take_tokenizer(self, tokenizer: Any) -> None:
-        """Take the model's tokenizer, if there is one. Raises CompositionError if the router reads text and it is None."""
+        """Set the model's tokenizer, or None. Raises CompositionError if the router reads text and it is None."""
         if self.reads_text and tokenizer is None:
             raise CompositionError(
                 f"router {self._name} reads the text of the model's input, and this Composer cannot: make "
@@ -147,7 +150,7 @@ class CallRouter:
         self._tokenizer = tokenizer
 
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Show the router the arguments of a call of the model, by name, while the model is without a mixture."""
+        """Show the router the arguments of a call of the model, {name: value}, while no mixture is in force."""
         with with_tokenizer(self._tokenizer):
             of_call = begin(self._router, model, arguments)
         # for a backward pass that runs layers again
@@ -168,7 +171,7 @@ class CallRouter:
         return of_call is not None and bool(getattr(of_call, "shares_weights", False))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return w_BTE. Raises ScopeError outside a call, CompositionError for checkpointing after several calls."""
+        """Return w_BTE for a layer's input. ScopeError outside a call, CompositionError for checkpointing after several."""
         if (of_call := self._of_call()) is not None:
             return of_call.weights(x_BTI, layer)
         # gradient checkpointing runs layers again when the call has ended
@@ -188,7 +191,7 @@ class CallRouter:
 
 
 def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of the model, by name."""
+    """Return the arguments of a call of the model as {name: value}."""
     signature = inspect.signature(model.forward)
     arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
@@ -210,9 +213,8 @@ PAGED_INPUTS = frozenset({"cu_seq_lens_q", "write_index"})
 class Entry(Hook):
     """The hook that runs before the model's forward.
 
-    `require_unchanged` raises where the model has other layers than it had, or other weights than these experts were made
-    for; `current` returns the activation that counts, if any, which has a `plan`.
-    `begin` shows the call's arguments to a router that looks at all of them first.
+    `require_unchanged(experts)` raises if the model's layers have changed, or the weights that these experts were made for;
+    `current()` returns the activation in force, or None. `begin` shows the call's arguments to a router that needs them.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The comparison of adapters with the model that is to take them, each form once, and the watch over that model's changes.
+"""The comparison of adapters with the model that takes them, each form once, and the watch over that model's changes.
 
-What is resolved against the base (DoRA's magnitude, a trained bias) holds only as long as the model has the same modules in
-the same places (`ModulePaths`) and the same values in the weights that were read (`BoundWeights`).
+A value resolved against the base (DoRA's magnitude, a trained bias) holds only as long as the model has the same modules at
+the same paths (`ModulePaths`) and the weights that were read have the same values (`BoundWeights`).
 
 Trained heads are updates too: a head that replaces a weight W by W' adds (W' - W) x, in factors of rank min(O, I). So a head
 mixes as every other update does: with weight 1 alone it is the head, each row of a batch may have its own, and several add
@@ -30,7 +30,7 @@ from loraweave.types import BaseKey, Factors
 
 
 class Fitting:
-    """The comparison of adapters with one model, as it was when this was made."""
+    """The comparison of adapters with one model, as the model was when this object was made."""
 
     def __init__(self, model: nn.Module) -> None:
         require_model(model)
@@ -63,9 +63,9 @@ class Fitting:
             return dict(self._layers)
 
     def require_unchanged(self, experts: Iterable[str] | None = None, *, closely: bool = False) -> None:
-        """Raise CompositionError where a target layer is another module now, or where weights that were read have changed.
+        """Raise CompositionError if a target layer's module was replaced, or weights that were read have changed.
 
-        The weights are those that one of these experts (None: any) depends on; `closely` looks at values, too.
+        Only weights that one of `experts` (None: any) depends on are checked; `closely` compares their values, too.
         """
         if self._parts is not None:
             self._parts.require_same_parts()
@@ -74,7 +74,7 @@ class Fitting:
             self._weights.require_unchanged(experts, closely=closely)
 
     def pool(self, pool: ExpertPool) -> ExpertPool:
-        """Return the pool's experts as `adapter` returns them, now, or for a lazy pool when each is opened."""
+        """Return the pool with each expert as `adapter` returns it; a lazy pool's are fitted when they are opened."""
         if pool.lazy:
             return _each(pool, self._fit_lazily)
         fitted = _each(pool, self._fit)
@@ -125,16 +125,16 @@ class Fitting:
     def adapter(self, name: str, adapter: Adapter) -> Adapter:
         """Return the adapter with all that depends on the base resolved (DoRA's magnitude, a trained bias, trained heads).
 
-        Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported, naming the expert, where it does not fit;
-        AlreadyActive where the base's own weights are needed and a fused mixture is in their place. Warns of one whose base
-        model is known by names and shapes alone.
+        Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported, naming the expert, if it does not fit; AlreadyActive
+        if it needs the base's own weights while a fused mixture has replaced them. Warns of one whose base model is known by
+        names and shapes alone.
         """
         fitted = self._fit(name, adapter)
         self._warn({name: adapter})
         return fitted
 
     def forget(self, name: str) -> None:
-        """Drop the base weights that were noted for an expert, which has left the pool."""
+        """Drop the noted base weights of an expert that has left the pool."""
         self._weights.forget(name)
 
     def _fit_lazily(self, name: str, adapter: Adapter) -> Adapter:
@@ -177,7 +177,7 @@ class Fitting:
         return replace(adapter, layers=resolved)
 
     def _own_key(self, its: BaseKey) -> BaseKey:
-        """Return the model's key to compare with `its`; weights are read for a fingerprint only if `its` has one."""
+        """Return the model's key to compare with `its`, an adapter's; weights are read only if that has a fingerprint."""
         return self._key if its.fingerprint else self._unread_key
 
     def _find_layers(self, name: str, adapter: Adapter) -> dict[str, TargetLayer]:
@@ -204,14 +204,14 @@ class Fitting:
 
 
 def _each(pool: ExpertPool, change: Callable[[str, Adapter], Adapter]) -> ExpertPool:
-    """Return the pool of what `change` makes of each adapter, now, or for a lazy pool when it is opened."""
+    """Return the pool with `change(name, adapter)` for each adapter; a lazy pool's are changed when they are opened."""
     if pool.lazy:
         return ExpertPool(OnDemand(pool.names, lambda name: change(name, pool.adapters[name])))
     return ExpertPool({name: change(name, adapter) for name, adapter in pool.adapters.items()})
 
 
 def misfit(modules: Mapping[str, nn.Module], name: str, adapter: Adapter) -> str:
-    """Return why the adapter's layers do not fit the model with these modules, as a sentence; "" if they fit."""
+    """Return why the adapter does not fit a model with these modules, {path: module}, as a sentence; "" if it fits."""
     try:
         for layer, factors in adapter.layers.items():
             target_layer(modules, layer, factors, name)
@@ -227,7 +227,7 @@ def _require_own_weights(layers: Mapping[str, TargetLayer]) -> None:
 
 
 class _Steps(NamedTuple):
-    """The steps on the ways to some modules: each one's path, the dictionary and key of its module, and that module."""
+    """The modules on the paths to some layers: each one's path, its parent's children and key there, and the module."""
 
     paths: list[str]
     children: list[dict[str, nn.Module | None]]
@@ -264,7 +264,7 @@ class ModulePaths:
         self._steps = steps
 
     def require_unchanged(self) -> None:
-        """Raise CompositionError, naming the first such place, when another module has taken a place, or none has it."""
+        """Raise CompositionError, naming the first path, if a module on the way to a layer was replaced or removed."""
         steps = self._steps
         # called before every forward of a model, without a Python call for each step
         current_modules = list(map(dict.get, steps.children, steps.keys))
@@ -282,7 +282,7 @@ class ModulePaths:
 
 
 class BoundWeights:
-    """The weights and biases that each expert's gain and bias were calculated from, as they were then."""
+    """Seals of the weights and biases that each expert's gain and bias were calculated from."""
 
     def __init__(self) -> None:
         # by expert
@@ -292,7 +292,10 @@ class BoundWeights:
     def add(
         self, expert: str, factors: Mapping[str, Factors], layers: Mapping[str, TargetLayer], heads: Container[str]
     ) -> None:
-        """Remember what these factors of an expert are calculated from, in place of what it had before."""
+        """Seal the parameters that these factors of an expert depend on; its earlier seals are dropped.
+
+        `factors` and `layers` are by layer; `heads` are the layers whose factors are a trained head.
+        """
         places = [
             (layers[name], part)
             for name, layer_factors in factors.items()
@@ -306,14 +309,14 @@ class BoundWeights:
         self.of = {**self.of, expert: tuple(self._seal(layer, part) for layer, part in places)}
 
     def forget(self, expert: str) -> None:
-        """Forget what an expert was calculated from."""
+        """Drop an expert's seals."""
         self.of = {name: seals for name, seals in self.of.items() if name != expert}
 
     def require_unchanged(self, experts: Iterable[str] | None, *, closely: bool) -> None:
-        """Raise CompositionError, naming expert and layer, where one of these experts (None: any) is from other weights.
+        """Raise CompositionError, naming expert and layer, if a sealed parameter of these experts (None: any) has changed.
 
-        Writes that torch counts, and other memory, are always seen; those through `.data` or numpy only where one looks
-        `closely`, at one value of every row.
+        Writes that torch counts, and other memory, are always seen; those through `.data` or numpy only with `closely`,
+        which compares one value of every row.
         """
         of = self.of
         for expert in of if experts is None else experts:
@@ -333,7 +336,7 @@ class BoundWeights:
 
 
 class _Seal:
-    """The values of one parameter of a layer, or its absence, by which a change is known."""
+    """The values of one parameter of a layer, or its absence, for recognising a change."""
 
     def __init__(self, layer: TargetLayer, part: str) -> None:
         self.layer = layer
@@ -344,7 +347,10 @@ class _Seal:
         self._sums = None if parameter is None else row_sums(parameter)
 
     def holds(self, *, closely: bool) -> bool:
-        """Return True if the values are unchanged. A move to another device or dtype is not a change."""
+        """Return True if the values are unchanged; `closely` compares a sample even if torch counted no write.
+
+        A move to another device or dtype is not a change.
+        """
         parameter = self.layer.parameter(self.part)
         place = _place(parameter)
         if place == self._place and not closely:
@@ -365,7 +371,7 @@ class _Seal:
 
 
 def _place(parameter: Tensor | None) -> tuple[Any, ...] | None:
-    """Return a key of the parameter that differs after every write that torch counts, and for other memory."""
+    """Return a key of the parameter that changes with every write that torch counts, and with its memory; None for None."""
     if parameter is None:
         return None
     version = 0 if parameter.is_inference() else parameter._version
@@ -373,7 +379,7 @@ def _place(parameter: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """Return one value of every row of a matrix; of a vector, all."""
+    """Return one value of every row of a matrix, or all values of a vector."""
     values = parameter.detach()
     if values.ndim < 2:
         return values

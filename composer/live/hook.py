@@ -1,10 +1,10 @@
 """The base class of hooks into live mixtures; its defaults leave everything to the core.
 
-    a mixture by row   on `devices`: prepare -> kernel for each layer .. release           else kernels of the registry
-    torch.compile      traced: a function that the graph of a layer has                      else mixed outside the graph
-    a model of parts   calls, install: a mixture for each call of a part                     else one mixture for all calls
-    fused experts      runs_experts, take_experts: their module runs with the updates        else they are only written to
-    a server           bytes_beside: what counts of its memory                               else nothing
+    a mixture by row   on `devices`: prepare -> kernel for each layer .. release       else kernels of the registry
+    torch.compile      traced: a function that the graph of a layer has                  else mixed outside the graph
+    a model of parts   calls, install: a mixture for each call of a part                 else one mixture for all calls
+    fused experts      runs_experts, take_experts: their module runs with the updates    else they are only written to
+    a server           bytes_beside: its memory beside the factors                       else nothing
 
 A hook is an entry of the registry `hooks`; a Composer makes one of each for itself and its pool.
 """
@@ -30,7 +30,7 @@ from loraweave.types import Router
 
 
 class Prepared(Protocol):
-    """The state that a hook prepares for one mixture's activations; `remembered` keeps what layers made with it since."""
+    """The state that a hook prepares for one mixture's activations; `remembered` has what layers made with it."""
 
     @property
     def remembered(self) -> dict[str, Any]: ...
@@ -74,17 +74,17 @@ class LiveModel(Protocol):
         ...
 
     def guards(self, name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]) -> Iterator[Handle]:
-        """Keep copies of both clean, and raise CompositionError if the owner runs without the module's `expected` call."""
+        """Keep both modules copyable; raise CompositionError if `owner` runs without the `expected` call of `module`."""
         ...
 
 
 class LiveHook:
     """A hook into the live mixtures of one Composer and pool, made with them; any thread may call it.
 
-    `max_bytes` is what it may keep for mixtures to come.
+    `max_bytes` is the memory that it may keep for later mixtures.
     """
 
-    # the types of devices for whose batches `prepare` is asked
+    # the device types for whose batches `prepare` is called
     devices: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, max_bytes: int) -> None:
@@ -92,23 +92,24 @@ class LiveHook:
 
     @classmethod
     def bytes_beside(cls, adapter: Adapter, device: torch.device, dtype: torch.dtype) -> int:
-        """Return the bytes that the hook keeps of an adapter for layers there, beside the adapter's own factors."""
+        """Return the bytes that the hook keeps of an adapter, beside its factors, for layers of this device and dtype."""
         return 0
 
     def prepare(self, mixture: MixtureWeights, lease: Lease, layers: Mapping[str, TargetLayer]) -> Prepared | None:
-        """Return what the mixture's activations take instead of the registry's kernels, until `release`.
+        """Return the state that replaces the registry's kernels for the mixture's activations until `release`.
 
-        None leaves them the registry's kernels. The mixture has rows of its own, which all layers share, in fp32.
+        None leaves them the registry's kernels. The mixture has weights by row, fp32, which all layers share; `lease` has
+        its experts' factors, and `layers` are the target layers by path.
         """
         return None
 
     def release(self, prepared: Any) -> None:
-        """Let what was prepared go: the last activation of its mixture has ended."""
+        """Release prepared state: the last activation of its mixture has ended."""
 
     def kernel(
         self, prepared: Any, layer: TargetLayer, device: torch.device, dtype: torch.dtype, *, one: bool
     ) -> Kernel | None:
-        """Return the kernel that adds what was prepared to a layer that it reaches; None for the registry's.
+        """Return the kernel that adds a prepared mixture to a layer that it reaches; None for the registry's.
 
         It is for `one` token a row or for more, and for calls in which no gradient goes through the layer's input.
         """
@@ -117,15 +118,15 @@ class LiveHook:
     def calls(
         self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
     ) -> tuple[MixtureWeights | Router, Any] | None:
-        """Return an activation's weights, and the function that finds the mixture of a call: None if all calls share one.
+        """Return an activation's weights, and the function that finds each call's mixture, None if all calls share one.
 
-        Returns None for a model whose calls the hook does not know. `resolve` makes weights of a mixture, `activate` opens
+        Returns None for a model whose calls the hook does not know. `resolve` turns a mixture into weights, `activate` opens
         an activation of them.
         """
         return None
 
     def install(self, live: LiveModel) -> Iterable[Handle]:
-        """Put into the model what its activations need; yield a handle for each change when it has been made."""
+        """Make the changes that the model's activations need; yield a handle for each change once it is made."""
         return ()
 
     @classmethod
@@ -134,11 +135,11 @@ class LiveHook:
         return False
 
     def take_experts(self, live: LiveModel, module: nn.Module, layers: Sequence[TargetLayer]) -> Iterable[Handle]:
-        """Let such a module add the updates of these experts of it; yield a handle for each change that has been made."""
+        """Let a module of fused experts add these layers' updates; yield a handle for each change once it is made."""
         return ()
 
     def forget(self, expert: str) -> None:
-        """Forget what is kept of an expert, whose name another may have next."""
+        """Drop all that is kept of an expert, whose name another expert may get."""
 
     def traced(self, mixed: MixedLayer) -> tuple[Traced, Tensor] | None:
         """Return a function that torch.compile traces for a layer, and its number there; None mixes outside the graph.
@@ -149,7 +150,7 @@ class LiveHook:
 
 
 def traced_by(hooks: Iterable[LiveHook], mixed: MixedLayer) -> tuple[Traced | None, Tensor]:
-    """Return what the first hook that has something gives torch.compile for a layer; None where none has."""
+    """Return the first hook's function and number for torch.compile and this layer; (None, empty) if no hook has any."""
     for hook in hooks:
         if (traced := hook.traced(mixed)) is not None:
             return traced
@@ -158,7 +159,7 @@ def traced_by(hooks: Iterable[LiveHook], mixed: MixedLayer) -> tuple[Traced | No
 
 @cache
 def mix_outside() -> Callable[[MixedLayer, Tensor, Tensor], Tensor]:
-    """Return the eager mixture as a function outside of torch.compile's graph, so that gradients reach all they should."""
+    """Return eager mixing as a function that runs outside torch.compile's graph, so that no gradient is lost."""
     eager: Callable[[MixedLayer, Tensor, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
         _eager,
         reason="a mixture by a router, or of weights that learn, has gradients that a graph would lose, and stays outside; "

@@ -79,15 +79,15 @@ class Activation:
         self._thread = threading.current_thread()
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor) -> Tensor:
-        """Return the output of a layer that gives y for x without a mixture; maybe in y's own memory."""
+        """Return the layer's output with its update, for its input x and plain output y; may use y's own memory."""
         return self.plan.apply(layer, x, y, self.lease, self.usage)
 
     def close(self) -> None:
         """End the activation, if it is open.
 
-        Raises AlreadyActive, and changes nothing, while an inner one is open in this context, or in another thread than the
-        one that opened it (unless that thread has ended); once it has ended, WeightingError where a router's weights on a
-        GPU were not finite.
+        Raises AlreadyActive, and changes nothing, while an inner activation is open in this context, or in a thread other
+        than the one that opened it (unless that thread has ended). Once it has ended, raises WeightingError if a router's
+        weights on a GPU were not finite.
         """
         if self.closed:
             return
@@ -145,7 +145,7 @@ class Activation:
 
 
 def _end() -> None:
-    """Forget the running call of the model, which is over, however it ended."""
+    """Forget the running call of the model once it is over, whether it returned or raised."""
     # torch.compile sees no context
     if not torch.compiler.is_compiling():
         CALL.set(NO_CALL)
@@ -175,8 +175,8 @@ def _current(live: LiveLayers) -> Activation | None:
 class LiveLayers:
     """The target layers of one Composer, mixed as long as an activation is open in any thread.
 
-    `require_unchanged` raises where the model no longer runs these layers, or has other weights than the given experts
-    depend on; it is called before each forward of the model.
+    `require_unchanged(experts)`, called before each forward of the model, raises if the model no longer runs these layers or
+    the weights that these experts depend on have changed.
     """
 
     def __init__(
@@ -191,9 +191,9 @@ class LiveLayers:
         self._open: list[Activation] = []
         self._handles: list[Handle] = []
         self._own_hooks = Entry(model, require_unchanged, self.current, self._begin), Exit(self._end_call)
-        # whether torch.compile can trace no mixture of some layer
+        # True if torch.compile cannot trace the mixture of some layer
         self._untraced = False
-        # set where a graph of torch.compile would lose gradients through what learns, or has no mixture
+        # set if a graph of torch.compile would lose gradients of learned weights, or has no mixture
         self.mixes_outside: Callable[[MixedLayer, Tensor, Tensor], Tensor] | None = None
         _ALL.add(self)
 
@@ -203,7 +203,7 @@ class LiveLayers:
         return bool(self._open)
 
     def open(self, plan: Plan, lease: Lease) -> Activation:
-        """Open an activation, which replaces the outer one in this context until it is closed. It releases the lease."""
+        """Open an activation, which replaces the outer one in this context until it closes and releases the lease."""
         activation = Activation(self, plan, lease, _nearest_open(_CURRENT.get()))
         try:
             plan.enter(lease, self._layers)
@@ -223,7 +223,7 @@ class LiveLayers:
         return activation
 
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
-        """Take more target layers: those of an adapter that was opened later. Open activations then reach them, too."""
+        """Add target layers: those of an adapter that was opened later. Open activations then reach them, too."""
         with self._lock:
             if layers.keys() <= self._layers.keys():
                 return
@@ -240,7 +240,7 @@ class LiveLayers:
             self._modules += [layer.module for layer in more.values()]
 
     def end(self, activation: Activation) -> None:
-        """Close the activation; with the last one, give the layers their own forwards back."""
+        """Close the activation; after the last one, the layers have their own forwards again."""
         with self._lock:
             activation.closed = True
             if activation.followed is not None:
@@ -264,7 +264,10 @@ class LiveLayers:
             self._uninstall()
 
     def current(self) -> Activation | None:
-        """Return the running call's activation. Raises CompositionError for checkpointing under several open ones."""
+        """Return the activation of the running call, or None.
+
+        Raises CompositionError if checkpointing runs a layer again while several activations are open.
+        """
         activation = _current(self)
         if activation is None and in_backward_thread():
             # gradient checkpointing runs the forward again there, without a context
@@ -278,7 +281,7 @@ class LiveLayers:
         return activation
 
     def _begin(self, router: CallRouter, arguments: dict[str, Any]) -> None:
-        """Show a router a call's arguments, while no mixture counts in this context."""
+        """Show a router a call's arguments while no mixture is in force in this context."""
         activation = self.current()
         with ExitStack() as stack:
             stack.enter_context(holding(_CURRENT, None))
@@ -288,7 +291,7 @@ class LiveLayers:
             router.begin(self.model, arguments)
 
     def _answering(self, asking: Activation, weights: Mapping[str, float]) -> AbstractContextManager[None]:
-        """Let a mixture of the asking activation's experts count in the block, without recording what it used."""
+        """Put {name: weight} of `asking`'s experts in force for the block, without recording the weights."""
         key = frozenset(weights.items())
         if key not in asking.answering:
             names = asking.plan.experts
@@ -366,7 +369,7 @@ class LiveLayers:
                     self._handles.extend(hook.take_experts(self, module, group))
 
     def guards(self, name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]) -> Iterator[Handle]:
-        """Keep copies of both clean, and raise CompositionError if the owner runs without the module's `expected` call."""
+        """Keep both modules copyable; raise CompositionError if `owner` runs without the `expected` call of `module`."""
         self._clean_copies(module)
         self._clean_copies(owner)
         yield from watch(name, module, owner, expected)
@@ -426,11 +429,11 @@ class _MixedForward(StandIn):
         self.trace, self._number = traced_by(live.hooks, self)
 
     def mixing(self) -> Activation | None:
-        """Return the activation that counts for the running call, if any."""
+        """Return the activation in force for the running call, or None."""
         return None if self._live is None else self._live.current()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer's forward, and add the update of the activation that counts."""
+        """Run the layer's forward, and add the update of the activation in force."""
         y = self._forward(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self._traced(args[0] if args else next(iter(kwargs.values())), y)
@@ -443,7 +446,7 @@ class _MixedForward(StandIn):
         return activation.plan.apply(self.layer, x, y, activation.lease, activation.usage)
 
     def _traced(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what torch.compile traces instead of a mixture."""
+        """Return the output with the update under torch.compile: by a hook's function, or mixed outside the graph."""
         if self._live is None:
             return y
         outside, learns = self._live.mixes_outside, torch.is_grad_enabled() and not torch.compiler.is_exporting()
@@ -452,6 +455,6 @@ class _MixedForward(StandIn):
         return self.trace(self._number, x, y, self.layer.parameter("bias"))  # type: ignore[misc]
 
     def remove(self) -> None:
-        """Give the layer its own forward back; if another object stands in for this by now, it stays, and calls this."""
+        """Give the layer its own forward back, unless another stand-in wraps this one, which then only calls it."""
         if not give_back(self.layer.module, "forward", self._own, self):
             self._live = None

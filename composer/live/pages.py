@@ -58,9 +58,9 @@ class Part:
 
 
 class Layout:
-    """The places of all parts of an adapter; adapters of one form and the same ranks share it.
+    """The positions of all parts of an adapter in flat tensors; adapters of one form and the same ranks share it.
 
-    `places` has the device and dtype of each layer that is known; the parts of others are left out. For layers in fp32 on
+    `places` has the device and dtype of each layer that is known; parts in other layers are left out. For layers in fp32 on
     the CPU nothing is copied, unless `staged` is true of the CPU, as of other devices. `num_bytes` has the bytes of parts on
     devices that are staged (True) and on others (False), including those that stay where they are.
     """
@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """The places that have a flat tensor."""
+        """The (device, dtype) pairs that have a flat tensor."""
         return tuple(self._num_elements)
 
     def make_flats(self, adapter: Adapter, *, staged: bool, pinned: bool = False) -> dict[Place, Tensor]:
@@ -138,7 +138,7 @@ class Layout:
 
 
 def place_factors(factors: Factors, device: torch.device, dtype: torch.dtype) -> PlacedFactors:
-    """Return one layer's factors alone, for a layer whose place was not known or has changed."""
+    """Return one layer's factors on a device in a dtype, for a layer whose place was unknown or has changed."""
     exact = torch.promote_types(dtype, torch.float32)
     gain_O, bias_O = factors.gain_O, factors.bias_O
     return PlacedFactors(
@@ -165,10 +165,10 @@ def _view(flat: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
 
 
 def find_places(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str, Place]:
-    """Return the place of each layer whose place is known before it runs.
+    """Return {layer: (device, dtype)} for the layers where both are known before they run.
 
-    A quantised layer calculates in the dtype of its input, which is taken to be that of the model's first parameter of
-    floats; an offloaded one where accelerate brings it.
+    A quantised layer calculates in the dtype of its input, which is assumed to be that of the model's first floating-point
+    parameter; an offloaded layer runs where accelerate brings it.
     """
     places: dict[str, Place] = {}
     dtype: torch.dtype | None = None
@@ -193,7 +193,7 @@ def find_places(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str
 
 
 class Slot(Generic[Thing]):
-    """A place on a shelf. `thing` is None until the first user has made it, which it does under `lock`."""
+    """A slot of a shelf. Its first user makes `thing`, None until then, under `lock`."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -203,9 +203,9 @@ class Slot(Generic[Thing]):
 
 
 class Shelf(Generic[Key, Thing]):
-    """The slots by key, at most `budget_bytes` together (None: no limit): those used last stay, those in use always.
+    """The slots by key, at most `budget_bytes` together (None: no limit): slots in use stay, and then those used last.
 
-    The caller holds one lock around every call.
+    `option` is the budget's name for messages. The caller holds one lock around every call.
     """
 
     def __init__(self, option: str, budget_bytes: int | None) -> None:
@@ -229,7 +229,7 @@ class Shelf(Generic[Key, Thing]):
         return len(self._slots)
 
     def require_room(self, sizes: Mapping[Key, int], what: str) -> None:
-        """Raise BudgetExceeded when these do not fit beside the others that are in use; nothing has changed then."""
+        """Raise BudgetExceeded, naming `what`, if slots of these sizes in bytes do not fit beside all other slots in use."""
         if self.budget_bytes is None:
             return
         shared = [key for key in sizes if key in self._slots and key not in self._idle]
@@ -243,9 +243,10 @@ class Shelf(Generic[Key, Thing]):
             )
 
     def take(self, sizes: Mapping[Key, int], what: str) -> dict[Key, Slot[Thing]]:
-        """Return a slot for each key, in use until `give_back`; new ones are empty. Others go, those used longest ago first.
+        """Return a slot for each key, in use until `give_back`; new slots are empty.
 
-        Raises BudgetExceeded, naming `what` was to be taken, when they do not fit beside what is in use.
+        `sizes` are in bytes. Idle slots make room, those used longest ago first. Raises BudgetExceeded, naming `what` was to
+        be taken, if the slots do not fit beside those in use.
         """
         self.require_room(sizes, what)
         taken: dict[Key, Slot[Thing]] = {}
@@ -276,12 +277,12 @@ class Shelf(Generic[Key, Thing]):
                     self._remove(key)
 
     def drop(self, unwanted: Callable[[Key], bool]) -> None:
-        """Drop what is unwanted and not in use."""
+        """Drop the idle slots whose keys `unwanted` accepts."""
         for key in [key for key in self._idle if unwanted(key)]:
             self._remove(key)
 
     def unlock(self) -> None:
-        """Free the locks of all slots, whose holders may be no more."""
+        """Replace the locks of all slots, whose holders may no longer exist."""
         for slot in self._slots.values():
             slot.lock = threading.Lock()
 

@@ -57,7 +57,7 @@ NUM_KEPT_SHAPES = 64
 
 
 class Warm(NamedTuple):
-    """The way to add a layer's update for inputs of one shape, what they and the outputs have to be, and what to note."""
+    """The adder of a layer's update for inputs of one shape, the dtype and device it is for, and the note to take."""
 
     add: Adder
     dtype: torch.dtype
@@ -65,7 +65,7 @@ class Warm(NamedTuple):
     note: Note
 
     def fits(self, x: Tensor, y: Tensor) -> bool:
-        """Return whether a layer's new output may be written to: no gradient goes through it.
+        """Return True if the adder may write into y, the layer's new output: no gradient goes through it.
 
         x is on the device of y, or the layer would have failed.
         """
@@ -74,10 +74,11 @@ class Warm(NamedTuple):
 
 
 class Plan:
-    """The active experts' names and their weights; what the plan makes of them for a layer is kept for the next call.
+    """The active experts' names and weights; kernels made for a layer are kept for the next call.
 
-    `mixture` has the weights of the active experts; None where each call makes them, of its input or of what learns.
-    `invocations` are those of the active experts that count from certain tokens on.
+    `mixture` has the weights of the active experts, None if each call makes them, from its input or from learned parameters.
+    `by_token` has the same weights as `weights` for layers that are no matrix product. `invocations` are {expert: invocation
+    tokens} of the active experts that have any.
     """
 
     def __init__(
@@ -126,15 +127,15 @@ class Plan:
         return self._weights.num_bytes + (by_token.num_bytes if by_token is not self._weights else 0)
 
     def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> None:
-        """Begin an activation of the plan, with these target layers; it ends with its lease."""
+        """Begin an activation of the plan with its lease, {path: target layer}; it ends with the lease."""
         if isinstance(self._weights, RowWeights) and self._weights.enter(lease, layers):
             # what it was made for may be another's by now
             self._remembered = self._own
 
     def begin_call(self, main_input: Tensor | None) -> None:
-        """Begin a call of the model, with this main input, where that is known.
+        """Begin a call of the model; `main_input` is the tensor whose first axis is the batch, None if unknown.
 
-        Raises ScopeError for a batch whose rows are no multiple of the mixture's.
+        Raises ScopeError if the batch's rows are no multiple of the mixture's.
         """
         if main_input is None:
             return
@@ -156,9 +157,10 @@ class Plan:
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, lease: Lease, usage: Usage
     ) -> Tensor | None:
-        """Return the update_NO of a fused parameter's expert at N of a call's tokens, counted row by row, or None.
+        """Return update_NO of a fused parameter's expert for inputs x_NI, the call's tokens `token_N`; None for no update.
 
-        Raises ScopeError where rows or tokens are not the weights', and where one kernel alone is taken.
+        `num_tokens` is the number of the call's tokens, which are indexed row by row. Raises ScopeError if rows or tokens
+        are not the weights', and inside the block of a single kernel.
         """
         if not self.reaches(layer.name, lease):
             return None
@@ -177,7 +179,7 @@ class Plan:
         return None if kernel is None else kernel.update(x_NI[None].to(kernel.dtype))[0]
 
     def again(self) -> Plan:
-        """Return the plan for another activation: it keeps what was made of the experts and drops what was made of calls."""
+        """Return the plan for another activation, with its stacks of experts, but without state from earlier calls."""
         if not self.invocations:
             return self
         routed = self._by_token.again()
@@ -190,12 +192,12 @@ class Plan:
         return plan
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
-        """Return the layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
+        """Return the layer's output y = W x + bias with the weighted updates added; y itself if there are none.
 
-        The rows of x are its first axis. Weights for B rows meet x of B * k rows by counting each k times in a row, as
-        beams and return sequences are laid out; an x of two axes (N, I) holds its tokens row by row, so the same holds.
-        The result may be written into y's own memory.
-        Raises ScopeError, naming the layer and both counts, where that does not come out even.
+        The rows of x are its first axis. With weights for B rows and an x of B * k rows, each weight serves k consecutive
+        rows, as beams and return sequences are laid out; an x of two axes (N, I) holds its tokens row by row, so the same
+        holds. The result may be written into y's own memory. Raises ScopeError, naming the layer and both counts, if the
+        rows are no such multiple.
         """
         by_shape = self._remembered.get(layer.name)
         warm = by_shape.get(x.shape) if by_shape and layer.fresh else None
@@ -274,7 +276,7 @@ def _sum(mixture: LayerMixture, layer: TargetLayer, x_BTI: Tensor, y_BTO: Tensor
 
 
 def _by_token(x_BTI: Tensor, num_tokens: int, num_axes: int) -> Tensor:
-    """Return x; of two axes, split into rows of as many tokens as the weights have, if those can be the batch's rows."""
+    """Return x_BTI; if x had two axes, split into rows of `num_tokens`, provided that those can be the batch's rows."""
     num_rows, rest = divmod(x_BTI.shape[0], num_tokens)
     if num_axes == 2 and num_tokens > 1 and not rest and can_be_batch(num_rows):
         return x_BTI.reshape(num_rows, num_tokens, x_BTI.shape[2])
@@ -334,7 +336,7 @@ LARGEST_KEPT = 2**16
 
 
 class KeptPlans:
-    """A maker of plans that keeps the last few, of at most `max_bytes` together; as much memory is kept to be used again."""
+    """A maker of plans that keeps the last few, and released memory for reuse, each up to `max_bytes` together."""
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -362,7 +364,7 @@ class KeptPlans:
     def calls(
         self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
     ) -> tuple[MixtureWeights | Router, Any]:
-        """Return the weights of an activation, and what finds the mixture of each call where a hook has several.
+        """Return an activation's weights, and the function that finds each call's mixture if a hook has several, else None.
 
         Raises CompositionError for a pipeline without a hook that knows its calls.
         """
@@ -376,7 +378,7 @@ class KeptPlans:
         return resolve(mixture), None
 
     def forget(self, name: str) -> None:
-        """Drop all kept plans, and what hooks have of an expert; those in use stay until their activations end."""
+        """Drop all kept plans, and what hooks keep of an expert; plans in use stay until their activations end."""
         self.clear()
         for hook in self.hooks:
             hook.forget(name)
@@ -387,7 +389,7 @@ class KeptPlans:
 
 
 def _identity(weights: MixtureWeights | Router) -> Hashable | None:
-    """Return a key that tells known weights from others; None for routers, and for what learns or is large."""
+    """Return a key by which equal weights are recognised; None for routers, and for weights that learn or are large."""
     if not isinstance(weights, MixtureWeights) or weights.values_BTLE.requires_grad:
         return None
     values = weights.values_BTLE

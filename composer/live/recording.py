@@ -38,14 +38,17 @@ class Setting:
         self._layers_of: dict[str, frozenset[str]] = {}
 
     def updates(self, expert: str, layer: str) -> bool:
-        """Return whether the expert has something to add to the layer. One of a lazy pool is opened once for all layers."""
+        """Return True if the expert has factors in the layer. An expert of a lazy pool is opened once for all layers."""
         if expert not in self._layers_of:
             self._layers_of[expert] = frozenset(self._pool.adapters[expert].layers)
         return layer in self._layers_of[expert]
 
 
 class Note(NamedTuple):
-    """One call of one layer: the shape of its output, the class of its kernel, and weights that were made in it."""
+    """A note of one call of one layer: its output's shape, its kernel's class, and weights made in the call.
+
+    `kept` is False if the weights were dropped because they were too large.
+    """
 
     shape: torch.Size
     kernel: type | None = None
@@ -72,9 +75,9 @@ class Usage:
         self._num_bytes = 0
 
     def saw(self, layer: str, note: Note, w_BTE: Tensor | None = None, *, again: bool = False) -> None:
-        """Note a call, and its weights if they were made in it.
+        """Note a call of a layer, and its weights if the call made them; a layer seen `again` has weights already checked.
 
-        Raises WeightingError for bad ones, at once on a CPU, unless met `again`.
+        Raises WeightingError for weights on a CPU that are not finite.
         """
         kept = note
         if w_BTE is not None and self.made is not None:
@@ -107,7 +110,7 @@ class Usage:
         self.quiet = None if state.traces else state
 
     def weights(self, setting: Setting) -> UsedWeights:
-        """Return the last weights of every layer. Raises CompositionError where they were too large to keep."""
+        """Return the weights of every layer's last call. Raises CompositionError if they were too large to keep."""
         notes, experts = dict(self.notes), self.experts
         if not all(note.kept for note in notes.values()):
             raise CompositionError(
@@ -130,7 +133,7 @@ class Trace:
         self._calls: dict[str, list[tuple[Usage, Note]]] = {}
 
     def add(self, usage: Usage, layer: str, note: Note) -> None:
-        """Take a note of the engine that is recorded; a layer that a backward pass runs again was noted before."""
+        """Take a note if it is of the recorded engine and not of a layer that a backward pass runs again."""
         if usage.owner() is self._owner() and torch._C._current_graph_task_id() == -1:
             self._usages[id(usage)] = usage
             self._calls.setdefault(layer, []).append((usage, note))
@@ -141,7 +144,7 @@ class Trace:
         return tuple(dict.fromkeys(expert for usage in self._usages.values() for expert in usage.experts))
 
     def calls(self, layer: str) -> list[UsedLayer]:
-        """Return the calls of a layer, over `experts`; consecutive ones that share weights and rows as one."""
+        """Return the calls of a layer, over `experts`; consecutive calls with the same weights and rows are one entry."""
         experts, target = self.experts, self._setting.fitting.layers[layer]
         calls = []
         for (_, by_input, _), group in groupby(self._calls.get(layer, []), key=_kind_of_call):
@@ -166,7 +169,7 @@ class Trace:
 
 
 def last_weights(owner: object, setting: Setting) -> UsedWeights:
-    """Return the weights of the last forward of `owner` in this context, or none. Raises what `Usage.weights` raises."""
+    """Return the weights of this context's last forward of `owner`, or none. Raises what `Usage.weights` raises."""
     usage = STATE.get().by_owner.get(owner)
     return UsedWeights((), {}) if usage is None else usage.weights(setting)
 
@@ -201,7 +204,7 @@ def _kind_of_call(call: tuple[Usage, Note]) -> tuple[object, bool, int]:
 
 
 def _weights_of(usage: Usage, note: Note, target: TargetLayer, experts: tuple[str, ...], setting: Setting) -> UsedLayer:
-    """Return the note's weights over `experts`, with 0 for those that leave the layer alone or were not active."""
+    """Return the note's weights over `experts`, with 0 for those that do not update the layer or were not active."""
     active = usage.experts
     w_BTE = note.w_BTE
     if w_BTE is None:
@@ -215,7 +218,10 @@ def _weights_of(usage: Usage, note: Note, target: TargetLayer, experts: tuple[st
 
 
 def _rows_and_tokens(layer: TargetLayer, shape: torch.Size, num_tokens: int) -> tuple[int, int]:
-    """Return the rows and tokens of a layer's output; one of two axes is rows of as many tokens as the weights have."""
+    """Return the numbers of rows and tokens in a layer's output of this shape.
+
+    An output of two axes is split into rows of `num_tokens`, if that is above 1.
+    """
     rows, tokens = layer.kind.rows(layer.module, torch.empty(shape, device="meta")).shape[:2]
     if len(shape) == 2 and num_tokens > 1 and rows % num_tokens == 0:
         return rows // num_tokens, num_tokens
@@ -276,9 +282,9 @@ class UsedWeights(Mapping[str, Tensor]):
 
 
 def spread(w_BTE: Tensor, num_rows: int, num_tokens: int) -> Tensor:
-    """Return the weights for so many rows and tokens: a size of 1 is shared, B rows serve k B rows, each for k in a row.
+    """Return w_BTE for `num_rows` and `num_tokens`: a size of 1 is expanded, and each of B rows repeated for k of k B rows.
 
-    Raises ScopeError where that does not come out even.
+    Raises ScopeError if rows or tokens are not such multiples.
     """
     rows, tokens, _ = w_BTE.shape
     if tokens not in (1, num_tokens) or num_rows % rows != 0:

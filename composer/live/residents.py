@@ -42,7 +42,7 @@ def is_accelerator(device: torch.device) -> bool:
 
 
 class _Key(NamedTuple):
-    """The key of an expert's page: where its layers are, or a copy on the host; `moves` counts the model's moves so far."""
+    """The key of an expert's page on its layers' devices, or of its `copy` on the host, after so many model `moves`."""
 
     name: str
     copy: bool
@@ -51,7 +51,7 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Page:
-    """The factors of one expert in flat tensors, by layer; `ready` are the events after which a device has them."""
+    """The factors of one expert: flat tensors, and `parts`, {layer: views}; `ready` are CUDA events of their copies."""
 
     flats: Mapping[Place, Tensor]
     parts: Mapping[str, PlacedFactors] = field(default_factory=dict)
@@ -62,9 +62,9 @@ class Residents:
     """A cache of experts on the devices of their layers, which lends them. Any thread may lease, prefetch and release.
 
     `adapter` returns an expert, bound to the base model; `places` the device and dtype that each layer has now, if known.
-    Experts stay after their last lease until others need their bytes; the least recently used go first.
-    `device_budget_bytes` is for all devices that `staged` names, `host_budget_bytes` for the CPU's memory: the factors of
-    layers on the CPU, and the copies from which devices are filled. None is no limit.
+    Experts stay after their last lease until their bytes are needed; the least recently used go first. `device_budget_bytes`
+    is for all devices that `staged` accepts, `host_budget_bytes` for the CPU's memory: the factors of layers on the CPU, and
+    the copies from which devices are filled. None is no limit.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class Residents:
             self._adapter, self._places_now = adapter, places
 
     def lease(self, names: Iterable[str]) -> Lease:
-        """Return a lease of the named experts, which stay in their places until it is released.
+        """Return a lease of the named experts, which stay on their layers' devices until it is released.
 
-        Raises BudgetExceeded, with nothing allocated or evicted, when they do not fit beside those of other leases; and
-        what opening an adapter raises.
+        Raises BudgetExceeded, with nothing allocated or evicted, if they do not fit beside those of other leases; and what
+        opening an adapter raises.
         """
         lease = self._take(tuple(dict.fromkeys(names)))
         try:
@@ -113,7 +113,7 @@ class Residents:
         return lease
 
     def prefetch(self, names: Iterable[str]) -> Future[None]:
-        """Begin to bring the named experts to their places, in a thread of its own; wait on the future for the end.
+        """Bring the named experts to their layers' devices in a background thread; the future ends when they are there.
 
         The future carries any error, which a lease of the same experts raises again.
         """
@@ -148,7 +148,7 @@ class Residents:
                 shelf.drop(lambda key: wanted(key.name))
 
     def close(self) -> None:
-        """End prefetching, and drop all that is not in use."""
+        """End prefetching, and drop all experts that are not in use."""
         self._forget_other_processes()
         worker, self._worker = self._worker, None
         if worker is not None:
@@ -174,14 +174,14 @@ class Residents:
             )
 
     def _forget_other_processes(self) -> None:
-        """Drop the parent's threads, and what they were about, in a process that was forked since."""
+        """After a fork, drop the parent's threads and the locks that they held."""
         if self._process != os.getpid():
             self._process, self._worker, self._staging = os.getpid(), None, threading.Lock()
             for shelf in (self._device, self._host):
                 shelf.unlock()
 
     def _take(self, names: tuple[str, ...]) -> Lease:
-        """Return a lease whose pages have their room, and are not all there yet."""
+        """Return a lease with room for all its pages, some of which may not be filled yet."""
         what = f"the {len(names)} experts of this activation" if len(names) != 1 else f"the factors of expert {names[0]!r}"
         while True:
             moves, layouts, opened = self._lay_out(names)
@@ -202,7 +202,7 @@ class Residents:
                 return Lease(self, moves, layouts, *taken, opened)
 
     def _lay_out(self, names: tuple[str, ...]) -> tuple[int, dict[str, Layout], list[Adapter]]:
-        """Return how often the model has moved, each expert's layout since, and the adapters that were opened to know it."""
+        """Return the model's number of moves, each expert's layout since the last, and the adapters opened for that."""
         opened: dict[str, Adapter] = {}
         while True:
             with self._lock:
@@ -268,7 +268,7 @@ class Residents:
 
 @dataclass(eq=False, repr=False)
 class Lease:
-    """A hold on experts, which stay in their places until `release`."""
+    """A hold on experts, which stay on their layers' devices until `release`."""
 
     _residents: Residents
     moves: int
@@ -289,7 +289,7 @@ class Lease:
         return tuple(self._layouts)
 
     def fill(self) -> None:
-        """Bring the pages that are not there yet; wait for those that another thread is bringing."""
+        """Fill the pages that are empty; wait for those that another thread is filling."""
         for name, layout in self._layouts.items():
             key = _Key(name, False, self.moves)
             parts: dict[str, PlacedFactors] = {}
@@ -304,7 +304,7 @@ class Lease:
         self._opened = []
 
     def renew(self) -> Lease:
-        """Return another lease of the same factors, which outlasts this one. Raises CompositionError after this one."""
+        """Return another lease of the same factors, which may outlast this one. CompositionError if this one is released."""
         residents = self._residents
         with residents._lock:
             if self._released:
@@ -317,11 +317,11 @@ class Lease:
             return Lease(residents, self.moves, self._layouts, taken[0], taken[1], [], self._parts, dict(self._elsewhere))
 
     def layers_of(self, name: str) -> frozenset[str]:
-        """Return the layers that the expert has factors in, wherever they are."""
+        """Return the layers that the expert has factors in, on whatever device."""
         return self._layouts[name].layers
 
     def placed(self, name: str) -> Mapping[str, PlacedFactors]:
-        """Return the expert's factors in the layers whose places were known."""
+        """Return {layer: the expert's factors} for the layers whose device and dtype were known."""
         return self._parts[name]
 
     def updates(self, name: str, layer: str) -> bool:
@@ -329,9 +329,9 @@ class Lease:
         return layer in self.layers_of(name)
 
     def part(self, name: str, layer: str, device: torch.device, dtype: torch.dtype) -> PlacedFactors | None:
-        """Return the expert's factors in a layer, on that device and in that dtype; None where it has none.
+        """Return the expert's factors in a layer, on that device and in that dtype; None if it has none.
 
-        A layer whose place was not known, or that has moved since, has its factors placed again, outside the budget.
+        If the layer's place was unknown, or has changed since, its factors are placed again, outside the budget.
         """
         factors = self._parts[name].get(layer)
         if factors is None and not self.updates(name, layer):

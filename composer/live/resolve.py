@@ -1,6 +1,6 @@
 """The mixtures that `activate` and `fused` take, as weights over a pool's experts or as routers; their limits and licenses.
 
-Mixing gives nothing away, so licenses that exclude each other are warned of, and refused only by a merge that is stored.
+Mixing distributes nothing, so licenses that exclude each other only warn; a merge that is stored refuses them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from loraweave.types import Router
 
 
 def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> MixtureWeights | Router:
-    """Return what activate() takes as weights in the order of the pool's experts, or as the router that it is.
+    """Return a mixture for activate() as weights in the order of the pool's experts, or as a router.
 
-    `bound` has the same experts with all that depends on the base resolved; a router may be for these.
-    Weights that learn stay in the order that they are given in, since a copy would not follow them. A list has one mixture
-    for each row of the batch: {name: weight}, None, MixtureWeights of one row, or a router.
-    Raises WeightingError for anything else and for a router of another pool, UnknownExpert for a name outside the pool.
+    `bound` has the same experts with all that depends on the base resolved; a router may be for these. Weights that learn
+    keep their own order, since a copy would not follow them. A list has one mixture for each row of the batch: {name:
+    weight}, None, MixtureWeights of one row, or a router. Raises WeightingError for anything else and for a router of
+    another pool, UnknownExpert for a name outside the pool.
     """
     match mixture:
         case MixtureWeights():
@@ -58,7 +58,7 @@ def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> 
 
 
 def _weights_by_name(rows: list[Mapping[str, float] | None], pool: ExpertPool) -> MixtureWeights:
-    """Return weights over the experts that the rows name, so that their number and not the pool's size is what counts."""
+    """Return weights over only the experts that the rows name, so that the cost does not grow with the pool."""
     used = {name for row in rows if row for name in row}
     for name in used:
         if name not in pool.places:
@@ -74,12 +74,12 @@ def _weights_by_name(rows: list[Mapping[str, float] | None], pool: ExpertPool) -
 
 
 def _by_block(weight: Any) -> Mapping[str, float]:
-    """Return {start of a layer's path: weight}; a weight alone is that of all layers."""
+    """Return {start of a layer's path: weight}; a single weight is for the start "", all layers."""
     return weight if isinstance(weight, Mapping) else {"": weight}
 
 
 def _at(layer: str, row: Mapping[str, Any] | None) -> dict[str, float]:
-    """Return {name: weight} of one layer: of {block: weight}, that of the longest path that it lies below, and else 0."""
+    """Return {name: weight} of one layer; of {start of a path: weight} the longest start of the layer's path, else 0."""
     weights = {}
     for name, weight in (row or {}).items():
         by_block = _by_block(weight)
@@ -98,7 +98,7 @@ def _require_blocks(rows: list[Mapping[str, Any] | None], layers: Iterable[str])
 
 
 def _resolve_row(number: int, row: Any, pool: ExpertPool, bound: ExpertPool | None) -> Router | None:
-    """Return one row's mixture as a router over all of the pool's experts; weights that learn stay those of their own."""
+    """Return row `number` of a mixture as a router over all of the pool's experts; weights that learn keep their own."""
     if row is None:
         return None
     resolved = resolve(row, pool, bound)
@@ -161,7 +161,7 @@ def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None
 
 
 def _names_by_row(weights: MixtureWeights | Router, names: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
-    """Return the experts that each row has weights for; all experts where a router decides, or where weights learn."""
+    """Return the experts with a weight other than 0 for each distinct row; all if a router weighs or weights learn."""
     if not isinstance(weights, MixtureWeights):
         return [names]
     if weights.values_BTLE.requires_grad:
@@ -172,7 +172,7 @@ def _names_by_row(weights: MixtureWeights | Router, names: tuple[str, ...]) -> I
 
 
 class LiveLimits:
-    """The limits of one model's target layers; `add` takes those of adapters that are opened later."""
+    """The limits of one model's target layers; `add` adds those of adapters that are opened later."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -206,12 +206,12 @@ class LiveLimits:
                     self._out_of_order[name] = "is no embedding of tokens, and may be called once for all rows"
 
     def require(self, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter], *, by_token: bool = False) -> None:
-        """Raise LayerMismatch or ScopeError where these weights cannot count live in one of the layers.
+        """Raise LayerMismatch or ScopeError if these weights cannot be mixed live in one of the layers.
 
         LayerMismatch: a layer that never runs has weights that are not zero, or a router's. ScopeError: weights vary by row
         or token in a layer whose first axis need not be the batch, or a router looks beyond the input of a fused parameter's
         expert. A router for all rows computes its weights from the layer's own input, whatever the order of that is, unless
-        they are said to vary `by_token`: by a place in each row.
+        they vary `by_token`: by a position in each row.
         """
         if not (self._never_called or self._experts or self._out_of_order):
             return
@@ -248,7 +248,7 @@ _VARIES = {"instance": "row", "token": "token"}
 
 
 def _users(layer: str, rows: Iterable[Router | None], adapters: Mapping[str, Adapter]) -> Iterable[str]:
-    """Yield the experts that update the layer and may have a weight there that is not zero: a router may use all of them."""
+    """Yield the experts that update the layer and may have a weight other than 0 there; a router may use all of them."""
     for row in rows:
         names: Iterable[str] = () if row is None else adapters
         if isinstance(row, MixtureWeights):

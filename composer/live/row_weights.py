@@ -36,10 +36,10 @@ from loraweave.routers.weights import MixtureWeights
 
 @dataclass(frozen=True, eq=False)
 class LayerMixture:
-    """The parts that a layer adds in one forward pass: a product and an affine part, each None where no expert has one.
+    """The parts that a layer adds in one forward pass: a product and an affine part, each None if no expert has one.
 
-    `w_BTE` are the weights, where they are made in the call, and `again` is True if an earlier layer of it had the same;
-    `lasts` is True if the next call may have the same kernel.
+    `w_BTE` are the weights if the call makes them, and `again` is True if an earlier layer in it had the same; `lasts` is
+    True if the next call may use the same kernel.
     """
 
     kernel: Kernel | None
@@ -50,7 +50,10 @@ class LayerMixture:
 
 
 class RowWeights:
-    """A mixture for each of M rows, M = 1 for all; `mixture` names the active experts only."""
+    """A mixture for each of M rows, M = 1 for all; `mixture` names the active experts only.
+
+    `workspace` lends memory for gathered factors, and `only` names the one kernel that may run, None for any.
+    """
 
     learns = False
     num_tokens = 1
@@ -95,14 +98,14 @@ class RowWeights:
         return sum(rows.num_bytes for rows in list(self._layers.values()))
 
     def escaped(self) -> None:
-        """Let a graph of autograd keep what was gathered longer than this object: its memory is then not lent again."""
+        """Stop lending the gathered factors' memory again, since a graph of autograd may keep it longer than this object."""
         self._return.detach()
 
     def skips(self, layer: str) -> bool:
         return not self._mixture.experts if self._used is None else layer not in self._used
 
     def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> bool:
-        """Begin an activation of these weights, which ends with its lease; return whether it is the only one."""
+        """Begin an activation of these weights, which ends with its lease; return True if no other is open."""
         with self._lock:
             self._open[id(lease)] = lease, layers
             lease.at_end = partial(self._leave, id(lease))
@@ -117,7 +120,7 @@ class RowWeights:
                 self._prepared = None
 
     def find_serving(self, device: torch.device) -> bool:
-        """Find the hooks that may have something for calls with inputs on this device; return whether there are any."""
+        """Find the hooks that serve calls with inputs on this device; return True if there are any."""
         self._serving = ()
         for hook in self._hooks:
             if device.type in hook.devices:
@@ -125,7 +128,7 @@ class RowWeights:
         return bool(self._serving)
 
     def begin_call(self) -> Prepared | None:
-        """Begin a call of the model, and return what a hook has for its layers."""
+        """Begin a call of the model, and return the state that a hook has prepared for its layers, or None."""
         if torch._C._are_functorch_transforms_active():
             return None
         with self._lock:
@@ -137,7 +140,7 @@ class RowWeights:
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
-        """Return what a layer adds. Raises ScopeError, with both counts, if its rows are not a multiple of the mixture's."""
+        """Return the parts that a layer adds. ScopeError, with both counts, if its rows are no multiple of the mixture's."""
         num_rows, num_tokens = x_BTI.shape[:2]
         require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
         held = self._prepared
@@ -155,7 +158,10 @@ class RowWeights:
     def _by_hook(
         self, held: tuple[LiveHook, Prepared], layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype
     ) -> LayerMixture | None:
-        """Return what the layer adds by what a hook has prepared, which no gradient may outlive; None for the other ways."""
+        """Return the parts that a layer adds by `held`, a hook and its prepared state; None to use the registry's kernels.
+
+        No gradient may outlive that state.
+        """
         if (torch.is_grad_enabled() and x_BTI.requires_grad) or torch._C._are_functorch_transforms_active():
             return None
         hook, prepared = held
@@ -185,7 +191,7 @@ class RowWeights:
         return _LayerRows(device, dtype, ranked, affine)
 
     def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
-        """Return the kernel for so many tokens a row; those of one choice share it."""
+        """Return the kernel for `tokens` tokens per row of the mixture; all numbers of tokens with one choice share it."""
         choice = Choice(self.only) if self.only else choose(found.workload(layer.num_inputs, layer.num_outputs, tokens))
         dtype = torch.promote_types(found.dtype, torch.float32) if choice.exact else found.dtype
         key = choice.path, dtype
@@ -220,8 +226,8 @@ def require_multiple(num_mixtures: int, num_rows: int, what: str) -> None:
 class RankedRows:
     """The rows of mixtures in layers where the experts have certain ranks.
 
-    `places` are the experts that have any, `touched` the numbers of the rows that use one of those, and `rows` their sets,
-    by place among `places`. `work` counts ranks, and still lacks what the layer and its input say.
+    `places` are the indices of experts with a rank above 0, `touched` those of the rows that use one of them, and `rows`
+    these rows' (index in `places`, weight) pairs. `work` counts ranks, and lacks the sizes of the layer and its input.
     """
 
     places: tuple[int, ...]
@@ -231,7 +237,7 @@ class RankedRows:
 
     @classmethod
     def of(cls, rows: RowSets, ranks: tuple[int, ...]) -> RankedRows:
-        """Return the ranked rows of the sets of all rows, for experts of these ranks; 0 for one that has no factors."""
+        """Return the ranked rows of `rows`, for experts of these `ranks`; 0 is an expert without factors."""
         places = tuple(place for place, rank in enumerate(ranks) if rank)
         if len(places) < len(ranks):
             number = {place: number for number, place in enumerate(places)}
@@ -255,7 +261,7 @@ class RankedRows:
         return cls(places, touched, rows, work)
 
     def among_all(self, kernel: Kernel, num_mixtures: int, device: torch.device) -> Kernel:
-        """Return the kernel of `rows` for all rows, of which those without an expert take no part."""
+        """Return the kernel of `rows` extended to all rows; a row without an expert takes no part."""
         if len(self.touched) == num_mixtures:
             return kernel
         return SomeRows(kernel, num_mixtures, place_of(self.touched, device))
@@ -297,7 +303,7 @@ class AffineTable:
 
     @classmethod
     def of(cls, parts: Sequence[PlacedFactors | None]) -> AffineTable | None:
-        """Return the table of a layer's experts, None for one that leaves it alone; None if none has a gain or a bias."""
+        """Return the table of a layer's experts, None for one that does not update it; None if none has a gain or a bias."""
         if all(part is None or (part.gain_O is None and part.bias_O is None) for part in parts):
             return None
         gain_EO = _table([None if part is None else part.gain_O for part in parts])
@@ -307,7 +313,7 @@ class AffineTable:
         return cls(gain_EO, bias_EO, torch.tensor(has_gain, device=device))
 
     def weigh(self, w_BTE: Tensor, *, in_order: bool = False) -> Affine:
-        """Return the sums over the experts; B and T may be 1. With `in_order`, one expert is added after the other."""
+        """Return the gains and biases summed over experts by weight; B and T may be 1. `in_order` adds one at a time."""
         touched_BT1 = None
         if self.gain_EO is not None and not w_BTE.requires_grad:
             touched_BT1 = ((w_BTE != 0) & self.has_gain_E).any(dim=-1, keepdim=True)
@@ -321,14 +327,14 @@ class AffineTable:
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """The mixed gain and bias of each row (and token, where weights vary by token), and where some expert's gain counts."""
+    """The mixed gain and bias of each row (and token, if weights vary by token); touched_BT1 marks those with a gain."""
 
     gain_BTO: Tensor | None
     bias_BTO: Tensor | None
     touched_BT1: Tensor | None
 
     def on(self, y_BTO: Tensor, base_bias_O: Tensor | None) -> Tensor:
-        """Return what is to be added to the base layer's output y, in fp32 or better."""
+        """Return gain * (y - base bias) + bias, to be added to the base layer's output y, in fp32 or better."""
         total = torch.zeros((), device=y_BTO.device)
         if self.gain_BTO is not None:
             y0_BTO = y_BTO.to(self.gain_BTO.dtype)
@@ -363,7 +369,7 @@ _Kind = tuple[int, torch.dtype, torch.device]
 
 
 class Workspace:
-    """A store of flat tensors that were given back, up to `max_bytes` in all; the kinds longest unused go first."""
+    """A store of flat tensors for reuse, up to `max_bytes` in all; the sizes and dtypes unused for longest go first."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes

@@ -1,6 +1,6 @@
-"""The attributes of a model's modules that something stands in for, and that they get back; and who may put it there.
+"""Stand-ins for attributes of a model's modules, their removal, and the owners that may place them.
 
-`watch` is for layers that their owner may not call: an update would be lost without a word.
+`watch` is for layers that their owner may not call: their update would be lost without an error.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Handle(Protocol):
 
 
 class Claims:
-    """The owners of modules, such as a Composer's live layers, which alone may change what the modules give."""
+    """The owners of modules, such as a Composer's live layers; only the owner may change a module's output."""
 
     def __init__(self) -> None:
         self._lock = lock_of(self)
         self._owners: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
     def take(self, owner: object, modules: Iterable[nn.Module]) -> None:
-        """Take the modules for one owner. Raises AlreadyActive, having taken none, where another owner holds one."""
+        """Claim the modules for one owner. Raises AlreadyActive, having claimed none, if another owner has one."""
         modules = list(modules)
         with self._lock:
             if any(self._owners.get(module, owner) is not owner for module in modules):
@@ -48,7 +48,7 @@ class Claims:
                 self._owners[module] = owner
 
     def give_back(self, owner: object, modules: Iterable[nn.Module]) -> None:
-        """Give back what `owner` had taken of these modules."""
+        """Release those of these modules that `owner` has claimed."""
         with self._lock:
             for module in modules:
                 if self._owners.get(module) is owner:
@@ -60,7 +60,7 @@ CLAIMS = Claims()
 
 @contextmanager
 def claimed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Hold the modules for the block, in which no Composer may be active on one. Raises AlreadyActive where one is."""
+    """Claim the modules for the block, in which no Composer may be active on them. Raises AlreadyActive if one is."""
     owner, held = object(), list(modules)
     CLAIMS.take(owner, held)
     try:
@@ -87,7 +87,7 @@ class StandIn:
     _own: Any = None
 
     def own(self, name: str) -> Any:
-        """Return what the module has under this name otherwise; None for its class's."""
+        """Return the module's own attribute of this name; None for its class's."""
         return self._own
 
 
@@ -108,7 +108,7 @@ def _inert_hook() -> Callable[..., None]:
 
 
 class CleanCopies:
-    """A guard from `install` to `remove`: a copy or pickle of the module has what it has without anything that stands in."""
+    """A guard from `install` to `remove`: a copy or pickle of the module is made without stand-ins and hooks."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -162,7 +162,7 @@ CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class WatchedBlock(StandIn):
-    """A stand-in for a block's `forward` that tells its input, also when gradient checkpointing runs the block again."""
+    """A stand-in for a block's `forward` that makes the block's input known, also when checkpointing runs it again."""
 
     def __init__(self, path: str, block: nn.Module) -> None:
         self.path = path
@@ -175,7 +175,7 @@ class WatchedBlock(StandIn):
             vars(block)[CHECKPOINT] = self.checkpoint
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block's forward, and tell its input."""
+        """Run the block's forward with its input known (`running`)."""
         with self._running(args, kwargs):
             return self._forward(*args, **kwargs)
 
@@ -201,16 +201,16 @@ class WatchedBlock(StandIn):
         return self._own[name]
 
     def remove(self) -> None:
-        """Give the block back what it had; if another object stands in for this one by now, it stays, and calls this."""
+        """Give the block its own attributes back, unless another stand-in wraps this one, which then only calls them."""
         self._tells = False
         for name, original in self._own.items():
             give_back(self._block, name, original, self)
 
 
 class PromptedGenerate(StandIn):
-    """A stand-in for `generate`, which calls the model once a token, so that no call can tell a prompt from an answer.
+    """A stand-in for `generate` that makes the prompts known, since a call for each token cannot tell prompt from answer.
 
-    `begin` shows the router the prompts: an encoder runs before the model's own first call.
+    `begin` shows an encoder-decoder's router the prompts: the encoder runs before the model's own first call.
     """
 
     def __init__(self, model: nn.Module, begin: Callable[[dict[str, Any]], None]) -> None:
@@ -233,9 +233,9 @@ class PromptedGenerate(StandIn):
             return self._generate(*args, **kwargs)
 
     def _inferred(self, ids_BT: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Return the mask that generate makes where it is given none.
+        """Return the mask that `generate` makes if it is given none.
 
-        Padding is the padding token, unless that ends sequences.
+        It is 0 for the padding token, unless that ends sequences.
         """
         config = kwargs.get("generation_config") or getattr(self._model, "generation_config", None)
         pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
@@ -252,7 +252,10 @@ class PromptedGenerate(StandIn):
 def watch(
     name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]
 ) -> list[RemovableHandle | _OwnForward]:
-    """Return hooks that raise CompositionError when the owner has run without a call of the layer, which was `expected`."""
+    """Return handles of hooks that raise CompositionError if `owner` ran without calling `module` while `expected()`.
+
+    `name` is the layer's path for messages.
+    """
     seen = threading.local()
     traced = _Traced()
 
@@ -314,7 +317,7 @@ class _OwnForward:
 
 
 class Step(Hook):
-    """A hook of a module that calls `step` without the hook's arguments, and changes no input and no output."""
+    """A hook of a module that calls `step()` and changes no input and no output."""
 
     def __init__(self, step: Callable[[], None]) -> None:
         self._step = step

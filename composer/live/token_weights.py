@@ -1,4 +1,4 @@
-"""The weights that vary by token, learn, or come from a router: one stack of all experts a layer, weighted in every call."""
+"""Weights that vary by token, learn, or come from a router: a layer's experts in one stack, weighted in every call."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from loraweave.routers.invoked import Invoked
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import AlongDirections, Router
 
-# the experts a token for which another kernel than `Dense` has to pay before a router looks at its input
+# the experts per token at which a kernel must be faster than `Dense` for a router not to share its product with x a^T
 SOME_CHOSEN = 2
 
 
 @dataclass(eq=False)
 class _LayerStack:
-    """The experts of one layer: the names of those with factors, and their places among all where some have none.
+    """The experts of one layer: the names of those with factors, and their indices place_P if some have none.
 
-    Their factors are put side by side when they are first needed so.
+    Their factors are stacked when that is first needed.
     """
 
     device: torch.device
@@ -57,7 +57,7 @@ class _LayerStack:
         return w_BTE if self.place_P is None else w_BTE[..., self.place_P]
 
     def joined(self, stack: Stack, v_PI: Tensor) -> Tensor:
-        """Return joint_QI for directions as they are now."""
+        """Return joint_QI: the stack's a_SI, and the router's directions v_PI below it, made again if v_PI has changed."""
         if self.joint_QI is None or self.directions_PI is not v_PI or self.version != v_PI._version:
             with torch.inference_mode(False), torch.no_grad():
                 self.joint_QI = by_input(torch.cat([stack.a_SI, v_PI]))
@@ -66,7 +66,7 @@ class _LayerStack:
         return self.joint_QI
 
     def turned_stack(self, stack: Stack, v_OO: Tensor) -> Stack:
-        """Return the stack with V b_e as each expert's b; made again when V changed, and in every call while it learns."""
+        """Return the stack with V b_e as each expert's b; made again if V changed, and in every call while V learns."""
         if v_OO.requires_grad and torch.is_grad_enabled():
             return replace(stack, b_SO=stack.b_SO @ v_OO.to(stack.b_SO).T)
         known_OO, version = self.turned_by or (None, 0)
@@ -85,7 +85,7 @@ class _LayerStack:
 
 @dataclass(eq=False)
 class _Known:
-    """The facts known of weights: how many a token are not zero, whether a layer met them, what was made of shared ones."""
+    """Facts known of weights: the mean number per token that is not 0, whether a layer met them, products made of them."""
 
     w_BTP: Tensor | None = None
     made: Made | None = None
@@ -99,7 +99,7 @@ class TokenWeights:
 
     _experts: tuple[str, ...]
     weights: Callable[[Tensor, str], Tensor]
-    # the layers that some weight counts in; None for all
+    # the layers with a weight that is not 0, or learns; None for all
     _only: frozenset[str] | None
     num_mixtures: int = 1
     num_tokens: int = 1
@@ -120,7 +120,7 @@ class TokenWeights:
 
     @classmethod
     def fixed(cls, mixture: MixtureWeights) -> TokenWeights:
-        """Return the weights of a mixture that is known, but varies by token or learns."""
+        """Make the weights of a mixture that varies by token or learns."""
         learning = mixture.values_BTLE.requires_grad
         used_L = (mixture.values_BTLE != 0).any(dim=3).flatten(0, 1).any(dim=0).tolist()
         only = frozenset(layer for layer, used in zip(mixture.layers, used_L, strict=False) if used or learning)
@@ -131,7 +131,7 @@ class TokenWeights:
     def routed(
         cls, router: Router, experts: tuple[str, ...], invocations: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     ) -> TokenWeights:
-        """Return the weights that a router computes from each layer's input; some experts may have `invocations`."""
+        """Make the weights that a router computes from each layer's input; `invocations` are {expert: invocation tokens}."""
         wrapped: Any = in_own_precision(router)
         if invocations:
             wrapped = Invoked(wrapped, experts, invocations)
@@ -165,7 +165,7 @@ class TokenWeights:
         return sum(layer_stack.num_bytes for layer_stack in list(self._layers.values()))
 
     def escaped(self) -> None:
-        """Let a graph of autograd keep the stacks longer than this object; nothing else uses their memory."""
+        """Do nothing: a graph of autograd may keep the stacks, whose memory nothing else uses."""
 
     def skips(self, layer: str) -> bool:
         return self._only is not None and layer not in self._only
@@ -173,9 +173,9 @@ class TokenWeights:
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
-        """Return what a layer adds to its output for this input.
+        """Return the parts that a layer adds to its output for this input.
 
-        Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'.
+        Raises ScopeError, naming the layer and both counts, if rows or tokens are not the weights'.
         """
         layer_stack = self._stack(layer.name, device, dtype, lease)
         w_BTE, hidden_NS = self._weigh(layer, x_BTI, layer_stack, lease)
@@ -194,9 +194,10 @@ class TokenWeights:
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, dtype: torch.dtype, lease: Lease
     ) -> tuple[Kernel | None, Tensor]:
-        """Return the kernel of an expert of a fused parameter and w_1NE, or w_11E, for N of a call's tokens.
+        """Return a fused parameter's expert as a kernel, None without factors, and w_1NE or w_11E for N of a call's tokens.
 
-        The tokens lie row by row; a router sees each as a row of its own. Raises what `mixture` raises.
+        `token_N` are their indices among the call's `num_tokens`, row by row; a router sees each as a row of its own. Raises
+        what `mixture` raises.
         """
         layer_stack = self._stack(layer.name, x_NI.device, dtype, lease)
         if self.is_routed and self.num_mixtures == 1:
@@ -220,7 +221,7 @@ class TokenWeights:
         return self._side_by_side(layer_stack, layer, lease).weigh(w_1NP), w_1NE
 
     def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
-        """Return what is known of these weights: of those that were given, or that several layers of a call share."""
+        """Return the facts of these weights: fixed ones by layer, a router's if several layers of a call share them."""
         if not self.learns:
             return self._given.setdefault(layer, _Known())
         # a gradient's graph has to have what is made of them in each layer
@@ -234,9 +235,10 @@ class TokenWeights:
     def projected(
         self, layer: TargetLayer, x: Tensor, y_BTO: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> tuple[Tensor, Tensor]:
-        """Return (what to add to y, w_BTE) for an embedding or a convolution, whose hidden values are not x @ a^T.
+        """Return (update to add to y, w_BTE) for an embedding or a convolution, whose hidden values are not x @ a^T.
 
-        As (B, T, O) like y, in fp32 or better where some expert has a gain or a bias. Raises what `mixture` raises.
+        The update has y's axes (B, T, O), in fp32 or better if some expert has a gain or a bias. Raises what `mixture`
+        raises.
         """
         layer_stack = self._stack(layer.name, device, dtype, lease)
         like = y_BTO.new_empty(0, dtype=dtype)
@@ -254,9 +256,9 @@ class TokenWeights:
         return update_BTO, w_BTE
 
     def _weigh(self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease) -> tuple[Tensor, Tensor | None]:
-        """Return w_BTE, and x a^T as (N, S) if it comes from the same product as what the router looks at, else None.
+        """Return w_BTE, and x a^T as (N, S) if one product gives it with the router's projections, else None.
 
-        It does not where gradients go through the router, nor where that product would be less exact than the router's own.
+        It does not if gradients go through the router, or if that product would be less exact than the router's own.
         """
         if self._along is not None and found.experts and _sparse_kernel(found, layer, x_BTI, SOME_CHOSEN) is None:
             v_PI = self._along.directions(layer.name)
@@ -309,7 +311,7 @@ class TokenWeights:
 
 
 def _alone(part: Valued, router: Router) -> Valued:
-    """Return the part if it is the router itself. Raises ScopeError otherwise: weights made of its own leave V out."""
+    """Return the part if it is the router itself. Raises ScopeError if it is within another router, which leaves V out."""
     if part is not router:
         raise ScopeError(
             f"router {type(part).__name__} multiplies what its mixture adds by a matrix of its own, so it cannot be a part "
@@ -324,7 +326,7 @@ def _parts(found: _LayerStack, layer: TargetLayer, lease: Lease) -> list[PlacedF
 
 
 def _sparse(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, known: _Known, x_BTI: Tensor) -> Any:
-    """Return the kernel for weights of which few are not 0, or None; on a CPU only, since it has to look at the weights."""
+    """Return the kernel for weights of which few are not 0, or None; on a CPU only, since the weights are read."""
     if w_BTP.requires_grad or not w_BTP.numel() or _sparse_kernel(found, layer, x_BTI, 1) is None:
         # not worth a look where not even one expert a token would make it worth it
         return None
@@ -372,8 +374,8 @@ def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:
 class MadeWeights:
     """A check that the weights computed during one activation, by a router or from parameters, are finite.
 
-    Weights on a GPU are checked only in `require_all`, so that no layer waits for the device: until then 0 * w is summed
-    there, which is NaN once a weight was NaN or infinite.
+    Weights on a GPU are checked only in `require_all`, so that no layer waits for the device: until then the sum of 0 * w is
+    kept there, which is NaN once a weight was NaN or infinite.
     """
 
     def __init__(self, experts: tuple[str, ...]) -> None:
@@ -395,7 +397,7 @@ class MadeWeights:
             raise WeightingError(self._message(layer, f", first for expert {self._experts[expert]!r}"))
 
     def require_all(self) -> None:
-        """Raise WeightingError, once, for weights noted so far; waits for the devices that they are on."""
+        """Raise WeightingError for noted weights that are not finite, and clear the notes; waits for their devices."""
         zeros, self._zeros = self._zeros, {}
         by_device: dict[torch.device, dict[str, Tensor]] = {}
         for layer, zero in zeros.items():

@@ -51,7 +51,7 @@ class TargetBatch:
         return TargetBatch(inputs, self.targets_BK.repeat(count, 1))
 
     def rows(self, index: Sequence[int]) -> TargetBatch:
-        """Return these rows, without the padding that all of them have."""
+        """Return the rows with these indices, without the padding that they all have."""
         chosen = torch.tensor(index, device=self.targets_BK.device)
         inputs = {key: value[chosen] for key, value in self.inputs.items()}
         targets_BK = self.targets_BK[chosen]
@@ -78,22 +78,22 @@ class EncodedRow:
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The target, with `IGNORED` where no loss is asked."""
+        """The target, with `IGNORED` for tokens without a loss."""
         return self.target
 
     @staticmethod
     def losses(model: Any, rows: Sequence[Any], stacked: TargetBatch) -> Tensor:
-        """Return loss_BK of rows of this class alone, stacked: the negative log-likelihood, or what a subclass has."""
+        """Return loss_BK of `stacked`, a batch of `rows` of this class: by default the negative log-likelihood."""
         return token_losses(model, stacked)
 
 
 def encode(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], targets: Sequence[str], *, ends: Sequence[str | None] = ()
 ) -> list[EncodedRow]:
-    """Return the token ids of each prompt, and of " target" with its end (by default the end of sequence), tokenised apart.
+    """Return the token ids of each prompt and, tokenised apart, of " target" with its end.
 
-    What follows a conversation is the assistant's turn, as `answered_ids` has it. Raises what that raises, and InvalidTask
-    for a prompt or a target without tokens and for a row longer than the model's context.
+    `ends` are by default the end of sequence. A conversation is followed by the assistant's turn, as in `answered_ids`.
+    Raises what that raises, and InvalidTask for a prompt or a target without tokens and for a row above the model's context.
     """
     # tokenizers refuse an empty list
     if not prompts:
@@ -157,7 +157,7 @@ def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Return the token that fills rows up: the tokenizer's padding, its end of sequence, or 0, which the mask hides."""
+    """Return the token for padding: the tokenizer's padding, its end of sequence, or 0; the mask hides it."""
     token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return 0 if token is None else int(token)
 
@@ -183,7 +183,7 @@ def with_positions(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Ten
 
 
 def align_left(ids_BT: Tensor, mask_BT: Tensor | None) -> dict[str, Tensor]:
-    """Return token ids and mask with all padding moved to the left; no mask stands for one without padding."""
+    """Return token ids and mask with all padding moved to the left; without a mask all tokens are real."""
     if mask_BT is None:
         return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
     order_BT = mask_BT.ne(0).int().argsort(dim=1, stable=True)
@@ -209,7 +209,7 @@ def token_scores(model: Any, batch: TargetBatch) -> tuple[Tensor, Tensor]:
 def target_logits(model: Any, batch: TargetBatch, *, whole: bool = False, asked_K: Tensor | None = None) -> Tensor:
     """Return logits_BKV at the positions that predict the targets, or only at those that `asked_K` marks.
 
-    With `whole`, the head sees all of a decoder's tokens.
+    With `whole`, the head computes the logits of all of a decoder's tokens.
     """
     if model.config.is_encoder_decoder:
         return cast(Tensor, model(**batch.inputs, use_cache=False).logits)
@@ -252,7 +252,7 @@ def mean_losses(model: Any, batch: TargetBatch) -> Tensor:
 
 
 def tensors_in(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return those of a model's inputs that are tensors."""
+    """Return the tensors among a model's inputs, by name."""
     return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
@@ -262,7 +262,7 @@ def takes(model: Any, argument: str) -> bool:
 
 
 def last_logits(model: Any) -> dict[str, int]:
-    """Return the argument that asks for the logits of each row's last token alone; {} for a model without such a one."""
+    """Return {"logits_to_keep": 1}, which asks for each row's last logits alone; {} if the model does not take it."""
     return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
 
@@ -291,7 +291,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Prefixes:
-    """The keys and values of what the rows of each group begin with: ids_MP and mask_MP, one row of each of M groups."""
+    """The keys and values of the tokens that the rows of each group begin with: ids_MP and mask_MP, P tokens of M groups."""
 
     ids_MP: Tensor
     mask_MP: Tensor
@@ -300,10 +300,10 @@ class Prefixes:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, groups: Sequence[Sequence[Sequence[int]]]) -> Prefixes | None:
-        """Read what the rows of each group have in common, with one token left to each row.
+        """Read the tokens that all rows of a group begin with, for each group; at least one token is left to each row.
 
-        Returns None where sharing does not pay or cannot be exact: for encoder-decoders, for models without positions, and
-        for caches other than plain keys and values.
+        Returns None if sharing does not pay or cannot be exact: for encoder-decoders, for models without positions, and for
+        caches other than plain keys and values.
         """
         if any(len(rows) < 2 for rows in groups) or model.config.is_encoder_decoder or not takes(model, "position_ids"):
             return None
@@ -318,9 +318,10 @@ class Prefixes:
         return cls(ids_MP, mask_MP, lengths, cache) if is_plain(cache) else None
 
     def before(self, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], Any]:
-        """Return (inputs, cache) for rows that are as many of each group, one group after the other.
+        """Return (inputs, cache) for rows of token ids, equally many of each group, one group after the other.
 
-        The inputs are the whole rows, padded before the prefix and between it and what follows; the cache has its rows.
+        The inputs are the whole rows, padded before the prefix and between it and the rest; the cache has the prefixes, by
+        row.
         """
         device, group_size = next(model.parameters()).device, len(rows) // len(self.lengths)
         rest = [row[self.lengths[number // group_size] :] for number, row in enumerate(rows)]
@@ -333,7 +334,7 @@ class Prefixes:
         return {name: value.to(device) for name, value in inputs.items()}, cache
 
     def after(self, model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Return arguments for a call of the model that reads only what follows the prefixes of these rows."""
+        """Return arguments for a call of the model that reads only the rest of these rows, after their prefixes."""
         inputs, cache = self.before(model, tokenizer, rows)
         return {**following(inputs, self.ids_MP.shape[1]), cache_name(model): cache}
 
@@ -350,7 +351,7 @@ def is_plain(cache: Any) -> bool:
 
 
 def following(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Return a decoder's inputs without the first `length` tokens; the mask still has them."""
+    """Return a decoder's inputs without the first `length` tokens; the mask keeps them."""
     return {name: value if name == "attention_mask" else value[:, length:] for name, value in inputs.items()}
 
 
@@ -360,7 +361,7 @@ def cache_name(model: Any) -> str:
 
 
 def pad_apart(given: TargetBatch) -> TargetBatch:
-    """Return an encoder-decoder's batch, padded so that its decoder has another number of tokens than the encoder, above 1.
+    """Return an encoder-decoder's batch, padded so that its decoder has more than 1 token and not as many as the encoder.
 
     The width of a layer's input then says whose tokens these are.
     """
@@ -408,7 +409,7 @@ def text_rows(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> 
 
 
 def padded_inputs(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the model's arguments for some rows, padded on the right, and which tokens are real."""
+    """Return the model's arguments for some rows, padded on the right, and real_BT, which tokens are real."""
     if model.config.is_encoder_decoder:
         inputs = batch(model, tokenizer, rows).inputs
         return inputs, inputs["attention_mask"].bool()

@@ -30,7 +30,7 @@ DOWNLOADED = ("contrastive_search", "dola_generation", "group_beam_search", "con
 
 @dataclass(frozen=True, eq=False)
 class GenerationCall:
-    """One call of the model's `generate`: its arguments, its way of decoding, and where in its output new tokens begin."""
+    """One call of the model's `generate`: its arguments, its mode of decoding, and the index at which new tokens begin."""
 
     tokenizer: Any
     arguments: Mapping[str, Any]
@@ -55,7 +55,7 @@ class GenerationCall:
         return list(self.tokenizer.batch_decode(self.new_tokens(output), skip_special_tokens=True))
 
     def require_streaming(self) -> None:
-        """Raise CompositionError where tokens are not known one by one, or go to somebody else."""
+        """Raise CompositionError if tokens are not known one by one, or the caller has a streamer or decoder already."""
         if "beam" in self.mode:
             raise CompositionError(
                 "beam search knows its tokens only at the end, and has nothing to stream: use generate(), or num_beams=1"
@@ -68,9 +68,10 @@ class GenerationCall:
 def generation_call(
     model: nn.Module, tokenizer: Any, texts: Sequence[Prompt], seeds: Sequence[int] | None, settings: Mapping[str, Any]
 ) -> GenerationCall:
-    """Return one call for a batch of texts and conversations, with the settings that the caller gave for `generate`.
+    """Return one call for a batch of texts and conversations, with the caller's `settings` for `generate`.
 
-    Raises CompositionError for what would run downloaded code or leave this thread, ScopeError for what takes one text only.
+    `seeds` are one for each text, or None. Raises CompositionError for settings that would run downloaded code or leave this
+    thread, ScopeError for a mode that takes one text only.
     """
     if not callable(getattr(model, "generate", None)):
         raise CompositionError(
@@ -162,7 +163,7 @@ def read_prompt(given: Any, number: int) -> Prompt:
 
 
 def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[Prompt]) -> tuple[dict[str, Tensor], int]:
-    """Return the token ids with their mask, padded left (right for an encoder), and the id that pads."""
+    """Return input_ids and attention_mask, padded left (right for an encoder), and the id of the padding token."""
     encoded = prompt_ids(tokenizer, texts)
     for number, ids in enumerate(encoded):
         if not ids and tokenizer.bos_token_id is not None:
@@ -260,8 +261,8 @@ class _Streamer:
 def sample_by_seeds(seeds: Sequence[int], streamer: Any) -> Callable[..., Any]:
     """Return a `custom_generate` that runs transformers' sampling loop and draws each text's tokens under the text's seed.
 
-    A function is the way in because the list of processors is complete only there: temperature, top-k and the like come
-    first. `streamer` is what the caller gave; transformers hands none to a function.
+    It is a function because the list of processors is complete only there: temperature, top-k and the like come first.
+    `streamer` is the caller's; transformers hands none to a function.
     """
 
     def decode(model: Any, input_ids: Tensor, logits_processor: Any, **others: Any) -> Any:
@@ -272,7 +273,7 @@ def sample_by_seeds(seeds: Sequence[int], streamer: Any) -> Callable[..., Any]:
 
 
 class _SeededRows:
-    """A logits processor that draws the next tokens, and leaves the draw that follows no other choice."""
+    """A logits processor that draws the next tokens itself, and leaves the sampling that follows only these."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -296,8 +297,8 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 class GrowingText:
     """The text of one sequence, decoded token by token.
 
-    What a token adds can depend on those before it (a space, the bytes of one character). It is therefore the difference
-    between the texts of the last few tokens with it and without it.
+    The text that a token adds can depend on earlier tokens (a space, the bytes of one character). It is therefore the
+    difference between the texts of the last few tokens with it and without it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -312,7 +313,7 @@ class GrowingText:
         return self._new_text(complete=True) if self._new else ""
 
     def rest(self) -> str:
-        """Return the text that is left at the end."""
+        """Return the text that is left at the end, an incomplete character included."""
         return self._new_text(complete=False) if self._new else ""
 
     def _new_text(self, *, complete: bool) -> str:

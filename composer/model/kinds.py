@@ -1,4 +1,4 @@
-"""The kinds of layers that can be composed: which modules are of one, their size as a matrix (O, I), where tokens lie."""
+"""The kinds of layers that can be composed: their modules, their size as a matrix (O, I), and the axes of their tokens."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Shape(NamedTuple):
 
 
 class LayerKind(ABC):
-    """A kind of layer, for which y0 = W x with x_BTI and y_BTO by row and token, whatever the module takes and returns.
+    """A kind of layer, for which y0 = W x with x_BTI and y_BTO by row and token, whatever axes the module's tensors have.
 
-    All methods but `shape` are for modules of the kind. The ones defined here are for features along the last axis.
+    All methods but `shape` are for modules of the kind. Those defined here are for features along the last axis.
     """
 
     name: Kind = "linear"
@@ -41,14 +41,14 @@ class LayerKind(ABC):
 
     @abstractmethod
     def refusal(self, module: Any) -> str:
-        """Return why an update of this layer would not be y0 + update, as a phrase; "" where it is."""
+        """Return why the module's output with an update would not be y0 + update, as a phrase; "" if it is."""
 
     @abstractmethod
     def project(self, module: Any, x: Tensor, a_SI: Tensor) -> Tensor:
-        """Return hidden_BTS = x a^T for what the module was called with, in the dtype of a or a wider one."""
+        """Return hidden_BTS = x a^T for the module's input x, in the dtype of a or a wider one."""
 
     def inputs(self, module: Any, x: Tensor, like: Tensor) -> Tensor:
-        """Return x_BTI, which a router sees; it has the dtype of `like` where it has to be made."""
+        """Return x_BTI, a router's input; if it has to be made, in the dtype of `like`."""
         return by_row(x)
 
     def rows(self, module: Any, y: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class LayerKind(ABC):
         return by_row(y)
 
     def put_back(self, y_BTO: Tensor, y: Tensor) -> Tensor:
-        """Return values by row and token in the shape of the module's output y."""
+        """Return y_BTO in the shape of the module's output y."""
         return y_BTO.reshape(y.shape)
 
 
@@ -101,7 +101,7 @@ class Norm(LayerKind):
 
 
 class Embedding(LayerKind):
-    """Embeddings: x is the one-hot token, so that x a^T looks up a column of a; also those that scale what they look up."""
+    """Embeddings, with or without a scale: x is the one-hot token, so that x a^T looks up a column of a."""
 
     name = "embedding"
     modules = "torch.nn.Embedding"
@@ -159,7 +159,7 @@ class Convolution(LayerKind):
         return self.project(module, x, torch.eye(num_inputs, dtype=like.dtype, device=like.device))
 
     def middle(self, module: Any, x: Tensor, like: Tensor) -> Tensor:
-        """Return x_BTC, the channels below the middle of the kernel at each output position, with the dtype of `like`."""
+        """Return x_BTC, the C channels below the middle of the kernel at each output position, with the dtype of `like`."""
         kernel = torch.zeros(1, 1, *module.kernel_size, dtype=like.dtype, device=like.device)
         kernel.view(-1)[kernel.numel() // 2] = 1
         # each channel as a row of its own, as the layer pads and strides all alike
@@ -184,7 +184,7 @@ conv = Convolution()
 
 
 def by_row(tensor: Tensor) -> Tensor:
-    """Return (rows, tokens, features) of a tensor whose last axis is the features and whose first, if two, is the rows."""
+    """Return the tensor as (rows, tokens, features): features are its last axis, rows the first of two or more."""
     if tensor.ndim == 1:
         return tensor[None, None]
     # not -1, which is ambiguous for a tensor without elements
@@ -192,12 +192,12 @@ def by_row(tensor: Tensor) -> Tensor:
 
 
 def is_near(y: object, expected: Tensor, *, atol: float) -> bool:
-    """Return whether a module's output is a tensor of the expected shape, and within 1 % or `atol` of it."""
+    """Return True if a module's output y is a tensor of the expected shape, within 1 % or `atol` of `expected`."""
     return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y.float(), expected.float(), 1e-2, atol)
 
 
 def _is_plain(module: nn.Linear) -> bool:
-    """Return whether the forward of a class of its own gives W x + bias for a random x; True where W is no plain matrix."""
+    """Return True if a subclass's forward gives W x + bias for a random x, or if W is no plain matrix."""
     weight, bias = module.weight, module.bias
     stored = weight.shape == (module.out_features, module.in_features)
     if weight.is_meta or not stored or not weight.is_floating_point() or weight.dtype.itemsize < 2:
@@ -213,7 +213,7 @@ def _is_plain(module: nn.Linear) -> bool:
 def _scaled(module: Any, looked_up: Tensor) -> Tensor:
     """Multiply looked-up rows by a scaled embedding's factor (gemma's sqrt(hidden size)), rounded as the module rounds it.
 
-    A look-up that is scaled is first taken to fp32 or better; one without a factor is returned as it is.
+    Scaled rows are first converted to fp32 or better; without a factor they are returned unchanged.
     """
     scale = getattr(module, "embed_scale", None)
     if scale is None or type(module).forward is nn.Embedding.forward:
@@ -224,9 +224,9 @@ def _scaled(module: Any, looked_up: Tensor) -> Tensor:
 
 
 def _looks_up_and_scales(module: nn.Embedding) -> bool:
-    """Return whether the forward of a class of its own gives embed_scale * W[token] for a few tokens.
+    """Return True if a subclass's forward gives embed_scale * W[token] for a few tokens.
 
-    Where the weight cannot be read (offloaded), a class with an embed_scale is believed.
+    If the weight cannot be read (offloaded), a class with an embed_scale is assumed to do so.
     """
     weight = module.weight
     if not hasattr(module, "embed_scale") or not weight.is_floating_point() or weight.dtype.itemsize < 2:

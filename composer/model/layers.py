@@ -1,8 +1,7 @@
 """The target layers of a model: modules of a known kind, each seen as one weight (O, I) whatever its storage.
 
 `use_of` finds layers whose weight is read without a call: a hook on such a layer never fires, and an update would be lost
-without a word. How a class uses its layers is seen from the bytecode of its methods, which is quick, and there without the
-source.
+without an error. It reads the bytecode of the owner's methods, which is quick and works without their source.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ KINDS: tuple[LayerKind, ...] = (linear, embedding, conv)
 class TargetLayer:
     """A layer under its module path; `transposed` is True if its weight is stored as (I, O).
 
-    `fresh` is True if every call's output is a new tensor, which nothing else refers to. `owner` is the module around it,
-    where that does not always call the layer but may compute with its weight itself.
+    `fresh` is True if every call's output is a new tensor, which nothing else refers to. `owner` is the module around it if
+    that does not always call the layer but may compute with its weight itself.
 
     An expert of a fused parameter is the matrix `number` of the module's parameter `attribute`; any other layer has its
-    weight in "weight". With `turned` the module multiplies that matrix from the other side than its sizes here say, which
-    PEFT does not know of Llama 4's: x is as wide as it has outputs.
+    weight in "weight". With `turned` the module multiplies that matrix from the other side than its sizes here say, as PEFT
+    stores Llama 4's: then x has as many features as the layer has outputs.
     """
 
     name: str
@@ -68,7 +67,7 @@ class TargetLayer:
         return self.attribute if part == "weight" else part
 
     def parameter(self, part: str) -> Tensor | None:
-        """Return the tensor "weight" or "bias" as it is now; None where the layer has none, or computes it on the way."""
+        """Return the tensor "weight" or "bias" as it is now; None if the layer has none, or computes it in each call."""
         if self.number is not None:
             whole = self.module._parameters.get(self.attribute) if part == "weight" else None
             return None if whole is None else whole.detach()[self.number]
@@ -140,11 +139,11 @@ def gives_new_memory(module: nn.Module) -> bool:
 
 
 def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, expert: str) -> TargetLayer:
-    """Return the layer that `factors` update; `modules` is the model's named_modules().
+    """Return the layer that `factors` update; `modules` is the model's named_modules(), `expert` a name for messages.
 
     Raises LayerMismatch, naming expert and layer, for a layer that is not in the model, that is of no known kind or of
-    another one than the factors, that has another shape, that never runs, or whose forward is not that of its weight
-    alone; CompositionError for a layer without values that nothing loads.
+    another one than the factors, that has another shape, that never runs, or whose forward does more than apply its weight;
+    CompositionError for a layer without values that nothing loads.
     """
     module = modules.get(name.rsplit(".", 2)[0] if factors.kind == "expert" else name)
     statement = f"expert {expert!r} updates layer {name!r}"
@@ -217,12 +216,12 @@ def multiplies_columns(module: nn.Module) -> bool:
 
 
 def _embeds_tokens(owner: nn.Module, module: nn.Module) -> bool:
-    """Return whether the owner, given inputs_embeds, runs without this layer, which has then had its part in them."""
+    """Return True if the module is the owner's token embedding, which given inputs_embeds replace."""
     return isinstance(module, nn.Embedding) and getattr(owner, "get_input_embeddings", lambda: None)() is module
 
 
 def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Return whether this is an encoder-decoder's `shared` embedding, which since transformers 5 only holds the weight."""
+    """Return True for an encoder-decoder's `shared` embedding, which since transformers 5 only holds the weight."""
     place, _, last = name.rpartition(".")
     prefix = f"{place}." if place else ""
     encoder_embedding = modules.get(f"{prefix}encoder.embed_tokens")
@@ -230,7 +229,7 @@ def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
-    """Return what the model has in place of `name`: the nearest name, the first of two, or experts in one parameter."""
+    """Return a phrase on what the model has instead of `name`: the nearest name, its other path, or fused experts; or ""."""
     with suppress(AttributeError, KeyError):
         module = modules[""].get_submodule(name)
         first = next(place for place, other in modules.items() if other is module)
@@ -247,7 +246,7 @@ def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
 
 
 def _bare(module: nn.Module) -> str:
-    """Return a phrase for a module that has the weights of many experts in one parameter; "" for others."""
+    """Return a phrase for a module that has the weights of many experts in one parameter; "" for any other."""
     stacked = [part for part, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
     if not stacked:
         return ""
@@ -258,7 +257,7 @@ def _bare(module: nn.Module) -> str:
 
 
 def require_values(name: str, adapter: Adapter, layers: Mapping[str, TargetLayer]) -> None:
-    """Raise CompositionError, naming the expert, for a part that needs values of the base in an offloaded layer."""
+    """Raise CompositionError, naming the expert, if its factors need values of the base in an offloaded layer."""
     for layer in layers.values():
         factors = adapter.layers.get(layer.name)
         if factors is None or not layer.offloaded:
@@ -273,7 +272,7 @@ def require_values(name: str, adapter: Adapter, layers: Mapping[str, TargetLayer
 def bind(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Factors]:
     """Return the adapter's factors with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
 
-    A bias that is alone gets the layer's kind and number of inputs.
+    A layer with a bias alone gets the base layer's kind and number of inputs.
     """
     factors = dict(adapter.layers)
     for name, part in factors.items():
@@ -295,7 +294,7 @@ def bind(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Fa
 
 
 def with_magnitudes(adapter: Adapter, model: nn.Module) -> Adapter:
-    """Return the adapter as files have it: with DoRA's magnitudes in all its layers where one of them has a gain.
+    """Return the adapter as files store it: if a layer has a gain, with DoRA's magnitudes in all its layers.
 
     Raises AdapterUnsupported for a gain that no magnitude expresses.
     """
@@ -311,7 +310,7 @@ def with_magnitudes(adapter: Adapter, model: nn.Module) -> Adapter:
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Return the parameters that share memory with another parameter or buffer, each with the name of one such."""
+    """Return {parameter: a parameter or buffer that shares its memory} for the parameters that share any."""
     spans = []
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
@@ -359,7 +358,7 @@ def use_of(owner: nn.Module, attribute: str) -> Use:
 
 
 def _reachable(owner: type[nn.Module]) -> list[CodeType]:
-    """Return the code of forward and of all methods named in it, in those, and so on, but not what only makes or saves."""
+    """Return the code of forward and of all methods that it names, directly or through others."""
     names, codes = ["forward"], []
     # both lists grow while they are gone through: by the functions within a function, and by the methods that it names
     for name in names:
@@ -373,7 +372,10 @@ def _reachable(owner: type[nn.Module]) -> list[CodeType]:
 
 
 def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
-    """Yield the attributes that the code loads, and whether for a computation with their weight; questions are left out."""
+    """Yield (attribute, True if its weight enters a computation) for the attributes that the code loads.
+
+    Questions about a weight, such as its dtype or class, are left out.
+    """
     steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
     for place, (operation, attribute) in enumerate(steps):
         if not operation.startswith(("LOAD_ATTR", "LOAD_METHOD")):
@@ -393,10 +395,10 @@ Receiver = Callable[[Tensor, Tensor], None]
 
 
 class GradientTap(torch.autograd.Function):
-    """The identity on a layer's output, which hands the gradient that passes, and the layer's input, to a receiver.
+    """The identity on a layer's output, which hands the output's gradient and the layer's input to a receiver.
 
     `wanted` is any tensor that requires a gradient: an edge of the graph that makes the backward pass reach it, although
-    neither the model's parameters nor its inputs want one.
+    neither the model's parameters nor its inputs need one.
     """
 
     @staticmethod

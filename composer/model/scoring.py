@@ -48,7 +48,10 @@ Targets = str | Sequence[str]
 
 @dataclass(frozen=True)
 class Score:
-    """The share of right answers (0 to 1) with its 95 % interval (Wilson), and the mean loss of the targets."""
+    """The share of right answers (0 to 1) with its 95 % interval (Wilson), and the mean loss of the targets in nats.
+
+    `count` is the number of items; `right`, `answers` and `losses` have an entry for each.
+    """
 
     value: float
     low: float
@@ -69,7 +72,7 @@ def losses(
 ) -> list[float]:
     """Return the mean negative log-likelihood of each pair's (first) target, given its prompt.
 
-    Demonstrations stand in their first order. `share` is that of `predict`.
+    Demonstrations are in their first order. `share` is that of `predict`.
     """
     return losses_of_rows(model, tokenizer, encode_pairs(model, tokenizer, task, pairs), share=share)
 
@@ -82,7 +85,7 @@ def encode_pairs(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[P
 
 @torch.no_grad()
 def losses_of_rows(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], *, share: bool = False) -> list[float]:
-    """Return the mean negative log-likelihood of each row's target, given its prompt."""
+    """Return the mean negative log-likelihood of each row's target, given its prompt. `share` is that of `predict`."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     values = [0.0] * len(rows)
     prefix = Prefixes.of(model, tokenizer, [[row.prompt for row in rows]]) if share else None
@@ -107,8 +110,8 @@ def predict(
 ) -> list[str]:
     """Return one answer for each input: the likeliest label if the task has labels, else what `generate` gives.
 
-    For a task in several orders it is that of `predict_together`. With `share` the model reads once what all prompts begin
-    with, where it can: not for weights that look at a whole prompt.
+    For a task in several orders it is that of `predict_together`. With `share` the model reads the common beginning of all
+    prompts once, where it can: not for weights that look at a whole prompt.
     """
     tasks = task.in_orders()
     share = share and bool(task.demonstrations)
@@ -136,9 +139,10 @@ def predict_together(
 ) -> list[str]:
     """Return one answer for each of N inputs under the prompts of M tasks, whose probabilities are averaged.
 
-    `inputs_MN` has each input as it is put to each task. A batch has the rows of the first task, then those of the next.
-    The labels' probabilities are averaged, without the prior where the tasks are `calibrated`; decoding takes at each step
-    the token of the highest average, which all rows of an input then go on from. `share` is that of `predict`.
+    `inputs_MN` has a text of each input for each task, share_M the tasks' shares. A batch has the rows of the first task,
+    then those of the next. The labels' probabilities are averaged, without the prior if the tasks are `calibrated`; decoding
+    takes at each step the token of the highest average, from which all rows of an input continue. `share` is that of
+    `predict`.
     """
     labels, neutral = tasks[0].labels, tasks[0].neutral
     if labels is not None:
@@ -186,9 +190,9 @@ def _batches(
     num_rows: int,
     share: bool,
 ) -> tuple[Prefixes | None, list[tuple[list[int], list[Prompt]]]]:
-    """Return the prefix that is read once, and batches of inputs of like length.
+    """Return the prefixes that are read once, or None, and batches of inputs of similar length, of at most `num_rows` rows.
 
-    A batch is (places of the inputs, their prompts), the prompts of one task after those of the other.
+    A batch is (indices of the inputs, their prompts), the prompts of one task after those of the other.
     """
     prompts_MN = [[task.prompt(text) for text in inputs_N] for task, inputs_N in zip(tasks, inputs_MN, strict=True)]
     ids_MN = [prompt_ids(tokenizer, prompts) for prompts in prompts_MN]
@@ -201,9 +205,9 @@ def _batches(
 def log_prior(log_p_MCL: Tensor, task: Task) -> Tensor:
     """Return log_prior_ML, how likely each label is whatever the input, by the task's C neutral inputs.
 
-    A label's is its mean log-probability over the inputs that are not known to be answered with it: a member that has
-    learned an example is sure of it, and would take a label that most examples have for one that is likely anyway. A label
-    that all inputs have takes all. With `calibrated=True` it is the logarithm of the mean probability.
+    A label's is its mean log-probability over the neutral inputs whose known answer is another: a member that has learned an
+    example is sure of it, so that the label of most examples would seem likely for any input. A label that is the answer of
+    all inputs has the mean over all. With `calibrated=True` it is the logarithm of the mean probability.
     """
     if task.calibrated is True:
         return log_p_MCL.exp().mean(dim=1).log()
@@ -243,7 +247,7 @@ def log_average(log_p_MBV: Tensor, share_M: Tensor) -> Tensor:
 def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, share: bool = False) -> Score:
     """Predict every input and compare with its accepted targets (one text, or several), after trimming white space.
 
-    `share` is that of `predict`.
+    `pairs` are rows with input and target; `share` is that of `predict`.
     """
     pairs = read_answers(pairs)
     most = longest_answer(tokenizer, pairs)
@@ -255,9 +259,9 @@ Pairs = Sequence[tuple[Prompt, Sequence[str]]]
 
 
 def longest_answer(tokenizer: Any, pairs: Pairs) -> int:
-    """Return how many tokens are enough for a right answer.
+    """Return the number of tokens that is enough for a right answer.
 
-    An answer twice as long as any accepted target is wrong however it ends, and the base model often goes on and on.
+    An answer twice as long as any accepted target is wrong however it ends, and the base model often does not stop.
     """
     targets = [target for _, accepted in pairs for target in accepted]
     longest = max(len(ids) for ids in tokenizer(targets)["input_ids"])
@@ -265,7 +269,7 @@ def longest_answer(tokenizer: Any, pairs: Pairs) -> int:
 
 
 def score(answers: Sequence[str], pairs: Pairs, losses: Sequence[float]) -> Score:
-    """Return the score of one answer and one loss for each pair; white space around an answer does not count."""
+    """Return the score of one answer and one loss for each pair; white space around an answer is ignored."""
     right = tuple(a.strip() in [t.strip() for t in accepted] for a, (_, accepted) in zip(answers, pairs, strict=True))
     share = float(np.mean(right))
     low, high = wilson(share, len(right))
@@ -290,10 +294,10 @@ def generate(
     prefix: Prefixes | None = None,
     stop: Sequence[str] = LINE,
 ) -> list[str]:
-    """Return the first line of each greedy continuation, or what stands before the first of the texts in `stop`.
+    """Return the first line of each greedy continuation, or the text before the first of the texts in `stop`.
 
     In a conversation the end of the assistant's turn ends it too. `processors` change a step's scores before the best token
-    is taken, as transformers' logits processors do. All prompts begin with the `prefix`, where one is given.
+    is taken, as transformers' logits processors do. All prompts begin with the `prefix`, if there is one.
     """
     inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
     known: dict[str, Any] = {} if cache is None else {cache_name(model): cache}
@@ -323,7 +327,7 @@ def generate(
 
 
 def answer_in(text: str, stop: Sequence[str]) -> str:
-    """Return the first line of a continuation, or what stands before the first of the texts in `stop`."""
+    """Return the first line of a continuation, or the text before the first of the texts in `stop`."""
     if tuple(stop) == LINE:
         return (text.strip(" ").splitlines() or [""])[0].strip()
     return text[: min((place for end in stop if (place := text.find(end)) >= 0), default=None)].strip()
@@ -381,11 +385,11 @@ def label_ids(tokenizer: Any, labels: Sequence[str], end: str | None = None) -> 
 def label_losses(
     model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[Sequence[Sequence[int]]], cache: Any = None
 ) -> Tensor:
-    """Return loss_BL, the summed negative log-likelihood of each label's tokens after each prompt.
+    """Return loss_BL for L labels, the summed negative log-likelihood of each label's tokens after each prompt.
 
     The prompts are padded as `pad_prompts` does. `labels` has the token ids of each label for each of M equal parts of the
-    batch. A decoder reads each prompt once; its labels share the prompt's keys and values, and what a `cache` has of the
-    prompts is not read. Raises InvalidTask for labels that lie beyond the model's context.
+    batch. A decoder reads each prompt once; its labels share the prompt's keys and values, and the tokens in a `cache` are
+    not read again. Raises InvalidTask for labels that lie beyond the model's context.
     """
     width = max(len(label) for part_labels in labels for label in part_labels)
     targets_MLK = [[[*label, *[IGNORED] * (width - len(label))] for label in part_labels] for part_labels in labels]
@@ -408,7 +412,7 @@ def label_losses(
 
 
 def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tensor, cache: Any) -> Tensor:
-    """Return a decoder's loss_NK by a pass over the prompts and one over N / B targets for each, in the prompts' order."""
+    """Return a decoder's loss_NK for N targets, N / B for each of B prompts in order, by a pass over each."""
     count, width, name = len(targets_NK) // len(ids_BT), targets_NK.shape[1], cache_name(model)
     prompt_inputs = with_positions(model, ids_BT, mask_BT)
     if cache is not None:
@@ -429,7 +433,7 @@ def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tenso
 def _read_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], prefix: Prefixes | None
 ) -> tuple[dict[str, Tensor], Any]:
-    """Return one batch of the prompts, and the cache of the `prefix` for as many rows, or None without a prefix."""
+    """Return one batch of the prompts, and the cache of the `prefix` by row, or None without a prefix."""
     if prefix is None:
         return pad_prompts(model, tokenizer, prompts), None
     return prefix.before(model, tokenizer, prompt_ids(tokenizer, prompts))

@@ -1,7 +1,7 @@
 """The parts of every fast path: its cost, the factors of single experts, the weights of each row, and the choice by cost.
 
 A cost is arithmetic, bytes and calls, priced with rates that were fitted to timings of all paths over many shapes
-(`benchmarks/paths.py`); only their ratios matter. Those of "cuda" are data-sheet values.
+(`benchmarks/paths.py`); only the rates' ratios matter. Those of "cuda" are data-sheet values.
 """
 
 from __future__ import annotations
@@ -90,7 +90,11 @@ class Workload:
     def of_products(
         self, rank_tokens: float, rank_rows: float, calls: float, items: float = 0.0, extra: float = 0.0
     ) -> Cost:
-        """Return the cost of the products with a and b: `rank_tokens` hidden values, `rank_rows`, `extra` elements moved."""
+        """Return the cost of the products with a and b, and of moving x and y.
+
+        `rank_tokens` is the number of hidden values, `rank_rows` that of rows of a and b that are read, `extra` that of
+        further elements moved; `calls` and `items` are those of `Cost`.
+        """
         width = self.num_inputs + self.num_outputs
         num_bytes = self.itemsize * (self.moved + rank_rows * width + 2 * rank_tokens + extra)
         return Cost(2 * rank_tokens * width, num_bytes, calls, items)
@@ -117,7 +121,7 @@ class TokenWorkload:
         return RATES["cpu", self.itemsize]
 
 
-# the parts that count for each row of a batch, and how much; parts of weight 0 are left out
+# for each row of a batch (index of a part, its weight); parts of weight 0 are left out
 RowSets = tuple[tuple[tuple[int, float], ...], ...]
 
 Adder = Callable[[Tensor, Tensor], object]
@@ -230,14 +234,17 @@ class RowKernel(AddsInPlace):
     @classmethod
     @abstractmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Kernel:
-        """Return the kernel of rows that each have a part; what it gathers is in memory that was lent, if any."""
+        """Return the kernel for rows that each have a part.
+
+        Row sets index `parts`. What the kernel gathers lies in memory from `lend`, if given.
+        """
 
 
 @dataclass(frozen=True, eq=False)
 class SomeRows(AddsInPlace):
-    """A mixture for some rows of a batch: the others, which have the base alone, take no part in any product.
+    """A mixture for some rows of a batch; the rest, which have the base alone, take no part in any product.
 
-    `kernel` is for the mixtures at `place` among `num_rows`: a slice where they are consecutive, else an index.
+    `kernel` is for the mixtures at `place` among `num_rows`: a slice if they are consecutive, else an index.
     """
 
     kernel: Kernel
@@ -278,27 +285,27 @@ class SomeRows(AddsInPlace):
 
 
 def row_sets(w_BTP: Tensor) -> RowSets | None:
-    """Return the rows of weights that are the same for all tokens; None where they vary by token, or learn."""
+    """Return the sets of (index, weight) pairs of weights that all tokens share; None if they vary by token, or learn."""
     if w_BTP.shape[1] != 1 or w_BTP.requires_grad:
         return None
     return tuple(tuple((p, w) for p, w in enumerate(row) if w != 0) for row in w_BTP[:, 0].tolist())
 
 
 def place_of(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
-    """Return row numbers as a slice where they are consecutive, else as an index."""
+    """Return ascending row numbers as a slice if they are consecutive, else as an index tensor."""
     if numbers[-1] - numbers[0] + 1 == len(numbers):
         return slice(numbers[0], numbers[-1] + 1)
     return torch.tensor(numbers, device=device)
 
 
 def group_by_mixture(x_BTI: Tensor, num_mixtures: int) -> Tensor:
-    """Return x as one row a mixture: the tokens of all rows that it counts for, one row after the other."""
+    """Return x_MNI with one row for each mixture: the N tokens of all rows that it serves, one row after the other."""
     # not -1, which is ambiguous for an input without tokens
     return x_BTI.reshape(num_mixtures, x_BTI.shape[0] * x_BTI.shape[1] // num_mixtures, x_BTI.shape[2])
 
 
 def add_at(kernel: Kernel, place: slice | Tensor, x_MNI: Tensor, y_MNO: Tensor) -> None:
-    """Add the kernel's updates to the rows at a place, in their own memory."""
+    """Add the kernel's updates for x to the rows `place` of y_MNO, in their own memory."""
     if isinstance(place, slice):
         kernel.add_(x_MNI[place], y_MNO[place])
     else:
@@ -342,13 +349,13 @@ class Choice:
 
 @cache
 def kernels_with(what: str) -> dict[str, Any]:
-    """Return the kernels of the registry that have an attribute.
+    """Return {name: kernel} of the registry's kernels that have the attribute `what`.
 
-    `cost` is that of a RowKernel. Others are faster ways that extensions bring. For weights that are written: `add_product`
-    (into_MN, left_MK, right_KN), which returns True once it has added a product. For weights by token: `token_seconds`(work:
-    TokenWorkload) of a kernel (parts, w_BTP, dtype) that may take the place of `Dense` on a CPU; `add_dense`(dense, x_BTI,
-    y_BTO), which returns True once it has done what `Dense.add_` does; and `add_experts`(y, x_NI, w_NE, a_SI, b_SO, ranks,
-    most, learns=..), which returns what the function of this name does, or None.
+    `cost` is that of a RowKernel. The rest are faster ways that extensions bring. For weights that are written:
+    `add_product` (into_MN, left_MK, right_KN), which returns True once it has added a product. For weights by token:
+    `token_seconds`(work: TokenWorkload) of a kernel (parts, w_BTP, dtype) that may replace `Dense` on a CPU;
+    `add_dense`(dense, x_BTI, y_BTO), which returns True once it has done what `Dense.add_` does; and `add_experts`(y, x_NI,
+    w_NE, a_SI, b_SO, ranks, most, learns=..), which returns what the function of this name does, or None.
     """
     kernels = {name: registry.get("kernels", name) for name in registry.names("kernels")}
     return {name: kernel for name, kernel in kernels.items() if hasattr(kernel, what)}
@@ -365,7 +372,7 @@ def row_kernels() -> dict[str, type[RowKernel]]:
 
 
 def compiled_threads(device: torch.device, dtype: torch.dtype) -> int:
-    """Return the number of torch's threads if some kernel of compiled code runs there, else 0."""
+    """Return the number of torch's threads if a kernel of compiled code runs for this device and dtype, else 0."""
     for kernel in row_kernels().values():
         if kernel.is_compiled and kernel.runs(device, dtype):
             return torch.get_num_threads()
@@ -391,7 +398,7 @@ def choose(work: Workload) -> Choice:
 
 
 def costs(work: Workload) -> dict[str, Cost]:
-    """Return the cost of each kernel that is for such a workload."""
+    """Return {kernel's name: its cost} of the kernels that take such a workload."""
     costs = {}
     for path, kernel in row_kernels().items():
         runs = kernel.is_chosen and (kernel.devices is None or work.device in kernel.devices)
@@ -406,9 +413,9 @@ ONLY: ContextVar[str | None] = ContextVar("loraweave_only_kernel", default=None)
 
 @contextmanager
 def only_kernel(name: str, model: nn.Module) -> Iterator[None]:
-    """Take one kernel of the registry, and no other, for the block: in calls of the model, and for activations opened in it.
+    """Take one kernel of the registry, and no other, in calls of the model and for activations opened in the block.
 
-    Layers and weights that are not for it raise ScopeError. Raises what the kernel's `around` raises for the model.
+    Layers and weights that it does not support raise ScopeError. Raises what the kernel's `around` raises for the model.
     """
     with registry.get("kernels", name).around(model):
         token = ONLY.set(name)
@@ -419,5 +426,5 @@ def only_kernel(name: str, model: nn.Module) -> Iterator[None]:
 
 
 def block_of(name: str) -> str:
-    """Return what users call the block in which a kernel is the only one, for messages."""
+    """Return the call that users write to make this kernel the only one, such as "only_kernel()", for messages."""
     return row_kernels()[name].block

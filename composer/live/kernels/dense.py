@@ -58,7 +58,10 @@ class Stack:
         return sum({id(tensor): tensor.nbytes for tensor in held}.values())
 
     def weigh(self, w_BTP: Tensor, hidden_NS: Tensor | None = None, made: Made | None = None) -> Dense:
-        """Return its kernel for the parts' weights; B and T may be 1. `hidden_NS` is x a^T of the x to come, if known."""
+        """Return the stack's kernel for weights w_BTP; B and T may be 1.
+
+        `hidden_NS` is x a^T of the input to come, if known, and `made` collects w_NS for layers that share the weights.
+        """
         return Dense(self, w_BTP, hidden_NS, made)
 
 
@@ -103,7 +106,7 @@ class Dense(RowKernel):
         return self.w_BTP.nbytes
 
     def expanded(self, hidden_BTS: Tensor) -> Tensor:
-        """Return (hidden * w) b^T, for the hidden values of whatever layer."""
+        """Return (hidden * w) b^T for hidden values that any kind of layer computed."""
         w_BTS = repeat_rows(self.w_BTP[..., self.stack.owner_S], hidden_BTS.shape[0])
         return mix(hidden_BTS, w_BTS).to(self.dtype) @ self.stack.b_SO
 
@@ -147,7 +150,7 @@ class Dense(RowKernel):
         return output
 
     def _mixed(self, hidden_NS: Tensor, shape: torch.Size) -> Tensor:
-        """Return the hidden values, of inputs of that shape, times their weights."""
+        """Return the hidden values, for inputs of shape (B, T, I), times their weights."""
         ranks = self.stack.ranks
         if self.made is None and len(set(ranks)) == 1:
             hidden_NPR = hidden_NS.view(-1, len(ranks), ranks[0])
@@ -161,7 +164,7 @@ class Dense(RowKernel):
         return weigh(hidden_NS, w_NS, learns=False)
 
     def by_token(self, shape: torch.Size) -> Tensor:
-        """Return w_NP for the tokens of inputs of that shape, row by row; w_1P where all share them."""
+        """Return w_NP for the N tokens of inputs of shape (B, T, I), row by row; w_1P if all share them."""
         w_BTP = repeat_rows(self.w_BTP, shape[0])
         if w_BTP.shape[0] * w_BTP.shape[1] != 1:
             w_BTP = w_BTP.expand(*shape[:2], w_BTP.shape[2])
@@ -169,7 +172,7 @@ class Dense(RowKernel):
 
 
 def by_input(a_SI: Tensor) -> Tensor:
-    """Return the same values, with those of one input contiguous, which halves the time of x a^T on a CPU."""
+    """Return a_SI with the values of one input contiguous in memory, which halves the time of x a^T on a CPU."""
     return a_SI.T.contiguous().T
 
 
@@ -178,18 +181,18 @@ def _may_change(y_BTO: Tensor) -> bool:
 
 
 class RankRows(NamedTuple):
-    """The owners of S rank rows, and the rows of a and of b that they have; None means a row for each, in the same order."""
+    """The owners of S rank rows, and the rows of a and of b that each uses; None means row s for rank row s."""
 
     owner_S: Tensor
     a_row_S: Tensor | None = None
     b_row_S: Tensor | None = None
 
     def of_a(self, hidden: Tensor) -> Tensor:
-        """Return values of the rank rows on the last axis, from those of the rows of a."""
+        """Return hidden values by rank row on the last axis, from those by row of a."""
         return _pick(hidden, self.a_row_S)
 
     def of_b(self, b: Tensor) -> Tensor:
-        """Return b_SO of all rank rows."""
+        """Return b_SO with a row for each rank row."""
         return b if self.b_row_S is None else b[self.b_row_S]
 
 
@@ -224,7 +227,7 @@ class ExpertProduct(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of y, x, w, a and b, of those that need one."""
+    """Return the gradients of y, x, w, a and b, None for one that is not needed; the last None is for `rows`."""
     x_NI, w_NE, a, b, hidden_NS = ctx.saved_tensors
     rows = ctx.rows
     learns_y, learns_x, learns_w, learns_a, learns_b = ctx.needs_input_grad[:5]
@@ -247,7 +250,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _mix(hidden_NS: Tensor, w_NE: Tensor, b: Tensor, rows: RankRows, *, learns: bool) -> Tensor:
-    """Return the hidden values times their weights, by the rows of b."""
+    """Return the hidden values times their weights, summed over the rank rows that share a row of b."""
     return _sum_shared(weigh(hidden_NS, w_NE.index_select(1, rows.owner_S), learns=learns), rows.b_row_S, len(b))
 
 
@@ -260,19 +263,19 @@ def _add(y: Tensor | None, mixed: Tensor, b: Tensor) -> Tensor:
 
 
 def _pick(values: Tensor, row_S: Tensor | None) -> Tensor:
-    """Return values of the rank rows on the last axis, from those of the rows that they share."""
+    """Return values by rank row on the last axis, from values by the rows that rank rows share."""
     return values if row_S is None else values[..., row_S]
 
 
 def _sum_shared(values_NS: Tensor, row_S: Tensor | None, num_rows: int) -> Tensor:
-    """Return the sums over the rank rows that share a row."""
+    """Return the values summed over the rank rows that share a row, (N, `num_rows`); unchanged if row_S is None."""
     if row_S is None:
         return values_NS
     return values_NS.new_zeros(len(values_NS), num_rows).index_add_(1, row_S, values_NS)
 
 
 def weigh(hidden: Tensor, w: Tensor, *, learns: bool) -> Tensor:
-    """Return the hidden values times their weights, in their own dtype; the axes broadcast."""
+    """Return hidden values times weights in the dtype of `hidden`; the axes broadcast. `learns` keeps the gradient of w."""
     mixed = hidden.to(w.dtype) * w
     # a sum over what has not overflowed is finite, and costs less than a mask; elsewhere than on a CPU one would wait for it
     if not learns and not (mixed.device.type == "cpu" and math.isfinite(mixed.sum().item())):
@@ -281,7 +284,7 @@ def weigh(hidden: Tensor, w: Tensor, *, learns: bool) -> Tensor:
 
 
 def sort_by_expert(w_NE: Tensor) -> tuple[Tensor, list[int]]:
-    """Return the tokens whose weight is not 0, of one expert after the other, and how many each expert has."""
+    """Return the indices of tokens with a weight other than 0, expert by expert, and their number for each expert."""
     chosen_EN = w_NE.T != 0
     return chosen_EN.nonzero()[:, 1], chosen_EN.sum(dim=1).tolist()
 
