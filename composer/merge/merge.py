@@ -142,7 +142,7 @@ def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
 
 
 def parent_of(adapter: Adapter) -> dict[str, Any]:
-    """Return what a recipe says of an adapter that was merged, beside its weight."""
+    """Return a recipe's entry for a merged adapter, without its weight: hash, name, license, and files if any."""
     files = {"files": list(adapter.files)} if adapter.files else {}
     license = stated_license(adapter.card["license"]) if "license" in adapter.card else None
     return {"hash": adapter.hash, "name": adapter.name, "license": license or "unknown", **files}
@@ -245,7 +245,7 @@ def _merge_layers(
 
 
 def worth_a_thread(experts: Sequence[Factors | None]) -> bool:
-    """Return whether to merge a layer beside others: its cut takes far longer than starting a thread, and it is small."""
+    """Return True if a layer's merge should run in a thread: its cut takes far longer than starting one, and it is small."""
     updates = [factors for factors in experts if factors is not None]
     num_out, num_in = updates[0].b_OR.shape[0], updates[0].a_RI.shape[1]
     return num_out * num_in <= ALONE and sum(update.rank for update in updates) ** 2 * (num_out + num_in) > SMALL
@@ -267,7 +267,7 @@ def cut(update: Update, rank: int | None) -> TruncatedUpdate:
 def _parents(
     adapters: Sequence[Adapter], weights: Sequence[float] | None, statistics: Sequence[AdapterStatistics] | None
 ) -> list[Parent]:
-    """Return the adapters that count, in the order given; all that can be wrong with the arguments is found here."""
+    """Return the adapters of weight other than 0, in the order given; all errors in the arguments are raised here."""
     listed = isinstance(adapters, Collection) and not isinstance(adapters, Mapping | str | bytes)
     strange = [item for item in adapters if not isinstance(item, Adapter)] if listed else [adapters]
     if strange:
@@ -389,12 +389,12 @@ CHOICES = ("error", "first", "average")
 
 
 def merge_heads(used: Sequence[tuple[Adapter, float]], choice: str) -> dict[str, Tensor]:
-    """Return the heads of a merge of these adapters, which are in the order that the user gave, with their weights.
+    """Return the heads of a merge of these (adapter, weight) pairs, in the order that the user gave.
 
-    One adapter of weight 1 keeps its heads. Otherwise "first" takes each head from the first adapter that has it,
-    "average" the sum of w_e h_e over the sum of w_e, over the adapters that have it, and "error" refuses.
-    Raises WeightingError for another choice or weights that sum to zero, CompositionError for heads under "error",
-    LayerMismatch for an average of heads of different shape.
+    One adapter of weight 1 keeps its heads. Otherwise "first" takes each head from the first adapter that has it, "average"
+    the sum of w_e h_e over the sum of w_e, over the adapters that have it, and "error" refuses. Raises WeightingError for
+    another choice or weights that sum to zero, CompositionError for heads under "error", LayerMismatch for an average of
+    heads of different shape.
     """
     if choice not in CHOICES:
         raise WeightingError(f"heads={choice!r} is none of {', '.join(map(repr, CHOICES))}")

@@ -88,7 +88,7 @@ class LoraSettings(Pace):
 
 
 class LowRank(NamedTuple):
-    """A product of factors, scale * (x a_RI^T) b_OR^T."""
+    """An update by a product of factors, scale * (x a_RI^T) b_OR^T."""
 
     a_RI: Tensor
     b_OR: Tensor

@@ -275,7 +275,7 @@ class JobProgress:
         return {**begun, **best, **counts, "held_out": points, "losses": losses}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned."""
+        """Resume from what `state` returned."""
         self.step, self.num_tokens = int(state["step"]), int(state["num_tokens"])
         self.losses = state["losses"].tolist()
         self.held_out = [(int(step), loss) for step, loss in state["held_out"].tolist()]

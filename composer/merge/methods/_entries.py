@@ -76,9 +76,9 @@ class Merge(ctypes.Structure):
 
 
 class Numbers(NamedTuple):
-    """The numbers that say which of an expert's entries are left.
+    """A pruning rule of an expert's entries, in numbers for the library.
 
-    Those are magnitudes above `value`, or equal to it up to the flat index `last`, and of these the ones whose 16 bits from
+    It keeps magnitudes above `value`, or equal to it up to the flat index `last`, and of these the ones whose 16 bits from
     the stream of `seed` are below `level` (-1 draws nothing).
     """
 
@@ -108,11 +108,11 @@ class Rule(Protocol):
     """A rule for what is left of an expert's entries."""
 
     def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
-        """Write what is left of a block, and zeros elsewhere."""
+        """Write the kept entries of a block of `rows` to out_BI, and zeros elsewhere."""
 
     @property
     def numbers(self) -> Numbers | None:
-        """The numbers that say the same to the library; None where it does not know such rules."""
+        """The same rule as `Numbers` for the library; None if the library cannot express it."""
 
 
 # the rules of one tensor of every expert
@@ -363,7 +363,7 @@ def vote(stack_EN: Tensor, majority: str) -> Tensor:
 
 
 def decide(sums_N: Tensor, tie: float) -> Tensor:
-    """Return the sign of each sum, 1 or -1 in fp32; that of `tie` for zeros. The sums are overwritten."""
+    """Return the sign of each sum of votes, 1 or -1 in fp32; for a zero that of `tie`. The sums are overwritten."""
     return sums_N.add_(tie * FEATHER).sign_().float()
 
 
