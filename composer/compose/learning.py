@@ -200,7 +200,7 @@ def shown(bench: Bench, adapter: Adapter, split: Split, steps: int = 0) -> Selec
 
 
 def of_start(bench: Bench) -> Trial:
-    """Return the trial of the bench's `start` as it is, asked under the examples that a split sees."""
+    """Return the trial of the bench's `start`, untrained, whose prompts show the examples that a split sees."""
 
     def choose(trial: Trial, splits: Sequence[Split]) -> list[Selection]:
         assert bench.start is not None

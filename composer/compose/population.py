@@ -163,7 +163,7 @@ def _forward(
 
 
 def _sums(logits_BPV: Tensor, batch: JobBatch, needs: frozenset[str]) -> dict[str, Tensor]:
-    """Return sums over the target tokens of each real text row, in order."""
+    """Return {name in `needs`: sum over the target tokens of each real text row}, in order."""
     num_rows, num_kept, num_words = logits_BPV.shape
     start_B11 = num_kept * torch.arange(1, num_rows + 1, device=logits_BPV.device)[:, None, None]
     place_BRK = start_B11 + batch.slot_BRK

@@ -65,7 +65,7 @@ class Step:
 
 
 def answer_limit(tokenizer: Any, examples: Sequence[tuple[Prompt, str]]) -> int:
-    """Return how many tokens a step's answer has at most, by the longest text of a task's examples, if there are any."""
+    """Return the most tokens of a step's answer, by the longest text of a task's examples, if there are any."""
     if not examples:
         return scoring.MAX_NEW_TOKENS
     return scoring.longest_answer(tokenizer, [(prompt, (str(prompt), target)) for prompt, target in examples])
@@ -364,7 +364,7 @@ class ProgramSearch:
         return sorted(dict.fromkeys([*self.first, *self.later]), key=lambda step: self._losses[step,])[:LASTS]
 
     def _longer(self, length: int) -> list[Order]:
-        """Return the best programs of one step less with one step more, at any place."""
+        """Return the best programs of `length` - 1 steps with one step inserted at any position."""
         whole = [path for path in self._whole() if len(path) == length - 1]
         shorter = sorted(whole, key=self._losses.__getitem__)[: self.beam]
         made: dict[Order, None] = {}

@@ -131,14 +131,14 @@ def num_scalars(adapter: Adapter) -> int:
 
 
 def targets_of(pool: ExpertPool | None) -> Sequence[str]:
-    """Return what the paths of the linear layers of a pool's adapters end in."""
+    """Return the endings of the paths of the linear layers that a pool's adapters update."""
     adapters = [] if pool is None else pool.adapters.values()
     linear = {layer for adapter in adapters for layer, factors in adapter.layers.items() if factors.kind == "linear"}
     return sorted({layer.rsplit(".", 1)[-1] for layer in linear}) or TARGETS
 
 
 def linear_targets(model: Any) -> Sequence[str]:
-    """Return what the paths of a model's linear layers end in, without its head."""
+    """Return the endings of the paths of a model's linear layers, without its head."""
     head = model.get_output_embeddings()
     linear = {name for name, module in model.named_modules() if kinds.linear.shape(module) and module is not head}
     return sorted({name.rsplit(".", 1)[-1] for name in linear})

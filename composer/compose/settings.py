@@ -115,7 +115,7 @@ class Settings:
 
     @property
     def meaning(self) -> str | None:
-        """The merge method whose weights the search looks for; None leaves it to the search."""
+        """The merge method whose weights the search looks for; None for the search's own."""
         return self.merge_method if self.space is None else SPACES[self.space]
 
     def start_name(self, found: type[Solver]) -> str | None:

@@ -65,7 +65,7 @@ def _folds(num_examples: int, count: int, seed: int) -> list[Split]:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """The things that all trials of a task share: examples are tokenised, and adapters measured alone, on the first demand.
+    """The state that all trials of a task share: examples tokenised, and adapters measured alone, on first use.
 
     `scores` are those of retrieval. `on_progress` is called with the evaluations just made; with `progress` a training shows
     a bar of its own. A training under demonstrations begins as `start`, or as a new adapter; programs are of the

@@ -26,7 +26,7 @@ NUM_KEPT = 8
 
 @dataclass(frozen=True)
 class Parcel:
-    """A thing that is pickled once; a process that gets it several times can know it by its digest."""
+    """A value that is pickled once; a process that gets it several times can recognise it by its digest."""
 
     digest: str
     packed: bytes = field(compare=False, repr=False)
