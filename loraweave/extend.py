@@ -126,7 +126,7 @@ _MODULES = {
     "hub.base_layer": "BaseLayer ExpertMatrix as_base_layer base_layer expert_matrix head_size missing_layer",
     "hub.base_reference": "BaseReference base_loader",
     "hub.embedders": "sentence",
-    "hub.embedders._embedder": "Embedder embedder_of readable",
+    "hub.embedders._embedder": "Embedder embed_in_batches embedder_of readable",
     "hub.indexes.flat": "Flat Index saved_array",
     "hub.licenses": "canonical is_accepted stated_license",
     "hub.merge_report": "by_number mixture_interference",

@@ -19,7 +19,8 @@ class TwinMerging(Logistic):
     S + sum over t of p_t cut(D_t - S). Without a cut this is sum of p_t D_t, whatever S.
 
     W and b are fitted as by router `logistic`, whose other options these are; the published R is a trained perceptron of
-    three layers on the shared model's last hidden state.
+    three layers on the shared model's last hidden state. `embedder="hidden_state"` comes nearest to that: the base's own
+    states.
 
     Raises UnknownExpert where the pool has no `shared`, WeightingError where it has nothing else, and for exclusive parts
     without examples.

@@ -1,0 +1,1 @@
+"""The embedder that a published router names: the base model's own states."""
