@@ -170,7 +170,7 @@ _MODULES = {
     "common.names": "MAX_NAME_CHARACTERS checked_name printable text_digest unknown_expert",
     "common.process": "free_host_bytes launched_processes lock_of",
     "common.rows": "GivenRows Row located read_asked read_inputs read_rows",
-    "common.spread": "Crew Failed processes_here require_all spread",
+    "common.spread": "Failed processes_here require_all spread",
     "errors": "BudgetExceeded WorkersFailed",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",

@@ -85,7 +85,6 @@ from loraweave.common.rows import located as located
 from loraweave.common.rows import read_asked as read_asked
 from loraweave.common.rows import read_inputs as read_inputs
 from loraweave.common.rows import read_rows as read_rows
-from loraweave.common.spread import Crew as Crew
 from loraweave.common.spread import Failed as Failed
 from loraweave.common.spread import processes_here as processes_here
 from loraweave.common.spread import require_all as require_all
@@ -325,6 +324,7 @@ from loraweave.hub.base_reference import BaseReference as BaseReference
 from loraweave.hub.base_reference import base_loader as base_loader
 from loraweave.hub.embedders import sentence as sentence
 from loraweave.hub.embedders._embedder import Embedder as Embedder
+from loraweave.hub.embedders._embedder import embed_in_batches as embed_in_batches
 from loraweave.hub.embedders._embedder import embedder_of as embedder_of
 from loraweave.hub.embedders._embedder import readable as readable
 from loraweave.hub.formats._card import base_model_of_readme as base_model_of_readme

@@ -64,6 +64,5 @@ def instructed(model: Any, tokenizer: Any, hub: Hub, task: Task, settings: Setti
         if parts:
             members = {chosen: replace(made, share=SHARE), **parts}
             made, chosen = Composition.of(model, tokenizer, task, members), "average"
-    scores, seconds = tuple((hit.name, hit.score) for hit in hits), time.perf_counter() - started
-    report = Report((), chosen, reason, scores, seconds, 0)
+    report = Report((), chosen, reason, tuple((hit.name, hit.score) for hit in hits), time.perf_counter() - started, 0)
     return reported(made, report, seed=settings.seed, allow_licenses=settings.allow_licenses)

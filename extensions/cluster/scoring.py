@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from typing import Any, Self, TypeVar
 
 from loraweave import AdapterNotFound, Composer, CompositionError, Hub
-from loraweave.extend import BaseReference, Crew, Fitting, WorkersFailed, progress_bar, require_all
+from loraweave.extend import BaseReference, Fitting, WorkersFailed, progress_bar, require_all
 
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")
@@ -46,7 +46,7 @@ class ScoringWorkers:
     Raises BaseModelMismatch for a base that has no folder or id to load it from, CompositionError for a lazy pool.
     """
 
-    def __init__(self, crew: Crew, engine: Composer, tokenizer: Any, hub: Hub | None) -> None:
+    def __init__(self, crew: Any, engine: Composer, tokenizer: Any, hub: Hub | None) -> None:
         pool = engine.pool
         if pool.lazy:
             raise CompositionError(

@@ -10,7 +10,7 @@ import torch
 
 import loraweave as lw
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, ScopeError, UnknownName, WeightingError
-from loraweave.routers.tokens.mole import Mole
+from loraweave.extensions.routers.routers.mole import Mole
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
 

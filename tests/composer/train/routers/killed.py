@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraweave.composer.composer import Composer
+from loraweave.extensions.routers.routers.mole import Mole
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens.mole import Mole
 from loraweave.types import Factors
 
 ROWS = [{"input_ids": [3 + i, 4, 5 + i, 6], "labels": [-100, -100, 5 + i, 6]} for i in range(7)]

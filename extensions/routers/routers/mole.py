@@ -8,14 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from loraweave.common.names import unknown_expert
-from loraweave.common.options import NonNegative
-from loraweave.errors import ScopeError
-from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._forms import OutputRouter
-from loraweave.routers.tokens._learned import Step
-from loraweave.routers.tokens._members import LayerTensors, Members
-from loraweave.routers.tokens._scores import without
+from loraweave import ExpertPool, ScopeError
+from loraweave.extend import LayerTensors, Members, NonNegative, OutputRouter, Step, unknown_expert, without
 
 # of the learned projections at the start: the weights are close to uniform, and tau gets a gradient
 STD = 0.02
