@@ -241,7 +241,7 @@ class SearchIndex:
         with self._lock:
             snapshot = self._snapshot
             if snapshot is None:
-                snapshot = self._follow(self._saved())
+                snapshot = self._follow(self._saved() if len(self.hub) >= flat.FEW_KEYS else self._empty())
                 if snapshot.keys.num_late > MAX_LATE:
                     # joined, so that the next process can map all of it
                     snapshot = replace(snapshot, keys=snapshot.keys.joined())
@@ -249,7 +249,9 @@ class SearchIndex:
                 snapshot = self._follow(snapshot)
             else:
                 return snapshot
-            self._snapshot = snapshot = self._save(snapshot)
+            if len(snapshot.keys) >= flat.FEW_KEYS:
+                snapshot = self._save(snapshot)
+            self._snapshot = snapshot
         return snapshot
 
     @property
@@ -260,7 +262,7 @@ class SearchIndex:
 
     def _saved(self) -> _Snapshot:
         wanted = Stamp("", 0, self.embedder.id, self._index)
-        for files in index_files() if len(self.hub) >= flat.FEW_KEYS else ():
+        for files in index_files():
             opened = files.load(self._places, wanted, self.embedder.dim, self._choice)
             if opened is not None:
                 keys, stamp = opened
@@ -313,8 +315,7 @@ class SearchIndex:
     def _save(self, snapshot: _Snapshot) -> _Snapshot:
         """Return the snapshot with its keys mapped from a file, if an extension saves them now."""
         stamp = Stamp(snapshot.identity, snapshot.generation, self.embedder.id, self._index)
-        is_large = len(snapshot.keys) >= flat.FEW_KEYS
-        for files in index_files() if is_large and len(snapshot.keys.segments) == 1 else ():
+        for files in index_files() if len(snapshot.keys.segments) == 1 else ():
             mapped = files.save(self._places[-1], stamp, snapshot.keys)
             if mapped is not None:
                 return replace(snapshot, keys=mapped)

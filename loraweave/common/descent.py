@@ -156,12 +156,7 @@ def _like(parameter: Tensor, vector: Tensor, start: int) -> Tensor:
 
 def seeded(*parts: object) -> torch.Generator:
     """Make a generator on the CPU whose numbers are a function of the parts' representations alone."""
-    return generator_of(repr(parts))
-
-
-def generator_of(text: str) -> torch.Generator:
-    """Make a generator on the CPU whose numbers are a function of the text alone."""
-    digest = hashlib.sha256(text.encode()).digest()
+    digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 

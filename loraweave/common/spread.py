@@ -67,8 +67,7 @@ def processes_here(n_jobs: int | None) -> int | None:
     None where neither `n_jobs` nor joblib.parallel_config asks for anything. Raises WorkersFailed for a number that is none,
     and for a backend that pieces cannot be spread over.
     """
-    backend, jobs = _asked(n_jobs)
-    kind = _kind(backend)
+    _, kind, jobs = _asked(n_jobs)
     if kind not in HERE:
         return 1
     if kind == "sequential":
@@ -121,7 +120,12 @@ def crew(n_jobs: int | None) -> Iterator[Crew]:
 
     Raises WorkersFailed as `processes_here` does.
     """
-    workers = _workers(n_jobs)
+    backend, kind, jobs = _asked(n_jobs)
+    workers: Workers | None = None
+    if kind not in HERE:
+        workers = registry.get("workers", kind)(backend, jobs if jobs is not None and jobs > 0 else None)
+    elif (number := processes_here(n_jobs) or 1) > 1:
+        workers = _Processes(number)
     try:
         yield Crew(workers)
     finally:
@@ -228,42 +232,30 @@ def _attempt(work: Callable[[Item], Result], piece: Item) -> Result | Failed:
         return Failed(error)
 
 
-def _asked(n_jobs: int | None) -> tuple[Any, int | None]:
-    """Return (backend, number of workers): joblib's active backend, and `n_jobs` or else joblib's own (None: unset)."""
-    backend, said = get_active_backend()
-    if n_jobs is not None and not (is_whole(n_jobs, -sys.maxsize) and n_jobs):
-        raise WorkersFailed(f"n_jobs is {n_jobs!r:.40}: give a number of workers, -1 for all there are, or None")
-    return backend, said if n_jobs is None else n_jobs
-
-
 HERE = ("loky", "sequential")
 
 
-def _kind(backend: Any) -> str:
-    """Return the first word of the backend's class, or of one that it extends: of `HERE`, or an entry of `workers`."""
+def _asked(n_jobs: int | None) -> tuple[Any, str, int | None]:
+    """Return (backend, kind, number of workers): joblib's active backend, and `n_jobs` or else joblib's own (None: unset).
+
+    The kind is the first word of the backend's class, or of one that it extends: of `HERE`, or an entry of `workers`.
+    """
+    backend, said = get_active_backend()
+    if n_jobs is not None and not (is_whole(n_jobs, -sys.maxsize) and n_jobs):
+        raise WorkersFailed(f"n_jobs is {n_jobs!r:.40}: give a number of workers, -1 for all there are, or None")
+    jobs = said if n_jobs is None else n_jobs
     names = [kind.__name__ for kind in type(backend).__mro__]
     words = [re.sub(r"(?<=[a-z])[A-Z].*", "", name).lower() for name in names]
     if words[0] in HERE:
-        return words[0]
+        return backend, words[0], jobs
     known = [*HERE, *registry.names("workers")]
     for word in words:
         if word in known:
-            return word
+            return backend, word, jobs
     raise WorkersFailed(
         f"pieces cannot be spread over joblib's {names[0]}: threads would share one model, and other pools do not outlive a "
         f"lost process; name one of {', '.join(known)}"
     )
-
-
-def _workers(n_jobs: int | None) -> Workers | None:
-    """Make the workers; None if this process does all the work."""
-    backend, jobs = _asked(n_jobs)
-    kind = _kind(backend)
-    if kind not in HERE:
-        workers: Workers = registry.get("workers", kind)(backend, jobs if jobs is not None and jobs > 0 else None)
-        return workers
-    number = processes_here(n_jobs) or 1
-    return _Processes(number) if number > 1 else None
 
 
 class _Processes:

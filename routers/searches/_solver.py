@@ -76,7 +76,15 @@ class Solver(Declared, ABC):
         # the vector of the start
         self.first = self.space.vector(self.start)
         self._require_options()
-        self._require_limits()
+        if self.budget is None and self.seconds is None:
+            raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
+        require_one_clock(self.seconds)
+        least, what = self._least
+        if self.budget is not None and self.budget < least:
+            raise WeightingError(
+                f"budget is {self.budget} evaluations, but {type(self).__name__} needs at least {least}, {what}; "
+                "raise the budget, or ask for less"
+            )
         self._asked: list[np.ndarray] = []
         self._vectors: list[np.ndarray] = []
         self._told = Told()
@@ -245,17 +253,6 @@ class Solver(Declared, ABC):
         # as many as fit in the remaining time at the mean time of those so far
         in_time = int(remaining_s * made / self._elapsed()) if made else left
         return min(left, max(in_time, 1))
-
-    def _require_limits(self) -> None:
-        if self.budget is None and self.seconds is None:
-            raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
-        require_one_clock(self.seconds)
-        least, what = self._least
-        if self.budget is not None and self.budget < least:
-            raise WeightingError(
-                f"budget is {self.budget} evaluations, but {type(self).__name__} needs at least {least}, {what}; "
-                "raise the budget, or ask for less"
-            )
 
 
 def require_one_clock(seconds: float | None) -> None:

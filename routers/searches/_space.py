@@ -77,7 +77,13 @@ class Space:
                     raise unknown_expert(name, dict.fromkeys(self.experts))
             row_E = [float((weights or {}).get(name, 0.0)) for name in self.experts]
             vector = np.tile(np.array(row_E), max(len(self.groups), 1))
-        self._require_inside(vector)
+        outside = ~((vector >= self.low) & (vector <= self.high))
+        if outside.any():
+            place = int(np.argmax(outside))
+            raise WeightingError(
+                f"start gives {self.experts[place % len(self.experts)]!r} the weight {vector[place]}, outside "
+                f"[{self.low}, {self.high}]; start inside the box, or widen it with low= and high="
+            )
         return vector
 
     def pull(self, gradient_BTLE: Tensor) -> np.ndarray:
@@ -98,15 +104,6 @@ class Space:
         if not self.groups:
             return np.asarray(values_LE.mean(axis=0))
         return np.concatenate([values_LE[self.group_L == number].mean(axis=0) for number in range(len(self.groups))])
-
-    def _require_inside(self, vector: np.ndarray) -> None:
-        outside = ~((vector >= self.low) & (vector <= self.high))
-        if outside.any():
-            place = int(np.argmax(outside))
-            raise WeightingError(
-                f"start gives {self.experts[place % len(self.experts)]!r} the weight {vector[place]}, outside "
-                f"[{self.low}, {self.high}]; start inside the box, or widen it with low= and high="
-            )
 
 
 def layer_groups(

@@ -78,8 +78,8 @@ class SearchResult:
     """
 
     mixture: MixtureWeights = field(compare=False)
-    loss: float
-    losses: tuple[float, ...] = field(repr=False)
+    loss: float = math.nan
+    losses: tuple[float, ...] = field(default=(), repr=False)
     num_trained: int = 0
     cost: int = 1
     seconds: float = field(default=0.0, compare=False)
