@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraweave.common.files import as_path
-from loraweave.errors import AdapterUnsupported
+from loraweave.errors import AdapterUnsupported, CompositionError
 from loraweave.hub.base import model_of
 from loraweave.hub.formats import _reading
 from loraweave.hub.formats._card import as_list
@@ -329,3 +329,26 @@ def _norm(adapter: Adapter) -> float:
 def _fits(left: Factors, right: Factors) -> bool:
     # adapters of other base models may use the same module paths with other sizes
     return left.a_RI.shape[1] == right.a_RI.shape[1] and left.b_OR.shape[0] == right.b_OR.shape[0]
+
+
+def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
+    """Return the invocation tokens of all parents. Raises CompositionError where they differ: no one adapter does both."""
+    first = parents[0]
+    for other in parents[1:]:
+        if other.invocation != first.invocation:
+            said = [
+                f"from {list(adapter.invocation)} on" if adapter.invocation else "for every token"
+                for adapter in (first, other)
+            ]
+            raise CompositionError(
+                f"cannot merge adapter {first.name!r}, which counts {said[0]}, and {other.name!r}, which counts {said[1]}: "
+                "no one adapter does both; activate() them together, or merge those with the same invocation tokens"
+            )
+    return first.invocation
+
+
+def parent_of(adapter: Adapter) -> dict[str, Any]:
+    """Return a recipe's entry for a merged adapter, without its weight: hash, name, license, and files if any."""
+    files = {"files": list(adapter.files)} if adapter.files else {}
+    license = stated_license(adapter.card["license"]) if "license" in adapter.card else None
+    return {"hash": adapter.hash, "name": adapter.name, "license": license or "unknown", **files}

@@ -16,7 +16,6 @@ _MODULES = {
     ),
     "registry": "brought get lazy nearest traits traits_of",
     # merge methods
-    "composer.merge.merge": "parent_of",
     "composer.merge.method_call": (
         "DenseUpdate Experts MethodCall Term TruncatedUpdate Weights surveys terms terms_of_one_rank weighted_bias"
     ),
@@ -117,7 +116,7 @@ _MODULES = {
     "composer.train.state": "JobReport JobSize PlannedJob SharedReport TrainedAdapters load_adapter save_adapter",
     # hubs
     "hub": "compositions",
-    "hub.adapter": "ExportReport cosine",
+    "hub.adapter": "ExportReport cosine parent_of",
     "hub.adding": "Addition MAX_BATCH_BYTES checked_policy examiners prepare",
     "hub.base": (
         "EMBEDDED PIPELINE_PARTS Parts base_config base_id fast_dtype fingerprint require_model require_same_base "

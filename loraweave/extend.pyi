@@ -173,7 +173,6 @@ from loraweave.composer.live.standing_in import Handle as Handle
 from loraweave.composer.live.standing_in import StandIn as StandIn
 from loraweave.composer.live.standing_in import claimed as claimed
 from loraweave.composer.live.standing_in import give_back as give_back
-from loraweave.composer.merge.merge import parent_of as parent_of
 from loraweave.composer.merge.method_call import DenseUpdate as DenseUpdate
 from loraweave.composer.merge.method_call import Experts as Experts
 from loraweave.composer.merge.method_call import MethodCall as MethodCall
@@ -296,6 +295,7 @@ from loraweave.errors import WorkersFailed as WorkersFailed
 from loraweave.hub import compositions as compositions
 from loraweave.hub.adapter import ExportReport as ExportReport
 from loraweave.hub.adapter import cosine as cosine
+from loraweave.hub.adapter import parent_of as parent_of
 from loraweave.hub.adding import Addition as Addition
 from loraweave.hub.adding import MAX_BATCH_BYTES as MAX_BATCH_BYTES
 from loraweave.hub.adding import checked_policy as checked_policy

@@ -64,11 +64,26 @@ def candidates(
 def fitting_hits(hub: Hub, search: Callable[..., list[Candidate]], k: int, model: nn.Module) -> list[Candidate]:
     """Return the `k` best hits of a search of the hub among the adapters for this model. Raises what `candidates` raises."""
     beside = _Beside(hub, dict(model.named_modules()))
-    base = _base(hub, base_key(model), beside)
-    hits = _hits(partial(search, base_model=base), k, base, beside)
-    if not hits:
+    base, bases = base_key(model), [first for first, _ in hub.bases()]
+    # where no base of the hub is known to be the model, those that match by names and shapes count
+    if says_nothing(base.id) or all(base.differs(first.base) for first in bases):
+        open_to = [first for first in bases if base.differs(first.base) and not base.contradicts(first.base)]
+        # adapters that name no base may be for several: each is looked at when it is found
+        alike = [first.base for first in open_to if not first.base_model or beside.fits(first.name)]
+        base = replace(base, alike=tuple(alike))
+    num_requested = k
+    while True:
+        hits = search(base_model=base, k=num_requested)
+        # one whose base matches by names and shapes only must also fit the model's layers
+        fitting = [hit for hit in hits if base.proves(hit.record.base) or beside.fits(hit.name)]
+        # adapters that read examples in a prompt are of no task
+        experts = [hit for hit in fitting if IN_CONTEXT not in hit.record.tags] or fitting
+        if len(experts) >= k or len(hits) < num_requested:
+            break
+        num_requested *= 4
+    if not experts:
         raise _nothing_for(hub, base, beside)
-    return hits
+    return experts[:k]
 
 
 def in_context_adapter(hub_or_pool: Hub | ExpertPool, model: nn.Module) -> Adapter | None:
@@ -93,31 +108,6 @@ class _Beside:
             self._known[name] = not why
             self.why = self.why or why
         return self._known[name]
-
-
-def _base(hub: Hub, own: BaseKey, beside: _Beside) -> BaseKey:
-    """Return the model's key; its `alike` lists the hub's bases that match by names and shapes only, if that is enough."""
-    bases = [first for first, _ in hub.bases()]
-    if not says_nothing(own.id) and any(not own.differs(first.base) for first in bases):
-        return own
-    open_to = [first for first in bases if own.differs(first.base) and not own.contradicts(first.base)]
-    # adapters that name no base may be for several: each is looked at when it is found
-    return replace(own, alike=tuple(first.base for first in open_to if not first.base_model or beside.fits(first.name)))
-
-
-def _hits(retrieve: Callable[..., list[Candidate]], k: int, base: BaseKey, beside: _Beside) -> list[Candidate]:
-    """Return the `k` best adapters; one whose base matches by names and shapes only must also fit the model's layers.
-
-    Those tagged IN_CONTEXT, which are of no task, count only where there are no others.
-    """
-    num_requested = k
-    while True:
-        hits = retrieve(k=num_requested)
-        fitting = [hit for hit in hits if base.proves(hit.record.base) or beside.fits(hit.name)]
-        experts = [hit for hit in fitting if IN_CONTEXT not in hit.record.tags] or fitting
-        if len(experts) >= k or len(hits) < num_requested:
-            return experts[:k]
-        num_requested *= 4
 
 
 def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch | EmptyIndex:

@@ -39,10 +39,9 @@ from loraweave.composer.compose.report import (
 )
 from loraweave.composer.compose.settings import router_name
 from loraweave.composer.compose.task_mixture import TaskMixture
-from loraweave.composer.merge.merge import parent_of
 from loraweave.composer.model.layers import with_magnitudes
 from loraweave.errors import CompositionError, ScopeError, WeightingError
-from loraweave.hub.adapter import Adapter, ExportReport
+from loraweave.hub.adapter import Adapter, ExportReport, parent_of
 from loraweave.hub.base import base_id, fingerprint
 from loraweave.hub.formats._card import shared_card
 from loraweave.hub.licenses import require_one_work, stated_license

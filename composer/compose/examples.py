@@ -85,41 +85,35 @@ class EncodedExamples:
         self, model: Any, tokenizer: Any, task: Task, kind: Kind, *, trees: bool = True, turned: bool = False
     ) -> None:
         self._model = model
-        self._may_share = trees
+        # whether rows are run as trees; unknown before `prepare`
+        self._shares = None if trees else False
         self._tokenizer = tokenizer
         self.num_texts = len(kind.targets[0])
         self.right_N = torch.tensor(kind.right)
         tasks = in_turn(task) if turned else [task] * len(task.examples)
-        prompts = [example_task.prompt(text) for example_task, (text, _) in zip(tasks, task.examples, strict=True)]
-        pairs = [(prompt, text) for prompt, texts in zip(prompts, kind.targets, strict=True) for text in texts]
-        prompts, targets = [prompt for prompt, _ in pairs], [text for _, text in pairs]
-        self._rows = encode(model, tokenizer, prompts, targets, ends=[task.answer_end] * len(pairs))
+        prompts, targets = list[Prompt](), list[str]()
+        for example_task, (text, _), texts in zip(tasks, task.examples, kind.targets, strict=True):
+            prompts += [example_task.prompt(text)] * len(texts)
+            targets += texts
+        self._rows = encode(model, tokenizer, prompts, targets, ends=[task.answer_end] * len(targets))
         self._by_example = in_chunks(self._rows, self.num_texts)
         # the number of target tokens of each row
         self._count_NR = torch.tensor([len(row.target) for row in self._rows]).view(-1, self.num_texts)
         self._trees: dict[tuple[int, ...], list[TokenTree]] = {}
 
     @cached_property
-    def _shares(self) -> bool:
-        """True if rows are run as trees. The first use of this runs the model, without a mixture."""
-        return self._may_share and runs_trees(self._model, self._tokenizer, self._rows)
-
-    @cached_property
     def _plain(self) -> TargetBatch:
         return batch(self._model, self._tokenizer, self._rows)
 
     def prepare(self) -> None:
-        """Decide whether rows run as trees. Call it while no mixture is active."""
-        _ = self._shares
+        """Decide whether rows run as trees, for which the model may run. Call it while no mixture is active."""
+        if self._shares is None:
+            self._shares = runs_trees(self._model, self._tokenizer, self._rows)
 
     def digest(self, examples: Sequence[int]) -> str:
         """Return a hash of the tokens of these examples, and of which of their texts is right."""
         rows = [(row.prompt, row.target) for row in self._rows_of(examples)]
         return text_digest(repr((rows, self.right_N[list(examples)].tolist())))
-
-    def has_trees(self, examples: tuple[int, ...]) -> bool:
-        """Return whether a job's rows are run as trees."""
-        return bool(self._trees_of(examples))
 
     def counts(self, examples: Sequence[int]) -> Tensor:
         """Return count_NR, the number of target tokens of each row."""
@@ -131,66 +125,65 @@ class EncodedExamples:
 
     def size(self, examples: tuple[int, ...]) -> tuple[int, int]:
         """Return (tokens read, logits made) for one job."""
-        if trees := self._trees_of(examples):
+        if trees := self.trees_of(examples):
             longest, kept = max(map(len, trees)), max(tree.num_predictors for tree in trees)
             return len(trees) * longest, len(trees) * kept
         rows = self._rows_of(examples)
         return len(rows) * max(map(len, rows)), len(rows) * max(len(row.target) for row in rows)
 
     def batch(self, jobs: Sequence[tuple[int, ...]]) -> JobBatch:
-        """Return all jobs as one batch."""
-        if self._trees_of(jobs[0]):
-            return self._as_trees([self._trees_of(job) for job in jobs])
+        """Return all jobs as one batch, of trees where the first job has trees."""
+        if self.trees_of(jobs[0]):
+            trees_by_job = [self.trees_of(job) for job in jobs]
+            trees = [tree for job_trees in trees_by_job for tree in job_trees]
+            num_rows, num_targets = (max(tree.target_RK.shape[axis] for tree in trees) for axis in (0, 1))
+            slot_BRK = torch.full((len(trees), num_rows, num_targets), -1)
+            target_BRK = torch.full_like(slot_BRK, IGNORED)
+            for number, tree in enumerate(trees):
+                place = number, slice(tree.target_RK.shape[0]), slice(tree.target_RK.shape[1])
+                slot_BRK[place], target_BRK[place] = tree.slot_RK, tree.target_RK
+            inputs = tree_inputs(self._model, trees)
+            device = inputs["input_ids"].device
+            slot_BRK, target_BRK = slot_BRK.to(device), target_BRK.to(device)
+            num_kept, real_BR = max(tree.num_predictors for tree in trees), (target_BRK != IGNORED).any(dim=2)
+            return JobBatch(inputs, num_kept, slot_BRK, target_BRK, real_BR, tuple(map(len, trees_by_job)))
         width = self.num_texts
         chosen = self._plain.rows([example * width + at for job in jobs for example in job for at in range(width)])
         target_BRK = chosen.targets_BK[:, None]
         num_kept, device = target_BRK.shape[2], target_BRK.device
         slot_BRK = torch.arange(-num_kept, 0, device=device).expand(target_BRK.shape)
         real_BR = torch.ones(target_BRK.shape[:2], dtype=torch.bool, device=device)
-        rows_of_job = tuple(len(job) * self.num_texts for job in jobs)
+        rows_of_job = tuple(len(job) * width for job in jobs)
         return JobBatch(chosen.inputs, num_kept, slot_BRK, target_BRK, real_BR, rows_of_job)
 
-    def _as_trees(self, jobs: Sequence[list[TokenTree]]) -> JobBatch:
-        trees = [tree for job in jobs for tree in job]
-        shape = len(trees), *(max(tree.target_RK.shape[axis] for tree in trees) for axis in (0, 1))
-        slot_BRK, target_BRK = torch.full(shape, -1), torch.full(shape, IGNORED)
-        for number, tree in enumerate(trees):
-            place = number, slice(tree.target_RK.shape[0]), slice(tree.target_RK.shape[1])
-            slot_BRK[place], target_BRK[place] = tree.slot_RK, tree.target_RK
-        inputs = tree_inputs(self._model, trees)
-        device = inputs["input_ids"].device
-        target_BRK = target_BRK.to(device)
-        num_kept, real_BR = max(tree.num_predictors for tree in trees), (target_BRK != IGNORED).any(dim=2)
-        return JobBatch(inputs, num_kept, slot_BRK.to(device), target_BRK, real_BR, tuple(map(len, jobs)))
+    def trees_of(self, examples: tuple[int, ...]) -> list[TokenTree]:
+        """Return the trees of a job, one per row of the batch; none where plain rows cost less.
 
-    def _trees_of(self, examples: tuple[int, ...]) -> list[TokenTree]:
-        """Return the trees of a job, one per row of the batch; none where plain rows are cheaper."""
-        if examples not in self._trees:
-            self._trees[examples] = self._plant(examples) if self._shares else []
-        return self._trees[examples]
-
-    def _plant(self, examples: tuple[int, ...]) -> list[TokenTree]:
-        rows = self._rows_of(examples)
+        The cost is that of a decoder layer's products, in units of two products of a token's hidden values with a number:
+        12 h^2 a token in the weights, and 2 h for each token that it meets in attention, whether it sees it or not.
+        """
+        if (known := self._trees.get(examples)) is not None:
+            return known
+        self.prepare()
         best: list[TokenTree] = []
-        least = self._cost(len(rows), max(map(len, rows)))
-        size = min(len(examples), max(1, MAX_TREE // (self.num_texts * max(map(len, rows)))))
+        size = 0
+        if self._shares:
+            rows = self._rows_of(examples)
+            longest = max(map(len, rows))
+            weights = 6 * int(self._model.config.get_text_config().hidden_size)
+            least = len(rows) * longest * (weights + longest)
+            size = min(len(examples), max(1, MAX_TREE // (self.num_texts * longest)))
         # in more, smaller trees more tokens are read, and each sees fewer
-        while True:
+        while size:
             groups = [examples[start : start + size] for start in range(0, len(examples), size)]
             trees = [token_tree(self._rows_of(group)) for group in groups]
-            cost = self._cost(len(trees), max(map(len, trees)))
+            longest = max(map(len, trees))
+            cost = len(trees) * longest * (weights + longest)
             if cost < least:
                 best, least = trees, cost
-            if size == 1:
-                return best
-            size = (size + 1) // 2
-
-    def _cost(self, num_rows: int, length: int) -> int:
-        """Return the cost of a decoder layer's products, in units of two products of a token's hidden values with a number.
-
-        It is 12 h^2 a token in the weights, and 2 h for each token that it meets in attention, whether it sees it or not.
-        """
-        return num_rows * length * (6 * int(self._model.config.get_text_config().hidden_size) + length)
+            size = 0 if size == 1 else (size + 1) // 2
+        self._trees[examples] = best
+        return best
 
     def _rows_of(self, examples: Sequence[int]) -> list[EncodedRow]:
         return [row for example in examples for row in self._by_example[example]]
@@ -289,16 +282,24 @@ NUM_TRIED = 4
 _TRIED: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], bool]] = WeakKeyDictionary()
 
 
-def runs_trees(model: nn.Module, tokenizer: Any, rows: Sequence[EncodedRow]) -> bool:
+def runs_trees(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> bool:
     """Return True if the model, as it is, gives rows the same losses in a tree as alone, to rounding; tries the first few.
 
     False, without a trial, for encoder-decoders, for models that take no positions (recurrent ones, ALiBi), for attention
     that takes no mask of four axes, and for windows that are shorter than the longest row.
     """
-    if not _could(model, rows):
+    config = model.config
+    if config.is_encoder_decoder or not takes(model, "position_ids") or not all(row.prompt for row in rows):
+        return False
+    longest = max(map(len, rows))
+    windows = [getattr(config.get_text_config(), name, None) for name in WINDOWS]
+    if any(isinstance(window, int) and window < longest for window in windows):
+        return False
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in MASKED:
         return False
     known = _TRIED.setdefault(model, {})
-    key = str(getattr(model.config, "_attn_implementation", None)), _dtype(model)
+    key = str(attention), _dtype(model)
     if key not in known:
         known[key] = _are_alike(model, tokenizer, rows)
     return known[key]
@@ -320,18 +321,6 @@ def _are_alike(model: nn.Module, tokenizer: Any, rows: Sequence[EncodedRow]) -> 
     together_B = tree.read(logits_PV)[0].double()
     tolerance = 1e-4 if torch.finfo(_dtype(model)).bits >= 32 else 5e-2
     return bool(((together_B - apart_B).abs() <= tolerance * apart_B.abs().clamp(min=1.0)).all())
-
-
-def _could(model: Any, rows: Sequence[EncodedRow]) -> bool:
-    config = model.config
-    if config.is_encoder_decoder or not takes(model, "position_ids") or not all(row.prompt for row in rows):
-        return False
-    text = config.get_text_config()
-    longest = max(map(len, rows))
-    windows = [getattr(text, name, None) for name in WINDOWS]
-    if any(isinstance(window, int) and window < longest for window in windows):
-        return False
-    return getattr(config, "_attn_implementation", None) in MASKED
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

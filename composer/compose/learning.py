@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from loraweave.composer.compose.examples import EncodedExamples
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
 from loraweave.composer.compose.objectives._row_sums import Kind
 from loraweave.composer.compose.population import Job, row_sums
-from loraweave.composer.compose.program_search import Order, Reading, Step, answer_limit, search_programs
 from loraweave.composer.compose.refine import (
     STEP_COST,
     Tuning,
@@ -35,20 +34,23 @@ from loraweave.composer.compose.refine import (
     tuned_adapters,
 )
 from loraweave.composer.compose.settings import BEST, TRAINING, Settings, solver_class
-from loraweave.composer.compose.trials import Bench, Scores, Selection, Split, Trial, fixed, result_of
+from loraweave.composer.compose.task_mixture import answer_limit
+from loraweave.composer.compose.trials import Bench, Scores, Selection, Split, Trial, fixed
 from loraweave.composer.live.fitting import Fitting
-from loraweave.composer.merge.merge import parent_of
 from loraweave.composer.train.rows import MAX_PACKED
 from loraweave.errors import SearchFailed, WeightingError
-from loraweave.hub.adapter import Adapter
+from loraweave.hub.adapter import Adapter, parent_of
 from loraweave.hub.pool import ExpertPool
 from loraweave.registry import get
 from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.searches._solver import Solver, described
-from loraweave.routers.searches._told import Told
+from loraweave.routers.searches._told import SearchResult, Told
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Record
+
+if TYPE_CHECKING:
+    from loraweave.composer.compose.program_search import Order, Reading, Step
 
 # trainings of a LoRA under demonstrations: of a new one, and of one that begins as the in-context adapter; chosen by
 # leave-one-out on the example pool, with ORDERS orders of the demonstrations in the prompts
@@ -191,7 +193,7 @@ def shown(bench: Bench, adapter: Adapter, split: Split, steps: int = 0) -> Selec
     placed = loss.engine.pool[adapter.name]
     return bench.selection(
         partial(loss.scores_on, MixtureWeights.of({adapter.name: 1.0}, [adapter.name])),
-        result_of(MixtureWeights.of({}, bench.names), num_scalars(placed) if steps else 0),
+        SearchResult(MixtureWeights.of({}, bench.names), num_trained=num_scalars(placed) if steps else 0),
         task=task,
         stored=replace(placed, name="composition"),
         tuned_steps=steps,
@@ -253,10 +255,7 @@ def long_lora(bench: Bench, settings: Settings) -> Trial:
 def averaged(parts: Sequence[Trial]) -> Trial:
     """Return the trial of the averaged probabilities of what others chose, each asked in its own prompts, by `SHARES`."""
     bench, shares = parts[0].bench, [SHARES.get(part.name, 1.0) for part in parts]
-
-    def mean(losses_by_part: Sequence[np.ndarray]) -> np.ndarray:
-        mean_N: np.ndarray = np.average(losses_by_part, axis=0, weights=shares)
-        return mean_N
+    mean: Callable[[Sequence[np.ndarray]], np.ndarray] = partial(np.average, axis=0, weights=shares)
 
     def average(choices: Sequence[Selection]) -> Selection:
         def scores(examples: Sequence[int]) -> Scores:
@@ -289,6 +288,9 @@ def program(bench: Bench, retriever: Retriever, settings: Settings) -> Trial:
 
     Its choices raise InvalidTask without descriptions, InvalidLicense for steps that may not be combined.
     """
+    # loaded for tasks that need a program
+    from loraweave.composer.compose.program_search import search_programs
+
     # what the searches have measured of programs that were chosen, by example
     read: dict[tuple[Order, int], Reading] = {}
 
@@ -310,6 +312,9 @@ def program(bench: Bench, retriever: Retriever, settings: Settings) -> Trial:
 
 def stated_program(bench: Bench, records: Sequence[Record]) -> Trial:
     """Return the trial of the program of these adapters, each asked by its own description."""
+    # loaded for tasks that need a program
+    from loraweave.composer.compose.program_search import Step
+
     limit = answer_limit(bench.tokenizer, bench.task.examples)
     steps = tuple(Step(record.name, record.description, record.hash, limit) for record in records)
 
@@ -335,7 +340,7 @@ def _program_choice(
         task = step.task(bench.task)
         if step.name is None or pool is None:
             return bench.selection(scores, task=task, pool=None).composition
-        result = result_of(MixtureWeights.of({step.name: 1.0}, [step.name]))
+        result = SearchResult(MixtureWeights.of({step.name: 1.0}, [step.name]))
         accepted = Fitting(bench.engine.model).accepted(pool.subset([step.name]))
         return bench.selection(scores, result, task=task, pool=accepted).composition
 
@@ -383,7 +388,7 @@ def _routed_choice(bench: Bench, router: Any, kind: Kind, encoded: EncodedExampl
         return kind.losses(sums).double().numpy(), kind.hits(sums).numpy()
 
     count = sum(parameter.numel() for parameter in router.parameters()) if is_trained else 0
-    return bench.selection(scores, result_of(MixtureWeights.of({}, bench.names), count), router=router)
+    return bench.selection(scores, SearchResult(MixtureWeights.of({}, bench.names), num_trained=count), router=router)
 
 
 def _new_router(bench: Bench, settings: Settings) -> Any:

@@ -74,24 +74,24 @@ def together_with_gradients(
             f"no gradients of objective {kind} with merge method {first.merge_method!r}: use 'cross_entropy', 'labels' or "
             "'entropy' with 'linear', or a solver that needs none"
         )
-    return [
-        (
-            [loss for loss, _ in scored],
-            [
-                torch.full_like(mixture.values_BTLE, math.nan) if gradient is None else gradient
-                for (_, gradient), mixture in zip(scored, mixtures, strict=True)
-            ],
-        )
-        for scored, mixtures in zip(_scored(objectives, candidates, _slopes), candidates, strict=True)
-    ]
+    told = []
+    for scored, mixtures in zip(_scored(objectives, candidates, _slopes), candidates, strict=True):
+        gradients = [
+            torch.full_like(mixture.values_BTLE, math.nan) if gradient is None else gradient
+            for (_, gradient), mixture in zip(scored, mixtures, strict=True)
+        ]
+        told.append(([loss for loss, _ in scored], gradients))
+    return told
 
 
 def _are_of_one(objectives: Sequence[Any]) -> bool:
     """Return whether all are views of one ExampleLoss, with its encoded examples or function, and its merge method."""
-    if not all(isinstance(objective, ExampleLoss) for objective in objectives):
-        return False
-    shared = {(id(view.function or view.encoded), view.merge_method) for view in objectives}
-    return len(shared) == 1
+    return bool(objectives) and all(
+        isinstance(view, ExampleLoss)
+        and (view.function or view.encoded) is (objectives[0].function or objectives[0].encoded)
+        and view.merge_method == objectives[0].merge_method
+        for view in objectives
+    )
 
 
 # longer answers tell little more of how sure a model is
@@ -320,8 +320,11 @@ def _scored(
     views = zip(objectives, candidates, strict=True)
     pairs = [(objective, mixture) for objective, mixtures in views for mixture in mixtures]
     parts = [pairs] if not pairs or pairs[0][0].function is None else [[pair] for pair in pairs]
-    results = chain.from_iterable(_contain_failures(part, evaluate) for part in parts)
-    return [list(islice(results, len(mixtures))) for mixtures in candidates]
+    results: list[Found] = []
+    for part in parts:
+        results += _contain_failures(part, evaluate)
+    in_order = iter(results)
+    return [list(islice(in_order, len(mixtures))) for mixtures in candidates]
 
 
 def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:
@@ -398,11 +401,13 @@ def _slopes(pairs: Pairs) -> list[Found]:
     passes, counts = in_passes(
         first.encoded, [Job.of(mixture, objective.only) for objective, mixture in pairs], backward=True
     )
-    shares = chain.from_iterable(zip(*part, strict=True) for part in first.deal(_live_slopes, passes))
-    results: list[Found] = []
+    shares: list[tuple[float, Tensor]] = []
+    for losses, slopes in first.deal(_live_slopes, passes):
+        shares += zip(losses, slopes, strict=True)
+    in_order, results = iter(shares), list[Found]()
     for (objective, mixture), count in zip(pairs, counts, strict=True):
         loss, gradient = objective.term(mixture.values_BTLE)
-        for share, slope in islice(shares, count):
+        for share, slope in islice(in_order, count):
             loss, gradient = loss + share, gradient + slope[None]
         results.append((loss, gradient))
     return results

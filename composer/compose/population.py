@@ -61,29 +61,26 @@ def in_passes(encoded: EncodedExamples, jobs: Sequence[Job], *, backward: bool =
     passes: list[list[Job]] = []
     counts, longest, shared = [], (0, 0), None
     for job in jobs:
-        parts = _parts(encoded, job, max_tokens)
-        counts.append(len(parts))
-        for part in parts:
+        # runs of consecutive examples that each fit into one pass, where possible
+        tokens, logits = encoded.size(job.examples)
+        num_examples = len(job.examples)
+        count = min(num_examples, max(math.ceil(tokens / max_tokens), math.ceil(logits / MAX_LOGITS)))
+        size = math.ceil(num_examples / count)
+        starts = range(0, num_examples, size)
+        counts.append(len(starts))
+        for start in starts:
+            part = replace(job, examples=job.examples[start : start + size])
             tokens, logits = encoded.size(part.examples)
-            mixture, size = part.mixture, (max(longest[0], tokens), max(longest[1], logits))
-            key = encoded.has_trees(part.examples), None if mixture is None else (mixture.experts, mixture.layers)
-            count = len(passes[-1]) + 1 if passes else 1
-            if passes and key == shared and size[0] * count <= max_tokens and size[1] * count <= MAX_LOGITS:
+            mixture, largest = part.mixture, (max(longest[0], tokens), max(longest[1], logits))
+            key = bool(encoded.trees_of(part.examples)), None if mixture is None else (mixture.experts, mixture.layers)
+            rows = len(passes[-1]) + 1 if passes else 1
+            if passes and key == shared and largest[0] * rows <= max_tokens and largest[1] * rows <= MAX_LOGITS:
                 passes[-1].append(part)
-                longest = size
+                longest = largest
             else:
                 passes.append([part])
                 longest, shared = (tokens, logits), key
     return passes, counts
-
-
-def _parts(encoded: EncodedExamples, job: Job, max_tokens: int) -> list[Job]:
-    """Return the job in runs of consecutive examples that each fit into one pass, where possible."""
-    tokens, logits = encoded.size(job.examples)
-    num_examples = len(job.examples)
-    count = min(num_examples, max(math.ceil(tokens / max_tokens), math.ceil(logits / MAX_LOGITS)))
-    size = math.ceil(num_examples / count)
-    return [replace(job, examples=job.examples[start : start + size]) for start in range(0, num_examples, size)]
 
 
 def joined(sums: Iterable[Sequence[RowSums]], counts: Sequence[int]) -> list[RowSums]:

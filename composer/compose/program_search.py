@@ -23,6 +23,7 @@ from loraweave.common.checks import says_something
 from loraweave.common.display import progress_bar
 from loraweave.composer.compose.candidates import fitting_hits
 from loraweave.composer.compose.examples import TokenTree, runs_trees, token_tree, tree_inputs, tree_logits
+from loraweave.composer.compose.task_mixture import answer_limit
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model import scoring
@@ -62,13 +63,6 @@ class Step:
     def task(self, given: Task) -> Task:
         """Return the task of answering one text, in the template of the given task."""
         return Task([], instruction=self.instruction, template=given.template, chat=given.chat, system=given.system)
-
-
-def answer_limit(tokenizer: Any, examples: Sequence[tuple[Prompt, str]]) -> int:
-    """Return the most tokens of a step's answer, by the longest text of a task's examples, if there are any."""
-    if not examples:
-        return scoring.MAX_NEW_TOKENS
-    return scoring.longest_answer(tokenizer, [(prompt, (str(prompt), target)) for prompt, target in examples])
 
 
 class Reading(NamedTuple):

@@ -14,9 +14,8 @@ from loraweave.common.files import as_path
 from loraweave.common.options import Count, NonNegative, Positive, Range, Seed, check_options, options_of, require_known
 from loraweave.common.rows import GivenRows, read_asked
 from loraweave.composer.compose.examples import Examples
-from loraweave.composer.merge.merge import shared_invocation
-from loraweave.composer.merge.method_call import MethodCall
 from loraweave.errors import InvalidTask, LoraweaveError, ScopeError, UnknownName, WeightingError
+from loraweave.hub.adapter import shared_invocation
 from loraweave.hub.hub import Hub
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.pool import ExpertPool
@@ -211,6 +210,9 @@ class Settings:
             raise WeightingError(
                 f"space={self.space!r} and merge_method={self.merge_method!r} both say what weights mean; leave one out"
             )
+        # merging is loaded for those who ask for it
+        from loraweave.composer.merge.method_call import MethodCall
+
         if MethodCall(self.merge_method or "").takes("statistics"):
             raise WeightingError(
                 f"merge method {self.merge_method!r} weighs by statistics of each adapter, which a search has none of: "

@@ -13,11 +13,9 @@ from typing import Any
 from loraweave.common.chat import Prompt
 from loraweave.common.display import ShownTable
 from loraweave.common.rows import GivenRows, read_asked
-from loraweave.composer.compose.program_search import answer_limit
 from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import require_no_router
 from loraweave.composer.composer import Composer
-from loraweave.composer.merge.merge import merge, merge_by_layer
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
 from loraweave.errors import CompositionError, ScopeError
@@ -158,6 +156,9 @@ class TaskMixture:
             return replace(self.stored, card={**self.stored.card, **known})
         if self.is_base or self.pool is None:
             raise CompositionError("this composition is the base model itself: there is no adapter to give")
+        # what only answers live merges nothing
+        from loraweave.composer.merge.merge import merge, merge_by_layer
+
         # DoRA's magnitudes and trained biases are resolved against the model
         used = Composer(self.model, self.pool.subset(self.mean_weights)).bound_pool
         options: dict[str, Any] = {"method": self.merge_method, "name": "composition", "allow_licenses": self.allow_licenses}
@@ -293,3 +294,10 @@ class TaskMixture:
     @property
     def _on(self) -> tuple[Any, Any, Task]:
         return self.model, self.tokenizer, self.task
+
+
+def answer_limit(tokenizer: Any, examples: Sequence[tuple[Prompt, str]]) -> int:
+    """Return the most tokens of a step's answer, by the longest text of a task's examples, if there are any."""
+    if not examples:
+        return scoring.MAX_NEW_TOKENS
+    return scoring.longest_answer(tokenizer, [(prompt, (str(prompt), target)) for prompt, target in examples])

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,18 @@ class Split:
 
 
 def splits_of(task: Task, settings: Settings) -> list[Split]:
-    """Return the splits that hold examples out: a fifth of many, or the folds of a way that learns, drawn by the seed."""
-    num_examples = len(task.examples)
-    if settings.has_many(task):
-        return _folds(num_examples, 5, settings.seed)[:1]
-    return _folds(num_examples, settings.folds, settings.seed) if settings.learns and num_examples else []
+    """Return the splits that hold examples out: a fifth of many, or the folds of a way that learns, drawn by the seed.
 
-
-def _folds(num_examples: int, count: int, seed: int) -> list[Split]:
-    """Return at most `count` splits whose held-out examples cover all, in an order that depends on the seed alone."""
-    count = min(count, num_examples)
-    order = np.random.default_rng(seed).permutation(num_examples).tolist()
-    held_out = [tuple(sorted(order[start::count])) for start in range(count)]
-    return [
-        Split(f"fold-{number}", tuple(index for index in range(num_examples) if index not in held), held)
-        for number, held in enumerate(held_out)
-    ]
+    The folds' held-out examples cover all; there are at most as many folds as examples.
+    """
+    num_examples, is_many = len(task.examples), settings.has_many(task)
+    count = min(5 if is_many else settings.folds if settings.learns else 0, num_examples)
+    order = np.random.default_rng(settings.seed).permutation(num_examples).tolist()
+    splits = []
+    for number in range(1 if is_many else count):
+        held = tuple(sorted(order[number::count]))
+        splits.append(Split(f"fold-{number}", tuple(index for index in range(num_examples) if index not in held), held))
+    return splits
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +132,7 @@ class Bench:
         self, scores: Callable[[Sequence[int]], Scores], result: SearchResult | None = None, **fields: Any
     ) -> Selection:
         """Return a choice with these fields of a composition; without a result, no adapter of the pool has a weight."""
-        result = result or result_of(MixtureWeights.of({}, self.names))
+        result = result or SearchResult(MixtureWeights.of({}, self.names))
         mixture = result.mixture
         # a weight that cancels out over the layers counts too
         used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
@@ -165,23 +161,15 @@ class Selection:
         return np.array(right_N, dtype=np.float64)
 
 
-def result_of(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:
-    """Return the result of a mixture that no candidates were tried for."""
-    return SearchResult(mixture, math.nan, (), num_trained)
-
-
 def reported(made: Composition, report: Report, **fields: Any) -> Composition:
     """Return the composition with the report, and each of its parts with one of its own; `fields` are those of all."""
-
-    def parts(choices: Mapping[str, Composition], reason: str) -> dict[str, Composition]:
-        return {
-            name: reported(part, replace(report, chosen=name, reason=reason), **fields) for name, part in choices.items()
-        }
-
-    members = parts(made.members, "a member of average")
-    return replace(
-        made, report=report, members=members, steps=parts(made.steps, f"a step of {' > '.join(made.steps)}"), **fields
-    )
+    members, steps = dict[str, Composition](), dict[str, Composition]()
+    for name, member in made.members.items():
+        members[name] = reported(member, replace(report, chosen=name, reason="a member of average"), **fields)
+    for name, step in made.steps.items():
+        reason = f"a step of {' > '.join(made.steps)}"
+        steps[name] = reported(step, replace(report, chosen=name, reason=reason), **fields)
+    return replace(made, report=report, members=members, steps=steps, **fields)
 
 
 # what a trial chooses by: for each split, without a look at the examples held out
@@ -208,8 +196,8 @@ class Trial:
     seconds: float = 0.0
     chosen: Selection | None = None
     losses_N: np.ndarray | None = None
-    _held_losses_N: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    _held_hits_N: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    _held_losses_N: np.ndarray = field(default_factory=partial(np.zeros, 0))
+    _held_hits_N: np.ndarray = field(default_factory=partial(np.zeros, 0))
     _was_held_out: bool = False
     _known: dict[str, Selection] = field(default_factory=dict)
 
@@ -281,19 +269,25 @@ class Trial:
 
 def fixed(name: str, bench: Bench, mixture: MixtureWeights, merge_method: str = "linear") -> Trial:
     """Return the trial of a mixture that no example had a part in choosing."""
-    choice = bench.mixed(result_of(mixture), merge_method)
+    choice = bench.mixed(SearchResult(mixture), merge_method)
     return Trial(name, bench, lambda _, splits: [choice] * len(splits), learns=False, evaluations=1)
 
 
 def best_single(bench: Bench) -> Trial:
     """Return the trial of the adapter of the lowest mean loss on the examples seen; of equal ones the earlier."""
 
-    def single(name: str) -> Selection:
-        losses_N, hits_N = (measured_EN[bench.names.index(name)] for measured_EN in bench.alone)
-        result = result_of(MixtureWeights.of({name: 1.0}, bench.names))
-        return bench.selection(lambda examples: (losses_N[list(examples)], hits_N[list(examples)]), result)
-
     def choose(_: Trial, splits: Sequence[Split]) -> list[Selection]:
-        return [single(*bench.best(split.seen, 1)) for split in splits]
+        choices = []
+        for split in splits:
+            (name,) = best = bench.best(split.seen, 1)
+            scores = partial(_alone_on, bench, bench.names.index(name))
+            choices.append(bench.selection(scores, SearchResult(MixtureWeights.of(best, bench.names))))
+        return choices
 
     return Trial("best_single", bench, choose, evaluations=len(bench.names))
+
+
+def _alone_on(bench: Bench, place: int, examples: Sequence[int]) -> Scores:
+    """Return what `bench.alone` has of one adapter, by its place, on these examples."""
+    losses_EN, hits_EN = bench.alone
+    return losses_EN[place, list(examples)], hits_EN[place, list(examples)]

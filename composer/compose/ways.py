@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter, methodcaller
 
 from loraweave.common.checks import says_something
 from loraweave.composer.compose.candidates import skills
@@ -76,20 +77,15 @@ def ways_of(bench: Bench, settings: Settings) -> tuple[list[Trial], list[Trial]]
     and pool forbid, before anything runs.
     """
     learning = _learning(bench, settings)
-    return _plain(bench, {trial.name for trial in learning}), learning
-
-
-def _plain(bench: Bench, requested: set[str]) -> list[Trial]:
-    """Return the trials of base model, best single adapter and uniform mixture, without those that were asked for.
-
-    There are none for a task without examples, since there is nothing to compare on.
-    """
-    if not bench.task.examples:
-        return []
-    uniform = MixtureWeights.of(dict.fromkeys(bench.names, 1 / len(bench.names)), bench.names)
-    base = fixed("base", bench, MixtureWeights.of({}, bench.names))
-    plain = [base, best_single(bench), fixed("uniform", bench, uniform)]
-    return [trial for trial in plain if trial.name not in requested]
+    plain: list[Trial] = []
+    # without examples there is nothing to compare on
+    if bench.task.examples:
+        requested = {trial.name for trial in learning}
+        uniform = MixtureWeights.of(dict.fromkeys(bench.names, 1 / len(bench.names)), bench.names)
+        base = fixed("base", bench, MixtureWeights.of({}, bench.names))
+        compared = [base, best_single(bench), fixed("uniform", bench, uniform)]
+        plain = [trial for trial in compared if trial.name not in requested]
+    return plain, learning
 
 
 def _learning(bench: Bench, settings: Settings) -> list[Trial]:
@@ -102,7 +98,7 @@ def _learning(bench: Bench, settings: Settings) -> list[Trial]:
         case "in_context":
             return [_in_context(bench)]
         case "auto":
-            return [] if _is_one(bench.task, settings) else [*_searches(bench, settings), *_trainings(bench, settings)]
+            return [] if _is_one(bench.task, settings) else _search_and_trainings(bench, settings)
     if settings.method in OTHER_WAYS:
         return []
     if len(bench.names) == 1 and settings.learns and settings.method != "grid":
@@ -113,22 +109,19 @@ def _learning(bench: Bench, settings: Settings) -> list[Trial]:
     return [search_of(bench, settings)]
 
 
-def _searches(bench: Bench, settings: Settings) -> list[Trial]:
-    """Return the search of "auto"; none for one adapter, which there is only with and without."""
-    if len(bench.names) == 1:
-        return []
-    method, budget = next(method for method in SEARCHES if settings.can_run(method)), settings.budget
-    if method == "gradient" and budget is not None:
-        budget = min(EACH, budget)
-    return [search_of(bench, replace(settings, method=method, budget=budget, options={}))]
-
-
-def _trainings(bench: Bench, settings: Settings) -> list[Trial]:
-    """Return the trainings of "auto"."""
-    if not _has_room(bench.task, settings):
-        return []
-    longer = [long_lora(bench, settings)] if settings.has_many(bench.task) else []
-    return [few_shot(bench, settings), *longer]
+def _search_and_trainings(bench: Bench, settings: Settings) -> list[Trial]:
+    """Return the search of "auto", where there are several adapters to weigh, and its trainings."""
+    trials = []
+    if len(bench.names) > 1:
+        method, budget = next(method for method in SEARCHES if settings.can_run(method)), settings.budget
+        if method == "gradient" and budget is not None:
+            budget = min(EACH, budget)
+        trials.append(search_of(bench, replace(settings, method=method, budget=budget, options={})))
+    if len(bench.task.examples) > 1 and not _untrained(settings):
+        trials.append(few_shot(bench, settings))
+        if settings.has_many(bench.task):
+            trials.append(long_lora(bench, settings))
+    return trials
 
 
 def _in_context(bench: Bench) -> Trial:
@@ -153,30 +146,38 @@ def measure(plain: list[Trial], learning: list[Trial], bench: Bench, settings: S
 
 def _auto(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Settings, folds: Sequence[Split]) -> Outcome:
     """Return what "auto" measures after the plain trials, and which of it is to be returned."""
-    task, remarks = bench.task, list[str]()
-    prompts = _that_run(_prompts(bench, settings), lambda trial: trial.run(folds), remarks)
+    task, remarks, run = bench.task, list[str](), methodcaller("run", folds)
+    is_one = _is_one(task, settings)
+    prompts: list[Trial] = []
+    # where there are other examples to show: the base in context, and the adapter that learned to read them
+    if not task.demonstrations and (is_one or len(task.examples) > 1):
+        reader = [] if bench.start is None else [of_start(bench)]
+        prompts = _that_run([_in_context(bench), *reader], run, remarks)
     plain = [*plain, *prompts]
     if not folds and _is_sure(plain, bench, settings):
         return Outcome(plain, "best_single", remarks)
-    if _is_one(task, settings):
-        said = _that_run(_said(bench), lambda trial: trial.run(folds), remarks)
-        unlearned = [trial for trial in plain if trial.name in UNLEARNED]
-        if said and said[0].held_out_loss < SURE * _least(unlearned):
+    if is_one:
+        said = _that_run(_said(bench), run, remarks)
+        unlearned = [trial.held_out_loss for trial in plain if trial.name in UNLEARNED]
+        if said and said[0].held_out_loss < SURE * min(unlearned):
             return Outcome([*plain, *said], said[0].name, remarks)
         remarks.append("one example is shown in prompts, and not learned from: two would tell how well ways do")
         return _averaged([*plain, *said], prompts, folds, remarks)
+    least, untrained, programs = min(trial.held_out_loss for trial in plain), _untrained(settings), list[Trial]()
+    # for tasks without labels that neither prompts nor one adapter come near to
+    if bench.retriever is not None and task.labels is None and not untrained and len(task.examples) > 1 and least >= NEAR:
+        programs = [program(bench, bench.retriever, settings)]
     if settings.has_many(task):
         # only the best on the examples held out goes on to learn from all
-        programs = _programs(bench, settings, plain)
-        learned = _that_run([*learning, *programs], lambda trial: trial.hold_out(folds), remarks)
-        best = min([*plain, *learned], key=lambda way: way.held_out_loss)
+        learned = _that_run([*learning, *programs], methodcaller("hold_out", folds), remarks)
+        best = min([*plain, *learned], key=attrgetter("held_out_loss"))
         if best in learned:
             best.finish()
         return Outcome([*plain, *learned], best.name, remarks)
-    members = _that_run(learning, lambda trial: trial.run(folds), remarks)
-    programs = _that_run(_programs(bench, settings, plain), lambda trial: trial.run(folds), remarks)
-    averaged = members + [program for program in programs if _joins(program, plain, remarks)]
-    if untrained := _untrained(settings):
+    members = _that_run(learning, run, remarks)
+    programs = _that_run(programs, run, remarks)
+    averaged = members + [program for program in programs if _joins(program, least, remarks)]
+    if untrained:
         used = "".join(f", and {trial.name} used {trial.evaluations} evaluations" for trial in averaged)
         remarks.append(f"{untrained}, so that it trains nothing{used}")
     return _averaged([*plain, *members, *programs], averaged, folds, remarks)
@@ -203,20 +204,6 @@ def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split],
     return Outcome([*trials, *average], next((trial.name for trial in [*average, *members]), None), remarks)
 
 
-def _prompts(bench: Bench, settings: Settings) -> list[Trial]:
-    """Return the base in context, where there are other examples to show, and the adapter that learned to read them."""
-    if bench.task.demonstrations or not (len(bench.task.examples) > 1 or _is_one(bench.task, settings)):
-        return []
-    reader = [] if bench.start is None else [of_start(bench)]
-    return [_in_context(bench), *reader]
-
-
-def _programs(bench: Bench, settings: Settings, plain: Sequence[Trial]) -> list[Trial]:
-    """Return the program of "auto", for tasks without labels that neither prompts nor one adapter come near to."""
-    is_sought = bench.task.labels is None and _has_room(bench.task, settings) and _least(plain) >= NEAR
-    return [program(bench, bench.retriever, settings)] if bench.retriever is not None and is_sought else []
-
-
 def _said(bench: Bench) -> list[Trial]:
     """Return the trial of the two adapters whose descriptions together say what the instruction asks for, if any do."""
     if bench.retriever is None:
@@ -230,21 +217,16 @@ def _said(bench: Bench) -> list[Trial]:
     return [stated_program(bench, pair)] if len(pair) == 2 else []
 
 
-def _joins(program: Trial, plain: Sequence[Trial], remarks: list[str]) -> bool:
+def _joins(program: Trial, least: float, remarks: list[str]) -> bool:
     """Return whether the program is a member, and note it; not with one step, whose weight is learned anyway."""
     steps = [] if program.chosen is None else list(program.chosen.composition.steps)
-    loss, least = program.held_out_loss, _least(plain)
-    why = ""
+    loss, why = program.held_out_loss, ""
     if len(steps) == 1:
         why = " was left out: it has one step"
     elif loss >= FAR * least:
         why = f" was left out: its loss is {loss:.3f}, and {least:.3f} without anything learned"
     remarks.append(f"program {' > '.join(steps)}{why}")
     return not why
-
-
-def _least(trials: Sequence[Trial]) -> float:
-    return min(trial.held_out_loss for trial in trials)
 
 
 def _is_sure(plain: Sequence[Trial], bench: Bench, settings: Settings) -> bool:
@@ -296,11 +278,6 @@ def _untrained(settings: Settings) -> str:
     if settings.budget is not None and settings.budget < TRAINS_FROM:
         return f"auto's budget of {settings.budget} is below {TRAINS_FROM}"
     return "" if settings.asks_the_task else "auto is given another loss than the task's, or another meaning of weights"
-
-
-def _has_room(task: Task, settings: Settings) -> bool:
-    """Return True if "auto" does more than search: its loss is the task's, and examples, budget and time allow it."""
-    return not _untrained(settings) and len(task.examples) > 1
 
 
 # what a searched composition is compared with

@@ -25,9 +25,9 @@ from loraweave.composer.merge.method_call import (
 )
 from loraweave.composer.merge.methods._entries import ALONE
 from loraweave.errors import BaseModelMismatch, CompositionError, LayerMismatch, ScopeError, WeightingError
-from loraweave.hub.adapter import Adapter
+from loraweave.hub.adapter import Adapter, parent_of, shared_invocation
 from loraweave.hub.formats._files import shared_files
-from loraweave.hub.licenses import license_of_work, stated_license
+from loraweave.hub.licenses import license_of_work
 from loraweave.hub.merge_report import LayerReport, MergeReport
 from loraweave.hub.merge_report import interference as compare
 from loraweave.lowrank import algebra
@@ -123,29 +123,6 @@ def _child(
     known = next((parent.fingerprint for parent in parents if parent.fingerprint), None)
     files = shared_files([parent.files for parent in parents]) if parents[0].files else {}
     return Adapter(name, parents[0].base_model, layers, known, card, heads, files, parents[0].invocation)
-
-
-def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
-    """Return the invocation tokens of all parents. Raises CompositionError where they differ: no one adapter does both."""
-    first = parents[0]
-    for other in parents[1:]:
-        if other.invocation != first.invocation:
-            said = [
-                f"from {list(adapter.invocation)} on" if adapter.invocation else "for every token"
-                for adapter in (first, other)
-            ]
-            raise CompositionError(
-                f"cannot merge adapter {first.name!r}, which counts {said[0]}, and {other.name!r}, which counts {said[1]}: "
-                "no one adapter does both; activate() them together, or merge those with the same invocation tokens"
-            )
-    return first.invocation
-
-
-def parent_of(adapter: Adapter) -> dict[str, Any]:
-    """Return a recipe's entry for a merged adapter, without its weight: hash, name, license, and files if any."""
-    files = {"files": list(adapter.files)} if adapter.files else {}
-    license = stated_license(adapter.card["license"]) if "license" in adapter.card else None
-    return {"hash": adapter.hash, "name": adapter.name, "license": license or "unknown", **files}
 
 
 def layer_updates(calls: Iterable[LayerCall]) -> Iterator[tuple[str, Update]]:

@@ -95,7 +95,7 @@ def together(engine, tokenizer):
 def test_a_model_that_runs_trees_gives_every_row_its_own_loss(family, tokenizer, engine):
     model = make(family, TREES[family])
     assert runs_trees(model, tokenizer, rows(model, tokenizer))
-    assert ExampleLoss(engine(model, family), tokenizer, TASK).encoded.has_trees((0, 1, 2, 3))
+    assert ExampleLoss(engine(model, family), tokenizer, TASK).encoded.trees_of((0, 1, 2, 3))
     # mean_losses rounds to fp32, and so do some models inside
     tolerance = 1e-6 if model.dtype == torch.float64 else 1e-5
     found, expected = together(engine(model, family), tokenizer), alone(engine(model, family), tokenizer)
