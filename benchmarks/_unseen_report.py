@@ -172,17 +172,19 @@ def _where_it_pays(measured: Mapping[Key, Measured], known: Mapping[str, str], o
     """Right answers in each situation, and what the hub adds to the best way without one, and to itself in noise."""
     columns = ("situation", "tasks", "base", "best without a hub", "with it", "over noise", "oracle", "what the hub adds")
     table = Table("where a hub pays", (*columns, "less noise", "processor seconds", "of the best without"))
-    for shots in sorted({key.shots for key in measured} - {NO_SHOTS}):
-        results = Results(measured, shots, known, of_labels)
-        kinds = {
-            "two skills joined": [task for task in known if known[task] == "compositional"],
-            "one skill": [task for task in known if known[task] != "compositional"],
-        }
-        examples = f"{shots} example{'s' * (shots > 1)}"
+    kinds = {
+        "two skills joined": [task for task in known if known[task] == "compositional"],
+        "one skill": [task for task in known if known[task] != "compositional"],
+    }
+    counts = sorted({key.shots for key in measured} - {NO_SHOTS})
+    by_count = {count: Results(measured, count, known, of_labels) for count in counts}
+    situations = [("no example", by_count[count], "instruction_and_inputs", ("base",)) for count in counts if count == 5]
+    situations += [
+        (f"{count} example{'s' * (count > 1)}", results, "auto", WITHOUT_HUB) for count, results in by_count.items()
+    ]
+    for label, results, way, rivals in situations:
         for kind, of_kind in kinds.items():
-            _add_situation(table, results, f"{examples}, {kind}", "auto", WITHOUT_HUB, of_kind)
-            if shots == 5:
-                _add_situation(table, results, f"no example, {kind}", "instruction_and_inputs", ("base",), of_kind)
+            _add_situation(table, results, f"{label}, {kind}", way, rivals, of_kind)
     return table
 
 

@@ -197,6 +197,8 @@ def test_the_python_of_the_readme(run_page):
     read = lw.Composition.from_pretrained("composed", names["model"], names["tokenizer"])
     assert (read.mean_weights, read.by_layer) == (names["composition"].mean_weights, names["composition"].by_layer)
     assert set(names["composition"].mean_weights) <= {"passive", "negation", "antonym"}
+    assert list(names["at_once"].steps) == ["passive", "negation"]
+    assert names["at_once"].predict(["The king helped the farmers."]) == ["The farmers were not helped by the king."]
     readme, printed = (ROOT / "README.md").read_text(encoding="utf-8"), "\n".join(names["answers"])
     assert f"```\n{printed}\n```" in readme
     assert f"# {names['composition'].predict(['The senator helped the doctor.'])}\n" in readme

@@ -236,7 +236,7 @@ def test_the_map_of_where_a_hub_pays_compares_with_the_best_way_without_one(meas
     add("second", "instruction_and_inputs+noise", 1)
     table = report.report(measured, "unseen", RELATIONS)["unseen, where a hub pays"]
     by_situation = {row[0]: list(row[1:]) for row in table.rows}
-    assert list(by_situation) == ["5 examples, two skills joined", "no example, two skills joined", "5 examples, one skill"]
+    assert list(by_situation) == ["no example, two skills joined", "5 examples, two skills joined", "5 examples, one skill"]
     # in context has 7 of 10, lora_examples 5; auto 8, over noise 4; processor time 2.5 and 4 s
     joined = by_situation["5 examples, two skills joined"]
     assert joined[:6] == ["1", "0.000", "0.700 (in_context)", "0.800", "0.400", "1.000"]
