@@ -21,9 +21,9 @@ import loraweave as lw
 from loraweave import errors, extend, registry
 
 LIMITS = {
-    "files of the core": 238,
-    "lines of the core": 45_968,
-    "lines of the product": 84_395,
+    "files of the core": 235,
+    "lines of the core": 45_909,
+    "lines of the product": 84_162,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,
