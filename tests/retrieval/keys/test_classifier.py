@@ -172,11 +172,11 @@ def test_a_threshold_comes_from_the_hubs_own_samples(hub):
     found = retriever.calibrate(false_accept=0.2)
     assert (found.num_own, found.num_foreign) == (20, 20)
     key = Classifier()
-    labels_N, own_NC, foreign_NC = key.held_out(hub.records(), retriever._space)
+    labels_N, own_NC, foreign_NC = key.held_out(hub.records(), retriever.space)
     assert np.isneginf(foreign_NC[np.arange(20), labels_N]).all()
     # refitted without the adapter, by the mixture that was chosen with it
     names = sorted(TASKS)
-    fitted = key._fitted([hub.record(name) for name in names], retriever._space, outputs=False)
+    fitted = key._fitted([hub.record(name) for name in names], retriever.space, outputs=False)
     own = fitted.mixed()
     for label in range(4):
         rest = labels_N != label
