@@ -139,12 +139,11 @@ def skills(space: KeySpace, records: Sequence[Record], task: Task, texts: Sequen
     # the cosine of the instruction with the sum of two descriptions
     length_NN = np.sqrt(np.maximum(2 + 2 * said_ND @ said_ND.T, 1e-9))
     cosine_NN = np.triu((cosine_N[:, None] + cosine_N) / length_NN, k=1)
-    first, second = np.unravel_index(cosine_NN.argmax(), cosine_NN.shape)
-    best = cosine_NN[first, second]
+    one, other = (records[int(place)] for place in np.unravel_index(cosine_NN.argmax(), cosine_NN.shape))
+    best = cosine_NN.max()
     if task.labels is not None or best < max(LEAST, cosine_N[nearest] + GAIN):
         return [], f"by the instruction: no stored adapter is near enough to it to be taken for the skill ({alone})"
-    pair = [records[first], records[second]]
-    pair = max(pair, pair[::-1], key=lambda order: _flow(space, order, texts))
+    pair = max([one, other], [other, one], key=lambda order: _flow(space, order, texts))
     return pair, f"by the instruction: cosine with both descriptions {best:.2f}, {alone}"
 
 

@@ -20,6 +20,7 @@ from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import CALIBRATING, Settings
 from loraweave.composer.compose.trials import reported
 from loraweave.composer.compose.ways import calibrated
+from loraweave.composer.live.fitting import Fitting
 from loraweave.errors import InvalidTask
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.retriever import Retriever
@@ -49,12 +50,13 @@ def instructed(model: Any, tokenizer: Any, hub: Hub, task: Task, settings: Setti
     reader = None if skilled else in_context_adapter(hub, model)
     # labels are ranked better by several; what is written is spoilt by those that write something else
     answering = skilled or ([] if reader is not None and task.labels is None else records[:NEAREST])
-    if len(answering) > 1:
-        settings.require_combinable(hub.pool([record.name for record in answering]))
-    parts = {
-        record.name: Composition.of(model, tokenizer, replace(task, instruction=record.description), hub[record.name])
-        for record in answering
-    }
+    parts: dict[str, Composition] = {}
+    if answering:
+        pool = Fitting(model).accepted(hub.pool([record.name for record in answering]))
+        settings.require_combinable(pool)
+        for record in answering:
+            alone = Composition.of(model, tokenizer, replace(task, instruction=record.description))
+            parts[record.name] = replace(alone, pool=pool.subset([record.name]), all_weights={record.name: 1.0})
     if len(skilled) == 1:
         made, chosen = parts[skilled[0].name], skilled[0].name
     elif skilled:

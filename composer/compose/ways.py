@@ -206,14 +206,12 @@ def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split],
 
 def _said(bench: Bench) -> list[Trial]:
     """Return the trial of the two adapters whose descriptions together say what the instruction asks for, if any do."""
-    if bench.retriever is None:
+    if bench.retriever is None or not says_something(bench.task.instruction):
         return []
     records = [bench.retriever.hub.record(name) for name in bench.scores]
     described = [record for record in records if says_something(record.description)]
-    if not described or not says_something(bench.task.instruction):
-        return []
     texts = [str(text) for text, _ in bench.task.examples]
-    pair, _ = skills(bench.retriever.space, described, bench.task, texts)
+    pair = skills(bench.retriever.space, described, bench.task, texts)[0] if described else []
     return [stated_program(bench, pair)] if len(pair) == 2 else []
 
 

@@ -172,7 +172,8 @@ def _show(composed: lw.Composition, method: str, out: Path | None, as_json: bool
         told = {"weights": composed.mean_weights, "router": router, "license": composed.license}
         print_json({**told, "report": composed.report.to_json(), "out": out})
         return
-    print_table(composed.report.table())
+    chosen = f"chosen: {composed.report.chosen} ({composed.report.reason})"
+    print_table(composed.report.table()) if composed.report.rows else note(chosen)
     if composed.router is None:
         weights = composed.mean_weights
         by_size = sorted(weights, key=lambda name: abs(weights[name]), reverse=True)
@@ -182,7 +183,7 @@ def _show(composed: lw.Composition, method: str, out: Path | None, as_json: bool
     else:
         note(f"router {method!r} weighs every adapter for each token and layer: `loraweave explain` shows what counted")
     if out is not None:
-        more = ", `loraweave export` makes a PEFT folder of it" if composed.router is None else ""
+        more = "" if composed.router or composed.steps else ", `loraweave export` makes a PEFT folder of it"
         if composed.members:
             more = f", `loraweave export` makes a PEFT folder of a member, as {out / 'member-0'}"
         note(f"saved to {out}, license: {composed.license or 'unknown'}; `loraweave eval {out} FILE.jsonl` scores it{more}")

@@ -57,14 +57,16 @@ def test_two_skills_in_an_instruction_are_answered_one_after_the_other(compose, 
     assert "both descriptions 1.00" in composition.report.reason
     assert "alone has 0.71" in composition.report.reason
     assert composition.report.chosen == "one > two"
+    assert composition.mean_weights == {"one": 0.5, "two": 0.5}
 
 
-def test_a_skill_that_is_stored_answers_alone_by_its_own_instruction(compose, trained_letters, tokenizer):
+def test_a_skill_that_is_stored_answers_alone_by_its_own_instruction(compose, trained_letters, tokenizer, letter_hub):
     composition = compose("go on")
     assert composition.report.chosen == "one"
     assert composition.task.instruction == "go on"
     assert composition.predict(["a", "b"]) == answers_of(trained_letters, tokenizer, "one", "go on", ["a", "b"])
-    assert repr(composition).startswith("Composition(adapter 'one'")
+    assert composition.weights == {"one": 1.0}
+    assert composition.adapter.hash == letter_hub.record("one").hash
 
 
 def test_where_nothing_has_the_skill_the_nearest_answer_beside_the_base(compose):
