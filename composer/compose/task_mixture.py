@@ -257,7 +257,7 @@ class TaskMixture:
     def _between(self, texts: Sequence[Prompt]) -> Sequence[Prompt]:
         """Return the inputs of the last step: the answers of the step before it, one for each text, or the texts."""
         before = list(self.steps.values())[:-1]
-        limit = answer_limit(self.tokenizer, self.task.examples)
+        limit = answer_limit(self.tokenizer, self.task.examples) if before else 0
         for step in before:
             texts = step._predict(texts, limit)
         return texts
