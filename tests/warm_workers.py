@@ -1,9 +1,10 @@
-"""Workers that outlive the call that started them: each imports torch and transformers, which takes it seconds."""
+"""Workers that outlive the call that started them, since importing torch and transformers takes seconds; a base for them."""
 
 from __future__ import annotations
 
 import pytest
 
+import loraweave as lw
 from loraweave.common import spread
 
 _IDLE = []
@@ -29,3 +30,12 @@ class WarmProcesses(spread._Processes):
 def warm_workers(monkeypatch):
     """Start processes of this machine once for all tests that ask for it; tests/common tries the product's own."""
     monkeypatch.setattr(spread, "_Processes", WarmProcesses)
+
+
+@pytest.fixture(scope="module")
+def base(make_model, tokenizer, tmp_path_factory):
+    """(model, tokenizer) from a folder, which workers can load too."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return lw.load_base(folder)

@@ -9,7 +9,6 @@ from functools import partial
 import joblib
 import pytest
 import torch
-from warm_workers import warm_workers as warm_workers
 
 import loraweave as lw
 from loraweave.common.spread import crew
@@ -22,15 +21,6 @@ from loraweave.extensions.cluster.scoring import Parcel, ScoringWorkers
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe"), ("g", "gg"), ("hh", "h")]
 TASK = lw.Task(EXAMPLES, instruction="swap")
 NAMES = tuple("abcd")
-
-
-@pytest.fixture(scope="module")
-def base(make_model, tokenizer, tmp_path_factory):
-    """(model, tokenizer) from a folder, which workers can load too."""
-    folder = tmp_path_factory.mktemp("base")
-    make_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return lw.load_base(folder)
 
 
 @pytest.fixture(scope="module")
