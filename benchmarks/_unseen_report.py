@@ -178,13 +178,11 @@ def _where_it_pays(measured: Mapping[Key, Measured], known: Mapping[str, str], o
     }
     counts = sorted({key.shots for key in measured} - {NO_SHOTS})
     by_count = {count: Results(measured, count, known, of_labels) for count in counts}
-    situations = [("no example", by_count[count], "instruction_and_inputs", ("base",)) for count in counts if count == 5]
-    situations += [
-        (f"{count} example{'s' * (count > 1)}", results, "auto", WITHOUT_HUB) for count, results in by_count.items()
-    ]
-    for label, results, way, rivals in situations:
+    situations = [("no example", 5, "instruction_and_inputs", ("base",))] if 5 in counts else []
+    situations += [(f"{count} example{'s' * (count > 1)}", count, "auto", WITHOUT_HUB) for count in counts]
+    for label, count, way, rivals in situations:
         for kind, of_kind in kinds.items():
-            _add_situation(table, results, f"{label}, {kind}", way, rivals, of_kind)
+            _add_situation(table, by_count[count], f"{label}, {kind}", way, rivals, of_kind)
     return table
 
 

@@ -209,7 +209,7 @@ RECIPE_POOL = 20
 # about the processor time of the published recipe; twice the steps or three times the rate came out alike
 FEW_SHOT: dict[str, Any] = {"steps": 20, "lr": 1e-3, "warmup": 3}
 LEARNED_STEPS = 8
-# test inputs that are shown to AdaMerging
+# test inputs that are shown without their answers
 UNLABELLED = 20
 ORACLE: dict[str, Any] = {"steps": 80, "lr": 3e-3}
 
@@ -230,6 +230,11 @@ class Case:
     @property
     def task(self) -> lw.Task:
         return self.unseen.task
+
+    @property
+    def unlabelled(self) -> list[Prompt]:
+        """The first test inputs, without their answers."""
+        return [text for text, _ in self.unseen.test[:UNLABELLED]]
 
     def score(self, found: Found) -> Score:
         """On the test items; what the way itself has measured stands."""
@@ -305,7 +310,7 @@ def lorahub_original(case: Case) -> Found:
 
 def adamerging(case: Case) -> Found:
     """AdaMerging on the first test inputs, as published: it looks at what it is to answer, but not at the answers."""
-    return _composed(case, "adamerging", folds=0, inputs=[text for text, _ in case.unseen.test[:UNLABELLED]])
+    return _composed(case, "adamerging", folds=0, inputs=case.unlabelled)
 
 
 def lora_examples(case: Case) -> Found:
@@ -344,15 +349,15 @@ def oracle(case: Case) -> Found:
     return Found(_trained(case, replace(case.task, examples=case.training), batch_size=8, **ORACLE))
 
 
-def instruction(case: Case) -> Found:
+def instruction(case: Case, inputs: list[Prompt] | None = None) -> Found:
     """What `compose()` makes of the task's instruction alone."""
-    return _composed(replace(case, unseen=replace(case.unseen, task=replace(case.task, examples=[]))), "auto")
+    bare = replace(case.unseen, task=replace(case.task, examples=[]))
+    return _composed(replace(case, unseen=bare), "auto", inputs=inputs)
 
 
 def instruction_and_inputs(case: Case) -> Found:
     """The same, with inputs: it looks at what it is to answer, but not at the answers."""
-    bare = replace(case, unseen=replace(case.unseen, task=replace(case.task, examples=[])))
-    return _composed(bare, "auto", inputs=[text for text, _ in case.unseen.test[:UNLABELLED]])
+    return instruction(case, case.unlabelled)
 
 
 def order(case: Case) -> Found:
