@@ -1,4 +1,4 @@
-"""The choice of which adapters of a hub or a pool are candidates for a task on a model, and which say they can do it."""
+"""The choice of a task's candidates from a hub or a pool, and of those whose descriptions match its instruction."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch 
 
 
 def skills(space: KeySpace, records: Sequence[Record], task: Task, texts: Sequence[str]) -> tuple[list[Record], str]:
-    """Return the adapters that have the skill, in the order in which they answer, and why; none where nothing tells so."""
+    """Return the adapters whose descriptions match the instruction, in the order they answer, and why; maybe none."""
     said_ND, asked_D = space.embed([record.description for record in records]), space.embed([task.instruction])[0]
     cosine_N = said_ND @ asked_D
     nearest = int(cosine_N.argmax())

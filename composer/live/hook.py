@@ -84,7 +84,7 @@ class LiveHook:
     `max_bytes` is the memory that it may keep for later mixtures.
     """
 
-    # the device types for whose batches `prepare` is called
+    # device types; `prepare` is called for batches on them
     devices: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, max_bytes: int) -> None:

@@ -91,7 +91,7 @@ class Activation:
         """
         if self.closed:
             return
-        current = _current(self.live)
+        current = _nearest_open(_CURRENT.get(), self.live)
         if current is not self and current is not None and self in _chain(current):
             raise AlreadyActive("an activation that was opened later is still open: close that one first")
         if self._thread is not threading.current_thread() and self._thread.is_alive():
@@ -99,8 +99,7 @@ class Activation:
                 f"this activation was opened by thread {self._thread.name!r} and counts only there: close it in that thread"
             )
         self._end()
-        if self.usage.made is not None:
-            self.usage.made.require_all()
+        self.usage.require_all()
 
     def run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Return what `call` returns under this activation's mixture, in whatever thread it is called.
@@ -129,12 +128,12 @@ class Activation:
             # after an interruption: what it kept from being done is done before it goes on
             self._leave()
             raise
-        if error is None and self.usage.made is not None:
-            self.usage.made.require_all()
+        if error is None:
+            self.usage.require_all()
 
     def _leave(self) -> None:
         # whatever was opened inside and not closed ends too, so that an exception leaves nothing active
-        current = _current(self.live)
+        current = _nearest_open(_CURRENT.get(), self.live)
         if current is not None and current is not self and self in _chain(current):
             for inner in _chain(current):
                 if inner is self:
@@ -158,16 +157,9 @@ def _chain(activation: Activation | None) -> Iterable[Activation]:
         activation = activation.outer
 
 
-def _nearest_open(activation: Activation | None) -> Activation | None:
-    while activation is not None and activation.closed:
-        activation = activation.outer
-    return activation
-
-
-def _current(live: LiveLayers) -> Activation | None:
-    """Return the innermost open activation of these layers in this context."""
-    activation = _CURRENT.get()
-    while activation is not None and (activation.live is not live or activation.closed):
+def _nearest_open(activation: Activation | None, live: LiveLayers | None = None) -> Activation | None:
+    """Return the activation, or the nearest one outside it, that is open; with `live`, one of these layers."""
+    while activation is not None and (activation.closed or (live is not None and activation.live is not live)):
         activation = activation.outer
     return activation
 
@@ -264,11 +256,8 @@ class LiveLayers:
             self._uninstall()
 
     def current(self) -> Activation | None:
-        """Return the activation of the running call, or None.
-
-        Raises CompositionError if checkpointing runs a layer again while several activations are open.
-        """
-        activation = _current(self)
+        """Return the running call's activation, or None. Raises CompositionError if checkpointing finds several open."""
+        activation = _nearest_open(_CURRENT.get(), self)
         if activation is None and in_backward_thread():
             # gradient checkpointing runs the forward again there, without a context
             candidates = list(self._open)

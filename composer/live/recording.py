@@ -96,6 +96,11 @@ class Usage:
         if STATE.get() is not self.quiet:
             self.tell(layer, note)
 
+    def require_all(self) -> None:
+        """Raise WeightingError if weights that calls made on a GPU were not finite."""
+        if self.made is not None:
+            self.made.require_all()
+
     def tell(self, layer: str, note: Note) -> None:
         """Make this usage the last one of its context, and give the note to every open trace."""
         state, owner = STATE.get(), self.owner()

@@ -140,9 +140,8 @@ def predict_together(
     """Return one answer for each of N inputs under the prompts of M tasks, whose probabilities are averaged.
 
     `inputs_MN` has a text of each input for each task, share_M the tasks' shares. A batch has the rows of the first task,
-    then those of the next. The labels' probabilities are averaged, without the prior if the tasks are `calibrated`; decoding
-    takes at each step the token of the highest average, from which all rows of an input continue. `share` is that of
-    `predict`.
+    then those of the next. Labels' probabilities are averaged, without the prior if the tasks are `calibrated`. Each step of
+    decoding takes the token of the highest average; all rows of an input continue from it. `share` is that of `predict`.
     """
     labels, neutral = tasks[0].labels, tasks[0].neutral
     if labels is not None:

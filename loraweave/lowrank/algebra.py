@@ -252,10 +252,8 @@ def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
     if rank >= factors.rank:
         return factors, 0.0
     if factors.magnitude_O is not None:
-        raise AdapterUnsupported(
-            f"cannot cut DoRA from rank {factors.rank} to {rank}: its magnitude belongs to the whole update; make it a "
-            "plain LoRA with the model first (lw.to_lora)"
-        )
+        why = "its magnitude belongs to the whole update; make it a plain LoRA with the model first (lw.to_lora)"
+        raise AdapterUnsupported(f"cannot cut DoRA from rank {factors.rank} to {rank}: {why}")
     return _compressed(factors, _float64(factors.a_RI), _float64(factors.b_OR), rank)
 
 

@@ -114,7 +114,7 @@ class StoredLayer:
         return self.known_base
 
     def require_shared(self, *names: str) -> None:
-        """Raise AdapterUnsupported if the file lacks one of these shared random matrices, of which it has the seed only."""
+        """Raise AdapterUnsupported if the file has only the seed of one of these shared random matrices."""
         missing = [name for name in names if name not in self.shared]
         if missing:
             raise AdapterUnsupported(

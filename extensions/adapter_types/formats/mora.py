@@ -55,7 +55,7 @@ class Mora(LoraVariant):
 
 
 def _neighbours(size: int, count: int) -> Tensor:
-    """Return the group numbers (size,) of features in `count` groups of neighbours, of which the first may have one more."""
+    """Return each feature's group number (size,): `count` groups of neighbours; the first groups may have one more."""
     larger = torch.arange(count) < size % count
     return torch.arange(count).repeat_interleave(size // count + larger.long())
 

@@ -75,7 +75,7 @@ def knots(
 def _pieces(experts: Experts, found: Sequence[Term]) -> tuple[Tensor, list[Factors | None]]:
     """Return U (O, P) and for each expert U^T D_e with its bias.
 
-    It is None for an expert whose weight is 0 or that lacks the layer, and for all if every update is zero.
+    An expert with weight 0 or without the layer has None; if every update is zero, all have None.
     """
     pieces: list[Factors | None] = [None] * len(experts)
     parts = spectra(found)
