@@ -35,17 +35,16 @@ def send(port, body, key="key", path="/v1/completions"):
     return found
 
 
-def answers(port, *, told_s=0.0):
-    """[formula, prompt, status, replica, text] of every formula and prompt; after the first ones it waits `told_s`."""
-    found = []
+def answers(port):
+    """Return [formula, prompt, status, replica, text] of every formula and prompt."""
+    answered = []
     for prompt in given["prompts"]:
         for formula in given["formulas"]:
             status, headers, text = send(port, {**given["fields"], "model": formula, "prompt": prompt})
             said = json.loads(text)
             shown = said["choices"][0]["text"] if status == 200 else said
-            found.append([formula, prompt, status, headers.get("x-loraweave-replica"), shown])
-        time.sleep(told_s if prompt == given["prompts"][0] else 0.0)
-    return found
+            answered.append([formula, prompt, status, headers.get("x-loraweave-replica"), shown])
+    return answered
 
 
 if __name__ == "__main__":
@@ -57,8 +56,12 @@ if __name__ == "__main__":
     with Hub(given["hub"]) as hub:
         app = replicated(hub, base={"name": given["base"]}, api_key="key", limits=Limits(rows=4))
         serve.run(app, route_prefix="/")
-        # the replicas tell what they have every 0.1 s
-        said = {"answers": answers(port, told_s=5.0)}
+        # The replicas tell the proxy what they have every 0.1 s. Two spellings of a formula that come before that may reach two
+        # replicas, which then both have it: a replica takes each formula in one spelling first.
+        for formula in given["once"]:
+            send(port, {**given["fields"], "model": formula, "prompt": given["prompts"][0]})
+        time.sleep(10.0)
+        said = {"answers": answers(port)}
         asked = {**given["fields"], "model": given["formulas"][0], "prompt": given["prompts"][0]}
         said["streamed"] = send(port, {**asked, "stream": True})[2]
         said["refused"] = [

@@ -44,7 +44,7 @@ def test_each_formula_is_answered_by_one_replica_as_by_the_engine_and_by_another
     given = {"root": str(ROOT), "hub": str(tmp_path / "hub"), "base": str(tmp_path / "base"), "fields": fields}
     # a formula waits for the replica that has it, which may be busy for longer than a second
     settings = {**engines.RAY, "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "100"}
-    given |= {"formulas": list(FORMULAS), "prompts": PROMPTS[:3]}
+    given |= {"formulas": list(FORMULAS), "once": list(FORMULAS)[:4], "prompts": PROMPTS[:3]}
     where = "here" if HAS_SERVE else "ray"
     said = engines.run(where, ROOT / "tests" / "engine_scripts" / "ray_replicas.py", given, timeout=500, **settings)
     engine = lw.Composer(model, adapters, tokenizer=tokenizer)
