@@ -154,28 +154,29 @@ def _auto(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Set
         reader = [] if bench.start is None else [of_start(bench)]
         prompts = _that_run([_in_context(bench), *reader], run, remarks)
     plain = [*plain, *prompts]
-    if not folds and _is_sure(plain, bench, settings):
+    stated = [] if task.demonstrations else _stated(bench, plain, run, remarks)
+    if not folds and not stated and _is_sure(plain, bench, settings):
         return Outcome(plain, "best_single", remarks)
+    unlearned = min((trial.held_out_loss for trial in plain if trial.name in UNLEARNED), default=math.inf)
+    if stated and stated[0].held_out_loss < SURE * unlearned:
+        return Outcome([*plain, *stated], stated[0].name, remarks)
     if is_one:
-        said = _that_run(_said(bench), run, remarks)
-        unlearned = [trial.held_out_loss for trial in plain if trial.name in UNLEARNED]
-        if said and said[0].held_out_loss < SURE * min(unlearned):
-            return Outcome([*plain, *said], said[0].name, remarks)
         remarks.append("one example is shown in prompts, and not learned from: two would tell how well ways do")
-        return _averaged([*plain, *said], prompts, folds, remarks)
-    least, untrained, programs = min(trial.held_out_loss for trial in plain), _untrained(settings), list[Trial]()
-    # for tasks without labels that neither prompts nor one adapter come near to
-    if bench.retriever is not None and task.labels is None and not untrained and len(task.examples) > 1 and least >= NEAR:
-        programs = [program(bench, bench.retriever, settings)]
+        return _averaged([*plain, *stated], prompts, folds, remarks)
+    least, untrained, searched = min(trial.held_out_loss for trial in plain), _untrained(settings), list[Trial]()
+    # sought where the instruction states none, for tasks without labels that neither prompts nor one adapter come near to
+    is_far = task.labels is None and not untrained and len(task.examples) > 1 and least >= NEAR
+    if is_far and not stated and bench.retriever is not None:
+        searched = [program(bench, bench.retriever, settings)]
     if settings.has_many(task):
         # only the best on the examples held out goes on to learn from all
-        learned = _that_run([*learning, *programs], methodcaller("hold_out", folds), remarks)
-        best = min([*plain, *learned], key=attrgetter("held_out_loss"))
+        learned = _that_run([*learning, *searched], methodcaller("hold_out", folds), remarks)
+        best = min([*plain, *stated, *learned], key=attrgetter("held_out_loss"))
         if best in learned:
             best.finish()
-        return Outcome([*plain, *learned], best.name, remarks)
+        return Outcome([*plain, *stated, *learned], best.name, remarks)
     members = _that_run(learning, run, remarks)
-    programs = _that_run(programs, run, remarks)
+    programs = [*stated, *_that_run(searched, run, remarks)]
     averaged = members + [program for program in programs if _joins(program, least, remarks)]
     if untrained:
         used = "".join(f", and {trial.name} used {trial.evaluations} evaluations" for trial in averaged)
@@ -204,15 +205,27 @@ def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split],
     return Outcome([*trials, *average], next((trial.name for trial in [*average, *members]), None), remarks)
 
 
-def _said(bench: Bench) -> list[Trial]:
-    """Return the trial of the two adapters whose descriptions together say what the instruction asks for, if any do."""
+def _stated(bench: Bench, plain: Sequence[Trial], run: Callable[[Trial], object], remarks: list[str]) -> list[Trial]:
+    """Run the program of the two adapters whose descriptions together say what the instruction asks for, if any do.
+
+    Return its trial if both together answer better than the best single adapter, and not far worse than prompts alone.
+    """
     if bench.retriever is None or not says_something(bench.task.instruction):
         return []
     records = [bench.retriever.hub.record(name) for name in bench.scores]
     described = [record for record in records if says_something(record.description)]
     texts = [str(text) for text, _ in bench.task.examples]
     pair = skills(bench.retriever.space, described, bench.task, texts)[0] if described else []
-    return [stated_program(bench, pair)] if len(pair) == 2 else []
+    if len(pair) != 2:
+        return []
+    losses = {trial.name: trial.held_out_loss for trial in plain}
+    most = min(FAR * min(losses.values()), losses.get("best_single", math.inf))
+    stated = _that_run([stated_program(bench, pair)], run, remarks)
+    for trial in stated:
+        if trial.held_out_loss >= most:
+            steps = " > ".join(record.name for record in pair)
+            remarks.append(f"program {steps} was left out: its loss is {trial.held_out_loss:.3f}, not below {most:.3f}")
+    return [trial for trial in stated if trial.held_out_loss < most]
 
 
 def _joins(program: Trial, least: float, remarks: list[str]) -> bool:
@@ -283,7 +296,7 @@ PLAIN = ("base", "best_single")
 REASONS = {
     "average": "the members' probabilities, averaged",
     "best_single": "it answers the examples already, far better than prompts alone",
-    "program": "the instruction asks for both skills, and it answers the example far better than prompts alone",
+    "program": "the instruction asks for both skills, and it answers the examples far better than prompts alone",
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import loraweave as lw
 from loraweave import registry
+from loraweave.composer.compose import program_search, ways
 from loraweave.composer.compose.instructed import SHARE
 from loraweave.errors import InvalidTask
 
@@ -143,5 +144,30 @@ def test_one_example_confirms_the_program_that_the_instruction_asks_for(compose,
     other = lw.Task([("a", "d")], instruction="go on, do it")
     shown = lw.compose(trained_letters[0], tokenizer, letter_hub, other, progress=False)
     assert not shown.steps
-    assert shown.report["program"].loss > 0.5 * shown.report["base"].loss
+    assert "program one > two was left out" in shown.report.reason
     assert "one example is shown in prompts" in shown.report.reason
+
+
+def test_of_several_examples_the_stated_program_is_a_member_and_none_is_sought(
+    compose, trained_letters, tokenizer, letter_hub, monkeypatch
+):
+    of_two_skills = [("a", "i"), ("b", "j"), ("c", "k"), ("d", "l")]
+
+    def composed(examples):
+        task = lw.Task(examples, instruction="go on, do it")
+        return lw.compose(trained_letters[0], tokenizer, letter_hub, task, progress=False)
+
+    def unasked(*_, **__):
+        raise AssertionError("a program is sought")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(program_search, "search_programs", unasked)
+        # far better than prompts alone, it answers by itself
+        assert list(composed(of_two_skills).steps) == ["one", "two"]
+        patched.setattr(ways, "SURE", 0.0)
+        averaged = composed(of_two_skills)
+        assert list(averaged.members) == ["gradient", "few_shot", "program"]
+        assert list(averaged.members["program"].steps) == ["one", "two"]
+        # one of the two skills answers these better than both together: the stated program is none
+        with pytest.raises(AssertionError, match="a program is sought"):
+            composed([(text, chr(ord(answer) - 4)) for text, answer in of_two_skills])
