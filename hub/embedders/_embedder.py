@@ -23,7 +23,7 @@ def readable(text: str) -> str:
 
 @runtime_checkable
 class Embedder(Protocol):
-    """A map of texts to unit vectors. `id` names all that decides a vector, so that vectors of two are never mixed."""
+    """A map of texts to unit vectors. `id` identifies all that a vector depends on: vectors of two are never mixed."""
 
     dim: int
 
@@ -34,7 +34,7 @@ class Embedder(Protocol):
 
 
 def embedder_of(given: str | os.PathLike[str] | Embedder) -> Embedder:
-    """Return the embedder of that name or of a folder that `train_encoder` wrote; an Embedder as it is.
+    """Return the embedder of a registry name or of a folder that `train_encoder` wrote; return an Embedder unchanged.
 
     Raises RetrievalError for anything else.
     """
@@ -72,7 +72,7 @@ def embed_checked(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
 def embed_in_batches(
     texts: Sequence[str], encode: Callable[[list[str]], np.ndarray], dim: int, batch_texts: int, dtype: type = np.float32
 ) -> np.ndarray:
-    """Return the row of `encode` for each text (N, dim), as `readable` leaves it, by batches; equal texts get equal rows."""
+    """Return vectors (N, dim) by `encode`, called on batches of `readable` texts; equal texts get equal rows."""
     # each distinct text once: padding in another batch would change its last bits, and ties would not be ties
     texts = [readable(text) for text in texts]
     distinct = list(dict.fromkeys(texts))

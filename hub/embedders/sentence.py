@@ -34,7 +34,7 @@ INSTRUCTION = ""
 class Sentence:
     """Unit vectors of `dim` numbers: mean of the last hidden states over the attention mask, then L2 norm.
 
-    Texts are cut at 256 tokens. The encoder loads on first use. `folder` is one that `train_encoder` wrote; without it the
+    Texts are cut at 256 tokens. The encoder loads on first use. `folder` is written by `train_encoder`; without it the
     weights are those of all-MiniLM-L6-v2. `instruction` is put before every text; by default the folder's own. Raises
     PackageMissing when the default weights are not installed, RetrievalError for a folder that lacks a file.
     """
@@ -50,7 +50,7 @@ class Sentence:
 
     @cached_property
     def id(self) -> str:
-        """The name and digest of all that decides a vector: weights, tokenizer, pooling, truncation, instruction."""
+        """The name and digest of all that a vector depends on: weights, tokenizer, pooling, truncation, instruction."""
         settings = f"mean pooling, L2 norm, {MAX_TOKENS} tokens, instruction {self.instruction!r}"
         digest = hashlib.sha256(settings.encode("utf-8", "surrogatepass"))
         for name in ("config.json", "tokenizer.json", "model.safetensors"):

@@ -29,12 +29,11 @@ Ranking = tuple[np.ndarray, np.ndarray]
 
 
 class Index(Protocol):
-    """A search of the k largest inner products of each query (all for a larger k): scores descending, ties by position.
+    """An index of vectors, which finds the k largest inner products of each query: scores descending, ties by position.
 
-    A mask leaves only the rows that it allows. `arrays` returns the arrays of which `from_arrays` makes an index without a
-    copy; from "vectors" alone, which is always there, `from_arrays` makes the rest. Where no index is named, a class with a
-    number as `default_from` is taken for this many keys or more, unless the keys reach a larger one of another class. Fewer
-    than FEW_KEYS are searched by `Flat`.
+    A mask restricts a search to the rows where it is True. `from_arrays` makes an index, without a copy, of the arrays that
+    `arrays` returned, or of "vectors" alone, which are always among them. If no index is named, the class with the largest
+    `default_from` that the number of keys reaches is used; fewer than FEW_KEYS are searched by `Flat`.
     """
 
     @classmethod
@@ -49,12 +48,12 @@ class Index(Protocol):
     def search(self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None) -> Ranking: ...
 
 
-# returns the index class for this many keys
+# maps the number of keys to the index class for it
 Choice = Callable[[int], Any]
 
 
 def index_choice(index: str) -> Choice:
-    """Return the class of that name; "auto" chooses by the number of keys and `default_from`. Raises UnknownName."""
+    """Map a number of keys to the index class of that name, or for "auto" to that of `default_from`. Raises UnknownName."""
     if index == "auto":
         return _kind_for
     kind = registry.get("indexes", index)
@@ -70,10 +69,10 @@ def _kind_for(count: int) -> Any:
 
 
 class Flat:
-    """Vectors of `dim` numbers in order of addition, each compared with the query.
+    """An exact index: vectors of `dim` numbers in order of addition, each of which is compared with the query.
 
-    A subclass finds in `_best` the k best of `count` rows, which are all or those that a mask allows, indexes new rows in
-    `_append`, and in `_load` takes up saved arrays beside the vectors.
+    A subclass overrides `_best` (return the k best of the `count` rows that the mask allows), `_append` (index new rows) and
+    `_load` (take the saved arrays other than the vectors).
     """
 
     exact = True
@@ -86,9 +85,9 @@ class Flat:
 
     @classmethod
     def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> Self:
-        """Return the index of the arrays that `arrays` returned, searched in place; with vectors alone the rest is made.
+        """Return an index of the arrays that `arrays` returned, not copied; from "vectors" alone, build the other arrays.
 
-        Raises ValueError for arrays of another form.
+        Raises ValueError if an array is missing or has another dtype or shape.
         """
         index = cls(dim)
         index._vectors_ND = saved_array(arrays, "vectors", "<f4", (None, dim))
@@ -99,7 +98,7 @@ class Flat:
         return index
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays to save."""
+        """Return the arrays to save by name; "vectors" (N, dim) is always among them."""
         return {"vectors": self._vectors_ND}
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The search keys of a hub's adapters: the texts that are embedded for one, and all of them, searchable.
+"""The search keys of a hub's adapters: the texts that a key is embedded from, and the searchable collection of all keys.
 
 As in LoraRetriever (Zhao et al. 2024) a key is the mean embedding of sample inputs. Unlike there, keys are scaled to unit
 norm: the norm of a mean grows with how alike the samples are, so that it would favour narrow adapters (recall@1 on the
@@ -58,7 +58,7 @@ def texts_of(record: Spoken) -> list[tuple[str, str]]:
 
 
 def digest_of(record: Spoken) -> str:
-    """Return the sha256 of the texts and their weights, in hexadecimal: a key with another digest is outdated."""
+    """Return the sha256, in hexadecimal, of a key's texts and weights; a stored key with another digest is outdated."""
     # as json.dumps writes them, in a third of its time
     said = texts_of(record)
     texts = ", ".join(f"[{encode_basestring_ascii(kind)}, {encode_basestring_ascii(text)}]" for kind, text in said)
@@ -66,10 +66,10 @@ def digest_of(record: Spoken) -> str:
 
 
 def made_keys(embed: Embed, given: Any, records: Sequence[Spoken]) -> Iterator[tuple[Sequence[Spoken], list[np.ndarray]]]:
-    """Yield (records, their keys (D,)) part by part; the workers of `joblib.parallel_config`, if any, make the keys of many.
+    """Embed the records' texts and yield (records, their keys (D,)) part by part; many run in joblib's configured workers.
 
-    `given` is the embedder as the user named it, which a worker opens for itself. When all parts have ended, raises the
-    error of the first that failed.
+    `given` is the embedder as the user named it, which a worker opens for itself. When all parts have ended, the error of
+    the first failed part is raised.
     """
     if len(records) > NUM_SPREAD:
         # imports torch, which a search by another embedder can do without
@@ -106,21 +106,21 @@ def _keys_of(embed: Embed, records: Sequence[Spoken]) -> list[np.ndarray]:
 
 
 def _keys_by(given: Any, records: Sequence[Spoken]) -> list[np.ndarray]:
-    """Return the keys by an embedder, which a worker opens once if it is given by name."""
+    """Return the records' keys by an embedder; a worker opens a named embedder only once."""
     return _keys_of(partial(embed_checked, _embedder_named(given) if isinstance(given, str) else given), records)
 
 
 _embedder_named = lru_cache(maxsize=1)(embedder_of)
 
 
-# above this share, and this number, of small segments' and masked rows all segments become one
+# all segments are joined when the rows of later segments and the masked rows exceed both this share and this number
 MAX_LATE_SHARE = 0.1
 MAX_LATE = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Keys by ascending seq. `alive_N` is False for rows changed or removed since; None for no such rows."""
+    """Keys by ascending seq, the adapter's number in the order of addition. `alive_N`, if any, is False at outdated keys."""
 
     seqs_N: np.ndarray
     index: Index
@@ -144,7 +144,7 @@ class Segment:
         return replace(self, alive_N=alive_N)
 
     def rows(self, seqs_M: np.ndarray) -> np.ndarray:
-        """Return the rows of those of the seqs that are in this segment."""
+        """Return the positions in this segment of the seqs that it holds; other seqs are skipped."""
         at_M = np.searchsorted(self.seqs_N, seqs_M)
         inside = at_M < len(self.seqs_N)
         at_M = at_M[inside]
@@ -154,7 +154,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Hits:
-    """The hits of one query: scores descending, the seqs, and the keys; ties by seq."""
+    """The K best keys for one query: their scores, descending with ties by seq, the adapters' seqs, and the keys."""
 
     scores_K: np.ndarray
     seqs_K: np.ndarray
@@ -163,7 +163,7 @@ class Hits:
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """All keys of a hub as of one generation."""
+    """All search keys of a hub as of one generation of its catalogue."""
 
     dim: int
     choice: Choice
@@ -179,7 +179,7 @@ class Keys:
         return masked + sum(len(segment.seqs_N) for segment in self.segments[1:])
 
     def changed(self, seqs_M: np.ndarray, new_seqs_N: np.ndarray, new_keys_ND: np.ndarray) -> Keys:
-        """Return the keys without those of `seqs_M`, and with the new ones, whose seqs ascend."""
+        """Return the keys without those of `seqs_M`, and with the new keys, which are sorted by seq."""
         if not len(seqs_M) and not len(new_seqs_N):
             return self
         gone_M = np.union1d(seqs_M, new_seqs_N)
@@ -200,7 +200,7 @@ class Keys:
         return replace(self, segments=tuple(self._join(self.segments)))
 
     def search(self, query_QD: np.ndarray, k: int, allowed_seqs: np.ndarray | None = None) -> list[Hits]:
-        """Return for each query the k best of all keys, or of those with the ascending `allowed_seqs`."""
+        """Return each query's k best keys; `allowed_seqs`, ascending, restricts the search to these adapters."""
         parts = []
         for segment in self.segments:
             mask_N = segment.alive_N
@@ -247,20 +247,20 @@ class Stamp:
 
 
 class IndexFiles(Protocol):
-    """The interface of an extension's file `index_files.py`: files of large indexes, in the folder `index` of a place."""
+    """The interface of an extension's `index_files.py`, which saves large indexes in the folder `index` of a place."""
 
     def load(self, places: Sequence[Path], wanted: Stamp, dim: int, choice: Choice) -> tuple[Keys, Stamp] | None:
-        """Return the newest saved keys of the embedder and index that are wanted, mapped, and their stamp, or None."""
+        """Return the newest saved keys by the wanted embedder and index, memory-mapped, and their stamp; else None."""
 
     def save(self, place: Path, stamp: Stamp, keys: Keys) -> Keys | None:
-        """Save keys of one segment and return them mapped; None for keys that are too few or cannot be saved."""
+        """Save keys of one segment and return them memory-mapped; None if they are too few or cannot be saved."""
 
     def problems(self, place: Path) -> Iterator[str]:
         """Yield a sentence for each damaged file."""
 
 
 def index_files() -> list[IndexFiles]:
-    """Return what extensions and other packages bring to save large indexes."""
+    """Return the `index_files` modules of extensions and other packages, which save large indexes."""
     return list(bringing("index_files"))
 
 

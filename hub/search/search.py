@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # the number of adapters whose texts stay embedded for the evidence: 50 x 384 x 4 bytes = 77 kB each at most
 NUM_EVIDENCE_CACHED = 1024
 
-# a filter is first tried on the nearest four times k and this many more
+# a filter is first applied to the 4 k nearest adapters and this many more
 _NUM_TRIED = 32
 
 # the number of adapters without a key that are gathered over pages, so that there is work for many workers
@@ -63,7 +63,7 @@ class Hit:
 
 @dataclass(frozen=True, eq=False)
 class _Snapshot:
-    """The keys as of one generation of a catalogue; threads can share it. `records` caches those read lately."""
+    """The keys as of one generation of a catalogue; threads can share it. `records` caches records by seq."""
 
     identity: str
     generation: int
@@ -170,10 +170,10 @@ class SearchIndex:
     def _near(
         self, database: VectorSearch, query_QD: np.ndarray, k: int, seqs: Sequence[int] | None
     ) -> list[list[Hit]] | None:
-        """Return for each query the k best by the database, of `seqs` only, if they are given.
+        """Return each query's k best hits as the database ranks them, among the adapters `seqs` unless that is None.
 
-        Returns None if the stored vectors do not suffice, because they cannot be written, or one of them is damaged or was
-        made by another release: then all adapters must be ranked here.
+        Returns None if this process must rank the adapters instead: a vector cannot be stored, is damaged, or was made by
+        another release.
         """
         try:
             # read before the rows: a write in between makes the next search look again, never the reverse
@@ -256,8 +256,8 @@ class SearchIndex:
 
     @property
     def _places(self) -> list[Path]:
-        """The folders where a file of the index may be, and is written, the last of them."""
-        # one that cannot be written may still have a file
+        """The folders that may hold a saved index; a new one is written to the last of them."""
+        # a folder that cannot be written may still hold a saved index
         return [self.hub.path] if self.hub.writable else [self.hub.path, local_folder(str(self.hub.path.absolute()))]
 
     def _saved(self) -> _Snapshot:
@@ -273,7 +273,7 @@ class SearchIndex:
         return _Snapshot("", 0, Keys(self.embedder.dim, self._choice), {})
 
     def _follow(self, old: _Snapshot) -> _Snapshot:
-        """Return the snapshot updated by the changes since; a new one if the catalogue is not its successor."""
+        """Return the snapshot updated by later changes; built anew if the catalogue is not a later state of the same one."""
         gone, records = [], dict(old.records)
         seqs: list[int] = []
         # room for all keys if all are read: joining them by a copy would be a tenth of the work
@@ -313,7 +313,7 @@ class SearchIndex:
         return _Snapshot(first.identity, first.generation, followed, records)
 
     def _save(self, snapshot: _Snapshot) -> _Snapshot:
-        """Return the snapshot with its keys mapped from a file, if an extension saves them now."""
+        """Return the snapshot with its keys saved and memory-mapped by an extension; unchanged if none saves them."""
         stamp = Stamp(snapshot.identity, snapshot.generation, self.embedder.id, self._index)
         for files in index_files() if len(snapshot.keys.segments) == 1 else ():
             mapped = files.save(self._places[-1], stamp, snapshot.keys)
@@ -324,7 +324,7 @@ class SearchIndex:
     def _fill(
         self, keys_ND: np.ndarray, present: Collection[tuple[Said, tuple[str, np.ndarray] | None]]
     ) -> dict[str, _Missing]:
-        """Write the stored key of each adapter whose texts are unchanged; return the adapters without one, by name."""
+        """Copy the stored key of each adapter with unchanged texts to `keys_ND`; return the other adapters by name."""
         keys: list[np.ndarray] = []
         missing = {}
         for said, stored in present:
@@ -340,7 +340,7 @@ class SearchIndex:
         return missing
 
     def _make(self, missing: Mapping[str, _Missing]) -> None:
-        """Make, write and store the keys of the adapters that have none."""
+        """Embed the keys of these adapters, write them to their arrays, and store them in the catalogue."""
         if missing:
             _logger.info("embedding %d adapters with %s", len(missing), self.embedder.id)
         for part, made in made_keys(self._embedded, self._given, [one.said for one in missing.values()]):
@@ -374,7 +374,7 @@ def _reaching(hits: list[Hit], min_score: float | None) -> list[Hit]:
 
 
 def most_similar(own: Adapter, records: Iterable[Record], read: Callable[[str], Adapter], k: int) -> list[Candidate]:
-    """Return the k adapters opened by `read` whose updates have the largest cosine with `own`'s; see `Hub.similar`."""
+    """Return the k adapters whose updates have the largest cosine with `own`'s; `read` opens one. See `Hub.similar`."""
     # imports torch, which a search by texts can do without
     from loraweave.hub.adapter import cosine
 

@@ -38,7 +38,7 @@ class Fields:
 
 
 def checked_fields(name: str, given: Mapping[str, Any]) -> Fields:
-    """Return the fields of adapter `name` as stored, without repeated tags and languages.
+    """Check the fields that a user gave for adapter `name`; return them without repeated tags and languages.
 
     Raises AdapterUnsupported for a wrong type or size.
     """
@@ -109,9 +109,9 @@ def split_pairs(name: str, examples: GivenRows) -> tuple[list[str], list[str]]:
 def card_with_outputs(
     card: Mapping[str, Any], before: Sequence[str] | None, examples: Sequence[str], outputs: Sequence[str]
 ) -> Mapping[str, Any]:
-    """Return the card with these outputs; without any, with its own as long as they belong to the examples.
+    """Return the card with `outputs`; if these are empty, keep the card's own outputs only if they belong to the examples.
 
-    They do if the examples are still those of `before`, or if `before` is None and there are as many outputs as examples.
+    They belong if `examples` equals `before`, or if `before` is None and there are as many outputs as examples.
     """
     if outputs:
         return {**card, "outputs": list(outputs)}

@@ -23,9 +23,9 @@ _LARGEST = 2**63 - 1
 
 @dataclass(frozen=True)
 class Filters:
-    """The conditions that an adapter must meet; None sets none. Languages are compared without case.
+    """The conditions that an adapter must meet; None sets no condition. Languages are compared without case.
 
-    It has the base model, one of the licenses, all the tags, one of the languages, and at most that rank and size in bytes.
+    It needs this base model, one of the licenses, all tags, one of the languages, and at most this rank and size in bytes.
     """
 
     base_model: str | BaseKey | None = None
@@ -46,7 +46,7 @@ class Filters:
         return not self.tags and all(one is None for one in criteria)
 
     def passes(self, record: Record) -> bool:
-        """Return whether the record meets all conditions, as the rows of `matching` do."""
+        """Return True if the record meets all conditions; `matching` selects the same adapters by look-ups."""
         fits = self.base_model in (None, record.base_model) if self.key is None else not self.key.differs(record.base)
         return (
             fits
@@ -59,9 +59,9 @@ class Filters:
 
 
 def matching(connection: Connection, filters: Filters) -> list[int]:
-    """Return the numbers of the rows that pass and are not in quarantine, in order of addition.
+    """Return the seqs of the adapters that pass and are not in quarantine, in order of addition.
 
-    Warns of adapters left out because only their base's id fits. For a base, reads one row of each base in the hub.
+    Warns of adapters left out because only the id of their base fits. A filter by base reads one row of each base.
     """
     passing: list[set[int]] = []
     if filters.base_model is not None:
@@ -105,7 +105,7 @@ def store_labels(connection: Connection) -> None:
 
 
 def _for_base(connection: Connection, base: Filters) -> set[int]:
-    """Return the numbers of the rows that pass `base`, filters with only a base model.
+    """Return the seqs of the adapters that pass `base`, which are filters with only a base model.
 
     An id selects the adapters that name it; a key, those whose base does not contradict it. Warns of adapters that name the
     key's id but were made for another model.
@@ -131,7 +131,7 @@ _MAX_LISTED = 100
 
 
 def contradiction(connection: Connection, record: Record) -> str:
-    """Return how the record's base differs from every model known here by that id, as a phrase; "" if it does not."""
+    """Return a phrase on how the record's base differs from all models that this hub knows by its id; "" if it does not."""
     if record.fingerprint is None or not record.base_model:
         return ""
     known_bases = connection.execute(
@@ -149,7 +149,7 @@ def remember(connection: Connection, record: Record) -> None:
 
 
 def tidy(connection: Connection, records: Iterable[Record]) -> None:
-    """Make the table `bases` hold the fingerprints of these records, which are all there are, and nothing else."""
+    """Make the table `bases` hold exactly the base fingerprints of `records`, which are all records of the hub."""
     bases = {(record.base_model, record.fingerprint) for record in records}
     wanted = {_entry(base, fingerprint) for base, fingerprint in bases if fingerprint is not None and base}
     held = {(base, text) for base, text in connection.execute("SELECT base_model, fingerprint FROM bases").fetchall()}

@@ -87,7 +87,7 @@ def stored_rows(connection: Connection, seqs: Sequence[int]) -> Iterator[Row]:
 
 
 def said(connection: Connection, seqs: Sequence[int]) -> dict[int, Said]:
-    """Return the texts of these adapters by number, without absent and quarantined ones.
+    """Map the seq of each of these adapters to its texts; absent and quarantined adapters are left out.
 
     Takes a fifth of the time of reading whole records. Raises HubCorrupt at the first row that is damaged.
     """
@@ -102,7 +102,7 @@ def said(connection: Connection, seqs: Sequence[int]) -> dict[int, Said]:
 def at_seqs(
     connection: Connection, select: str, seqs: Sequence[int], given: tuple[Any, ...] = ()
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of `select`, from "SELECT seq" to "WHERE .. seq", for these numbers, in ascending order."""
+    """Yield rows by ascending seq. `select` begins "SELECT seq" and ends "WHERE .. seq"; `given` are its parameters."""
     ordered = sorted(seqs)
     for start in range(0, len(ordered), MOST_PARAMETERS):
         part = ordered[start : start + MOST_PARAMETERS]
@@ -124,7 +124,7 @@ def at(connection: Connection, seq: int) -> Row | None:
 
 
 def names_like(connection: Connection, name: str) -> list[str]:
-    """Return names that `name` may stand for: all in a hub of up to 10,000, else those with its first three letters."""
+    """Return the stored names that a misspelt `name` may mean: all, or above 10,000 those with its first three letters."""
     first = connection.execute("SELECT name FROM adapters ORDER BY seq LIMIT ?", (_MOST_NAMES + 1,)).fetchall()
     if len(first) > _MOST_NAMES:
         begin = name[:_NUM_ALIKE]
@@ -139,7 +139,7 @@ def find_blob(connection: Connection, content_hash: str) -> BlobRow | None:
 
 
 def insert(connection: Connection, record: Record) -> Record:
-    """Add a row, whose blob row is there, and return its record as a reader will see it.
+    """Add a row for an adapter whose blob has a row already, and return its record as a reader will see it.
 
     The row is read back before the commit: an error after the commit would tell the caller that nothing had changed.
     """
@@ -155,7 +155,7 @@ def insert(connection: Connection, record: Record) -> Record:
 
 
 def change(connection: Connection, row: Row, record: Record) -> Record:
-    """Replace the record of a row, whose blob row is there, and return the new one as a reader will see it."""
+    """Replace the record of a row; the new blob has a row already. Return the record as a reader will see it."""
     if record == row.record:
         return row.record
     text = encode(record)
@@ -205,7 +205,7 @@ def encode(record: Record) -> str:
 
 
 def encode_within_limit(record: Record) -> str:
-    """Return `encode`. Raises AdapterUnsupported if it is too long even without the texts, which have their own limits."""
+    """Return `encode(record)`. Raises AdapterUnsupported if it is too long even without the texts, which have limits."""
     text = encode(record)
     if len(text) <= MAX_CARD_BYTES:
         return text
@@ -233,7 +233,7 @@ def _note_change(connection: Connection, name: str) -> Record:
 
 
 def decode_version(found: tuple[Any, ...], version: int) -> Row:
-    """Return a superseded version's row, which has no column of its name. Raises HubCorrupt if it is damaged."""
+    """Decode a row of the table `versions`, which has no column for the name. Raises HubCorrupt if it is damaged."""
     row = _decode(found)
     if row.record.version != version:
         raise HubCorrupt(
@@ -273,7 +273,7 @@ def _decode_json(seq: int, name: str | None, content_hash: str | None, text: Any
 
 
 def record_from_json(data: Mapping[str, Any], size_bytes: int = 0) -> Record:
-    """Return the record that `encode` wrote, with `size_bytes`, which is not in it."""
+    """Return the record of the JSON that `encode` wrote; `size_bytes`, which the JSON lacks, is the blob's."""
     data = {**_UNKNOWN_TO_SCHEMA_1, **data}
     source, fingerprint = data["source"], data["fingerprint"]
     lists = {key: tuple(data[key]) for key in ("examples", "tags", "language")}
@@ -316,7 +316,7 @@ def put_labels(connection: Connection, seq: int, record: Record) -> None:
 
 
 def labels(record: Record) -> set[tuple[str, str]]:
-    """Return the labels of a record: tags, license, languages, rank, and a digest of all that is known of its base."""
+    """Return a record's labels as (kind, value): tags, license, languages, rank, and a digest of all known of its base."""
     pairs = {("base", base_digest(record)), ("rank", rank_label(record.rank))}
     pairs |= {("tag", storable(tag)) for tag in record.tags}
     pairs |= {("language", language) for language in languages(record.language)}
@@ -333,13 +333,13 @@ def label_values(connection: Connection, kind: str) -> Iterator[str]:
 
 
 def labelled(connection: Connection, kind: str, *wanted: str) -> set[int]:
-    """Return the numbers of the rows that have one of the labels."""
+    """Return the seqs of the adapters that have a label of this kind with one of the values `wanted`."""
     statement = "SELECT seq FROM labels WHERE kind = ? AND value = ?"
     return {seq for value in wanted for (seq,) in connection.execute(statement, (kind, value)).fetchall()}
 
 
 def first_labelled(connection: Connection, kind: str, value: str) -> int:
-    """Return the number of the first row that has the label, which at least one must have."""
+    """Return the seq of the first adapter that has the label; at least one must have it."""
     return int(connection.execute("SELECT min(seq) FROM labels WHERE kind = ? AND value = ?", (kind, value)).fetchone()[0])
 
 
@@ -374,7 +374,7 @@ def note(connection: Connection, seq: int) -> None:
 
 
 def _mark_quarantine(connection: Connection, record: Record) -> None:
-    """Write the quarantine flag of the record, whose row is there, to the table."""
+    """Copy the quarantine flag of the record, which has a row already, to the table `quarantine`."""
     chosen = "(SELECT seq FROM adapters WHERE name = ?)"
     connection.execute(f"DELETE FROM quarantine WHERE seq = {chosen}", (record.name,))
     if record.quarantined:
@@ -401,7 +401,7 @@ def require_released(record: Record) -> None:
 
 
 def quarantine_problems(connection: Connection, seqs: Iterable[tuple[int, bool]]) -> Iterator[str]:
-    """Yield a sentence for each disagreement of the table with the records, given as (seq, whether in quarantine)."""
+    """Yield a sentence for each (seq, True if the record says quarantined) that the table `quarantine` contradicts."""
     marked = set(quarantined_seqs(connection))
     for seq, quarantined in seqs:
         if quarantined != (seq in marked):

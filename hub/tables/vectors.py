@@ -27,7 +27,7 @@ def read_vectors(connection: Connection, embedder: str) -> dict[str, tuple[str, 
 
 
 def vectors_at(connection: Connection, embedder: str, seqs: Sequence[int]) -> dict[int, tuple[str, np.ndarray]]:
-    """Map each of these numbers to (digest of the embedded text, fp32 vector), without damaged or missing rows."""
+    """Map each adapter's seq to (digest of the embedded text, fp32 vector); missing and damaged vectors are left out."""
     # numpy takes 0.1 s to import, which listing a hub need not pay
     import numpy as np
 
@@ -109,7 +109,7 @@ class Changes:
 
 
 def read_changes(connection: Connection, embedder: str, *, since: int, after: int, limit: int, where: str) -> Changes:
-    """Return the first `limit` changes after generation `since` of rows above `after`; every adapter if `since` is 0."""
+    """Return the first `limit` adapters with a seq above `after` that changed after generation `since`; 0 gives all."""
     identity, generation, num_adapters = state_row(connection, "identity, generation, num_adapters", where)
     if since:
         seqs = [seq for (seq,) in connection.execute(CHANGED, (since, after, limit)).fetchall()]

@@ -21,7 +21,7 @@ _SELECT = f"SELECT {_COLUMNS}, {rows.BLOB_COLUMNS} FROM versions LEFT JOIN blobs
 
 
 def supersede(connection: Connection, row: rows.Row, record: Record) -> Record:
-    """Make `record`, whose blob row is there, the adapter's newest version; keep the former newest as superseded."""
+    """Make `record`, whose blob has a row already, the adapter's newest version; keep the former newest as superseded."""
     connection.execute(
         "INSERT INTO versions SELECT seq, ?, hash, record, sha256 FROM adapters WHERE seq = ?", (row.record.version, row.seq)
     )
@@ -40,7 +40,7 @@ def superseded(connection: Connection, row: rows.Row) -> list[rows.Row]:
 
 
 def chosen(connection: Connection, row: rows.Row, version: int) -> rows.Row:
-    """Return the version with that number, the newest included. Raises AdapterNotFound, listing the versions there are."""
+    """Return the row of the version with this number, newest or not. Raises AdapterNotFound, which lists the versions."""
     known = [*superseded(connection, row), row]
     for one in known:
         if one.record.version == version and not isinstance(version, bool):
@@ -50,7 +50,7 @@ def chosen(connection: Connection, row: rows.Row, version: int) -> rows.Row:
 
 
 def at(connection: Connection, seq: int, version: int) -> rows.Row | None:
-    """Return a superseded version under the name it had then, or None. Raises HubCorrupt if it is damaged."""
+    """Return the row of a superseded version, under the name it had then, or None. Raises HubCorrupt if it is damaged."""
     row = connection.execute(f"{_SELECT} WHERE versions.seq = ? AND versions.version = ?", (seq, version)).fetchone()
     return None if row is None else rows.decode_version(row, version)
 
@@ -81,7 +81,7 @@ def forget(connection: Connection, row: rows.Row, keep: int = 0) -> int:
 
 
 def restore(connection: Connection, row: rows.Row, version: int) -> Record:
-    """Make an older version's record and content the newest again, as a new version, unless they already are."""
+    """Make an older version's record and content the newest version, unless they already are; return the newest record."""
     old = chosen(connection, row, version).record
     newest = row.record
     if replace(old, version=newest.version, created=newest.created, restored=newest.restored) == newest:
