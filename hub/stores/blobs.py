@@ -46,7 +46,7 @@ Places = list[tuple[str, int, list[int]]]
 
 @dataclass(frozen=True)
 class Blob:
-    """The content of a blob: an adapter's content, and its row in the catalogue (`origin`) as of the writing of the blob."""
+    """The content of a blob: an adapter's content, and its row of the catalogue (`origin`) at the time of writing."""
 
     layers: Mapping[str, Factors]
     origin: Mapping[str, Any]
@@ -107,7 +107,7 @@ def read_blob(path: Path, who: str) -> Blob:
 
 
 def examine_blob(path: Path, expected_hash: str) -> tuple[str, int, Mapping[str, Any]]:
-    """Return the sha256, the size and the origin of a blob.
+    """Return the sha256, the size in bytes and the origin (the adapter's row) of the blob file at `path`.
 
     Raises AdapterCorrupt for another content hash, FileNotFoundError for no file.
     """
@@ -120,16 +120,16 @@ def examine_blob(path: Path, expected_hash: str) -> tuple[str, int, Mapping[str,
 def content_hash(
     layers: Mapping[str, Factors], heads: Mapping[str, Tensor] = MappingProxyType({}), invocation: tuple[int, ...] = ()
 ) -> str:
-    """Return the hash of the content as it is now, unlike `Adapter.hash`, which is kept from its first use."""
+    """Return the hash of the content, computed anew, unlike `Adapter.hash`, which is cached at its first use."""
     return Adapter("", "", layers, heads=heads, invocation=invocation).hash
 
 
 def take_apart(
     layers: Mapping[str, Factors], heads: Mapping[str, Tensor], *, stored_as: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return (description, tensors by name): one packed fp32 tensor, and those of the packing `stored_as`.
+    """Return (description, tensors by name): one packed fp32 tensor, and the tensors that the packing `stored_as` makes.
 
-    "factors" is no packing. Raises AdapterUnsupported for factors that a packing cannot hold, and for an unknown one.
+    "factors" means no packing. Raises AdapterUnsupported for an unknown packing, and for factors that it cannot hold.
     """
     # a registry takes a millisecond to list
     if stored_as != "factors" and stored_as not in (packings := registry.names("packings")):
@@ -197,7 +197,7 @@ def put_together(
 
 
 def _shapes(entries: Any) -> list[tuple[int, ...]]:
-    """Return the shapes of the factors that are packed, those of one layer after those of another."""
+    """Return the shapes of the packed factors, layer by layer: (R, I) and then (O, R) of each."""
     shapes: list[tuple[int, ...]] = []
     for entry in entries:
         sizes = entry["shape"]

@@ -1,7 +1,7 @@
-"""The blobs of a hub in a folder of this machine, and the files of adapters as blobs of any store.
+"""The store of blobs in a folder of this machine, and the storing of adapters' extra files as blobs in any store.
 
-A file is named by its sha256: equal files are stored once, and each card lists its own. Nothing here imports torch, so that
-opening, listing and cleaning a hub does not either.
+A file's blob is named by its sha256: equal files are stored once, and each card lists the files of its adapter. Nothing here
+imports torch, so that opening, listing and cleaning a hub does not either.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LISTED = "kept_files"
 
 
 class FolderBlobs(BlobStore):
-    """A `BlobStore` whose blobs are the files in `folder`/blobs, mapped in place."""
+    """A `BlobStore` whose blobs are the files in `folder`/blobs, memory-mapped where they lie."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -143,28 +143,28 @@ def require_digest(path: Path, expected: str, who: str, *, trust_cache: bool = T
 
 
 def without_files(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the card as `Adapter.card` has it: without the list of files."""
+    """Return the card of an `Adapter` from a stored card, which also lists the adapter's files."""
     return {key: value for key, value in card.items() if key != LISTED}
 
 
 def with_files(card: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return the card as the catalogue stores it: with the list of files, if there are any."""
+    """Return the card as the catalogue stores it: with {name: [sha256, size]} of the files, if there are any."""
     table = {name: [file.sha256, file.size_bytes] for name, file in as_kept_files(files).files.items()}
     return {**without_files(card), **({LISTED: table} if table else {})}
 
 
 def listed(record: Record) -> dict[str, tuple[str, int]]:
-    """Return (sha256, size in bytes) of each of the adapter's files by name."""
+    """Return (sha256, size in bytes) of each of the adapter's extra files by name."""
     return {name: (str(digest), int(size)) for name, (digest, size) in record.card.get(LISTED, {}).items()}
 
 
 def digests(records: Iterable[Record]) -> set[str]:
-    """Return the sha256 of every file of these adapters."""
+    """Return the sha256 of every extra file of these adapters."""
     return {digest for record in records for digest, _ in listed(record).values()}
 
 
 def put_files(blobs: BlobStore, files: Mapping[str, bytes]) -> None:
-    """Store the files that the store lacks or has damaged. The caller holds the lock."""
+    """Store an adapter's extra files, skipping those that are intact in the store. The caller holds the write lock."""
     for name, file in as_kept_files(files).files.items():
         if blobs.has(file.sha256):
             with suppress(AdapterCorrupt, FileNotFoundError):
@@ -176,7 +176,7 @@ def put_files(blobs: BlobStore, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def reading_blob(blobs: BlobStore, content_hash: str, who: str) -> Iterator[None]:
-    """Name `who` in the errors of reading a blob inside. Raises AdapterCorrupt if the blob is missing."""
+    """Make errors of reading a blob inside the block name `who`. Raises AdapterCorrupt if the blob is missing."""
     place = blobs.place(content_hash)
     with storage_errors(place, f"reading {who}"):
         try:
@@ -199,7 +199,7 @@ def file_problems(blobs: BlobStore, record: Record, known: dict[str, str]) -> It
 
 
 def blob_fault(blobs: BlobStore, digest: str, known: dict[str, str]) -> str:
-    """Return what is wrong with a stored file, or "" if it is intact. `known` caches the answers by sha256."""
+    """Return a phrase for what is wrong with a stored file, or "" if it is intact. `known` caches the phrase by sha256."""
     if digest not in known:
         known[digest] = ""
         try:

@@ -128,7 +128,7 @@ STEPS: tuple[Step, ...] = (
 
 
 def needs_migration(connection: sqlite3.Connection, path: Path) -> bool:
-    """Return whether the catalogue is older than this program. Raises HubCorrupt if it is newer, or no catalogue at all."""
+    """Return True if the catalogue is older than this program. Raises HubCorrupt if it is newer or no catalogue at all."""
     version = _version(connection)
     if version > len(STEPS):
         raise HubCorrupt(

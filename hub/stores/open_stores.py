@@ -29,7 +29,7 @@ _FILE = "blobs.json"
 
 
 def hub_exists(place: str) -> bool:
-    """Return whether there is a hub in the folder `place`. True for any URL: only its server could tell."""
+    """Return True if the folder `place` holds a hub, and for any URL, since only its server could tell."""
     return "://" in place or (Path(place) / FILE).is_file()
 
 
@@ -99,7 +99,7 @@ def _closed_on_error(catalogue: CatalogueStore) -> Iterator[None]:
 
 
 def _at_one_place(asked: str | None, noted: str | None, hub: str, where: str) -> BlobStore:
-    """Return the store of the blobs at the place asked for, or else noted. Raises HubError if these are two places."""
+    """Return the store of blobs at the place `asked`, or at `noted` if that is None. Raises HubError if the two differ."""
     if asked is not None and noted is not None and without_credentials(asked) != noted:
         raise HubError(
             f"the blobs of the hub {hub} are at {noted}, not at {without_credentials(asked)}; open it without blobs=, or "
@@ -123,13 +123,13 @@ def open_blobs(place: str | Path, hub: str) -> BlobStore:
 
 
 def blobs_of(folder: Path) -> BlobStore:
-    """Return the store of the blobs of a hub in a folder, wherever it notes them to be."""
+    """Return the store of the blobs of the hub in a folder, which may note that they are elsewhere."""
     claim = _read_claim(folder)
     return FolderBlobs(folder) if claim is None else open_blobs(claim[1], str(folder.absolute()))
 
 
 def local_folder(where: str) -> Path:
-    """Return the folder on this machine for what the hub at `where` can fetch or make again."""
+    """Return the cache folder on this machine of the hub at `where`; everything in it can be fetched or made again."""
     return cache_folder() / "hubs" / text_digest(where)[:32]
 
 
@@ -167,7 +167,7 @@ def _write_claim(folder: Path, place: str) -> tuple[str, str]:
 
 
 def _settle(catalogue: CatalogueStore, blobs: BlobStore, identity: str) -> None:
-    """Check that the blobs belong to the hub with this identity; claim them for a new hub. Raises HubError if not."""
+    """Check that the blobs belong to the hub with this identity, and claim them for a new hub. Raises HubError otherwise."""
     owner = blobs.owner()
     if owner == identity:
         return

@@ -1,7 +1,7 @@
-"""The interfaces of a hub's rows and of its blobs, so that either can be on another machine.
+"""The interfaces of the store of a hub's rows and of the store of its blobs, so that either can be on another machine.
 
 `catalogue` and `folder_blobs` beside this file implement them on this machine; entries of the registries `catalogues` and
-`blobs` must behave alike.
+`blobs` must behave in the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Cursor(Protocol):
-    """The rows that a statement returned."""
+    """A cursor over the rows that an SQL statement returned."""
 
     def fetchone(self) -> Any: ...
 
@@ -55,13 +55,13 @@ class VectorSearch(Protocol):
 
 
 class CatalogueStore(Protocol):
-    """The rows of a hub. Its methods raise subclasses of HubError; several processes and threads may use it at once."""
+    """The store of a hub's rows. Methods raise subclasses of HubError; processes and threads may use it at once."""
 
     writable: bool
 
     @property
     def where(self) -> str:
-        """The place, without a password, as messages name it."""
+        """The place of the catalogue, without a password, as messages name it."""
         ...
 
     @property
@@ -99,10 +99,10 @@ class CatalogueStore(Protocol):
 
 
 class SharedCatalogue(CatalogueStore, Protocol):
-    """The rows of a hub that several machines share; `catalogues` makes one from (url, timeout_s)."""
+    """The store of a hub's rows on a server; an entry of the registry `catalogues` makes one from (url, timeout_s)."""
 
     def claim(self) -> tuple[str, str | None]:
-        """Return the hub's identity and the noted URL of its blobs, or None if none is noted."""
+        """Return the hub's identity, and the noted URL of its blobs or None if no URL is noted."""
         ...
 
     def note_blobs(self, place: str) -> None:
@@ -111,7 +111,7 @@ class SharedCatalogue(CatalogueStore, Protocol):
 
 
 class BlobStore(Protocol):
-    """The blobs, each named by the hash of its content: one is there whole or not at all, and is never written again.
+    """The store of a hub's blobs, each named by its content hash, present as a whole or not at all, and never changed.
 
     Methods raise FileNotFoundError if a blob is missing, AdapterCorrupt if its bytes do not have the sha256 asked for,
     OSError or a subclass of HubError if the store fails. The caller of a method that writes holds the catalogue's lock.
@@ -141,7 +141,7 @@ class BlobStore(Protocol):
         ...
 
     def require(self, content_hash: str, file_sha256: str, who: str) -> None:
-        """Read the blob's bytes again from where they are stored, and check their sha256."""
+        """Read the blob's bytes anew from the store and check their sha256; `who` names the blob's owner in errors."""
         ...
 
     def put(self, content_hash: str, data: bytes) -> str:
@@ -165,5 +165,5 @@ class BlobStore(Protocol):
         ...
 
     def sweep(self, older_than_s: float) -> int:
-        """Remove what killed writers left, if it is older than `older_than_s`, and return the bytes freed."""
+        """Remove the leftovers of killed writers that are older than `older_than_s`, and return the bytes freed."""
         ...

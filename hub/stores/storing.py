@@ -1,4 +1,4 @@
-"""Putting an adapter into the store: the blob first, complete and durable, then the rows in one transaction."""
+"""Storing adapters in a hub: the blob first, complete and durable, then the rows in one transaction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loraweave.types import Record
 
 
 def beside(existing: rows.Row | None, record: Record, *, as_version: bool) -> Record:
-    """Return the record to store, with `as_version` as the next version of other content. Raises AdapterExists without."""
+    """Return `record`, as the next version of `existing` if that has other content: AdapterExists without `as_version`."""
     if existing is None or existing.record.hash == record.hash:
         return record
     if not as_version:
@@ -40,7 +40,7 @@ def beside(existing: rows.Row | None, record: Record, *, as_version: bool) -> Re
 
 
 def _with_its_files(connection: Connection, existing: rows.Row, record: Record) -> Record:
-    """Return the stored record of unchanged content; add the new record's files if it listed none, else warn of others."""
+    """Return the existing record of the same content; add the new record's files if it has none, else warn of others."""
     old_files, new_files = listed(existing.record), listed(record)
     if new_files and not old_files:
         return rows.change(
@@ -78,9 +78,9 @@ def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> ro
 
 @dataclass(frozen=True)
 class Prepared:
-    """An adapter that was read and checked, with its record, and what an examiner measured, which has `store(..)`.
+    """An adapter that was read and checked, its record, and an examiner's `figures`, which have a method `store`.
 
-    A subclass, whose content is in the store already, has None as its adapter.
+    In a subclass whose content is in the store already, `adapter` is None.
     """
 
     adapter: Adapter | None
@@ -106,11 +106,11 @@ class Prepared:
 def store(
     catalogue: CatalogueStore, blobs: BlobStore, batch: Sequence[Prepared], *, stored_as: str, as_version: bool
 ) -> list[tuple[Record, AdapterExists | None]]:
-    """Store a batch and return, in order, each adapter's record and its AdapterExists, or None if the name was usable.
+    """Store a batch; return, in order, each adapter's record and None, or its AdapterExists error if the name is taken.
 
-    Content that is there already under the name is not written again, and its record is returned. Other content under the
-    name becomes the next version with `as_version`, and is AdapterExists without. Any error that is raised leaves the
-    catalogue as it was before the batch.
+    Content that the name has already is not written again, and its record is returned. If the name has other content, the
+    new content becomes its next version with `as_version`, and an AdapterExists error without. Any error that is raised
+    leaves the catalogue as it was before the batch.
     """
     doing = _doing(batch)
     outcomes: list[tuple[Record, AdapterExists | None]] = []
@@ -177,7 +177,7 @@ def _doing(batch: Sequence[Prepared]) -> str:
 
 
 def _new_content(catalogue: CatalogueStore, batch: Sequence[Prepared], as_version: bool) -> dict[str, Prepared]:
-    """Map each content hash to the first of the batch that has it, of those whose name can be used."""
+    """Map each content hash to the first adapter of the batch with this content whose name can be used."""
     wanted: dict[str, Prepared] = {}
     taken: dict[str, str] = {}
     with catalogue.reading() as connection:
@@ -197,7 +197,7 @@ def put_content(
     known: Mapping[str, rows.BlobRow | None],
     stored_as: str,
 ) -> dict[str, rows.BlobRow]:
-    """Write the missing blobs and all wanted files, make other blobs durable, return the new rows. Needs the lock."""
+    """Write missing blobs and wanted files, make other blobs durable; return new rows by content hash. Needs the lock."""
     missing = {content: prepared for content, prepared in wanted.items() if known[content] is None}
     for content in known.keys() - missing.keys():
         blobs.settle(content)

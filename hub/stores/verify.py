@@ -19,7 +19,7 @@ from loraweave.types import Record
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of a verification: the problems, one sentence each; intact adapters; blobs without a row, which gc removes.
+    """The problems, one sentence each; the names of intact adapters; and orphans, the blobs without a row, which gc removes.
 
     An adapter whose newest version is intact counts as intact; damage to a superseded one is a separate problem.
     """
@@ -48,9 +48,9 @@ def verify(
     also: Check | None,
     n_jobs: int | None,
 ) -> Verification:
-    """Read every row and every blob. Damage is reported, not raised; `index_problems` reports that of the search's files.
+    """Read every row and every blob, and report damage without raising; `index_problems` checks the files of the search.
 
-    `also` is given the records of all adapters; with `n_jobs`, workers of an extension read the newest blobs.
+    `also`, if any, checks the records of all adapters. With `n_jobs`, an extension's workers read the newest blobs.
     """
     workers = spreader("reading", n_jobs)
     catalogue, blobs = hub._catalogue, hub._blobs
@@ -107,7 +107,7 @@ def verify(
 
 @contextmanager
 def _told(problems: list[str], what: str = "", kinds: tuple[type[Exception], ...] = (HubError,)) -> Iterator[None]:
-    """Add an error of these kinds inside to the problems."""
+    """Catch errors of these kinds inside the block and add them to `problems`, after the text `what`."""
     try:
         yield
     except kinds as error:
@@ -159,7 +159,7 @@ def blob_problems(blobs: BlobStore, check: BlobCheck) -> Iterator[str]:
 
 
 def _stands(catalogue: CatalogueStore, row: rows.Row) -> bool:
-    """Return whether the row still names that blob, which may have been removed and collected since the row was read."""
+    """Return True if the catalogue still has this row with this blob; it may have been removed since it was read."""
     named = "SELECT 1 FROM adapters WHERE seq = ? AND hash = ? UNION SELECT 1 FROM versions WHERE seq = ? AND hash = ?"
     try:
         with catalogue.reading() as connection:
