@@ -34,7 +34,7 @@ DERIVED = ("peft", "stored_dtype")
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], Fingerprint | None, dict[str, Any]]:
-    """Return (card, fingerprint, layout notes of our own writer) of a folder.
+    """Return a folder's (card, fingerprint of the base, notes of the zeros that our writer added for PEFT).
 
     Without loraweave.json, README.md gives license, tags, languages, data sets, and a description in its first paragraph. A
     damaged README never blocks. Raises AdapterCorrupt for a damaged loraweave.json: it holds the base's fingerprint.
@@ -66,7 +66,7 @@ def model_id(value: object) -> str:
 
 
 def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layout: Mapping[str, Any]) -> str:
-    """Return the text of loraweave.json. Raises AdapterUnsupported as `json_text`."""
+    """Return the text of loraweave.json. Raises AdapterUnsupported if the card is not JSON or too large."""
     content: dict[str, Any] = {key: value for key, value in card.items() if key not in DERIVED}
     if fingerprint is not None:
         content["fingerprint"] = fingerprint.to_json()
@@ -76,7 +76,7 @@ def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layou
 
 
 def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None) -> str:
-    """Return the value as JSON. Raises AdapterUnsupported if it has no JSON form, or is larger than what is read back."""
+    """Return the value as JSON. Raises AdapterUnsupported if it has no JSON form, or exceeds the limit of reading."""
     try:
         separators = (",", ":") if indent is None else None
         text = json.dumps(plain(value), indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
@@ -89,7 +89,7 @@ def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None)
 
 
 def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, str], library: str = "peft") -> str:
-    """Return README.md: front matter as the model hub reads it, and the card for people. `facts` are about the tensors."""
+    """Return an adapter's README.md: front matter for the model hub, the card for people, and `facts` on the tensors."""
     tags = [*OWN_TAGS, *[str(tag) for tag in as_list(card.get("tags"))]]
     matter = front_matter(base_model, library, tags, entry(card, "license", str))
     for key in ("language", "datasets"):
@@ -113,7 +113,7 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
 
 
 def front_matter(base_model: str, library: str, tags: Sequence[str], license: str | None) -> dict[str, Any]:
-    """Return the fields of a card that the model hub reads."""
+    """Return the fields of a card's front matter that the model hub reads."""
     matter: dict[str, Any] = {}
     if MODEL_ID.fullmatch(base_model):
         matter = {"base_model": base_model, "base_model_relation": "adapter"}
@@ -122,7 +122,7 @@ def front_matter(base_model: str, library: str, tags: Sequence[str], license: st
 
 
 def shared_card(title: str, base_model: str, license: str | None, kind: str, code: str, sections: Mapping[str, str]) -> str:
-    """Return README.md of a composition, experts or the like: front matter, Python code that uses it, texts by title."""
+    """Return the README.md of a composition or the like: front matter, Python code that uses it, and texts by title."""
     front = yaml.safe_dump(front_matter(base_model, "loraweave", [*OWN_TAGS, kind], license), sort_keys=False)
     # a folder of the writer's machine tells readers nothing
     known = base_model if MODEL_ID.fullmatch(base_model) else "not recorded"
@@ -133,7 +133,7 @@ def shared_card(title: str, base_model: str, license: str | None, kind: str, cod
 
 
 def plain(value: Any) -> Any:
-    """Return mappings, tuples and sets as the dicts and lists that JSON has."""
+    """Return the value with mappings, tuples and sets replaced by the dicts and lists that JSON has."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -167,7 +167,7 @@ def _from_readme(folder: Path) -> dict[str, Any]:
 
 
 def _readme(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the front matter and the text after it; nothing if the front matter is missing or damaged."""
+    """Return README.md's front matter and the text after it; ({}, "") if the front matter is missing or damaged."""
     if not present(folder, README):
         return {}, ""
     try:
@@ -186,7 +186,7 @@ def _readme(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def as_list(value: Any) -> Sequence[Any]:
-    """Return a list as it is, a text as a list of it alone, and an empty list for anything else."""
+    """Return a list or tuple as a list, a text as a list of one text, and [] for anything else."""
     if isinstance(value, str):
         return [value]
     return list(value) if isinstance(value, list | tuple) else []
@@ -214,7 +214,7 @@ _ID_OF = {canonical(name): name for name in sorted(LISTED | UNLISTED | set(RENAM
 
 
 def license_fields(license: str) -> dict[str, str]:
-    """Return the front matter's fields for a license: an id of the model hub, or `other` and the name."""
+    """Return the front matter's fields for a license: an id that the model hub knows, or `other` and the name."""
     try:
         known = canonical(license)
     except InvalidLicense:
@@ -225,7 +225,7 @@ def license_fields(license: str) -> dict[str, str]:
 
 
 def license_of_fields(matter: Mapping[str, Any]) -> str:
-    """Return the license that front matter states, or ""; for `other` its name, for a list all joined."""
+    """Return the license that front matter states: the name for `other`, an expression of all for a list, "" for none."""
     listed = matter.get("license")
     if isinstance(listed, list):
         return license_of_all(_name_license(one, matter) for one in listed) or ""

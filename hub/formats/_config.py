@@ -47,7 +47,7 @@ class AdapterConfig:
         return cls(folder, read_json(folder, CONFIG))
 
     def check_fields(self, known: Collection[str], refused: Mapping[str, str]) -> None:
-        """Raise AdapterUnsupported for a field with a value that is refused, with the reason, or is unknown."""
+        """Raise AdapterUnsupported, with the reason, for a field in `refused` or not in `known` that is not empty."""
         for name, value in self.fields.items():
             if name in known or value is None or value is False or value in ({}, [], ""):
                 continue
@@ -62,14 +62,14 @@ class AdapterConfig:
         return self._number(self.fields.get(name, default), name)
 
     def numbers(self, name: str) -> dict[str, float]:
-        """Return the numbers in a table of layer patterns."""
+        """Return the field's object from layer patterns to finite numbers."""
         return {key: self._number(value, f"{name}[{key!r}]") for key, value in self.table(name).items()}
 
     def count(self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_COUNT) -> int:
         return self._count(self.fields.get(name, default), name, least, most)
 
     def counts(self, name: str, *, most: int = MAX_COUNT) -> dict[str, int]:
-        """Return the whole numbers, from 1 to `most`, in a table of layer patterns."""
+        """Return the field's object from layer patterns to whole numbers from 1 to `most`."""
         return {key: self._count(value, f"{name}[{key!r}]", 1, most) for key, value in self.table(name).items()}
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -101,7 +101,7 @@ class AdapterConfig:
         return self._typed(name, self.fields.get(name) or {}, dict, "an object of layer patterns")
 
     def matched(self, pattern: str, layer: str, default: str) -> float:
-        """Return the number that field `pattern` gives a layer by PEFT's rule, else that of field `default`."""
+        """Return a layer's number by PEFT's rule: by the first match in field `pattern`, else the one of field `default`."""
         numbers, disputed = resolve_patterns(self.folder, pattern, self.numbers(pattern), [layer], self.number(default))
         if disputed:
             raise AdapterUnsupported(f"{self.folder}: {pattern} gives layer {layer!r} several values, {disputed[layer]}")
@@ -125,7 +125,7 @@ class AdapterConfig:
 
 
 def config_fields(folder: Path) -> Mapping[str, Any]:
-    """Return the fields of the folder's config to tell its format by; none if the config is missing or damaged."""
+    """Return the fields of the folder's config, which tell its format; {} if the config is missing or damaged."""
     try:
         return read_json(folder, CONFIG) if present(folder, CONFIG) else {}
     except AdapterCorrupt:
@@ -135,7 +135,7 @@ def config_fields(folder: Path) -> Mapping[str, Any]:
 def resolve_patterns(
     folder: Path, name: str, patterns: Mapping[str, Number], layers: Iterable[str], default: Number
 ) -> tuple[dict[str, Number], dict[str, list[Number]]]:
-    """Return `resolve` for the field `name`. Raises AdapterUnsupported for a pattern that is invalid or above the limits."""
+    """Return `resolve(..)` for the field `name`. Raises AdapterUnsupported for a pattern that is invalid or too large."""
     try:
         return resolve(patterns, layers, default)
     except PatternError as error:
@@ -143,7 +143,7 @@ def resolve_patterns(
 
 
 def extension_module(part: str, what: str, *missing: str) -> Any:
-    """Return an extension's module `part`. Raises AdapterUnsupported without one; `missing` is for `missing_extension`."""
+    """Return an extension's module `part`. Raises AdapterUnsupported if none has it, naming the extension `missing`."""
     module = next(bringing(part), None)
     if module is None:
         raise AdapterUnsupported(f"{what}: nothing here reads or writes this form{missing_extension(*missing)}")
@@ -151,7 +151,7 @@ def extension_module(part: str, what: str, *missing: str) -> Any:
 
 
 def missing_extension(name: str = MORE_FORMATS, does: str = "reads more") -> str:
-    """Return the end of an error about what nothing here does: the extension to install, or "" if it is installed."""
+    """Return the end of an error's text that names the extension to install, or "" if that is installed."""
     return "" if name in extensions() else f"; the extension {name!r}, which {does}, is not installed"
 
 
@@ -161,7 +161,7 @@ def words(text: str) -> frozenset[str]:
 
 
 def shorten(value: Any) -> str:
-    """Return the value as messages show it: up to 80 characters."""
+    """Return the value's repr for a message, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -189,7 +189,7 @@ class PatternError(ValueError):
 def resolve(
     patterns: Mapping[str, Number], layers: Iterable[str], default: Number
 ) -> tuple[dict[str, Number], dict[str, list[Number]]]:
-    """Return each layer's value by PEFT's rule, that of the first matching pattern, else `default`; and the disputed layers.
+    """Return each layer's value by PEFT's rule (the first matching pattern's, else `default`), and the disputed layers.
 
     A layer is disputed when patterns with different values match it: PEFT sorts the keys when it saves, so another order may
     have decided in training. The second result has all values of such a layer, the deciding one first. Raises PatternError
@@ -217,7 +217,7 @@ def resolve(
 
 
 def _run_here(keys: list[tuple[int, str]], names: list[str]) -> list[list[int]]:
-    """Return for each name the indices of the keys that match."""
+    """Return, for each name, the indices of the patterns that match it, run in this process."""
     tails = [(index, _literal_tail(key), key) for index, key in keys]
     # a plain layer name is a regular expression for certain, so it is compiled only for a name that ends like it
     rules = {key: _compile(key) for _, tail, key in tails if not tail}
@@ -246,7 +246,7 @@ def _compile(key: str) -> re.Pattern[str]:
 
 
 def _literal_tail(key: str) -> str:
-    """Return the letters that every match must end in, so that most keys are ruled out without running them."""
+    """Return the letters that every match must end in, which rule out most patterns without running them; "" if unknown."""
     return "" if not re.fullmatch(r"\^?(?:\w|-|\.|\\[.\-])+", key) else re.split(r"[^\w]", key)[-1]
 
 

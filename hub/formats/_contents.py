@@ -1,4 +1,4 @@
-"""The contents of an adapter's files: an adapter without a name; and any update as factors, cut within a bound."""
+"""The contents of an adapter's files, which are an adapter without a name, and the cut of an update to low-rank factors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ MAX_ERROR = 1e-3
 class Contents:
     """An adapter's layers by module path of the base model, the base's id and fingerprint (if known), the card, and heads.
 
-    The card is JSON. Heads are whole trained tensors by parameter name of the base (PEFT's modules_to_save), fp32. Files lie
-    beside the weights and are kept as they are (`KeptFiles`). `invocation` is that of an `Adapter`.
+    The card is JSON. Heads are whole trained tensors by parameter name of the base (PEFT's modules_to_save), fp32. `files`
+    are those beside the weights, unchanged (`KeptFiles`). `invocation` means the same as in `Adapter`.
     """
 
     base_model: str
@@ -43,7 +43,7 @@ class Contents:
 
 
 def require_numbers(layers: Mapping[str, Factors], heads: Mapping[str, Tensor], where: str) -> None:
-    """Raise AdapterCorrupt for values that fp32 cannot hold, AdapterSuspicious for factors whose product it cannot.
+    """Raise AdapterCorrupt for values beyond fp32, AdapterSuspicious for factors whose product is beyond fp32.
 
     Also raises AdapterUnsupported for tensors of whole numbers.
     """
@@ -75,7 +75,7 @@ def _require_finite(where: str, tensor: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """An update as one matrix (O, I), and what it adds to the bias."""
+    """An update as one matrix (O, I), and the update of the bias (O,), if any."""
 
     delta_OI: Tensor
     bias_O: Tensor | None = None
@@ -83,9 +83,9 @@ class Dense:
 
 @dataclass(frozen=True)
 class Bound:
-    """The bound of a cut: at most `rank`, at most `max_error` (Frobenius norm, relative to the update).
+    """The bound of a cut: at most the rank `rank`, at most the error `max_error` (Frobenius norm, relative to the update).
 
-    With both, the cut takes the smallest rank within the error; None leaves a side open, and a rank alone is used in full.
+    With both, the cut takes the smallest rank within the error. None sets no bound; a rank alone is used in full.
     """
 
     rank: int | None = None
@@ -101,7 +101,7 @@ class Bound:
 def cut_update(
     update: Factors | Dense, bound: Bound, where: str, layer: BaseLayer | None = None
 ) -> tuple[Factors, dict[str, Any]]:
-    """Return the update as factors within the bound, and the note {rank, relative_error} of it for the card.
+    """Return the update as factors within the bound, and {rank, relative_error} of the cut for the card.
 
     Factors stay exactly the same unless their rank is above `bound.rank` or above the smaller side. A matrix gets the
     smallest rank within `max_error`. The factors take the kind and kernel of the base's `layer`, if given. Raises
@@ -142,7 +142,7 @@ def _lower(factors: Factors, bound: Bound, where: str) -> tuple[Factors, float]:
 
 
 def _refusal(update: Factors | Dense, bound: Bound, error: float, where: str) -> str:
-    """Return the error's text: which rank would keep within `max_error`, and which `max_error` would allow this rank."""
+    """Return the text of an error that names the rank that would keep `max_error`, and the `max_error` for this rank."""
     max_error = bound.max_error or 0.0
     if isinstance(update, Factors):
         # never the dense update, which can be far larger than its factors
@@ -162,7 +162,7 @@ def _refusal(update: Factors | Dense, bound: Bound, error: float, where: str) ->
 
 
 def lora_factors(a: Tensor, b: Tensor, embedding: bool, where: str) -> Factors:
-    """Return unscaled factors. Raises AdapterCorrupt for shapes that do not fit, AdapterUnsupported for groups."""
+    """Return A and B as unscaled factors. Raises AdapterCorrupt if the shapes do not fit, AdapterUnsupported for groups."""
     shapes = f"A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)}"
     kernel = tuple(a.shape[2:])
     if (embedding and kernel) or not 2 <= a.dim() <= 5 or a.dim() != b.dim():

@@ -36,9 +36,9 @@ State = tuple[int, int, int, int, str]
 def require_unchanged(folder: Path, names: Collection[str]) -> Iterator[None]:
     """Raise AdapterCorrupt, naming the file, if one was replaced, rewritten, added or removed within the block.
 
-    Files with a suffix of `SUFFIXES` count, and those called one of `names`. The error replaces one of the block, which
-    becomes its cause. Files are compared by identity, size and time of writing, and those written within the last seconds by
-    their hash too, so that older ones are not read twice.
+    Files with a suffix in `SUFFIXES` or a name in `names` count. The error replaces a HubError of the block, which becomes
+    its cause. Files are compared by identity, size and time of writing; only files written in the last seconds, whose time
+    may not tell, are also compared by hash.
     """
     fresh_ns = time.time_ns() - int(FRESH_S * 1e9)
     before = _states(folder, fresh_ns, names)
@@ -93,7 +93,7 @@ LFS_MARK = b"version https://git-lfs.github.com/spec/"
 MAX_JSON_BYTES = 4 * 2**20
 # no adapter has a larger file of weights
 MAX_FILE_BYTES = 32 * 2**30
-# from this size on the disk must hold at least one of so many bytes of a file
+# from this size on, the disk must hold at least one of every MOST_PER_HELD bytes of a file: the rest may be holes
 HOLES_FROM_BYTES = 2**28
 MOST_PER_HELD = 16
 MAX_LISTED = 12
@@ -147,7 +147,7 @@ def require_held(descriptor: int, size: int, where: str) -> None:
 
 
 def _held_bytes(descriptor: int, size: int) -> int:
-    """Return the number of bytes outside of holes, counted until they are enough; all if the file system does not say."""
+    """Return the bytes outside of holes, counted up to the number required; `size` if the file system cannot tell."""
     held = end = 0
     try:
         while held * MOST_PER_HELD < size:
@@ -163,7 +163,7 @@ def _held_bytes(descriptor: int, size: int) -> int:
 
 
 def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises AdapterCorrupt, with the reason, for anything else and above `max_bytes`."""
+    """Return the JSON object in a file. Raises AdapterCorrupt, with the reason, if it is no such object or too large."""
     try:
         return parse_json(read_bytes(folder, name, max_bytes))
     except ValueError as error:
@@ -180,7 +180,7 @@ def read_bytes(folder: Path, name: str, max_bytes: int) -> bytes:
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """Return a JSON object by the standard: UTF-8 without a byte order mark, no NaN or Infinity, no key twice, shallow.
+    """Parse a strict JSON object: UTF-8 without a byte order mark, no NaN or Infinity, no key twice, not deeply nested.
 
     Raises ValueError with the reason.
     """
@@ -202,7 +202,7 @@ def entry(table: object, name: str, kind: type[T] | tuple[type[T], ...]) -> T | 
 
 
 def listing(folder: Path) -> str:
-    """Return the contents of a folder as a phrase, with a hint at checkpoint folders below it."""
+    """Return a phrase that lists a folder's entries, with a hint at adapter folders in it."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -216,7 +216,7 @@ def listing(folder: Path) -> str:
 
 
 def present(folder: Path, name: str) -> bool:
-    """Return whether the folder has an entry of that name, of whatever kind; a dangling link counts."""
+    """Return True if the folder has an entry of this name, of any kind; a dangling link counts."""
     return os.path.lexists(os.path.join(folder, name))
 
 
@@ -268,7 +268,7 @@ spiece.model tokenizer.json tokenizer.model tokenizer_config.json value_head.saf
 KEPT = tuple(_KEPT.split())
 # the largest tokenizers have half of this size
 MAX_KEPT_BYTES = 64 * 2**20
-# it may belong to an adapter, too, but is left out with a warning
+# this file may belong to an adapter, too, but as a pickle it is left out with a warning
 _PICKLED_HEAD = "value_head.bin"
 
 
@@ -308,7 +308,7 @@ class KeptFiles(Mapping[str, bytes]):
 
 
 def as_kept_files(files: Mapping[str, bytes]) -> KeptFiles:
-    """Return the files as an adapter has them. Raises AdapterUnsupported for other names and sizes."""
+    """Return the files as `KeptFiles`. Raises AdapterUnsupported for a name not in KEPT or a file that is too large."""
     if isinstance(files, KeptFiles):
         return files
     for name, data in files.items():
@@ -323,7 +323,7 @@ def as_kept_files(files: Mapping[str, bytes]) -> KeptFiles:
 
 
 def shared_files(parents: Sequence[Mapping[str, bytes]]) -> KeptFiles:
-    """Return the files that every one of several adapters has, byte for byte the same."""
+    """Return the files that all of several adapters have with the same bytes."""
     tables = [as_kept_files(files).files for files in parents]
     first = tables[0]
     alike = [name for name in first if all(name in one and one[name].sha256 == first[name].sha256 for one in tables)]
@@ -331,7 +331,7 @@ def shared_files(parents: Sequence[Mapping[str, bytes]]) -> KeptFiles:
 
 
 def read_kept(folder: Path) -> KeptFiles:
-    """Return the kept files in a folder. Warns of those left out: damaged, too large, or a pickle."""
+    """Return the files in a folder that have a name in KEPT. Warns of those left out: damaged, too large, or a pickle."""
     files = {}
     for name in KEPT:
         if present(folder, name):

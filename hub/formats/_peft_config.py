@@ -66,13 +66,13 @@ REFUSED = {
 # for these tasks PEFT trains a head, whether modules_to_save lists it or not
 HEAD_TASKS = words("SEQ_CLS TOKEN_CLS QUESTION_ANS")
 
-# they choose where training starts and leave the base model's weights as they are
+# initialisations that only choose where training starts, and leave the base model's weights as they are
 HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The fields of an adapter_config.json that give the tensors their meaning; a writer writes `recorded` back."""
+    """The fields of an adapter_config.json that give the tensors their meaning, and `recorded`, to be written back."""
 
     folder: Path
     base_model: str
@@ -91,11 +91,11 @@ class PeftConfig:
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
     def ranks(self, layers: Iterable[str]) -> dict[str, int]:
-        """Return the rank that PEFT would give each layer."""
+        """Map each layer to the rank that PEFT would give it."""
         return resolve_patterns(self.folder, "rank_pattern", self.rank_pattern, layers, self.rank)[0]
 
     def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """Return alpha / r of each layer, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
+        """Map each layer to its scale: alpha / r, or alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023).
 
         Warns if several alpha patterns of different value match a layer; the first in the file decides, as in PEFT.
         """
@@ -225,9 +225,9 @@ def parse_key(key: str) -> Key | None:
 
 
 def check_all_known(keys: Iterable[str], folder: Path, *, nested: bool = False) -> dict[str, Key]:
-    """Return every name parsed. Raises AdapterUnsupported for a known foreign feature, AdapterCorrupt for unknown names.
+    """Map each tensor name to its `Key`. Raises AdapterUnsupported for features not read, AdapterCorrupt for unknown names.
 
-    `nested` permits wrappers within wrappers, as those of several parameters of one module are.
+    `nested` permits PEFT's wrappers within wrappers, which several target_parameters of one module have.
     """
     parsed: dict[str, Key] = {}
     unknown: list[str] = []
@@ -303,7 +303,7 @@ def stored_tensors(folder: Path, *, allow_pickle: bool = False, integers: bool =
 
 
 def path_of(layer: str, factors: Factors) -> str:
-    """Return the layer's path, or for an expert that of its parameter: the path that PEFT's patterns and targets name."""
+    """Return the path that PEFT's patterns and targets name: the layer's, or for an expert that of its fused parameter."""
     return layer.rpartition(".")[0] if factors.kind == "expert" else layer
 
 
@@ -318,7 +318,7 @@ def stored_names(folder: Path) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the safetensors files of a folder. Raises AdapterUnsupported for a pickle, AdapterCorrupt for none."""
+    """Return the names of a folder's safetensors files. Raises AdapterUnsupported for a pickle, AdapterCorrupt for none."""
     if present(folder, WEIGHTS):
         return [WEIGHTS]
     if present(folder, INDEX):

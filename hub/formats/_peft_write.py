@@ -122,7 +122,7 @@ def _config(contents: Contents, expert_ranks: Mapping[str, int]) -> dict[str, An
 
 
 def require_activatable(contents: Contents, where: str) -> None:
-    """Raise AdapterUnsupported if PEFT cannot leave a part out for the tokens before the invocation."""
+    """Raise AdapterUnsupported if an adapter with invocation tokens has parts that PEFT cannot switch off before them."""
     if not contents.invocation:
         return
     if contents.heads:
@@ -178,12 +178,12 @@ def _check_bias(layers: Mapping[str, Factors], with_bias: list[str], wrapped: li
 
 
 def _is_wrapped(factors: Factors) -> bool:
-    """Return whether PEFT needs factors for the layer; a trained bias alone is stored without any."""
+    """Return True if PEFT stores factors for the layer; a trained bias alone is stored without factors."""
     return factors.rank > 0 or factors.bias_O is not None or factors.base_bias_O is None
 
 
 def _targets(wrapped: list[str], others: list[str]) -> list[str] | str:
-    """Return the module paths, or one expression that matches exactly them if a path could be the end of another one.
+    """Return the paths of the wrapped modules, or a regular expression for them if a path could be the end of another.
 
     PEFT takes a listed name as the end of a module path too: `head` would also match `decoder.head`.
     """
@@ -255,7 +255,7 @@ def _parts(factors: Factors, lora_bias: bool) -> dict[str, Tensor]:
 
 
 def _layout(layers: Mapping[str, Factors], expert_notes: Mapping[str, int], lora_bias: bool) -> dict[str, Any]:
-    """Return where zeros were added for PEFT, so that reading gives back the same factors."""
+    """Return notes of the zeros that were added for PEFT, by which reading gives back the same factors."""
     padded = [layer for layer, factors in layers.items() if lora_bias and _is_wrapped(factors) and factors.bias_O is None]
     empty = {layer: int(factors.a_RI.shape[1]) for layer, factors in layers.items() if not factors.rank}
     layout = (("padded_bias", padded), ("rank_zero", empty), ("expert_ranks", dict(expert_notes)))

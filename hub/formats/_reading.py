@@ -60,12 +60,12 @@ def read(
     max_error: float = MAX_ERROR,
     allow_pickle: bool = False,
 ) -> Contents:
-    """Return the contents of an adapter folder of any registered format, or of the one adapter in a folder of folders.
+    """Return the contents of an adapter folder of any registered format, or of the only adapter folder below it.
 
-    `<folder>/<part>` is one of several adapters in a folder (`part_of`). `model`, `rank`, `max_error` and `allow_pickle`
-    are those of `Reader.read`; a plain LoRA is cut only by `rank`. Raises AdapterUnsupported for a type that has no form as
-    factors, with the reason, and for several adapters; AdapterCorrupt if a file changed meanwhile; AdapterSuspicious for
-    factors whose product is beyond fp32; and the errors of the format's reader.
+    `<folder>/<part>` names one of several adapters in a folder (`part_of`). `model`, `rank`, `max_error` and `allow_pickle`
+    go to the format's reader (`Reader.read`); a plain LoRA is cut only by `rank`. Raises AdapterUnsupported for a type
+    without a form as factors and for several adapters, AdapterCorrupt if a file changed meanwhile, AdapterSuspicious for
+    factors whose product is beyond fp32, and the errors of the format's reader.
     """
     part = part_of(Path(folder))
     folder = _adapter_folder(Path(folder)) if part is None else Path(folder).parent
@@ -81,7 +81,7 @@ def read(
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds an adapter of any format; its state is not checked."""
+    """Return True if a folder has the files of an adapter of any format, intact or not."""
     # pickles are not opened here: the name decides
     pickles = known_names("pickles")
     pickled = any(name in pickles for _, name in lora_files(folder))
@@ -89,9 +89,9 @@ def is_adapter(folder: Path) -> bool:
 
 
 def part_of(path: Path) -> Any:
-    """Return the format of one of several adapters in a folder, by its path `<folder>/<part>`; None for any other path.
+    """Return the reader of one of several adapters in a folder, from its path `<folder>/<part>`; None for any other path.
 
-    The format of such a folder has `part(name)`, which returns None for a name that is no part.
+    The folder's format has a method `part(name)`, which returns this reader, or None for an unknown name.
     """
     if not path.name or os.path.lexists(path):
         return None
@@ -145,7 +145,7 @@ def _adapter_folder(folder: Path) -> Path:
 
 
 def _folders_below(folder: Path) -> Iterator[Path]:
-    """Yield the folders below, in order of their names, a folder before those in it."""
+    """Yield the folders below `folder` by name, each before its own subfolders, at most MAX_DEPTH deep."""
     seen = 0
     for here, folders, files in os.walk(folder):
         path = Path(here)
@@ -181,7 +181,7 @@ def _layout_of(folder: Path, fields: Mapping[str, Any], allow_pickle: bool) -> A
 
 
 def _foreign(kind: str, folder: Path) -> Any:
-    """Return the format of a peft_type. Raises AdapterUnsupported for an unread one, with the reason or the nearest."""
+    """Return the format of a peft_type. Raises AdapterUnsupported, with the reason or a near name, for other types."""
     if kind in REFUSED:
         raise AdapterUnsupported(f"{folder}: peft_type is {kind!r}, which cannot be read as factors: {REFUSED[kind]}")
     if (layout := _named(kind)) is not None:
@@ -201,12 +201,12 @@ def _named(kind: object) -> Any:
 
 
 def _own_formats() -> Iterator[Any]:
-    """Return the formats that are recognised by their files, not by a type in PEFT's config."""
+    """Return an iterator of the formats that are recognised by their files, not by the type in PEFT's config."""
     return (layout for layout in formats() if layout is not Peft and not hasattr(layout, "peft_type"))
 
 
 def _refuse_unknown_file(source: Path, allow_pickle: bool) -> None:
-    """Raise AdapterUnsupported for a file, or one in a folder, with names of no layout; AdapterCorrupt for a damaged one."""
+    """Raise AdapterUnsupported for weights whose tensor names no layout knows; AdapterCorrupt for a damaged file."""
     files = [] if Peft.recognises(source) else lora_files(source)
     if not files:
         return
@@ -235,9 +235,9 @@ def _cut_ranks(contents: Contents, bound: Bound, folder: Path) -> Contents:
 
 
 def lora_files(source: Path) -> list[tuple[Path, str]]:
-    """Return (folder, name) of the files of weights that `source` is or holds, without PEFT's own.
+    """Return (folder, name) of the weight files that `source`, a file or folder, is or holds, without PEFT's own files.
 
-    Pickles in a folder count only under the names of a layout, and only without safetensors of the same name.
+    A pickle in a folder counts only if a layout declares its name, and no safetensors file has the same stem.
     """
     if source.is_file():
         return [(source.parent, source.name)]
@@ -258,7 +258,7 @@ def formats() -> tuple[Any, ...]:
 
 @cache
 def _formats_on(path: tuple[str, ...]) -> tuple[Any, ...]:
-    """Return all formats; other packages' are found on the path. A folder takes a quarter of a millisecond to list."""
+    """Return all formats, those of packages on this path included. Cached: a folder takes 0.25 ms to list."""
     return tuple(registry.get("formats", name) for name in registry.names("formats"))
 
 
@@ -268,7 +268,7 @@ def known_names(attribute: str) -> tuple[str, ...]:
 
 
 def names_in(folder: Path, name: str) -> list[str]:
-    """Return the names of a file's tensors, or all texts in a pickle; nothing is loaded."""
+    """Return the names of a file's tensors, or all texts in a pickle, without loading tensors."""
     if not is_pickle(name):
         return tensor_names(folder, name)
     return list(extension_module("pickles", f"{folder / name}").texts_in_pickle(folder, name))
@@ -280,7 +280,7 @@ def is_pickle(name: str) -> bool:
 
 
 def refuse_pickle(folder: Path, name: str, allow_pickle: bool) -> None:
-    """Raise AdapterUnsupported, with the ways out, for a pickle without consent."""
+    """Raise AdapterUnsupported, with the ways out, if the file is a pickle and `allow_pickle` is False."""
     if is_pickle(name) and not allow_pickle:
         with open_file(folder, name):
             # only for its checks: a git-LFS pointer of that name needs another way out

@@ -46,7 +46,7 @@ FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-# only for formats that store places in another tensor
+# only for formats that store positions in another tensor
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 # known to safetensors, but integers and booleans have no scale, and complex or block-scaled numbers no single value
 SIZES_OF_OTHERS = {"U64": 8, "U32": 4, "U16": 2, "BOOL": 1, "C64": 8, "F8_E8M0": 1}
@@ -92,7 +92,7 @@ def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> I
 
 
 def gather(stored: Iterable[tuple[str, str, Tensor]], folder: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors by key, and their dtypes in the file ("float16+float32"). Raises AdapterCorrupt for none."""
+    """Return the tensors by key, and their dtypes in the file ("float16+float32"). Raises AdapterCorrupt without tensors."""
     tensors: dict[str, Tensor] = {}
     dtypes: set[str] = set()
     for key, dtype, tensor in stored:
@@ -105,14 +105,14 @@ def gather(stored: Iterable[tuple[str, str, Tensor]], folder: Path) -> tuple[dic
 
 
 def require_finite(tensor: Tensor, where: str, what: str) -> None:
-    """Raise AdapterCorrupt, with their number, for values that are NaN or infinite."""
+    """Raise AdapterCorrupt, with the number of bad values, if a value is NaN or infinite."""
     if not all_finite(tensor):
         num = int((~torch.isfinite(tensor)).sum())
         raise AdapterCorrupt(f"{where}: {num} of {tensor.numel()} values of {what} are NaN or infinite")
 
 
 def shards(folder: Path, index_name: str) -> list[str]:
-    """Return the files that an index names, after checking that index and files agree on every key."""
+    """Return the names of the files that an index lists. Raises AdapterCorrupt unless index and files agree on every key."""
     weight_map = read_json(folder, index_name, max_bytes=MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise AdapterCorrupt(f"{folder}: {index_name} has no object 'weight_map'")
@@ -135,12 +135,12 @@ def tensor_names(folder: Path, name: str) -> list[str]:
 
 
 def file_metadata(folder: Path, name: str) -> dict[str, str]:
-    """Return the metadata in a file's header, which are texts."""
+    """Return the metadata, texts by name, from a file's header."""
     return dict(_header_of(folder, name)[2])
 
 
 def _header_of(folder: Path, name: str) -> tuple[Mapping[str, Entry], int, Mapping[str, str]]:
-    """Return the entries of a file, where its data begins, and its metadata."""
+    """Return a file's entries by key, the offset in bytes where its data begins, and its metadata."""
     with open_file(folder, name) as (file, size):
         try:
             return _header(file, size)
@@ -164,7 +164,7 @@ def _header(file: BinaryIO, size: int) -> tuple[Mapping[str, Entry], int, Mappin
 
 @lru_cache(maxsize=1)
 def _parsed(raw: bytes, data_bytes: int) -> tuple[Mapping[str, Entry], Mapping[str, str]]:
-    """Return the tensors that a header describes, which cover the data, and the metadata. Raises ValueError otherwise."""
+    """Return a header's entries by key and its metadata. Raises ValueError unless the tensors cover the data exactly."""
     # parsed JSON takes many times the memory of its text, so its parts are counted first
     num_tensors, nodes = raw.count(b'"dtype"'), raw.count(b",") + raw.count(b"[") + raw.count(b"{")
     if num_tensors > MAX_TENSORS or nodes > MAX_NODES + NODES_OF_TENSOR * num_tensors:
@@ -258,7 +258,7 @@ def _require_memory(folder: Path, runs: Collection[Run]) -> None:
 
 
 def _read_run(file: BinaryIO, folder: Path, name: str, run: Run, start: int) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield (key, dtype in the file, tensor) of each, in fp32 or int64; those of a run are views of one vector."""
+    """Yield (key, dtype in the file, tensor in fp32 or int64) of each tensor of a run, as views of one vector."""
     begin, dtype = run[0][1].begin, run[0][1].dtype
     buffer = bytearray(run[-1][1].end - begin)
     file.seek(start + begin)

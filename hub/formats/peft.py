@@ -39,11 +39,11 @@ Parts = dict[Part, Tensor]
 
 
 class Peft:
-    """The reader and writer of PEFT folders. `read` returns exactly the factors and heads that a folder means, or raises."""
+    """The reader and writer of PEFT folders. `read` returns the exact factors and heads that PEFT would load, or raises."""
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder has a file of a PEFT adapter; its state is not checked."""
+        """Return True if the folder has a file of a PEFT adapter, intact or not."""
         return any(present(folder, name) for name in (CONFIG, WEIGHTS, INDEX, PICKLE))
 
     @staticmethod
@@ -93,7 +93,7 @@ def _take_heads(stored: dict[str, Tensor], config: PeftConfig) -> tuple[dict[str
 
 
 def _parts_of(stored: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Parts]:
-    """Return the tensors by layer and part, all finite."""
+    """Map each layer to its tensors by part. Raises AdapterCorrupt for values that are not finite, among others."""
     folder = config.folder
     if not stored:
         raise AdapterUnsupported(f"{folder}: the file holds trained heads but no low-rank update, so it is not a LoRA")
@@ -114,7 +114,7 @@ def _parts_of(stored: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Par
 
 
 def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[str, Any]) -> dict[str, Factors]:
-    # experts of one parameter, each a layer
+    # each expert of a fused parameter counts as a layer
     what = f"{config.folder}: target_parameters"
     reader = extension_module("peft_parameters", what, *EXPERTS) if config.target_parameters else None
     experts = {} if reader is None else reader.experts_of(parts, config)
@@ -195,7 +195,7 @@ def _vector(tensor: Tensor | None, where: str, what: str, size: int) -> Tensor |
 
 
 def _scale(layer: str, factors: Factors, scale: float, config: PeftConfig) -> Factors:
-    """Return the factors with b and bias times the scale, as if multiplied in float64 and rounded once."""
+    """Return the factors with b and bias multiplied by the scale, in float64 and then rounded once to fp32."""
     if scale == 1:
         return factors
     b_OR, bias_O = _times(factors.b_OR, scale), None if factors.bias_O is None else _times(factors.bias_O, scale)
