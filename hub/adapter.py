@@ -274,7 +274,7 @@ class Adapter:
 
     @cached_property
     def num_values(self) -> int:
-        """The number of elements of all its factors and heads."""
+        """The number of values in all factors and heads."""
         factors = [tensor for layer_factors in self.layers.values() for tensor in layer_factors.tensors().values()]
         return sum(tensor.numel() for tensor in (*factors, *self.heads.values()))
 
@@ -302,12 +302,12 @@ class Adapter:
 
 @lru_cache(maxsize=256)
 def _one_tuple(form: Form) -> Form:
-    """Return the first tuple that was equal to this one, so that equal forms can be recognised by identity."""
+    """Return one tuple object for all equal tuples, so that equal forms can be recognised by identity."""
     return form
 
 
 def exporting(target: str) -> Any:
-    """Return the module that exports adapters, an extension's. Raises AdapterUnsupported, naming `target`, without one."""
+    """Return the extension module that exports adapters. Raises AdapterUnsupported, naming `target`, if there is none."""
     return extension_module("export", f"an export for {target!r:.80}", "engines", "writes for other programs")
 
 
@@ -332,7 +332,7 @@ def _fits(left: Factors, right: Factors) -> bool:
 
 
 def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
-    """Return the invocation tokens of all parents. Raises CompositionError where they differ: no one adapter does both."""
+    """Return the invocation tokens that all parents share. Raises CompositionError if the parents differ in them."""
     first = parents[0]
     for other in parents[1:]:
         if other.invocation != first.invocation:
@@ -348,7 +348,7 @@ def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
 
 
 def parent_of(adapter: Adapter) -> dict[str, Any]:
-    """Return a recipe's entry for a merged adapter, without its weight: hash, name, license, and files if any."""
+    """Return the entry of a merge's recipe for one parent, without its weight: hash, name, license, and files if any."""
     files = {"files": list(adapter.files)} if adapter.files else {}
     license = stated_license(adapter.card["license"]) if "license" in adapter.card else None
     return {"hash": adapter.hash, "name": adapter.name, "license": license or "unknown", **files}

@@ -195,7 +195,7 @@ def _require_shapes(where: str, factors: Factors) -> None:
 
 
 def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model: str | None, place: str | None) -> Record:
-    """Return the record of version 1 under that name. Raises AdapterUnsupported for a field's wrong type or size."""
+    """Return the adapter's record, as version 1 of `name`. Raises AdapterUnsupported for a field of wrong type or size."""
     inputs, outputs = split_pairs(name, given["examples"])
     fields = checked_fields(name, _fields_with_card(name, {**given, "examples": inputs}, adapter.card))
     card = card_with_outputs(adapter.card, adapter.card.get("examples") or None, fields.examples, outputs)
@@ -220,7 +220,7 @@ def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model
 
 
 def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given fields, with the card's value for each that was not given."""
+    """Return the fields in `given`, each with the card's value where it is empty."""
     fields = {key: given[key] or card.get(key) or given[key] for key in OWN_FIELDS}
     if fields["license"]:
         said = checked_text(name, "license", fields["license"], MAX_LABEL_BYTES)
@@ -229,7 +229,7 @@ def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, An
 
 
 def _source(card: Mapping[str, Any], place: str | None) -> Source | None:
-    """Return the repository and commit that reading put into the card, else the place as the caller named it."""
+    """Return the repository and commit that reading noted in the card, else `place`; None for an adapter from memory."""
     match card.get("source"):
         case {"repository": str() as repository, "revision": str() as revision} if place in (None, repository):
             return Source(repository, revision)
@@ -239,7 +239,7 @@ def _source(card: Mapping[str, Any], place: str | None) -> Source | None:
 
 
 def checked_policy(policy: str | Mapping[str, str]) -> dict[str, str]:
-    """Return the policy of each kind: one for all, or some by kind, the others "report". Raises AdapterUnsupported."""
+    """Return {kind of anomaly: policy} of one policy for all kinds, or of a mapping whose missing kinds are "report"."""
     policies = dict.fromkeys(KINDS, policy) if isinstance(policy, str) else {**dict.fromkeys(KINDS, "report"), **policy}
     for kind, chosen in policies.items():
         if kind not in KINDS or chosen not in POLICIES:
@@ -253,9 +253,9 @@ def checked_policy(policy: str | Mapping[str, str]) -> dict[str, str]:
 def examine(
     catalogue: CatalogueStore, blobs: BlobStore, prepared: Prepared, policy: str | Mapping[str, str], model: Any = None
 ) -> Prepared:
-    """Return the adapter as examiners leave it: with its anomalies, in quarantine if the policy says so.
+    """Return the adapter with the anomalies that examiners found, in quarantine if the policy says so.
 
-    It has no figures if the policy is "off" for every kind, or if the content is stored under the name already. Raises
+    It is not examined if the policy is "off" for every kind, or if the content is stored under the name already. Raises
     AdapterSuspicious if the policy refuses an anomaly, AdapterUnsupported for an unknown policy, and for one that needs an
     examiner if there is none.
     """
@@ -277,19 +277,19 @@ def examiners() -> list[Any]:
 
 
 def layouts() -> list[Any]:
-    """Return the modules that know layouts of routers."""
+    """Return the modules `router_files` of extensions, each of which reads some layouts of saved routers."""
     return list(registry.bringing("router_files"))
 
 
 def layout_of(folder: Path) -> Any | None:
-    """Return the module that knows the router in a folder, or None."""
+    """Return the module of `layouts()` that reads the router in a folder, or None."""
     return next((layout for layout in layouts() if layout.is_router(folder)), None)
 
 
 def keep_mixture(hub: CompositionShelf, addition: Addition, *, replace: bool, model: Any) -> StoredComposition | None:
-    """Open the mixture, for the base `model` if given, and store it under its name or the folder's; None for an adapter.
+    """Store the mixture of adapters in a folder as a composition, and return it; None if the source is no such folder.
 
-    Raises HubError for fields that a composition does not have, and the errors of opening and of `save_composition`.
+    It is opened for the base `model`, if given. Raises HubError for fields that a composition lacks, and errors of saving.
     """
     if not isinstance(addition.source, str | Path) or not (folder := Path(addition.source)).is_dir():
         return None

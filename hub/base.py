@@ -72,9 +72,9 @@ def load_base(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a base model, in evaluation mode.
 
-    `name`: None for the embedded default, else a local folder or a model-hub id. `dtype`: a torch.dtype or its name, as
-    "bfloat16"; None keeps fp32 for the default and the checkpoint's own for others. The model's `name_or_path` is what
-    adapters record as their base model.
+    `name`: None for the embedded default, else a local folder or a model-hub id. `dtype`: a torch.dtype or its name, such as
+    "bfloat16"; None means fp32 for the default model and the checkpoint's dtype for others. Adapters record the model's
+    `name_or_path` as their base model.
 
     `device` puts all of it in one place, `device_map` spreads it ("auto", or {module: device}). `quantization_config`,
     `attn_implementation` and `revision` (branch, tag or commit of a model-hub id; adapters are compared with its commit) are
@@ -174,7 +174,7 @@ def _line(error: BaseException) -> str:
 
 
 def base_config(base: Any) -> Any:
-    """Return a base model's config, without reading weights: that of a model, a config as it is, or that of a folder or id.
+    """Return the config of `base` (a model, a config, a folder or a model-hub id) without reading weights.
 
     Raises BaseModelMismatch if nothing of that name has a config.
     """
@@ -262,7 +262,7 @@ def without_bars() -> Iterator[None]:
 
 
 def _complete(folder: Path) -> bool:
-    """Return whether the cached files have the sizes and hashes in the manifest; hashes are computed once per process."""
+    """Return True if the cached files have the manifest's sizes and hashes; hashes are computed once per process."""
     manifest = folder / "complete.json"
     if not manifest.is_file():
         return False
@@ -302,9 +302,9 @@ def base_key(model: nn.Module, *, weights: bool = True) -> BaseKey:
 
 
 def require_model(model: Any) -> None:
-    """Raise CompositionError unless `model` is a module without adapters of peft's, which would act in every answer.
+    """Raise CompositionError unless `model` is a torch module without peft's adapters, which would change every answer.
 
-    The message names the part of a pipeline that is a module, and how to take peft's adapters out.
+    The message names the part of a pipeline to pass instead, or says how to remove peft's adapters.
     """
     if not isinstance(model, nn.Module):
         # the attributes of pipelines that hold the model that adapters are for
@@ -342,8 +342,8 @@ SAMPLES_PER_TENSOR = 16
 def fingerprint(model: torch.nn.Module) -> Fingerprint:
     """Return a hash of all parameters' names and shapes, with up to 256 weights sampled at fixed places of 16 matrices.
 
-    Buffers, dtype and device do not enter. Parameters on the meta device, of integers or of a tensor subclass give no
-    samples; a model that was quantised as it was loaded counts with the names and shapes before the quantisation.
+    Buffers, dtype and device do not matter. No weights are sampled if a matrix is on the meta device, of integers or of a
+    tensor subclass; a model quantised while it was loaded has the names and shapes that it had before the quantisation.
     """
     require_model(model)
     named = dict(model.named_parameters())
@@ -368,7 +368,7 @@ def sampled_places(named: Mapping[str, torch.Tensor]) -> tuple[Fingerprint, list
 
 
 def rounded_samples(read: Iterable[torch.Tensor]) -> tuple[float, ...]:
-    """Return the samples as one tuple, in bf16, so that a checkpoint loaded in fp32 and in bf16 gives the same figures."""
+    """Return the samples as one tuple, rounded to bf16: a checkpoint loaded in fp32 or in bf16 gives the same figures."""
     return tuple(value for samples in read for value in samples.to(torch.bfloat16).float().tolist())
 
 
@@ -377,9 +377,9 @@ NUM_SHOWN = 3
 
 
 def require_same_base(who: str, its: BaseKey, own: BaseKey, *, whatever_id: bool = False) -> None:
-    """Raise BaseModelMismatch if weights, shapes or commits show that `who` was made for another base than `own`.
+    """Raise BaseModelMismatch if weights, shapes or commits show that `its`, the base of `who`, is another base than `own`.
 
-    Commits count if the ids are the same; with `whatever_id` also if they are not.
+    Commits are compared if the ids are the same, with `whatever_id` also if they differ.
     """
     if why := (replace(its, id=own.id) if whatever_id else its).contradicts(own):
         raise BaseModelMismatch(
@@ -389,7 +389,7 @@ def require_same_base(who: str, its: BaseKey, own: BaseKey, *, whatever_id: bool
 
 
 def warn_unverified(names: Sequence[str], its: BaseKey, own: BaseKey, *, stacklevel: int = 2) -> None:
-    """Warn that these adapters, of one base, fit the model by their layers' names and shapes and by nothing else."""
+    """Warn that only layer names and shapes show that these adapters, made for the base `its`, fit the model `own`."""
     more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
     theirs = f"made for {its.id!r}" if its.id else "made for a base model that they do not name"
     warnings.warn(
@@ -403,7 +403,7 @@ def warn_unverified(names: Sequence[str], its: BaseKey, own: BaseKey, *, stackle
 
 
 def says_nothing(model_id: str) -> bool:
-    """Return whether an id identifies no model: it is empty, or a folder on this machine."""
+    """Return True if an id identifies no model: it is empty, or a folder on this machine."""
     return not model_id or Path(model_id).is_absolute() or Path(model_id).is_dir()
 
 
@@ -421,9 +421,9 @@ PIPELINE_PARTS = (
 
 
 class Parts(nn.Module, ABC):
-    """A module whose children are the parts of a pipeline, which are called one by one and never as one model.
+    """A module whose children are the parts of a pipeline (text encoder, UNet and so on), each of which is called by itself.
 
-    Adapters name a layer by its path here; `name_or_path` is what they record as their base. Entries of the registry
+    Adapters name a layer by its path in this module, and record `name_or_path` as their base. Entries of the registry
     `pipelines` are such classes; a live hook knows how the parts are called.
     """
 
@@ -432,18 +432,18 @@ class Parts(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def of(cls, pipeline: Any) -> Parts | None:
-        """Return the parts of a pipeline, or None for what this class does not read."""
+        """Return the parts of a pipeline, or None if this class does not read it."""
 
     @abstractmethod
     def paths(self, layers: Iterable[str], who: str) -> dict[str, str]:
-        """Map each layer of an adapter to its path here. Raises LayerMismatch, naming `who`, for one without a place."""
+        """Map each layer of an adapter to its path in this module. Raises LayerMismatch, naming `who`, if it has none."""
 
     def require_same_parts(self) -> None:
-        """Raise CompositionError if a part of the pipeline was replaced since this was made."""
+        """Raise CompositionError if a part of the pipeline was replaced since this module was made."""
 
 
 def model_of(given: Any) -> Any:
-    """Return the Parts of a pipeline that an entry of the registry `pipelines` reads, and anything else as it is."""
+    """Return the `Parts` of a pipeline that an entry of the registry `pipelines` reads; return other objects unchanged."""
     if given is None or isinstance(given, nn.Module):
         return given
     readers = (registry.get("pipelines", name) for name in registry.names("pipelines"))

@@ -1,4 +1,4 @@
-"""A layer of a base model as updates see it: one weight matrix of outputs by inputs, whatever module holds it."""
+"""A base model's layer as one weight matrix (outputs, inputs), whatever kind of module holds it."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class ExpertMatrix(NamedTuple):
 
 
 def expert_matrix(modules: Mapping[str, nn.Module], name: str, factors: Factors | None, asker: str) -> ExpertMatrix:
-    """Return the matrix of the layer `<path>.<parameter>.<number>`, transposed, as in PEFT, if the module `is_transposed`.
+    """Return the expert's matrix of the layer `<path>.<parameter>.<number>`, marked transposed if the module says so.
 
-    Raises LayerMismatch, naming `asker`, if the model has no such matrix, or one of another size than `factors`, if given.
+    Raises LayerMismatch, naming `asker`, if the model has no such matrix, or `factors` are given and have another size.
     """
     path, parameter, number = (["", "", *name.rsplit(".", 2)])[-3:]
     module, place = modules.get(path), f"parameter {parameter!r} of {path!r}"
@@ -132,7 +132,7 @@ def as_base_layer(name: str, module: nn.Module) -> BaseLayer | None:
 
 
 def head_size(config: object) -> int | None:
-    """Return how many outputs belong to one attention head, by the config of a transformers model; None if unknown."""
+    """Return the number of outputs of one attention head, from a transformers model's config; None if unknown."""
     text = getattr(config, "text_config", config)
     size, hidden, heads = (getattr(text, name, None) for name in ("head_dim", "hidden_size", "num_attention_heads"))
     if size is None and is_whole(hidden, 0) and is_whole(heads, 1):

@@ -1,4 +1,4 @@
-"""A base model as a reference to where it was loaded from: a worker gets it instead of the model, and loads it once."""
+"""A reference to the place that a base model was loaded from, by which a worker loads the model itself, once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loraweave.common.spread import processes_here
 from loraweave.errors import BaseModelMismatch
 from loraweave.hub.base import base_config, base_id, load_base, without_bars
 
-# the keys of a config about the place and the library that it came from
+# the keys of a config that tell its place and library, and nothing about the model
 PLACES = ("_name_or_path", "_commit_hash", "transformers_version")
 
 
@@ -62,9 +62,9 @@ class BaseReference:
 
 
 def base_loader(model: Any, tokenizer: Any, n_jobs: int | None) -> Callable[[], tuple[Any, Any]]:
-    """Return the function that gives (model, tokenizer): these two here, or a load by name on each of `n_jobs` workers.
+    """Return a function that returns (model, tokenizer): these objects without workers, else loaded anew on each worker.
 
-    Raises BaseModelMismatch as `BaseReference.of` does, if there are workers.
+    With workers, raises BaseModelMismatch if the model has no folder or id to load it from.
     """
     if processes_here(n_jobs) is None:
         return lambda: (model, tokenizer)
@@ -93,7 +93,7 @@ def _loaded(reference: BaseReference) -> tuple[Any, Any]:
 
 
 def _digest(model: Any, tokenizer: Any) -> str:
-    """Return the SHA-256 of the weights' bits, the config without places, and the tokenizer's vocabulary and template."""
+    """Return the SHA-256 of the weights' bits, the config without PLACES, and the tokenizer's vocabulary and template."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

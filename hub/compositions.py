@@ -79,7 +79,7 @@ class StoredComposition:
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
-        """The content of its file of RECIPES. Raises AdapterCorrupt if the file is damaged or missing."""
+        """The content of its recipe, the only file named in RECIPES. Raises AdapterCorrupt if it is damaged or missing."""
         (path,) = [path for path in RECIPES if path in self._row.files]
         try:
             content: Mapping[str, Any] = json.loads(self.read(path))
@@ -102,7 +102,7 @@ class StoredComposition:
         return file_bytes(self._blobs, self._row.files[path][0], f"{path} of composition {self.name!r}")
 
     def write(self, folder: str | Path) -> Path:
-        """Write its files as a folder, in place of a composition that is there, and return the path.
+        """Write the composition's files to a folder, replacing a composition there, and return the path.
 
         `Composition.from_pretrained` reads it. Raises AdapterExists if the folder holds anything else.
         """
@@ -127,14 +127,14 @@ class StoredComposition:
 
 
 class CompositionShelf(Listing):
-    """A listing whose hub keeps compositions, too. `Hub` adds the adapters."""
+    """A hub's listing with stored compositions. `Hub` adds the storing of adapters."""
 
     _blobs: BlobStore
 
     def save_composition(
         self, name: str, composition: SavesFolder | str | Path, *, replace: bool = False
     ) -> StoredComposition:
-        """Store a Composition, a Formula, a router with its adapters, or the folder that one was saved to, under a name.
+        """Store a Composition, a Formula, a router with its adapters, or the saved folder of any of them, under a name.
 
         Compositions have their own names, apart from those of the adapters; a formula names one by `@name`. Equal content
         under the same name is not stored again. An error leaves the composition unsaved. Raises AdapterExists for other
@@ -185,7 +185,7 @@ class CompositionShelf(Listing):
             delete(connection, stored.name)
 
     def _composition_digests(self, doing: str) -> set[str]:
-        """Return the hashes of the blobs that compositions need. Raises HubCorrupt if a row is damaged or missing."""
+        """Return the sha256 of every file of the compositions. Raises HubCorrupt if a row is damaged or missing."""
         with self._catalogue.reading() as connection:
             listed = list(every(connection))
             (num_saved,) = state_row(connection, "num_compositions", self._catalogue.where)
@@ -198,7 +198,7 @@ class CompositionShelf(Listing):
 
 
 def _saved(composition: SavesFolder | str | Path, place: Path) -> Path:
-    """Return the folder of a composition, saved to `place` unless it is a folder. Raises HubError for anything else."""
+    """Return the composition's folder: `composition` if it is a path, else `place` after saving it. Raises HubError."""
     if isinstance(composition, str | Path):
         if not _recipe_in(Path(composition)):
             raise HubError(
@@ -239,7 +239,7 @@ def _files(folder: Path) -> dict[str, tuple[Path, str, int]]:
 
 
 def _put(blobs: BlobStore, places: Mapping[str, Path]) -> None:
-    """Store the files that the store lacks or has damaged. The caller holds the lock."""
+    """Store the files, given by sha256, that are missing or damaged in the store. The caller holds the write lock."""
     missing = []
     for digest in places:
         if blobs.has(digest):
@@ -252,7 +252,7 @@ def _put(blobs: BlobStore, places: Mapping[str, Path]) -> None:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    """Return the parts of a relative path. Raises AdapterCorrupt for one that could lead out of its folder."""
+    """Return the parts of a relative path. Raises AdapterCorrupt if it could lead out of its folder."""
     parts = PurePosixPath(path).parts
     if not parts or any(part in ("..", "/") or "\\" in part or ":" in part or "\0" in part for part in parts):
         raise AdapterCorrupt(f"{path!r} is no path inside the folder of a composition")
@@ -277,7 +277,7 @@ def names(connection: Connection) -> list[str]:
 
 
 def put(connection: Connection, row: CompositionRow) -> None:
-    """Store the row, whose files are in the store, in place of the row with its name."""
+    """Write a composition's row, replacing one of the same name. Its files must be in the store already."""
     delete(connection, row.name)
     text = json.dumps([row.name, row.created, row.files], sort_keys=True, separators=(",", ":"))
     connection.execute(

@@ -1,4 +1,4 @@
-"""Conversion to a plain LoRA: of an adapter with parts that depend on the base (DoRA, (IA)3, a bias), or of a fine-tune."""
+"""Conversion of fine-tunes, and of adapters with parts that depend on the base (DoRA, (IA)3, a bias), to plain LoRA."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
 
 
 def _whole(factors: Factors, layer: BaseLayer, where: str) -> Factors | Dense:
-    """Return the update without a gain: as factors if at most the bias depended on the base, else as one matrix."""
+    """Return the update with its gain multiplied out: factors if nothing but the bias needs the base, else one matrix."""
     # a layer with only a trained bias is stored without its number of inputs
     inputs = factors.a_RI.shape[1] if factors.rank else layer.num_inputs
     shape = (factors.b_OR.shape[0], inputs, factors.kind)
@@ -168,7 +168,7 @@ def _linear_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[s
 def _tuned_parameters(
     source: nn.Module | Mapping[str, Tensor] | str | Path, model: nn.Module, base: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (parameter, tuned tensor) of the base's parameters, in the source's order. Raises LayerMismatch for others."""
+    """Yield (name, tuned tensor) of every base parameter, in the source's order. Raises LayerMismatch if one is missing."""
     first = {id(parameter): name for name, parameter in base.items()}
     tied = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     buffers = {name for name, _ in model.named_buffers()}
@@ -202,7 +202,7 @@ def _items(source: nn.Module | Mapping[str, Tensor] | str | Path) -> Iterable[tu
 
 
 def _change(parameter: str, before: Tensor, after: Tensor) -> Tensor | None:
-    """Return the difference in float64, or None if both are equal."""
+    """Return after - before in float64, or None if both tensors are equal."""
     if before.shape != after.shape:
         raise LayerMismatch(
             f"parameter {parameter!r} has shape {tuple(before.shape)} in the base model and "

@@ -132,9 +132,9 @@ class Hub(CompositionShelf):
     ) -> Added:
         """Add many adapters as `add` does, with fewer waits for the disk; return the stored `.records` and the `.refused`.
 
-        Of a batch of up to 256, all or none are stored; those in it are not compared with each other for anomalies. Called
-        again after an interruption with the same sources it goes on: stored adapters are only read. `progress` shows a bar
-        on the terminal.
+        Batches of up to 256 adapters are stored as a whole or not at all, and adapters of one batch are not compared with
+        each other for anomalies. After an interruption the same call goes on: stored adapters are only read. `progress`
+        shows a bar on the terminal.
 
         `n_jobs` workers, or those that `joblib.parallel_config` names, read and check a list of folders, files and
         repositories, and write their content into the store; this process writes the rows, in the order of the list
@@ -164,12 +164,12 @@ class Hub(CompositionShelf):
         return self._open(find)
 
     def rollback(self, name: str, version: int) -> Record:
-        """Make an earlier version's content and fields the newest again, as a new version; the history stays whole."""
+        """Add a new version with the content and fields of an earlier one; return its record. The history stays whole."""
         with self._catalogue.writing(f"rolling back adapter {name!r}") as connection:
             return versions.restore(connection, self._require_row(connection, name), version)
 
     def prune(self, name: str, *, keep: int = 1) -> int:
-        """Forget all versions but the newest `keep`, and return how many. gc() then frees what no version needs."""
+        """Forget all versions but the newest `keep`, and return how many were forgotten. gc() then frees unneeded blobs."""
         with self._catalogue.writing(f"pruning the versions of adapter {name!r}") as connection:
             return versions.prune(connection, self._require_row(connection, name), keep)
 
@@ -230,7 +230,7 @@ class Hub(CompositionShelf):
         license: str | None = None,
         language: Collection[str] | str | None = None,
     ) -> Record:
-        """Replace the fields that are given; an empty value clears one (license=""). The version stays the same.
+        """Replace the given fields of an adapter; an empty value clears a field (license=""). The version stays the same.
 
         New `examples` drop the outputs stored beside the old sample inputs.
         """
@@ -307,8 +307,8 @@ class Hub(CompositionShelf):
     def verify(self, *, also: Check | None = None, n_jobs: int | None = None) -> Verification:
         """Read every row and every blob and report the damage: `.ok`, `.problems`, `.intact`, `.orphans`.
 
-        `also` looks at the records of all adapters, and gives a sentence for each problem; an entry of the registry `checks`
-        makes one. `n_jobs` workers, or those that `joblib.parallel_config` names, read the blobs
+        `also` takes the records of all adapters and returns a sentence for each problem; entries of the registry `checks`
+        make such functions. `n_jobs` workers, or those that `joblib.parallel_config` names, read the blobs
         (docs/howto/many_machines.md).
         """
         from loraweave.hub.search import keys
@@ -317,7 +317,7 @@ class Hub(CompositionShelf):
         return verify(self, partial(keys.problems, self.path), also, n_jobs)
 
     def gc(self) -> int:
-        """Delete blobs that no adapter version or composition has, and what killed writers left; return the bytes freed.
+        """Delete blobs that no adapter version or composition needs, and killed writers' leftovers; return the bytes freed.
 
         Raises HubCorrupt, with nothing deleted, if a row is damaged or missing: a blob might belong to it.
         """
@@ -367,7 +367,7 @@ class Hub(CompositionShelf):
         return ShownTable.of(columns, listed, title=title)._repr_html_()
 
     def _get_pinned(self, name: str, version: int, content_hash: str) -> Adapter:
-        """Return that version. Raises AdapterNotFound if its number has other content by now, as after remove and add."""
+        """Return this version of the adapter. Raises AdapterNotFound if its content has changed, as after remove and add."""
         adapter = self.get(name, version=version)
         if adapter.hash != content_hash:
             raise AdapterNotFound(
@@ -377,7 +377,7 @@ class Hub(CompositionShelf):
         return adapter
 
     def _open(self, find: Callable[[], rows.Row]) -> Adapter:
-        """Return the adapter whose row `find` reads; a row whose blob is collected before it is mapped is read again."""
+        """Return the adapter of the row that `find` reads; try again if the blob is collected before it is mapped."""
         from loraweave.hub.stores.storing import stored_adapter
 
         row = find()

@@ -68,7 +68,7 @@ _MAX_GROUPS = 50
 
 
 def canonical(text: str) -> str:
-    """Return the license as an SPDX expression in its usual spelling; ids of the model hub are taken, too.
+    """Return a license, an SPDX expression or an id of the model hub, as an SPDX expression in its usual spelling.
 
     Raises InvalidLicense, with the nearest ids, for anything else: name your own license `LicenseRef-<name>`.
     """
@@ -108,9 +108,9 @@ def of_card(text: str, who: str) -> str | None:
 
 
 def is_accepted(license: str | None, wanted: Collection[str] | str) -> bool:
-    """Return whether someone who accepts the wanted licenses can use a work under this one.
+    """Return True if a work under `license` can be used by someone who accepts the licenses in `wanted`.
 
-    Of alternatives (OR) one is enough, of joint terms (AND) all are needed; `+` and WITH only add to what an id permits.
+    One alternative of an OR is enough, an AND needs all its terms; `+` and WITH only add to what an id permits.
     Raises InvalidLicense for a wanted license that is not an SPDX expression.
     """
     folded = frozenset(canonical(one).casefold() for one in one_or_many(wanted))
@@ -126,7 +126,7 @@ def as_spdx(license: str) -> str:
 
 
 def evaluate(expression: str, of_id: Callable[[str, str | None], _T]) -> _T:
-    """Return the value of an SPDX expression: `of_id(id, exception)` of each id, in lower case, with | for OR, & for AND."""
+    """Evaluate an SPDX expression, with `of_id(id, exception)` for each id in lower case, | for OR and & for AND."""
     words = deque(_WORDS.findall(expression.casefold()))
 
     def alternatives() -> _T:
@@ -219,7 +219,7 @@ _CC = re.compile(r"cc-by(-nc)?(-sa|-nd)?-(\d\.\d)(-[a-z]+)?")
 def license_of_work(parents: Iterable[tuple[str, Mapping[str, Any]]], *, allowed: bool) -> str | None:
     """Return the license of a work made of adapters, given as (name, card); None if no card states one.
 
-    Raises InvalidLicense, unless `allowed`, if their licenses exclude each other or one permits no derived work.
+    Raises InvalidLicense, unless `allowed`, if the licenses exclude each other or one of them permits no derived work.
     """
     licenses = [(name, stated_license(card.get("license"))) for name, card in parents]
     if all(license is None for _, license in licenses):
@@ -230,9 +230,9 @@ def license_of_work(parents: Iterable[tuple[str, Mapping[str, Any]]], *, allowed
 
 
 def require_one_work(licenses: Iterable[tuple[str, str | None]]) -> None:
-    """Check that adapters of these licenses, given as (name, license or None if unknown), can be made into one work.
+    """Check that adapters, given as (name, license or None if unknown), can be made into one work.
 
-    Raises InvalidLicense, naming the one that permits no derived work, or two that exclude each other, or else all.
+    Raises InvalidLicense, which names a license that permits no derived work, or two that exclude each other, or else all.
     """
     known = [(f"adapter {name!r}", as_spdx(license), _whole(license)) for name, license in licenses if license is not None]
     if not known or frozenset.intersection(*(whole for *_, whole in known)):
@@ -255,9 +255,9 @@ def require_one_work(licenses: Iterable[tuple[str, str | None]]) -> None:
 
 
 def license_of_all(licenses: Iterable[str | None]) -> str | None:
-    """Return the SPDX expression that binds to all of these: sorted, joined by AND; None if none is known.
+    """Return the SPDX expression that joins these licenses by AND, sorted; None if no license is known.
 
-    An unknown one among known ones is `LicenseRef-unknown`; more than an expression may hold are `LicenseRef-several`.
+    An unknown license among known ones is `LicenseRef-unknown`; a joint expression above the limit is `LicenseRef-several`.
     """
     parts: set[str] = set()
     for license in licenses:
@@ -276,7 +276,7 @@ def license_of_all(licenses: Iterable[str | None]) -> str | None:
 
 
 def stated_license(license: object) -> str | None:
-    """Return a card's license as an SPDX expression; None if it states none, a value that is not text, or "unknown"."""
+    """Return a card's license as an SPDX expression; None if it is missing, not text, or "unknown"."""
     if not isinstance(license, str) or license.strip().casefold() in ("", "unknown"):
         return None
     return as_spdx(license)
@@ -284,7 +284,7 @@ def stated_license(license: object) -> str | None:
 
 @lru_cache(maxsize=10_000)
 def _whole(license: str) -> frozenset[str]:
-    """Return the licenses that a work derived from one under this license may be under."""
+    """Return the licenses that are possible for a work derived from a work under this license."""
     return evaluate(as_spdx(license), _of_id)
 
 

@@ -32,12 +32,12 @@ MAX_SIDE = 128
 class LayerReport:
     """The figures of one merged layer.
 
-    `rank_in` is the rank of what the method's formula gives, `rank_out` that of the adapter, `relative_error` the Frobenius
-    norm of the difference between both updates over that of the first. `norms` has |w_e D_e| for each parent, 0 for one
-    without the layer; without `norms`, the merge did not compare its parents. `cosines` are <D_i, D_j> / (|D_i| |D_j|) with
-    the weights' signs, for the pairs (0, 1), (0, 2), ..., (1, 2), ... `sign_conflict` is, of the entries where a
-    parent is not zero, the share in which two have opposite signs, 0 to 1; it is exact for layers of at most 128 x 128 and
-    sampled evenly above.
+    `rank_in` is the rank of the update that the method's formula gives, `rank_out` that of the stored update, and
+    `relative_error` the Frobenius norm of their difference over that of the first. `norms` has |w_e D_e| for each parent, 0
+    if it lacks the layer; () if the merge did not compare its parents. `cosines` are <D_i, D_j> / (|D_i| |D_j|) with
+    the weights' signs, for the pairs (0, 1), (0, 2), ..., (1, 2), ... `sign_conflict` is the share, 0 to 1, of the entries
+    not zero in all parents in which two parents have opposite signs; exact for layers of at most 128 x 128, sampled evenly
+    above.
     """
 
     rank_in: int
@@ -73,7 +73,7 @@ class MergeReport(Mapping[str, LayerReport]):
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any]) -> MergeReport:
-        """Return the report in an adapter's card, without comparisons if it has none; an empty one if it is damaged."""
+        """Return the report stored in an adapter's card, or an empty report if the card has none or it is damaged."""
         try:
             stored, recipe = card["report"], card["recipe"]
             parents = [(str(parent["name"]), float(parent["weight"])) for parent in recipe["parents"]]
@@ -120,7 +120,7 @@ class MergeReport(Mapping[str, LayerReport]):
         return cosines
 
     def table(self) -> ShownTable:
-        """Return the layers as a table, with one row for all layers of one module name."""
+        """Return the report as a table, with one row for all layers of the same module name."""
         from loraweave.common.display import ShownTable
 
         shown = " + ".join(f"{weight:g} {name}" for name, weight in zip(self.names, self.weights, strict=True))
@@ -186,7 +186,7 @@ class MergeReport(Mapping[str, LayerReport]):
 
 
 def by_number(path: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts layer or block 2 before 10: of parts that are numbers, the shorter is smaller."""
+    """Return a sort key for layer paths by which block 2 comes before block 10."""
     return [(len(part) if part.isdecimal() else 0, part) for part in path.split(".")]
 
 
@@ -219,10 +219,10 @@ def interference(
     ranks: tuple[int, int] = (0, 0),
     relative_error: float = 0.0,
 ) -> LayerReport:
-    """Return the figures of one layer. Updates that depend on the base layer (DoRA, (IA)3) count by their b a alone.
+    """Return how the experts' weighted updates of one layer agree; only b a counts of DoRA and (IA)3.
 
-    `inner_EE` has <w_i D_i, w_j D_j> of the experts that have the layer, for callers that know it; fp32 products find it
-    otherwise. `ranks` and `relative_error` are those of the merge, before and after the cut.
+    `inner_EE` has <w_i D_i, w_j D_j> of the experts that have the layer; if it is None, it is computed in fp32.
+    `ranks` (before and after the cut) and `relative_error` are passed on to the report.
     """
     places, a_ERI, b_EOR, values = [], [], [], []
     for place, (factors, weight) in enumerate(zip(experts, weights, strict=True)):
@@ -251,9 +251,9 @@ def interference(
 def mixture_interference(
     experts: Mapping[str, Mapping[str, Factors]], by_layer: Mapping[str, Sequence[float]]
 ) -> MergeReport:
-    """Return how far the weighted updates pull the same way in each layer, as a report without a merge: its ranks are 0.
+    """Return a report on how far a mixture's weighted updates agree in each layer; its ranks are 0, as nothing is merged.
 
-    `experts` has each adapter's layers by its name, `by_layer` a weight of each for every layer; the report's own weights
+    `experts` maps names to an adapter's layers, `by_layer` maps each layer to one weight per adapter; the report's `weights`
     are their means over the layers.
     """
     rows = {

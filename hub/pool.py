@@ -40,10 +40,10 @@ class StackedFactors:
 class ExpertPool:
     """Adapters as experts, in a fixed order, made from a list of adapters or a mapping of names (free text) to adapters.
 
-    A `lazy` pool knows only the names and opens an adapter when it is used; the two checks across experts below are then
-    left to the Composer, which compares each with the model when it is first used. Raises WeightingError for an empty pool,
-    a repeated name or anything but an adapter, BaseModelMismatch when two experts contradict each other about their base
-    model, LayerMismatch when they update one layer with different shapes.
+    Raises WeightingError for an empty pool, a repeated name or anything but an adapter, BaseModelMismatch if two experts
+    contradict each other about their base model, LayerMismatch if they update one layer with different shapes. A `lazy`
+    pool knows only the names and opens an adapter when it is used; the Composer then compares each adapter with the model
+    at its first use, instead of the last two checks.
     """
 
     adapters: Mapping[str, Adapter]
@@ -174,7 +174,7 @@ class ExpertPool:
         return {}
 
     def invocations(self, names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
-        """Return the invocation tokens of those of `names` (None: all) that have any; opens each in a lazy pool."""
+        """Map each of the experts `names` (None: all) with invocation tokens to them; opens every expert in a lazy pool."""
         chosen = self.names if names is None else tuple(names)
         self._invocations.update((name, self.adapters[name].invocation) for name in chosen if name not in self._invocations)
         return {name: tokens for name in chosen if (tokens := self._invocations[name])}
@@ -192,7 +192,7 @@ class ExpertPool:
         return {}
 
     def stacked(self, layer: str) -> StackedFactors:
-        """Return one layer's factors of all experts, concatenated, fp32. Raises AdapterUnsupported if unbound or headed."""
+        """Return one layer's factors of all experts, stacked, fp32. Raises AdapterUnsupported if unbound or with heads."""
         parts: dict[int, Factors] = {}
         for index, (name, adapter) in enumerate(self.adapters.items()):
             if layer in adapter.layers:
@@ -224,9 +224,9 @@ def require_no_heads(name: str, adapter: Adapter) -> None:
 
 
 def require_everywhere(name: str, adapter: Adapter, what: str) -> None:
-    """Raise ScopeError if the expert counts only from its invocation tokens on.
+    """Raise ScopeError if the expert acts only from its invocation tokens on, and not on every token.
 
-    `what` is the clause of the message that says why it would have to count for every token.
+    `what` is the clause of the message that says why it must act on every token.
     """
     if adapter.invocation:
         raise ScopeError(
@@ -246,7 +246,7 @@ def _rows(num_experts: int, parts: Mapping[int, Tensor | None]) -> Tensor | None
 
 
 def _named(adapters: object) -> dict[str, Adapter]:
-    """Return a list or mapping of adapters as a mapping. Raises WeightingError for anything else, and a repeated name."""
+    """Return a list or mapping of adapters as {name: adapter}. Raises WeightingError for other input or a repeated name."""
     if not isinstance(adapters, Iterable):
         raise WeightingError(f"a pool is made of a list of adapters or of {{name: adapter}}, not of {adapters!r:.80}")
     listed = list(adapters.values() if isinstance(adapters, Mapping) else adapters)
@@ -338,7 +338,7 @@ class OnDemand(Mapping[str, Adapter]):
         return self._sharing({name: self._adapters[name] for name in names})
 
     def including(self, name: str, adapter: Adapter) -> OnDemand:
-        """Return these and one in memory, at the end or in the place of the one with that name."""
+        """Return these adapters and one in memory, in the place of the adapter with that name or at the end."""
         return self._sharing(self._adapters | {name: adapter})
 
     def __repr__(self) -> str:
@@ -351,7 +351,7 @@ class OnDemand(Mapping[str, Adapter]):
 
 
 def _kept_open(opener: Callable[[str], Adapter], num_kept: int) -> tuple[Callable[[str], Adapter], Sized]:
-    """Return a function that opens an adapter, or returns the open one, and all that are open."""
+    """Return a function that opens a named adapter, or returns it if it is open, and the collection of open adapters."""
     alive: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
     lock = threading.Lock()
 

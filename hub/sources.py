@@ -90,11 +90,11 @@ def open_source(
     local_files_only: bool = False,
     allow_patterns: Sequence[str] = ADAPTER_FILES,
 ) -> Iterator[OpenedSource]:
-    """Yield the folder or file of `source` while it is read; what an entry of `sources` unpacks is there for that time.
+    """Yield the local folder or file of `source`; an unpacked archive is deleted when the block ends.
 
-    Else it is a repository `owner/name` or `owner/name/file` of the model hub, of which the files needed are downloaded.
-    Raises AdapterNotFound if neither exists, with what was tried, AdapterUnsupported for a repository without a file in
-    which adapters are kept. A token never appears in a message.
+    A source that is no local path is a repository `owner/name` or `owner/name/file` of the model hub, whose needed files are
+    downloaded. Raises AdapterNotFound if neither exists, AdapterUnsupported for a repository without a file that can hold an
+    adapter. A token never appears in a message.
     """
     wanted: dict[str, Any] = {"token": token, "local_files_only": local_files_only, "allow_patterns": allow_patterns}
     if isinstance(source, Repository):
@@ -117,9 +117,9 @@ def open_source(
 
 
 def find_folder(source: str | Path, what: str, allow_patterns: Sequence[str], **wanted: Any) -> Path:
-    """Return the local folder of `what`, or the download of `owner/name`. Raises AdapterNotFound if it is neither.
+    """Return the folder at `source`, or download `owner/name`; `what` names its content in errors (AdapterNotFound).
 
-    `wanted` has the revision, the token and `local_files_only` of a download.
+    `wanted` has the `revision`, `token` and `local_files_only` of a download.
     """
     path = as_path(source, f"the folder of {what}", AdapterNotFound)
     if path.is_dir():
@@ -131,18 +131,18 @@ def find_folder(source: str | Path, what: str, allow_patterns: Sequence[str], **
 
 
 def name_of(source: str | Path | Repository) -> str:
-    """Return the last part of a path or id, without the suffix of a packed source or of a file of weights."""
+    """Return the last part of a path or id, without the suffix of an archive or of a file of weights."""
     last = str(source).rstrip("/").rsplit("/", 1)[-1]
     return last.removesuffix(packed_suffix(last)).removesuffix(".safetensors") or last
 
 
 def packed_suffix(path: str | Path) -> str:
-    """Return the suffix by which an entry of the registry `sources` knows a packed file; "" for any other name."""
+    """Return the suffix of an archive that an entry of the registry `sources` unpacks; "" for any other name."""
     return next((suffix for kind in _packed_kinds() if (suffix := kind.suffix(path))), "")
 
 
 def without_secrets(source: str | Path) -> str:
-    """Return the source as text, an address without user name, password and query, which may have tokens."""
+    """Return the source as text; a URL without its user name, password and query, which may hold secrets."""
     text = str(source)
     if "://" not in text:
         return text
@@ -151,14 +151,14 @@ def without_secrets(source: str | Path) -> str:
 
 
 def _packed_kinds() -> list[Any]:
-    """Return the entries of the registry `sources`: each tells a file by `suffix(path)` and gives it by `unpack(path)`."""
+    """Return the entries of the registry `sources`, which know archives by `suffix(path)` and `unpack(path)` them."""
     return [registry.get("sources", name) for name in registry.names("sources")]
 
 
 def _downloaded(
     repository: str, file: str, *, revision: str | None, allow_patterns: Sequence[str], **wanted: Any
 ) -> OpenedSource:
-    """Download the repository, or its one file `file` if that is not empty."""
+    """Download a repository's adapter, or only `file` if that is not empty, and return the opened source."""
     patterns = [file, README] if file else allow_patterns
     folder, commit = download(repository, revision=revision, **wanted, allow_patterns=patterns)
     if file and not _is_there(folder / file):
@@ -190,7 +190,7 @@ def _repository_and_file(source: str | Path) -> tuple[str, str]:
 
 
 def _is_there(path: Path) -> bool:
-    """Return whether the path is a folder or a file of weights."""
+    """Return True if the path is a folder or a file of weights."""
     try:
         return path.is_dir() or (path.suffix in _WEIGHTS and path.is_file())
     except OSError:
@@ -281,7 +281,7 @@ def _download_error(
 
 
 def _reason_of(error: BaseException, token: str | None) -> str:
-    """Return the first line of the error without any token that the call could have used."""
+    """Return the error's class and first line, with tokens replaced by ***."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     for secret in (token, get_token()):
@@ -311,7 +311,7 @@ def _responses(error: BaseException) -> Iterator[Any]:
 
 @contextmanager
 def model_hub_client(base: str, token: str | None) -> Iterator[HfApi]:
-    """Yield a client to list what the model hub has for a base model. Raises SourceUnavailable if it does not answer."""
+    """Yield a client that lists the model hub's adapters for `base`. Raises SourceUnavailable if the hub does not answer."""
     try:
         yield HfApi(token=token)
     except _ERRORS as error:
@@ -324,7 +324,7 @@ def model_hub_client(base: str, token: str | None) -> Iterator[HfApi]:
 
 
 def push(write: Callable[[Path], object], repository: str, *, token: str | None, private: bool | None, message: str) -> str:
-    """Call `write` with a temporary folder to write, `upload` that folder, and return the commit's id."""
+    """Call `write` with the path of a temporary folder, upload the folder it writes, and return the commit's id."""
     with TemporaryDirectory() as place:
         write(Path(place) / "files")
         return upload(Path(place) / "files", repository, token=token, private=private, message=message)
@@ -333,9 +333,9 @@ def push(write: Callable[[Path], object], repository: str, *, token: str | None,
 def upload(folder: Path, repository: str, *, token: str | None, private: bool | None, message: str) -> str:
     """Commit the folder's files to `owner/name`, which is created if missing; return the last commit's id.
 
-    `private` counts when it is created; None follows the owner's settings. Older files stay there. Raises HubReadOnly if the
-    token, or the one of `hf auth login`, may not write, AdapterNotFound for an id of another form, SourceUnavailable if a
-    later try may work; no message has a token.
+    `private` applies to a new repository; None follows the owner's settings. Files already there stay. Raises HubReadOnly if
+    the token, or the one of `hf auth login`, may not write, AdapterNotFound for an id of another form, SourceUnavailable if
+    a later try may work; no message has a token.
     """
     api = HfApi(token=token)
     try:
