@@ -1,7 +1,7 @@
-"""Fusion of several keys' scores into one score, and the threshold below which the best one is too low to be of use.
+"""Fusion of several keys' scores into one score, and a threshold below which a search finds no adapter.
 
-One score is their mean, their ranks, or weights that were learned. `Abstention` says "use the base model": its threshold on
-the best score lets through few inputs that no adapter is for.
+The fused score is a mean of scores or of reciprocal ranks, or a learned probability. `Abstention` is the threshold: if the
+best score is below, the base model is the answer. Few inputs that no adapter is for reach it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraweave.errors import RetrievalError
 
 KINDS = ("mean", "reciprocal_rank", "logistic")
 
-# Reciprocal ranks fall by half over this many places (Cormack, Clarke and Buettcher 2009, who use 60 for lists of 1,000).
+# The score of a rank halves over this many ranks (Cormack, Clarke and Buettcher 2009, who use 60 for lists of 1,000).
 RANK_CONSTANT = 60
 
 # the 97.5 % quantile of the normal distribution
@@ -84,7 +84,7 @@ class Fusion:
         return cls("logistic", weights, round(float(model.intercept_[0]), 6))
 
     def save(self, path: str | Path) -> None:
-        """Write the fusion as JSON."""
+        """Write the fusion's kind, weights and intercept to a JSON file."""
         Path(path).write_text(json.dumps({**asdict(self), "weights": dict(self.weights)}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -104,13 +104,13 @@ class Fusion:
 
 
 def _mask_unknown(parts: Mapping[str, np.ndarray], fused_N: np.ndarray) -> np.ndarray:
-    """Return the fused scores with NaN where no key has an opinion."""
+    """Return the fused scores, with NaN for adapters that every key scores NaN."""
     silent_N = np.all([np.isnan(scores_N) for scores_N in parts.values()], axis=0)
     return np.where(silent_N, np.nan, fused_N)
 
 
 def standardise(parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Scale each key's scores to mean 0, deviation 1 over adapters (N, K); 0 if they are equal, or for no opinion."""
+    """Scale each key's scores to mean 0 and deviation 1 over N adapters (N, K); equal scores, and NaN, become 0."""
     columns = []
     for scores_N in parts.values():
         filled_N = _fill(scores_N)
@@ -135,10 +135,10 @@ def _ranks(scores_N: np.ndarray) -> np.ndarray:
 def wilson(share: float, count: float, drawn_R: np.ndarray | None = None) -> tuple[float, float]:
     """Return the 95 % interval of a `share`, 0 to 1, of `count` independent answers, above 0, after Wilson (1927).
 
-    It has a width also where all are right, or none is. Of answers that are not independent, over several seeds or tasks,
-    `drawn_R` has bootstrap draws of the share. The interval is then that of as many independent answers as would have the
-    variance of the draws: the effective sample size of Franco, Little, Louis and Slud (2019, Journal of Survey Statistics
-    and Methodology 7). Draws that are all alike say nothing of it; the answers then count as independent.
+    The interval has a width even if all answers are right, or none is. If the answers are not independent, for instance
+    over several seeds or tasks, pass R bootstrap draws of the share as `drawn_R`: the interval is then that of as many
+    independent answers as would have the draws' variance, the effective sample size of Franco, Little, Louis and Slud (2019,
+    Journal of Survey Statistics and Methodology 7). Draws that are all equal are ignored.
     """
     if drawn_R is not None and float(np.ptp(drawn_R)) >= 1e-9 and share not in (0, 1):
         count = share * (1 - share) / float(np.var(drawn_R))
@@ -153,8 +153,8 @@ def wilson(share: float, count: float, drawn_R: np.ndarray | None = None) -> tup
 class Abstention:
     """A threshold below which a search's best score counts as nothing, for the embedder, keys and fusion in `search`.
 
-    `false_accept` is the share of the foreign inputs that got through when it was calibrated, `false_accept_high` the upper
-    end of its 95 % interval (Wilson), `accept` the share of the own inputs.
+    `false_accept` is the share of the foreign inputs of the calibration (no adapter is for them) that reached the threshold,
+    `false_accept_high` the upper end of its 95 % interval (Wilson), `accept` the share of own inputs (one is for them).
     """
 
     threshold: float

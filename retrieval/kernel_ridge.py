@@ -22,7 +22,7 @@ from scipy.linalg import cho_factor, cho_solve, lapack
 from scipy.special import log_softmax as _log_softmax
 
 RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-# what a kernel's share is set to in turn
+# the shares that are tried for each kernel in turn
 SHARES = (0.0, 0.125, 0.25, 0.5)
 TEMPERATURES = tuple(0.005 * 1.4**step for step in range(13))
 _NUM_ROUNDS = 2
@@ -42,19 +42,19 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """The dual weights and the norm of each class's direction."""
+    """A solved classifier: the dual weights alpha, and the norm of each class's direction."""
 
     dual_NC: np.ndarray
     norms_C: np.ndarray
 
     def cosines(self, kernel_QN: np.ndarray) -> np.ndarray:
         """Return the score of every query in every class (Q, C), -1 to 1; 0 for a class without a direction."""
-        found_QC: np.ndarray = kernel_QN @ self.dual_NC / self.norms_C
-        return found_QC
+        cosines_QC: np.ndarray = kernel_QN @ self.dual_NC / self.norms_C
+        return cosines_QC
 
 
 def fit(kernel_NN: np.ndarray, labels_N: np.ndarray, ridge: float) -> Fit:
-    """Solve for the classes' directions; O(N^3 / 3)."""
+    """Solve for the direction of each class from the samples' kernel matrix and class numbers; O(N^3 / 3)."""
     factor = cho_factor(kernel_NN + ridge * np.eye(len(kernel_NN)), lower=True, check_finite=False)
     targets_NC = _targets(labels_N)
     dual_NC = cho_solve(factor, targets_NC, check_finite=False)
@@ -122,8 +122,8 @@ def loss_at(cosines_NC: np.ndarray, labels_N: np.ndarray, temperature: float) ->
 
 def log_softmax(logits_NC: np.ndarray) -> np.ndarray:
     """Return the logarithm of the softmax over the last axis."""
-    found_NC: np.ndarray = _log_softmax(logits_NC, axis=-1)
-    return found_NC
+    log_NC: np.ndarray = _log_softmax(logits_NC, axis=-1)
+    return log_NC
 
 
 def _inverse(matrix_NN: np.ndarray) -> np.ndarray:
@@ -140,5 +140,5 @@ def _targets(labels_N: np.ndarray) -> np.ndarray:
 
 
 def _norms(squares_C: np.ndarray, whole_C: np.ndarray) -> np.ndarray:
-    """Return the square roots; infinite where nothing is left of `whole_C`, so that every cosine with the class is 0."""
+    """Return sqrt(squares_C); inf where at most 1e-9 of `whole_C` is left, so that every cosine with that class is 0."""
     return np.where(squares_C > _NOTHING * whole_C, np.sqrt(np.maximum(squares_C, 0.0)), np.inf)

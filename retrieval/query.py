@@ -1,4 +1,4 @@
-"""What a search is asked: its keywords, what is known of a task, and the keys, with the hub as they see it."""
+"""The inputs of a search (its keywords, and what is known of a task), the interface of keys, and their view of the hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Search = TypeVar("Search", bound=Callable[..., Any])
 
-# how many hits diversity chooses from, at least and per candidate wanted
+# the number of hits that diversity chooses from: at least, and per wanted candidate
 _MIN_CHOICE = 50
 _CHOICE_PER_CANDIDATE = 5
 
@@ -89,12 +89,12 @@ class Request:
         return Filters(self.base_model, self.license, self.tags, self.language, self.max_rank, self.max_size_bytes)
 
     def is_settled_by(self, hits: Sequence[Hit], count: int) -> bool:
-        """Return True if the page of `count` hits is final: hits come in descending order, and more cannot change it."""
+        """Return True if further hits, whose scores are at most the last one's, cannot change the page of `count` hits."""
         if not hits or not count:
             return not count
         if self.min_score is not None and hits[-1].score < self.min_score:
             return True
-        # equals of the last candidate are before or behind it: it must have been seen, or all of its score
+        # hits that tie with `after` may come before or behind it: it must be among the hits, or all of its score must be
         last = self.after
         seen = last is None or hits[-1].score < last.score or any(hit.record.name == last.name for hit in hits)
         return seen and len(self.page(hits, count)) == count
@@ -102,8 +102,8 @@ class Request:
     def page(self, hits: Sequence[Hit], count: int) -> list[Hit]:
         """Return the first `count` of the hits after the candidate `after`, without those below `min_score`.
 
-        Where that candidate's score has changed since, or it is gone, its old score marks the place. What is added or
-        removed between pages then repeats and hides nothing, but candidates that tied with one that is gone come again.
+        If that candidate is gone or its score has changed, the page starts at its old score. Additions and removals between
+        pages neither repeat nor hide a candidate, except that candidates tied with a removed `after` come again.
         """
         fitting = list(hits)
         if self.after is not None:
@@ -119,8 +119,8 @@ class Request:
 class Query:
     """The known parts of one task: inputs, outputs, a description, an adapter.
 
-    `outputs` has one for each input, empty where it has none, or is empty as a whole. A key compares the part that it
-    knows; a query that lacks this part gets no opinion from it.
+    `outputs` is empty, or has one text for each input, "" for an input without output. A key compares one of these parts,
+    and scores NaN for a query that lacks that part.
     """
 
     inputs: tuple[str, ...] = ()
@@ -162,11 +162,11 @@ def key_name(key: Key) -> str:
 
 
 class Key(Protocol):
-    """One way to tell from what an adapter shows of itself how well it fits a query.
+    """A score of how well an adapter fits a query by one kind of evidence, such as its sample inputs or its weights.
 
-    scores_N has a number from -1 to 1 for each record, higher for a better fit, NaN where query or record lack what the key
-    compares. A record's score depends on neither the order of the records nor, but for keys with the trait `relative`, on
-    which others there are.
+    `scores` returns a number from -1 to 1 for each record (N,), higher for a better fit, NaN if the query or the record
+    lacks what the key compares. A record's score does not depend on the order of the records, nor on the other records
+    unless the key has the trait `relative`.
     """
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray: ...
@@ -175,12 +175,12 @@ class Key(Protocol):
 # adapters whose texts stay embedded: 50 x 428 x 4 bytes = 86 kB each at most
 _NUM_TEXTS_CACHED = 2048
 _NUM_ADAPTERS_CACHED = 64
-# vectors that keys made of records; all are dropped after so many
+# the limit of cached vectors that keys made of records; when it is reached, all are dropped
 _NUM_MADE_KEPT = 8192
 
 
 class KeySpace:
-    """The texts and adapters of a hub for keys, by one embedder."""
+    """A hub as keys see it: its records' texts, embedded by one embedder, and its adapters; both are cached."""
 
     def __init__(self, hub: Hub, index: SearchIndex) -> None:
         self.hub = hub
@@ -214,7 +214,7 @@ class KeySpace:
         return [(i, o) for i, o in pairs if i.strip() and says_something(o)][:MAX_SAMPLE_INPUTS]
 
     def once(self, what: str, record: Record, make: Callable[[Record], np.ndarray]) -> np.ndarray:
-        """Return `make(record)`, called again only if the record has changed. `what` tells makers apart."""
+        """Return `make(record)`, cached until the record changes. `what` names the kind of vector in the cache."""
         known = self._made_once.get((what, record.name))
         if known is not None and (known[0] is record or known[0] == record):
             return known[1]
@@ -233,11 +233,11 @@ class KeySpace:
         return unit(rows_ND.mean(axis=0)).astype(np.float64) if len(rows_ND) else np.zeros(self.dim)
 
     def adapter(self, record: Record) -> Adapter:
-        """Load the record's adapter. Raises what Hub raises for a damaged one."""
+        """Load the record's adapter. Raises a HubError if it is missing or damaged."""
         return self._adapter(record.name, record.hash)
 
     def stored(self, key_id: str, records: Sequence[Record], make: Callable[[Adapter], np.ndarray]) -> np.ndarray:
-        """Return one vector for each adapter (N, D), made once and kept in the catalogue; NaN for a damaged adapter."""
+        """Return each adapter's vector by `make` (N, D), stored in the catalogue as `key_id`; NaN for a damaged adapter."""
         known = self.hub.vectors(key_id)
         rows: list[np.ndarray | None] = []
         made = []

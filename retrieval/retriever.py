@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 # then first in .96 instead of .76 of the cases, from five inputs and another wording of the description than the card's.
 TASK_DESCRIPTION_WEIGHT = 1.0
 
-# adapters of the index that the classifier looks at where no keys are named; it embeds their texts when it meets them
+# the number of best adapters of the index that the classifier scores if no keys are named; it embeds new texts of theirs
 CLASSIFIED = 50
 
-# keys that a search by examples takes beside the plain index; the description where the query has one
+# the keys of a search by examples if a retriever has none; `description` is added if the query has one
 EXAMPLE_KEYS = ("mean", "outputs", "relation")
 
 Item = TypeVar("Item")
 
-# how many hits the index is asked for, at least, when a page needs more
+# the least number of hits that the index is asked for when a page needs more
 _LEAST_ASKED = 50
 
 
@@ -82,7 +82,7 @@ class Retriever:
         self.abstention = abstention
         self._index = SearchIndex(hub, embedder=embedder, index=index)
         plain = keys is not None or (abstention is not None and abstention.search == self._index.embedder.id)
-        # where no keys are named; one, so that its fits are kept from search to search
+        # the key used if none is named: a single object, so that its fits are kept from search to search
         self._classifier = None if plain else Classifier()
         usual = 200 if self._classifier is None else CLASSIFIED
         self._shortlist = usual if shortlist is None else checked_count(shortlist, "shortlist", least=1)
@@ -90,7 +90,7 @@ class Retriever:
 
     @classmethod
     def of(cls, hub: Hub) -> Self:
-        """Return the hub's retriever with default settings, the same one each time, so that cards are fitted once."""
+        """Return the hub's retriever with default settings: the same object at each call, so that its fits are reused."""
         return hub.kept("retriever", partial(cls, hub))
 
     # mypy cannot know that the first case wins for a str, which is an Iterable[str] too
@@ -142,8 +142,8 @@ class Retriever:
         """Return the k adapters that fit one task best, by several of its inputs.
 
         Five inputs find the right adapter much more often than one of them; a description of the task does more still.
-        Without `evidence`, what matched is left empty, which saves embedding the found adapters' own texts. RetrievalError
-        without any text and description.
+        With evidence=False the candidates' evidence is "", which saves embedding the adapters' own texts. RetrievalError
+        if there is neither a text nor a description.
         """
         request = Request(evidence=evidence, **options)
         query = Query(tuple(map(str, [texts] if isinstance(texts, str) else texts)), (), description)
@@ -185,10 +185,10 @@ class Retriever:
         keys: Sequence[str | Key] = ("spectral",),
         **options: Unpack[SearchOptions],
     ) -> list[Candidate]:
-        """Return the k adapters whose weights are most like those of an adapter, which is named or given, best first.
+        """Return the k adapters whose weights are most like those of an adapter (a name or an object), best first.
 
-        A named adapter is not among them. Of the keys here only `spectral` reads weights. The first search reads every
-        adapter once; the sketches are kept in the catalogue. AdapterNotFound for a name that the hub does not have.
+        A named adapter is not among them. Of the built-in keys only `spectral` reads weights. The first search reads every
+        adapter once; its sketches are stored in the catalogue. AdapterNotFound for a name that the hub does not have.
         """
         request = Request(**options)
         if request.diversity:
@@ -206,10 +206,10 @@ class Retriever:
 
     @shows_options
     def probabilities(self, rows: GivenRows, **options: Unpack[SearchOptions]) -> dict[str, float]:
-        """Return how probable the k likeliest adapters are for a task, by its inputs or examples, best first.
+        """Map the k likeliest adapters for a task, known by its inputs or examples, to their probabilities, best first.
 
-        By the key `classifier` among the shortlist, given that one of these is right and that the rows are independent;
-        calibrated on held-out samples of the adapters. {} for an empty hub. RetrievalError without rows.
+        The key `classifier`, calibrated on held-out samples, judges the shortlist, assuming that one adapter of it is right
+        and that the rows are independent. {} for an empty hub. RetrievalError without rows.
         """
         request = Request(**options)
         query = _query(read_rows(rows, targets="any"))
@@ -229,10 +229,10 @@ class Retriever:
 
         `own`: inputs of tasks that adapters are for, none of them a sample input; `foreign`: inputs of tasks that no adapter
         is for. At most the share `false_accept` of the foreign ones passes. Scores grow with the number of inputs, so a
-        threshold holds for queries of `inputs_per_query` inputs, each taken in the order given. Without both, they are the
-        sample inputs of the hub's adapters (of 50 where there are more), as the default search sees them if it has not seen
-        the input, and if it has not seen its adapter. InvalidTask for what is neither texts nor rows; RetrievalError for one
-        of both alone, or none with keys that are named.
+        threshold holds for queries of `inputs_per_query` inputs; the inputs are grouped in their order. If neither is given,
+        the sample inputs of the hub's adapters (of at most 50) serve as both: as own, scored by a classifier fitted without
+        the input; as foreign, by one fitted without its adapter. InvalidTask for anything but texts and rows; RetrievalError
+        if only one of the two is given, or neither for a retriever with named keys.
         """
         if own is None and foreign is None and self._classifier is not None:
             own_scores, foreign_scores = self._held_out_scores(self._classifier, inputs_per_query)
@@ -255,14 +255,14 @@ class Retriever:
         return self.abstention
 
     def _held_out_scores(self, classifier: Classifier, inputs_per_query: int) -> tuple[list[float], list[float]]:
-        """Return the best scores of groups of the hub's samples: with the samples held out, then with their adapter."""
+        """Return each sample group's best score by the fit without these samples, and by that without their adapter."""
         seqs = self.hub.seqs(NO_FILTERS)
         spaced = seqs[:: max(1, -(-len(seqs) // self._shortlist))]
         records = list(self.hub.records_at(spaced).values())
         if len(records) < 2:
             raise RetrievalError(f"a threshold from the hub's own samples needs two adapters, and there are {len(records)}")
         labels_N, own_NC, foreign_NC = classifier.held_out(records, self.space)
-        # of an adapter with one sample nothing is left when it is held out
+        # an adapter with one sample has nothing left when that is held out
         several = np.flatnonzero(np.bincount(labels_N) > 1)
         places = [np.flatnonzero(labels_N == label).tolist() for label in several]
         groups = [list(group) for samples in places for group in _groups_of(samples, inputs_per_query)]
@@ -302,15 +302,15 @@ class Retriever:
         return self._index.hits(query_D[None], self._shortlist, request.filters)[0]
 
     def _parts(self, query: Query, records: Sequence[Record], keys: Mapping[str, Key]) -> dict[str, np.ndarray]:
-        """Return each key's scores_N of the records."""
+        """Return each key's scores (N,) of the records, by the key's name."""
         return {name: key.scores(query, records, self.space) for name, key in keys.items()}
 
     def _ranked(
         self, query: Query, hits: Sequence[Hit], keys: Mapping[str, Key], fusion: Fusion
     ) -> tuple[list[Hit], dict[str, str]]:
-        """Return the hits by descending fused score, ties in their order, and each key's score of them as text by name.
+        """Return the hits by descending fused score, ties in their order, and a text of all keys' scores by adapter name.
 
-        Adapters that no key has an opinion on are left out.
+        Adapters that every key scores NaN are left out.
         """
         if not hits:
             return [], {}
@@ -339,7 +339,7 @@ class Retriever:
         return unit(query_D)
 
     def _keys_of(self, query: Query, request: Request) -> Mapping[str, Key]:
-        """Return the keys that score the shortlist for a query; {} where the index's own scores stand."""
+        """Return the keys that score the shortlist for a query; {} if the index's own scores are used."""
         if self._classifier is None or not query.inputs or request.num_choice > self._shortlist:
             return self.keys
         return {"classifier": self._classifier, **_resolve(_description_key(query))}
@@ -364,7 +364,7 @@ class Retriever:
         num_asked = num_choice
         while True:
             query_hits = self._index.hits(query_QD, num_asked, request.filters)
-            # the index knows nothing of pages: when too few of what it brought are on this one, it brings more
+            # the index knows nothing of pages: if too few of its hits fall on this page, it is asked for more
             if request.after is None or all(
                 len(hits) < num_asked or request.is_settled_by(hits, num_choice) for hits in query_hits
             ):
@@ -394,7 +394,7 @@ class Retriever:
         return found if found[0].score >= self.abstention.threshold else []
 
     def _search_id(self, keys: Mapping[str, Key]) -> str:
-        """Return the text that identifies what scores depend on, besides the hub."""
+        """Return a text that identifies all that scores depend on besides the hub: embedder, keys and fusion."""
         if not keys:
             return self._index.embedder.id
         return f"{self._index.embedder.id} keys {', '.join(keys)} fusion {self.fusion.kind}"
@@ -411,7 +411,7 @@ def _query(rows: Sequence[Row]) -> Query:
 
 
 def _resolve(keys: str | Sequence[str | Key]) -> dict[str, Key]:
-    """Map names to key objects; a single name counts as one. UnknownName for a name that no file of retrieval/keys has."""
+    """Map the names of one or several keys to key objects. UnknownName for a name that the registry does not have."""
     keys = [keys] if isinstance(keys, str) else keys
     return dict((key, registry.get("keys", key)()) if isinstance(key, str) else (key_name(key), key) for key in keys)
 

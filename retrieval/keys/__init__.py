@@ -1,1 +1,1 @@
-"""Ways to tell from an adapter how well it fits a query, one a file."""
+"""Retrieval keys, one a file: each scores how well an adapter fits a query."""

@@ -1,4 +1,4 @@
-"""A classifier over the sample inputs of all adapters at hand, in closed form: it tells whose inputs a text belongs to.
+"""A closed-form classifier over the sample inputs of several adapters: it tells which adapter's inputs a text resembles.
 
 Its kernel is a mixture: the embedder's cosine, a Gaussian of the look (`form`), and the cosine of TF-IDF vectors of words
 and marks. A query with outputs adds the same of the outputs, and how they stand to the inputs (`relation_of`). The mixture
@@ -31,15 +31,15 @@ from loraweave.retrieval.keys.relation import relation_of
 from loraweave.retrieval.query import KeySpace, Query
 from loraweave.types import Record
 
-# samples in all: seven kernels of 2,000 x 2,000 take 224 MB while they are mixed
+# the limit of samples of all adapters together: seven kernels of 2,000 x 2,000 take 224 MB while they are mixed
 MAX_SAMPLES = 2000
 # samples that the mixture is chosen on, those of evenly spaced adapters
 MAX_CHOOSING = 700
 # exp(-4 (1 - cosine)); half and twice the rate find as much on the pool's training rows, and a linear kernel less
 _FORM_RATE = 4.0
-# fits that stay, the last ones: features of 2,000 samples take 7 MB each, beside words
+# the number of latest fits that are kept: features of 2,000 samples take 7 MB each, beside words
 _NUM_KEPT = 8
-# where no adapter has two samples to choose the mixture by
+# the mixture if no adapter has two samples to choose it by
 _START = Choice(np.full(3, 1 / 3), ridge=30.0)
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -48,7 +48,7 @@ _Pair = tuple[str, str]
 
 
 class TfIdf:
-    """TF-IDF vectors: 1 + ln(count), times 1 + ln((1 + N) / (1 + texts with the word)) by the N `texts`; rows at norm 1.
+    """TF-IDF vectors at norm 1: (1 + ln(count)) * (1 + ln((1 + N) / (1 + texts with the word))), with N = len(texts).
 
     A word that the N texts lack counts in the norm alone, so that a query looks no more like them than a held-out text.
     """
@@ -78,7 +78,7 @@ def _counts(text: str) -> Counter[str]:
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """N texts as three kernels see them: unit vectors by the embedder and of their form, and TF-IDF rows."""
+    """The features of N texts for three kernels: unit vectors by the embedder, unit vectors of their form, TF-IDF rows."""
 
     dense_ND: np.ndarray
     form_NF: np.ndarray
@@ -119,7 +119,7 @@ class _Fitted:
 
 @traits("relative")
 class Classifier(Declared):
-    """The cosine, in the space of the mixed kernel, of an input with the adapter's direction; the mean of them for several.
+    """The cosine of an input with the adapter's direction in the space of the mixed kernel, averaged over several inputs.
 
     `samples`: how many of an adapter's samples count at most, 1 or more; evenly spaced, and fewer where there are over 2,000
     in all. An adapter without samples is known by its description, else by its name; one without outputs by its inputs
@@ -140,7 +140,7 @@ class Classifier(Declared):
         return self._judge(query, records, space)[0]
 
     def probabilities(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
-        """Return how probable each adapter is if one of them is right and the inputs are independent. They sum to 1.
+        """Return each adapter's probability (N,), sum 1, if exactly one of them is right and the inputs are independent.
 
         NaN for a query without inputs.
         """
@@ -160,7 +160,7 @@ class Classifier(Declared):
         return labels_N, own_NC, foreign_NC
 
     def _judge(self, query: Query, records: Sequence[Record], space: KeySpace) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean cosine and the summed logits of each record; NaN for a query without inputs."""
+        """Return each record's mean cosine (N,) and summed logits (N,) over the inputs; NaN for a query without inputs."""
         if not query.inputs or not records:
             return np.full(len(records), np.nan), np.full(len(records), np.nan)
         # in one order, since every query brings the same adapters in another

@@ -11,7 +11,7 @@ from loraweave.types import Record
 
 
 class Description:
-    """The cosine of the two descriptions, or of the adapter's with the mean of the query's inputs and outputs."""
+    """The cosine of the adapter's description with the query's, or else with the mean of the query's inputs and outputs."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
         texts = [query.description] if query.description.strip() else [*query.inputs, *filter(str.strip, query.outputs)]

@@ -11,7 +11,7 @@ from loraweave.types import Record
 
 
 class Mean:
-    """The cosine of the two means, the strongest single key for inputs and the cheapest."""
+    """The cosine of the mean sample input with the query's mean input: the strongest and cheapest single key for inputs."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
         query_D = space.mean(space.embed(query.inputs))

@@ -11,7 +11,7 @@ from loraweave.types import Record
 
 
 class Outputs:
-    """The cosine of the two means. Sample outputs are what a card holds as `outputs`, one for each of its examples."""
+    """The cosine of the mean sample output with the query's mean output. The card's `outputs` are one for each example."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
         outputs = [output for output in query.outputs if output.strip()]

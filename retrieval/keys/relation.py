@@ -11,7 +11,7 @@ from loraweave.types import Record
 
 
 class Relation:
-    """The cosine of the mean relation in the query's examples with the mean in the card's (`examples` and `outputs`)."""
+    """The cosine of the query's mean input-output relation with the mean relation of the card's `examples` and `outputs`."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
         pairs = [(text, output) for text, output in zip(query.inputs, query.outputs, strict=False) if output.strip()]
