@@ -94,12 +94,12 @@ def test_a_hundred_thousand_layer_names_as_patterns_keep_their_meaning(sound, pu
 
 
 def test_a_small_file_that_stands_for_a_matrix_beyond_memory_is_refused_by_name(sound, put, monkeypatch):
-    from loraweave.extensions.adapter_types.formats.lokr import Lokr
+    from loraweave.extensions.adapter_types.formats.lokr import lokr
 
     def update(layer):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12800000000 bytes.")
 
-    monkeypatch.setattr(Lokr, "update", update)
+    monkeypatch.setattr(lokr, "update", update)
     with pytest.raises(AdapterUnsupported, match=r"layer 'layers.0.q_proj': its LOKR form .*more memory"):
         Adapter.from_pretrained(put(sound["lokr"]))
 

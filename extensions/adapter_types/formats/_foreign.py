@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -277,6 +277,27 @@ class ForeignFormat(PeftReader):
             f"{folder}: tensor {key!r} does not belong to a {cls.peft_type} adapter, whose layers have "
             f"{', '.join(sorted(cls.parts)[:12])}"
         )
+
+
+def peft_type(
+    parts: str, fields: str = "", *, shared: str = "", refused: Mapping[str, str] | None = None, linear_only: bool = False
+) -> Callable[[Callable[[StoredLayer], Factors | Dense]], type[ForeignFormat]]:
+    """Return a decorator that makes a function, the `update` of one layer, the format of the PEFT type of its name.
+
+    The other arguments are the class variables of `ForeignFormat`, with names as words of a text.
+    """
+
+    def format_of(update: Callable[[StoredLayer], Factors | Dense]) -> type[ForeignFormat]:
+        held: dict[str, Any] = {
+            "parts": words(parts),
+            "fields": words(fields),
+            "shared": words(shared),
+            "refused": refused or {},
+        }
+        held |= {"peft_type": update.__name__.upper(), "linear_only": linear_only, "update": staticmethod(update)}
+        return type(update.__name__, (ForeignFormat,), {"__doc__": update.__doc__, "__module__": update.__module__, **held})
+
+    return format_of
 
 
 class LoraVariant(ForeignFormat):

@@ -35,8 +35,8 @@ from loraweave.extend import (
 )
 from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, Reader, StoredLayer, plain_factors
 from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement, divide
-from loraweave.extensions.adapter_types.formats.loha import Loha
-from loraweave.extensions.adapter_types.formats.lokr import Lokr
+from loraweave.extensions.adapter_types.formats.loha import loha
+from loraweave.extensions.adapter_types.formats.lokr import lokr
 from loraweave.extensions.adapter_types.pickles import is_pickle, read_pickle
 
 MAX_NOTES = 40
@@ -54,7 +54,7 @@ RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 Parts = Mapping[str, Tensor]
 Held = dict[str, dict[str, Tensor]]
 # LyCORIS' other forms, by the beginning of their tensors' names
-FORMS: dict[str, type[ForeignFormat]] = {"hada_": Loha, "lokr_": Lokr}
+FORMS: dict[str, type[ForeignFormat]] = {"hada_": loha, "lokr_": lokr}
 
 
 class LoraFile(Reader):

@@ -1,41 +1,30 @@
 """BOFT (Liu et al. 2023, arXiv 2311.06243): inputs rotated by a product of butterfly factors, and outputs scaled."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, words
-from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer
+from loraweave.extend import Dense
+from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 
 
-class Boft(ForeignFormat):
-    """Delta = diag(s) W R^T - W with R = B_m ... B_1, each factor a block-diagonal Cayley transform between permutations."""
-
-    peft_type = "BOFT"
-    parts = frozenset({"boft_R", "boft_s"})
-    fields = words("boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout")
-    linear_only = True
-
-    @classmethod
-    def update(cls, layer: StoredLayer) -> Dense:
-        num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
-        stored = layer.part("boft_R", None, None, None, None)
-        factors, blocks, block, _ = stored.shape
-        layer.part("boft_R", factors, blocks, block, block)
-        if blocks * block != num_in or (factors > 1 and (block % 2 or blocks % 2 ** (factors - 1))):
-            raise AdapterCorrupt(
-                f"{layer.where}: {factors} factors of {blocks} blocks of {block} do not fit {num_in} inputs"
-            )
-        skew = (stored - stored.transpose(2, 3)) / 2
-        one_BB = torch.eye(block, dtype=stored.dtype)
-        turned = torch.linalg.solve(one_BB + skew, one_BB - skew, left=False)
-        result_OI = layer.base.weight_OI
-        # W R^T = (W B_m^T ...) is applied from the last factor, since R^T = B_1^T ... B_m^T acts on W from the right
-        for level in range(factors):
-            result_OI = _rotated(result_OI, turned[level], _order(num_in, block, level))
-        return Dense(result_OI * layer.part("boft_s", num_out, 1) - layer.base.weight_OI)
+@peft_type("boft_R boft_s", "boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout", linear_only=True)
+def boft(layer: StoredLayer) -> Dense:
+    """Return diag(s) W R^T - W with R = B_m ... B_1, each factor a block-diagonal Cayley transform between permutations."""
+    num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
+    stored = layer.part("boft_R", None, None, None, None)
+    factors, blocks, block, _ = stored.shape
+    layer.part("boft_R", factors, blocks, block, block)
+    if blocks * block != num_in or (factors > 1 and (block % 2 or blocks % 2 ** (factors - 1))):
+        raise AdapterCorrupt(f"{layer.where}: {factors} factors of {blocks} blocks of {block} do not fit {num_in} inputs")
+    skew = (stored - stored.transpose(2, 3)) / 2
+    one_BB = torch.eye(block, dtype=stored.dtype)
+    turned = torch.linalg.solve(one_BB + skew, one_BB - skew, left=False)
+    result_OI = layer.base.weight_OI
+    # W R^T = (W B_m^T ...) is applied from the last factor, since R^T = B_1^T ... B_m^T acts on W from the right
+    for level in range(factors):
+        result_OI = _rotated(result_OI, turned[level], _order(num_in, block, level))
+    return Dense(result_OI * layer.part("boft_s", num_out, 1) - layer.base.weight_OI)
 
 
 def _rotated(matrix_OI: Tensor, turned_NBB: Tensor, order_I: Tensor) -> Tensor:

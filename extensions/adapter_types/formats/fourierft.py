@@ -1,26 +1,18 @@
 """FourierFT (Gao et al. 2024, arXiv 2405.03003): a few trained coefficients of the update's discrete Fourier transform."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, words
-from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer
+from loraweave.extend import Dense
+from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 
 
-class Fourierft(ForeignFormat):
-    """Delta = scaling * Re(IDFT2(F)), F holding the trained values at positions drawn with the config's seed."""
-
-    peft_type = "FOURIERFT"
-    parts = frozenset({"fourierft_spectrum"})
-    fields = words("scaling random_loc_seed n_frequency n_frequency_pattern")
-
-    @classmethod
-    def update(cls, layer: StoredLayer) -> Dense:
-        spectrum_OI = scatter(layer, layer.part("fourierft_spectrum", None))
-        return Dense(torch.fft.ifft2(spectrum_OI).real * layer.config.number("scaling"))
+@peft_type("fourierft_spectrum", "scaling random_loc_seed n_frequency n_frequency_pattern")
+def fourierft(layer: StoredLayer) -> Dense:
+    """Return scaling * Re(IDFT2(F)), F holding the trained values at positions drawn with the config's seed."""
+    spectrum_OI = scatter(layer, layer.part("fourierft_spectrum", None))
+    return Dense(torch.fft.ifft2(spectrum_OI).real * layer.config.number("scaling"))
 
 
 def scatter(layer: StoredLayer, values: Tensor) -> Tensor:

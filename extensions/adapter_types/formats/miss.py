@@ -1,33 +1,25 @@
 """MiSS (Kang and Yin 2024, arXiv 2409.15371), once called Bone: one small matrix repeated along the inputs."""
 
-from __future__ import annotations
-
 import torch
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import Dense, words
-from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
+from loraweave.extend import Dense
+from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type, plain_factors
 
 
-class Miss(ForeignFormat):
-    """Delta[o, i] = D[i mod r, o], exactly of rank r; "bat" has W_nm D_m + D_m in block (m, n) and needs the weights."""
-
-    peft_type = "MISS"
-    parts = frozenset({"miss_block"})
-    fields = words("init_weights mini_r r miss_dropout")
-
-    @classmethod
-    def update(cls, layer: StoredLayer) -> Factors | Dense:
-        form = layer.choice("init_weights", (True, False, "bat", "mini"), True)
-        num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
-        if form == "bat":
-            return _bat(layer)
-        d_RO = layer.part("miss_block", None, None)
-        rank, width = d_RO.shape
-        if width != num_out and (form != "mini" or num_out % width):
-            raise AdapterCorrupt(f"{layer.where}: miss_block has {width} columns for a layer of {num_out} outputs")
-        repeated_RI = torch.eye(rank, dtype=d_RO.dtype)[:, torch.arange(num_in) % rank]
-        return plain_factors(repeated_RI, d_RO.repeat(1, num_out // width).T)
+@peft_type("miss_block", "init_weights mini_r r miss_dropout")
+def miss(layer: StoredLayer) -> Factors | Dense:
+    """Return D[i mod r, o] at (o, i), of rank r; "bat" has W_nm D_m + D_m in block (m, n) and needs the weights."""
+    form = layer.choice("init_weights", (True, False, "bat", "mini"), True)
+    num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
+    if form == "bat":
+        return _bat(layer)
+    d_RO = layer.part("miss_block", None, None)
+    rank, width = d_RO.shape
+    if width != num_out and (form != "mini" or num_out % width):
+        raise AdapterCorrupt(f"{layer.where}: miss_block has {width} columns for a layer of {num_out} outputs")
+    repeated_RI = torch.eye(rank, dtype=d_RO.dtype)[:, torch.arange(num_in) % rank]
+    return plain_factors(repeated_RI, d_RO.repeat(1, num_out // width).T)
 
 
 def _bat(layer: StoredLayer) -> Dense:

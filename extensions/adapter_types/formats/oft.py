@@ -1,42 +1,37 @@
 """OFT (Qiu et al. 2023, arXiv 2306.07280): the layer's inputs are rotated in blocks."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, words
-from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer
+from loraweave.extend import Dense
+from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 
 
-class Oft(ForeignFormat):
-    """Delta = W (R^T - 1), R block-diagonal with Cayley transforms of skew matrices, exact or by PEFT's Neumann series."""
-
-    peft_type = "OFT"
-    parts = frozenset({"oft_R.weight"})
-    fields = words("coft eps block_share use_cayley_neumann num_cayley_neumann_terms r oft_block_size module_dropout")
-    linear_only = True
-
-    @classmethod
-    def update(cls, layer: StoredLayer) -> Dense:
-        entries = layer.part("oft_R.weight", None, None)
-        block = (1 + math.isqrt(1 + 8 * entries.shape[1])) // 2
-        num_blocks = layer.base.num_inputs // block
-        shared = layer.config.flag("block_share")
-        if block * (block - 1) // 2 != entries.shape[1] or num_blocks * block != layer.base.num_inputs:
-            raise AdapterCorrupt(
-                f"{layer.where}: {entries.shape[1]} entries give no skew blocks of {layer.base.num_inputs} inputs"
-            )
-        layer.part("oft_R.weight", 1 if shared else num_blocks, None)
-        skew_NBB = _skew(entries, block)
-        if layer.config.flag("coft"):
-            skew_NBB = _shorten(skew_NBB, layer.config.number("eps"))
-        turned_NBB = _cayley(skew_NBB, layer).expand(num_blocks, block, block)
-        weight_ONB = layer.base.weight_OI.reshape(-1, num_blocks, block)
-        return Dense(torch.einsum("onc,nkc->onk", weight_ONB, turned_NBB).flatten(1) - layer.base.weight_OI)
+@peft_type(
+    "oft_R.weight",
+    "coft eps block_share use_cayley_neumann num_cayley_neumann_terms r oft_block_size module_dropout",
+    linear_only=True,
+)
+def oft(layer: StoredLayer) -> Dense:
+    """Return W (R^T - 1), R block-diagonal with Cayley transforms of skew matrices, exact or by PEFT's Neumann series."""
+    entries = layer.part("oft_R.weight", None, None)
+    block = (1 + math.isqrt(1 + 8 * entries.shape[1])) // 2
+    num_blocks = layer.base.num_inputs // block
+    shared = layer.config.flag("block_share")
+    if block * (block - 1) // 2 != entries.shape[1] or num_blocks * block != layer.base.num_inputs:
+        raise AdapterCorrupt(
+            f"{layer.where}: {entries.shape[1]} entries give no skew blocks of {layer.base.num_inputs} inputs"
+        )
+    layer.part("oft_R.weight", 1 if shared else num_blocks, None)
+    skew_NBB = _skew(entries, block)
+    if layer.config.flag("coft"):
+        skew_NBB = _shorten(skew_NBB, layer.config.number("eps"))
+    turned_NBB = _cayley(skew_NBB, layer).expand(num_blocks, block, block)
+    weight_ONB = layer.base.weight_OI.reshape(-1, num_blocks, block)
+    return Dense(torch.einsum("onc,nkc->onk", weight_ONB, turned_NBB).flatten(1) - layer.base.weight_OI)
 
 
 def _skew(entries: Tensor, block: int) -> Tensor:

@@ -1,36 +1,28 @@
 """RoAd (Liao and Monz 2024, arXiv 2409.00119): pairs of a layer's outputs are rotated and scaled."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense, words
-from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer
+from loraweave.extend import Dense
+from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 
 
-class Road(ForeignFormat):
-    """Delta = (R - 1) W and (R - 1) bias, R acting on pairs (o, o + g/2) within groups of g outputs."""
-
-    peft_type = "ROAD"
-    parts = frozenset({"road_theta", "road_alpha"})
-    fields = words("variant group_size")
-
-    @classmethod
-    def update(cls, layer: StoredLayer) -> Dense:
-        num_out, group = layer.base.num_outputs, layer.config.count("group_size", 64)
-        if num_out % group or group % 2:
-            raise AdapterCorrupt(f"{layer.where}: groups of {group} do not divide its {num_out} outputs into pairs")
-        own_O, other_O = _coefficients(layer, num_out, group)
-        weight_OI, bias_O = layer.base.weight_OI, layer.base.bias_O
-        bias_O1 = None if bias_O is None else bias_O[:, None]
-        changes = [
-            None if rows is None else (own_O - 1)[:, None] * rows + other_O[:, None] * _partners(rows, group)
-            for rows in (weight_OI, bias_O1)
-        ]
-        assert changes[0] is not None
-        return Dense(changes[0], None if changes[1] is None else changes[1][:, 0])
+@peft_type("road_theta road_alpha", "variant group_size")
+def road(layer: StoredLayer) -> Dense:
+    """Return (R - 1) W and (R - 1) bias, R acting on pairs (o, o + g/2) within groups of g outputs."""
+    num_out, group = layer.base.num_outputs, layer.config.count("group_size", 64)
+    if num_out % group or group % 2:
+        raise AdapterCorrupt(f"{layer.where}: groups of {group} do not divide its {num_out} outputs into pairs")
+    own_O, other_O = _coefficients(layer, num_out, group)
+    weight_OI, bias_O = layer.base.weight_OI, layer.base.bias_O
+    bias_O1 = None if bias_O is None else bias_O[:, None]
+    changes = [
+        None if rows is None else (own_O - 1)[:, None] * rows + other_O[:, None] * _partners(rows, group)
+        for rows in (weight_OI, bias_O1)
+    ]
+    assert changes[0] is not None
+    return Dense(changes[0], None if changes[1] is None else changes[1][:, 0])
 
 
 def _partners(rows: Tensor, group: int) -> Tensor:

@@ -1,34 +1,28 @@
 """TinyLoRA (PEFT 0.21): LoRA-XS whose middle matrix is a trained sum of a few fixed random ones, which PEFT stores."""
 
-from __future__ import annotations
-
 import torch
 
 from loraweave import AdapterUnsupported, Factors
-from loraweave.extend import words
-from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
+from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type, plain_factors
 
 
-class Tinylora(ForeignFormat):
-    """Delta = B (sum over u of v_u P_u) A, A and B being the base's leading singular vectors: exactly of rank r."""
-
-    peft_type = "TINYLORA"
-    parts = frozenset({"tinylora_A", "tinylora_B", "tinylora_P"})
-    shared = frozenset({"tinylora_v."})
-    fields = words("weight_tying save_projection r u projection_seed init_v_bound tinylora_dropout")
-
-    @classmethod
-    def update(cls, layer: StoredLayer) -> Factors:
-        if not layer.has("tinylora_P"):
-            raise AdapterUnsupported(
-                f"{layer.where}: the random matrices are not in the file, only the seed they were drawn with, which gives "
-                "other numbers in another version of torch; save the adapter with save_projection=True"
-            )
-        a_RI, b_OR = layer.pair("tinylora_A", "tinylora_B")
-        rank = a_RI.shape[0]
-        v_U = layer.part(f"tinylora_v.{_group(layer)}", None)
-        middle_RR = torch.einsum("u,urs->rs", v_U, layer.part("tinylora_P", v_U.shape[0], rank, rank))
-        return plain_factors(a_RI, b_OR @ middle_RR)
+@peft_type(
+    "tinylora_A tinylora_B tinylora_P",
+    "weight_tying save_projection r u projection_seed init_v_bound tinylora_dropout",
+    shared="tinylora_v.",
+)
+def tinylora(layer: StoredLayer) -> Factors:
+    """Return B (sum over u of v_u P_u) A, A and B being the base's leading singular vectors: exactly of rank r."""
+    if not layer.has("tinylora_P"):
+        raise AdapterUnsupported(
+            f"{layer.where}: the random matrices are not in the file, only the seed they were drawn with, which gives "
+            "other numbers in another version of torch; save the adapter with save_projection=True"
+        )
+    a_RI, b_OR = layer.pair("tinylora_A", "tinylora_B")
+    rank = a_RI.shape[0]
+    v_U = layer.part(f"tinylora_v.{_group(layer)}", None)
+    middle_RR = torch.einsum("u,urs->rs", v_U, layer.part("tinylora_P", v_U.shape[0], rank, rank))
+    return plain_factors(a_RI, b_OR @ middle_RR)
 
 
 def _group(layer: StoredLayer) -> int:

@@ -1,32 +1,24 @@
 """VB-LoRA (Li et al. 2024, arXiv 2405.15179): factors made of a few vectors of one bank, mixed per sub-vector."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import words
-from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
+from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type, plain_factors
 
 
-class Vblora(ForeignFormat):
-    """Every sub-vector of A and B is softmax(top-k logits) times the bank's vectors: exactly of rank r."""
-
-    peft_type = "VBLORA"
-    parts = frozenset(f"vblora_logits_{side}{form}" for side in "AB" for form in ("", "_topk_indices", "_topk_weights"))
-    shared = frozenset({"vblora_vector_bank"})
-    fields = words(
-        "topk r num_vectors vector_length save_only_topk_weights vblora_dropout init_vector_bank_bound init_logits_std"
-    )
-
-    @classmethod
-    def update(cls, layer: StoredLayer) -> Factors:
-        bank_VL = layer.part("vblora_vector_bank", None, None)
-        a, b = _mix(layer, "A", bank_VL), _mix(layer, "B", bank_VL)
-        if a.shape[0] != b.shape[1]:
-            raise AdapterCorrupt(f"{layer.where}: A has rank {a.shape[0]} and B has rank {b.shape[1]}")
-        return plain_factors(a.flatten(1), b.transpose(1, 2).reshape(-1, b.shape[1]))
+@peft_type(
+    " ".join(f"vblora_logits_{side}{form}" for side in "AB" for form in ("", "_topk_indices", "_topk_weights")),
+    "topk r num_vectors vector_length save_only_topk_weights vblora_dropout init_vector_bank_bound init_logits_std",
+    shared="vblora_vector_bank",
+)
+def vblora(layer: StoredLayer) -> Factors:
+    """Return A and B, whose sub-vectors are softmax(top-k logits) times the bank's vectors: exactly of rank r."""
+    bank_VL = layer.part("vblora_vector_bank", None, None)
+    a, b = _mix(layer, "A", bank_VL), _mix(layer, "B", bank_VL)
+    if a.shape[0] != b.shape[1]:
+        raise AdapterCorrupt(f"{layer.where}: A has rank {a.shape[0]} and B has rank {b.shape[1]}")
+    return plain_factors(a.flatten(1), b.transpose(1, 2).reshape(-1, b.shape[1]))
 
 
 def _mix(layer: StoredLayer, side: str, bank_VL: Tensor) -> Tensor:

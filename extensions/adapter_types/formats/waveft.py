@@ -1,35 +1,30 @@
 """WaveFT (Bilican et al. 2025, arXiv 2505.12532): a few trained coefficients of the update's wavelet transform."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import Dense, words
-from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer
+from loraweave.extend import Dense
+from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 from loraweave.extensions.adapter_types.formats.fourierft import scatter
 
 
-class Waveft(ForeignFormat):
-    """Delta = scaling * IDWT2(S) with the Haar wavelet (db1), or scaling * S without a transform (SHiRA's form)."""
-
-    peft_type = "WAVEFT"
-    parts = frozenset({"waveft_spectrum"})
-    fields = words("scaling random_loc_seed use_idwt wavelet_family n_frequency n_frequency_pattern proportional_parameters")
-
-    @classmethod
-    def update(cls, layer: StoredLayer) -> Dense:
-        sparse_OI = scatter(layer, layer.part("waveft_spectrum", None))
-        scale = layer.config.number("scaling")
-        if not layer.config.flag("use_idwt", True):
-            return Dense(sparse_OI * scale)
-        if layer.config.fields.get("wavelet_family", "db1") != "db1":
-            raise AdapterUnsupported(
-                f"{layer.config.folder}: wavelet_family is {layer.config.fields['wavelet_family']!r}; only 'db1' (Haar) can "
-                "be read, since other families need their filter tables"
-            )
-        return Dense(_haar(sparse_OI) * scale)
+@peft_type(
+    "waveft_spectrum",
+    "scaling random_loc_seed use_idwt wavelet_family n_frequency n_frequency_pattern proportional_parameters",
+)
+def waveft(layer: StoredLayer) -> Dense:
+    """Return scaling * IDWT2(S) with the Haar wavelet (db1), or scaling * S without a transform (SHiRA's form)."""
+    sparse_OI = scatter(layer, layer.part("waveft_spectrum", None))
+    scale = layer.config.number("scaling")
+    if not layer.config.flag("use_idwt", True):
+        return Dense(sparse_OI * scale)
+    if layer.config.fields.get("wavelet_family", "db1") != "db1":
+        raise AdapterUnsupported(
+            f"{layer.config.folder}: wavelet_family is {layer.config.fields['wavelet_family']!r}; only 'db1' (Haar) can "
+            "be read, since other families need their filter tables"
+        )
+    return Dense(_haar(sparse_OI) * scale)
 
 
 def _haar(coefficients_OI: Tensor) -> Tensor:
