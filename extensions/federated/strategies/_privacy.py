@@ -11,15 +11,52 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
 from loraweave import PackageMissing, TrainingError
+from loraweave.extend import Positive, Range
+from loraweave.extensions.federated.strategies._strategy import Course, Strategy
 
 # of Renyi divergence; small budgets need high ones
 ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [*range(11, 64), 80, 96, 128, 192, 256, 512, 1024]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateStrategy(Strategy):
+    """A strategy whose noise spends at most `epsilon` at `delta` over all rounds; `clip` bounds what one member adds."""
+
+    epsilon: Positive = 8.0
+    delta: Annotated[float, Range(above=0, below=1)] = 1e-5
+    clip: Positive = 1.0
+
+    secret: ClassVar[bool] = True
+
+    def exposure(self, course: Course, rounds: int) -> dict[str, Any]:
+        """Return {"steps": the noisy steps of so many rounds, "sample_rate": the probability to take part in one}."""
+        return {"steps": rounds, "sample_rate": course.sample_rate}
+
+    def require(self, course: Course) -> None:
+        self.noise(course)
+
+    def noise(self, course: Course) -> float:
+        """Return sigma, the noise's standard deviation in units of the most by which one member can change the sum."""
+        budget = {"epsilon": self.epsilon, "delta": self.delta}
+        return least_noise(self.registered_name(), **budget, **self.exposure(course, course.rounds))
+
+    def figures(self, course: Course, rounds_done: int) -> dict[str, float]:
+        """Return the guarantee after so many rounds, and the noise that gives it."""
+        sigma, exposure = self.noise(course), self.exposure(course, rounds_done)
+        epsilon = spent(self.registered_name(), sigma, delta=self.delta, **exposure)
+        return {
+            "epsilon": epsilon,
+            "delta": self.delta,
+            "noise_multiplier": sigma,
+            "sample_rate": exposure["sample_rate"],
+        }
 
 
 @lru_cache

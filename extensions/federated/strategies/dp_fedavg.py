@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from loraweave.extend import Positive, Range, seeded
-from loraweave.extensions.federated.strategies._privacy import least_noise, length, spent
-from loraweave.extensions.federated.strategies._strategy import Course, Order, Strategy, Tensors, Trained
+from loraweave.extend import seeded
+from loraweave.extensions.federated.strategies._privacy import PrivateStrategy, length
+from loraweave.extensions.federated.strategies._strategy import Course, Order, Tensors, Trained
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpFedavg(Strategy):
+class DpFedavg(PrivateStrategy):
     """(epsilon, delta)-differential privacy for a client's whole data, spent over all rounds together.
 
     Every round draws each of the N clients with probability q (`participation`). A client whose a and b moved by d_k sends
@@ -27,20 +27,7 @@ class DpFedavg(Strategy):
     Raises PackageMissing without opacus, TrainingError for an epsilon that no noise reaches.
     """
 
-    epsilon: Positive = 8.0
-    delta: Annotated[float, Range(above=0, below=1)] = 1e-5
-    clip: Positive = 1.0
-
     sampling: ClassVar[Literal["count", "poisson"]] = "poisson"
-    secret: ClassVar[bool] = True
-
-    def require(self, course: Course) -> None:
-        self.noise(course)
-
-    def noise(self, course: Course) -> float:
-        """Return sigma, the noise's standard deviation in units of `clip`."""
-        budget = {"epsilon": self.epsilon, "delta": self.delta}
-        return least_noise(self.registered_name(), **budget, steps=course.rounds, sample_rate=course.sample_rate)
 
     def train(self, course: Course, order: Order) -> Trained:
         trained = super().train(course, order)
@@ -60,12 +47,6 @@ class DpFedavg(Strategy):
                 summed += factor * update[name].double()
             state[name] = (value.double() + summed / expected).float()
         return state
-
-    def figures(self, course: Course, rounds_done: int) -> dict[str, float]:
-        """Return the guarantee after so many rounds, and the noise that gives it."""
-        sigma, rate = self.noise(course), course.sample_rate
-        epsilon = spent(self.registered_name(), sigma, delta=self.delta, steps=rounds_done, sample_rate=rate)
-        return {"epsilon": epsilon, "delta": self.delta, "noise_multiplier": sigma, "sample_rate": rate}
 
     def _factor(self, update: Tensors) -> float:
         """Return the factor that shortens an update to `clip`; tensors are added by name, by which norms round."""

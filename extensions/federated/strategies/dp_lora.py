@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from loraweave import TrainingError
-from loraweave.extend import EncodedRow, LoraJob, Positive, Range, seeded
-from loraweave.extensions.federated.strategies._privacy import least_noise, length, spent
+from loraweave.extend import EncodedRow, LoraJob, seeded
+from loraweave.extensions.federated.strategies._privacy import PrivateStrategy, length
 from loraweave.extensions.federated.strategies._strategy import (
     Course,
     Order,
-    Strategy,
     Tensors,
     Trained,
     factors_of,
@@ -26,7 +25,7 @@ from loraweave.extensions.federated.strategies._strategy import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpLora(Strategy):
+class DpLora(PrivateStrategy):
     """(epsilon, delta)-differential privacy for each single example, from everyone, the server too.
 
     In a step, a client with n examples draws each of them with probability q = min(1, batch_size / n). g_a and g_b are the
@@ -50,12 +49,7 @@ class DpLora(Strategy):
     reaches and for clients whose rows have more than one example in them.
     """
 
-    epsilon: Positive = 8.0
-    delta: Annotated[float, Range(above=0, below=1)] = 1e-5
-    clip: Positive = 1.0
     clip_by: Literal["batch", "example"] = "batch"
-
-    secret: ClassVar[bool] = True
 
     def require(self, course: Course) -> None:
         if mixed := [client.name for client in course.clients.values() if not client.rows_apart]:
@@ -63,17 +57,16 @@ class DpLora(Strategy):
                 f"strategy 'dp_lora' protects single examples, and rows of client {mixed[0]!r} have several in them: give "
                 "pairs without demonstrations, and no Texts"
             )
-        self.noise(course)
+        super().require(course)
 
     @property
     def sensitivity(self) -> float:
         """S, the most by which one example can change the sum that noise is added to."""
         return math.sqrt(2) * self.clip * (2 if self.clip_by == "batch" else 1)
 
-    def noise(self, course: Course) -> float:
-        """Return sigma, the noise's standard deviation in units of S."""
-        budget = {"epsilon": self.epsilon, "delta": self.delta, "sample_rate": _highest_rate(course)}
-        return least_noise(self.registered_name(), **budget, steps=course.rounds * course.settings.steps)
+    def exposure(self, course: Course, rounds: int) -> dict[str, Any]:
+        highest_rate = max(_rate(course, client) for client in course.clients)
+        return {"steps": rounds * course.settings.steps, "sample_rate": highest_rate}
 
     def train(self, course: Course, order: Order) -> Trained:
         settings, sigma = course.settings, self.noise(course)
@@ -81,7 +74,7 @@ class DpLora(Strategy):
         for step in range(settings.steps):
             gradients = self.gradients(course, job, drawn(course, order, step))
             generator = seeded(settings.seed, "noise", order.client, order.round, step)
-            share = 1.0 if self.clip_by == "batch" else 1 / _expected(course, order.client)
+            share = 1.0 if self.clip_by == "batch" else 1 / min(settings.batch_size, len(course.clients[order.client].rows))
             with torch.no_grad():
                 for parameter, gradient in zip(job.parameters(), gradients, strict=True):
                     z = torch.randn(parameter.shape, generator=generator).to(parameter.device)
@@ -90,13 +83,6 @@ class DpLora(Strategy):
 
     def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
         return mean(list(updates.values()), [1.0] * len(updates))
-
-    def figures(self, course: Course, rounds_done: int) -> dict[str, float]:
-        """Return the guarantee for an example of the smallest client after so many rounds, and the noise that gives it."""
-        sigma, rate = self.noise(course), _highest_rate(course)
-        steps = rounds_done * course.settings.steps
-        epsilon = spent(self.registered_name(), sigma, delta=self.delta, steps=steps, sample_rate=rate)
-        return {"epsilon": epsilon, "delta": self.delta, "noise_multiplier": sigma, "sample_rate": rate}
 
     def gradients(self, course: Course, job: LoraJob, rows: Sequence[EncodedRow]) -> list[Tensor]:
         """Return the sum of the clipped gradients of the job's parameters, of all rows together or of each for itself."""
@@ -130,12 +116,3 @@ def clipped(gradients: Sequence[Tensor], limit: float) -> list[Tensor]:
 def _rate(course: Course, client: str) -> float:
     """Return the probability with which each of a client's examples is in a step."""
     return min(1.0, course.settings.batch_size / len(course.clients[client].rows))
-
-
-def _expected(course: Course, client: str) -> float:
-    """Return q n, the expected number of rows of a step."""
-    return float(min(course.settings.batch_size, len(course.clients[client].rows)))
-
-
-def _highest_rate(course: Course) -> float:
-    return max(_rate(course, client) for client in course.clients)
