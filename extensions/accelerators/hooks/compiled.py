@@ -97,7 +97,7 @@ def _mixed_backward(
     """
     no_bias = grad.new_empty(0) if bias is None else torch.zeros_like(bias)
     if not int(mixing):
-        return torch.zeros_like(x, memory_format=torch.contiguous_format), _copy(grad), no_bias
+        return _zeros(x), _copy(grad), no_bias
     live_mixing = _MIXINGS.get(int(mixing))
     if live_mixing is None or live_mixing.closed:
         raise CompositionError(
@@ -112,13 +112,9 @@ def _mixed_backward(
         inputs = {"x": x, "y": y} if own_bias is None else {"x": x, "y": y, "bias": own_bias}
         wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
         output = live_mixing.apply(target, x, y)
-        found_grads = torch.autograd.grad(output, list(wanted.values()), grad, allow_unused=True)
-    grads = {name: input_grad for name, input_grad in zip(wanted, found_grads, strict=True) if input_grad is not None}
-    return (
-        _copy(grads["x"]) if "x" in grads else torch.zeros_like(x, memory_format=torch.contiguous_format),
-        _copy(grads["y"]) if "y" in grads else torch.zeros_like(y, memory_format=torch.contiguous_format),
-        _copy(grads["bias"]) if "bias" in grads else no_bias,
-    )
+        values = torch.autograd.grad(output, list(wanted.values()), grad, allow_unused=True, materialize_grads=True)
+    grads = {name: _copy(value) for name, value in zip(wanted, values, strict=True)}
+    return grads.get("x", _zeros(x)), grads["y"], grads.get("bias", no_bias)
 
 
 def _mixed_backward_shapes(
@@ -129,6 +125,10 @@ def _mixed_backward_shapes(
         torch.empty_like(y, memory_format=torch.contiguous_format),
         grad.new_empty(0) if bias is None else torch.empty_like(bias),
     )
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
 
 
 def _copy(grad: Tensor) -> Tensor:

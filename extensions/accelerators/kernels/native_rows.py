@@ -233,22 +233,13 @@ class NativeRows(RowKernel):
         """Return the table that the library reads for so many `tokens` a mixture; the kernel keeps it."""
         if tokens in self._tables:
             return self._tables[tokens]
-        uses: list[tuple[int, int, int, float]] = []
-        for row, entry in enumerate(self.entries):
-            for first, count, weight in entry:
-                uses.append((first, count, row, weight))
-        counts: dict[int, int] = {}
-        users: Counter[int] = Counter()
-        numbers_of_rows, weights_of_rows, num_ranks = [], [], 0
-        for first, count, row, weight in sorted(uses):
-            counts[first] = count
-            users[first] += 1
-            num_ranks += count
-            numbers_of_rows.append(row)
-            weights_of_rows.append(weight)
-        numbers = torch.tensor([*counts.values(), *accumulate(users.values(), initial=0), *numbers_of_rows])
-        weights = torch.tensor(weights_of_rows)
-        outputs = self.b_DO.shape[1]
+        entries = enumerate(self.entries)
+        uses = sorted((first, count, row, weight) for row, entry in entries for first, count, weight in entry)
+        counts = {first: count for first, count, _, _ in uses}
+        ends = accumulate(Counter(first for first, *_ in uses).values(), initial=0)
+        numbers = torch.tensor([*counts.values(), *ends, *(row for _, _, row, _ in uses)])
+        weights = torch.tensor([weight for *_, weight in uses])
+        outputs, num_ranks = self.b_DO.shape[1], sum(count for _, count, _, _ in uses)
         sums = work(tokens * (len(self.entries) * outputs + num_ranks))
         sizes = len(self.entries), tokens, self.a_DI.shape[1], outputs, len(counts)
         factors = self.a_DI.data_ptr(), self.b_DO.data_ptr()
