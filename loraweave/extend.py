@@ -63,7 +63,7 @@ _MODULES = {
     "composer.experts.together": "ExpertJob require_shareable",
     "routers.recipes._gate": "Call Gate TokenGate Weighing draw_linear",
     "routers.recipes._recipe": (
-        "ATTENTION EvenRecipe ExpertShape FEED_FORWARD Recipe Site TopKRecipe Watcher balance_term by_layer uniform"
+        "ATTENTION EvenRecipe ExpertShape FEED_FORWARD Recipe Site TopKRecipe balance_term by_layer uniform"
     ),
     # models, batches and live mixtures
     "composer.ensembles.ensemble": (
@@ -126,7 +126,7 @@ _MODULES = {
     "hub.base_reference": "BaseReference base_loader",
     "hub.embedders": "sentence",
     "hub.embedders._embedder": "Embedder embed_in_batches embedder_of readable",
-    "hub.indexes.flat": "Flat Index saved_array",
+    "hub.indexes.flat": "Flat saved_array",
     "hub.licenses": "canonical is_accepted stated_license",
     "hub.merge_report": "by_number mixture_interference",
     "hub.pool": "StackedFactors require_everywhere",

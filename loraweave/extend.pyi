@@ -360,7 +360,6 @@ from loraweave.hub.formats._safetensors import file_metadata as file_metadata
 from loraweave.hub.formats._safetensors import read_tensors as read_tensors
 from loraweave.hub.formats._safetensors import require_finite as require_finite
 from loraweave.hub.indexes.flat import Flat as Flat
-from loraweave.hub.indexes.flat import Index as Index
 from loraweave.hub.indexes.flat import saved_array as saved_array
 from loraweave.hub.licenses import canonical as canonical
 from loraweave.hub.licenses import is_accepted as is_accepted
@@ -431,7 +430,6 @@ from loraweave.routers.recipes._recipe import FEED_FORWARD as FEED_FORWARD
 from loraweave.routers.recipes._recipe import Recipe as Recipe
 from loraweave.routers.recipes._recipe import Site as Site
 from loraweave.routers.recipes._recipe import TopKRecipe as TopKRecipe
-from loraweave.routers.recipes._recipe import Watcher as Watcher
 from loraweave.routers.recipes._recipe import balance_term as balance_term
 from loraweave.routers.recipes._recipe import by_layer as by_layer
 from loraweave.routers.recipes._recipe import uniform as uniform

@@ -79,7 +79,8 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
             owner="model",
             moved=model.moved(),
         )
-        self._watchers = model.recipe.watchers(model, self.progress.report)
+        watchers = dict.fromkeys(gate.watcher for gate in model.gates.values() if gate.watcher is not None)
+        self._watchers = [watcher(model, self.progress.report) for watcher in watchers]
         self._first_steps = FirstSteps(model.recipe, {} if self.progress.first else named, rows, settings)
         self.num_passes = 0
         self._totals: dict[str, Tensor] = {}

@@ -18,6 +18,64 @@ from loraweave.extend import IGNORED, Call, Gate, Step, TokenGate, Weighing, top
 MUCH, WINDOW = 0.2, 20
 
 
+class Overflow:
+    """A watcher that measures, step by step, the share of chosen experts that had no capacity left.
+
+    It counts tokens before a target, which are a row's last ones and so lose most. Where labels are not those of tokens,
+    all tokens count.
+    """
+
+    def __init__(self, model: Any, report: Any) -> None:
+        self._recipe, self._report = model.recipe, report
+        gates = [gate for gate in model.gates.values() if isinstance(gate, LimitedGate) and gate.capacity is not None]
+        self._most = gates[0].most if gates else 0
+        # experts that had no capacity left, and all that were chosen
+        self._counts = torch.zeros(2, dtype=torch.float64)
+        self._warned = False
+        self._whose = "tokens before a target"
+
+    def see(self, step: Step, labels_BK: Tensor | None) -> None:
+        """Count the weights that one forward pass of the step lost to capacity; `labels_BK` are the targets, if known."""
+        if not self._most:
+            return
+        w_BTE = step.weights
+        if labels_BK is None:
+            self._whose = "tokens"
+            counted = [site_BTE.flatten(0, 1) for site_BTE in w_BTE.values()]
+        else:
+            before_BK = functional.pad((labels_BK != IGNORED)[:, 1:], (0, 1))
+            num_rows, num_last = before_BK.shape
+            seen = [site_BTE for site_BTE in w_BTE.values() if len(site_BTE) == num_rows and site_BTE.shape[1] >= num_last]
+            counted = [site_BTE[:, -num_last:][before_BK] for site_BTE in seen]
+        if counted:
+            chosen = self._most * sum(len(w_NE) for w_NE in counted)
+            kept = torch.stack([(w_NE != 0).sum() for w_NE in counted]).sum()
+            self._counts += torch.tensor([chosen - int(kept), chosen], dtype=torch.float64)
+
+    def end_step(self, summed: Callable[[Tensor], Tensor]) -> str:
+        """Return the step's share as text for the progress bar; `summed` adds a tensor up over processes.
+
+        Warns once if the mean share of the last 20 steps is above 20 %.
+        """
+        if not self._most:
+            return ""
+        dropped, chosen = summed(self._counts).tolist()
+        self._counts = torch.zeros_like(self._counts)
+        shares = self._report.overflow
+        shares.append(dropped / max(chosen, 1.0))
+        recent = sum(shares[-WINDOW:]) / WINDOW
+        if len(shares) >= WINDOW and recent > MUCH and not self._warned:
+            self._warned = True
+            by_weight = "prioritised=True, " if self._recipe.options.get("prioritised") is False else ""
+            warnings.warn(
+                f"recipe {self._recipe.name!r}: over the last {WINDOW} steps {recent:.0%} of the experts that "
+                f"{self._whose} chose had no capacity left. Evaluation has no such limit, so that experts then see tokens "
+                f"they have not learned from: take {by_weight}a larger capacity, None for no limit, or a larger balance",
+                stacklevel=5,
+            )
+        return f"  overflow {shares[-1]:.0%}"
+
+
 class LimitedGate(TokenGate):
     """A `TokenGate` that can choose by `top_p`, and whose experts have limits in training.
 
@@ -28,6 +86,8 @@ class LimitedGate(TokenGate):
     With `capacity` each expert takes at most that many times its even share of a row's tokens: the first that chose it, or
     with `prioritised` those that it weighs most. All others get exactly 0 of it.
     """
+
+    watcher = Overflow
 
     def __init__(
         self,
@@ -123,97 +183,10 @@ def even_share(real_BT: Tensor, num_experts: int, top_k: int, factor: float) -> 
     return (real_BT.sum(dim=1) * (factor * top_k) / num_experts).ceil()
 
 
-class Overflow:
-    """A watcher that measures, step by step, the share of chosen experts that had no capacity left.
-
-    It counts tokens before a target, which are a row's last ones and so lose most. Where labels are not those of tokens,
-    all tokens count.
-    """
-
-    def __init__(self, model: Any, report: Any) -> None:
-        self._recipe, self._report = model.recipe, report
-        gates = [gate for gate in model.gates.values() if isinstance(gate, LimitedGate) and gate.capacity is not None]
-        self._most = gates[0].most if gates else 0
-        # experts that had no capacity left, and all that were chosen
-        self._counts = torch.zeros(2, dtype=torch.float64)
-        self._warned = False
-        self._whose = "tokens before a target"
-
-    def see(self, step: Step, labels_BK: Tensor | None) -> None:
-        """Count the weights that one forward pass of the step lost to capacity; `labels_BK` are the targets, if known."""
-        if not self._most:
-            return
-        w_BTE = step.weights
-        if labels_BK is None:
-            self._whose = "tokens"
-            counted = [site_BTE.flatten(0, 1) for site_BTE in w_BTE.values()]
-        else:
-            before_BK = functional.pad((labels_BK != IGNORED)[:, 1:], (0, 1))
-            num_rows, num_last = before_BK.shape
-            seen = [site_BTE for site_BTE in w_BTE.values() if len(site_BTE) == num_rows and site_BTE.shape[1] >= num_last]
-            counted = [site_BTE[:, -num_last:][before_BK] for site_BTE in seen]
-        if counted:
-            chosen = self._most * sum(len(w_NE) for w_NE in counted)
-            kept = torch.stack([(w_NE != 0).sum() for w_NE in counted]).sum()
-            self._counts += torch.tensor([chosen - int(kept), chosen], dtype=torch.float64)
-
-    def end_step(self, summed: Callable[[Tensor], Tensor]) -> str:
-        """Return the step's share as text for the progress bar; `summed` adds a tensor up over processes.
-
-        Warns once if the mean share of the last 20 steps is above 20 %.
-        """
-        if not self._most:
-            return ""
-        dropped, chosen = summed(self._counts).tolist()
-        self._counts = torch.zeros_like(self._counts)
-        shares = self._report.overflow
-        shares.append(dropped / max(chosen, 1.0))
-        recent = sum(shares[-WINDOW:]) / WINDOW
-        if len(shares) >= WINDOW and recent > MUCH and not self._warned:
-            self._warned = True
-            by_weight = "prioritised=True, " if self._recipe.options.get("prioritised") is False else ""
-            warnings.warn(
-                f"recipe {self._recipe.name!r}: over the last {WINDOW} steps {recent:.0%} of the experts that "
-                f"{self._whose} chose had no capacity left. Evaluation has no such limit, so that experts then see tokens "
-                f"they have not learned from: take {by_weight}a larger capacity, None for no limit, or a larger balance",
-                stacklevel=5,
-            )
-        return f"  overflow {shares[-1]:.0%}"
-
-
-class BiasedGate(Gate):
-    """A gate that chooses, for each token, the `top_k` highest scores + bias_E, and whose bias_E training moves from 0 on.
-
-    After each step bias_e grows by `rate` where fewer real tokens than the mean chose e, and falls by it where more did:
-    busy experts are chosen less, and no loss says so (Wang et al. 2024, arXiv 2408.15664). A rate of 0 leaves the bias 0.
-    """
-
-    # a choice passes no gradient on
-    skips = True
-
-    def __init__(self, num_experts: int, *, top_k: int, rate: float) -> None:
-        super().__init__(num_experts, most=top_k)
-        self.rate = rate
-        self.bias_E = nn.Parameter(torch.zeros(num_experts), requires_grad=False)
-
-    @property
-    def moved(self) -> list[nn.Parameter]:
-        return [self.bias_E] if self.rate else []
-
-    def move(self, chosen_E: Tensor) -> None:
-        """Move bias_E after a step of `fit`; `chosen_E` counts how often the step's real tokens chose each expert."""
-        chosen_E = chosen_E.to(self.bias_E)
-        self.bias_E.add_(self.rate * (chosen_E.mean() - chosen_E).sign())
-
-    def chosen(self, biased_BTE: Tensor) -> Tensor:
-        """Return (B, T, E): 1 at each token's `top_k` highest biased scores, 0 for the others, without a gradient."""
-        return torch.zeros_like(biased_BTE).scatter(-1, biased_BTE.detach().topk(self.most, dim=-1).indices, 1.0)
-
-
 class Moves:
     """A count of the choices of a step's real tokens, by which the gates of a model move their biases."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, report: Any) -> None:
         gates = {name: model.gate_of(site) for name, site in model.sites.items()}
         self._gates = {name: gate for name, gate in gates.items() if isinstance(gate, BiasedGate) and gate.moved}
         self._chosen: dict[BiasedGate, Tensor] = {}
@@ -233,3 +206,33 @@ class Moves:
             gate.move(summed(chosen_E))
         self._chosen.clear()
         return ""
+
+
+class BiasedGate(Gate):
+    """A gate that chooses, for each token, the `top_k` highest scores + bias_E, and whose bias_E training moves from 0 on.
+
+    After each step bias_e grows by `rate` where fewer real tokens than the mean chose e, and falls by it where more did:
+    busy experts are chosen less, and no loss says so (Wang et al. 2024, arXiv 2408.15664). A rate of 0 leaves the bias 0.
+    """
+
+    # a choice passes no gradient on
+    skips = True
+    watcher = Moves
+
+    def __init__(self, num_experts: int, *, top_k: int, rate: float) -> None:
+        super().__init__(num_experts, most=top_k)
+        self.rate = rate
+        self.bias_E = nn.Parameter(torch.zeros(num_experts), requires_grad=False)
+
+    @property
+    def moved(self) -> list[nn.Parameter]:
+        return [self.bias_E] if self.rate else []
+
+    def move(self, chosen_E: Tensor) -> None:
+        """Move bias_E after a step of `fit`; `chosen_E` counts how often the step's real tokens chose each expert."""
+        chosen_E = chosen_E.to(self.bias_E)
+        self.bias_E.add_(self.rate * (chosen_E.mean() - chosen_E).sign())
+
+    def chosen(self, biased_BTE: Tensor) -> Tensor:
+        """Return (B, T, E): 1 at each token's `top_k` highest biased scores, 0 for the others, without a gradient."""
+        return torch.zeros_like(biased_BTE).scatter(-1, biased_BTE.detach().topk(self.most, dim=-1).indices, 1.0)

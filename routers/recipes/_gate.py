@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,10 @@ class Gate(nn.Module):
 
     static: bool = False
     skips: bool = False
+    # a class for trainings of models with such gates, made from (model, report): `see(step, labels_BK)` gets each pass and
+    # the labels of its last K tokens, None if labels are not per token; `end_step(summed)`, with a function that adds a
+    # tensor up over processes, may change `moved` and returns a text to show, "" for none
+    watcher: ClassVar[Any] = None
 
     def __init__(self, num_experts: int, *, most: int | None = None) -> None:
         super().__init__()
@@ -54,7 +58,7 @@ class Gate(nn.Module):
 
     @property
     def moved(self) -> list[nn.Parameter]:
-        """The parameters that have no gradient, but are changed by one of the recipe's watchers in training."""
+        """The parameters that have no gradient, but are changed by its watcher in training."""
         return []
 
 

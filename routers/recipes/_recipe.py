@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Never, Protocol
+from typing import Any, ClassVar, Never
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from loraweave.common.options import Count, Declared, NonNegative, Positive, Rat
 from loraweave.errors import WeightingError
 from loraweave.routers.losses.mixtral import mixtral
 from loraweave.routers.recipes._gate import Gate, TokenGate
-from loraweave.routers.tokens._learned import Step, TrainingReport
+from loraweave.routers.tokens._learned import Step
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -54,17 +54,6 @@ class ExpertShape:
     @property
     def num_experts(self) -> int:
         return len(self.ranks)
-
-
-class Watcher(Protocol):
-    """A watcher of training steps, which may warn, or change parameters that have no gradient."""
-
-    def see(self, step: Step, labels_BK: Tensor | None) -> None:
-        """Look at one pass of the current step. `labels_BK` labels its last K tokens; None if labels are not per token."""
-
-    def end_step(self, summed: Callable[[Tensor], Tensor]) -> str:
-        """End the step, and return a text to show of it, "" for none. `summed` sums a tensor over processes."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +149,6 @@ class Recipe(Declared):
     def factor_losses(self, a_SI: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return named loss terms of the experts' factors, {site: a_SI}, with their coefficients applied."""
         return {}
-
-    def watchers(self, model: Any, report: TrainingReport) -> Sequence[Watcher]:
-        """Return the watchers of a training of `model`, an expert model; they may add to `report`."""
-        return ()
 
     def refuse(self, option: str, way_out: str) -> Never:
         """Raise WeightingError that names the option, its value and the `way_out`."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from loraweave.extend import Call, Count, ExpertShape, NonNegative, Recipe, Share, Site, TrainingReport, Watcher, Weighing
-from loraweave.extensions.recipes.limited_gate import BiasedGate, Moves
+from loraweave.extend import Call, Count, ExpertShape, NonNegative, Recipe, Share, Site, Weighing
+from loraweave.extensions.recipes.limited_gate import BiasedGate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +43,6 @@ class Flylora(Recipe):
 
     def gate(self, site: Site, num_experts: int) -> BiasedGate:
         return _RankGate(num_experts, top_k=self.top_k, rate=self.bias_rate, signed=self.by == "value")
-
-    def watchers(self, model: Any, report: TrainingReport) -> Sequence[Watcher]:
-        return [Moves(model)]
 
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw a, sparse and normal, with b zero."""

@@ -20,6 +20,7 @@ from loraweave.extend import (
     Rate,
     Site,
     Step,
+    TokenGate,
     Weighing,
     draw_linear,
 )
@@ -134,14 +135,8 @@ def _unevenness(w_NE: Tensor) -> Tensor:
     return w_NE.shape[1] * (chosen_NE.sum(dim=0) / chosen_NE.sum() * w_NE.mean(dim=0)).sum()
 
 
-class _SparsegenGate(Gate):
-    def __init__(self, num_inputs: int, num_experts: int) -> None:
-        super().__init__(num_experts)
-        self.r_EI = nn.Parameter(torch.empty(num_experts, num_inputs))
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Draw r_EI as torch draws a linear layer, uniformly between -1/sqrt(I) and 1/sqrt(I)."""
-        draw_linear(self.r_EI, generator)
+class _SparsegenGate(TokenGate):
+    skips = False
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
         """Weigh by scores and lambda. Raises ScopeError where no call of the whole model has begun."""

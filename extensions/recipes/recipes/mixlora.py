@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,13 +17,11 @@ from loraweave.extend import (
     Share,
     Site,
     Step,
-    TrainingReport,
-    Watcher,
     balance_term,
     by_layer,
     get,
 )
-from loraweave.extensions.recipes.limited_gate import LimitedGate, Overflow
+from loraweave.extensions.recipes.limited_gate import LimitedGate
 
 z = get("losses", "z")
 
@@ -69,9 +67,6 @@ class Mixlora(EvenRecipe):
             "switch": {"top_k": 1, "sums_to_one": False, "capacity": self.capacity},
         }
         return _NormalGate(site.num_inputs, num_experts, **chosen[self.routing])
-
-    def watchers(self, model: Any, report: TrainingReport) -> Sequence[Watcher]:
-        return [Overflow(model, report)]
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         if self.routing == "top_p":

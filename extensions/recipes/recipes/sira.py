@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from loraweave.extend import Count, NonNegative, Positive, Rate, Site, TopKRecipe, TrainingReport, Watcher
-from loraweave.extensions.recipes.limited_gate import LimitedGate, Overflow
+from loraweave.extend import Count, NonNegative, Positive, Rate, Site, TopKRecipe
+from loraweave.extensions.recipes.limited_gate import LimitedGate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +40,3 @@ class Sira(TopKRecipe):
             capacity=self.capacity,
             prioritised=self.prioritised,
         )
-
-    def watchers(self, model: Any, report: TrainingReport) -> Sequence[Watcher]:
-        return [Overflow(model, report)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,13 +18,11 @@ from loraweave.extend import (
     Recipe,
     Site,
     Step,
-    TrainingReport,
-    Watcher,
     Weighing,
     balance_term,
     draw_linear,
 )
-from loraweave.extensions.recipes.limited_gate import BiasedGate, Moves
+from loraweave.extensions.recipes.limited_gate import BiasedGate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +70,6 @@ class Smora(Recipe):
     def gate(self, site: Site, num_experts: int) -> BiasedGate:
         kind = _SoftmaxGate if self.by == "softmax" else _SigmoidGate
         return kind(site.num_inputs, num_experts, top_k=self.top_k, rate=self.bias_rate)
-
-    def watchers(self, model: Any, report: TrainingReport) -> Sequence[Watcher]:
-        return [Moves(model)]
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         return balance_term(self.balance, step, self.top_k)

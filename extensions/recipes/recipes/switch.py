@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -14,13 +13,11 @@ from loraweave.extend import (
     Positive,
     Site,
     Step,
-    TrainingReport,
-    Watcher,
     balance_term,
     by_layer,
     get,
 )
-from loraweave.extensions.recipes.limited_gate import LimitedGate, Overflow
+from loraweave.extensions.recipes.limited_gate import LimitedGate
 
 z = get("losses", "z")
 
@@ -48,9 +45,6 @@ class Switch(EvenRecipe):
         return LimitedGate(
             site.num_inputs, num_experts, top_k=1, sums_to_one=False, capacity=self.capacity, prioritised=self.prioritised
         )
-
-    def watchers(self, model: Any, report: TrainingReport) -> Sequence[Watcher]:
-        return [Overflow(model, report)]
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         return {**balance_term(self.balance, step, 1), **({"z": self.z * by_layer(step, z).mean()} if self.z else {})}
