@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
 from loraweave.extend import AdapterConfig
 from loraweave.extensions.adapter_types.formats._foreign import (
@@ -36,12 +34,6 @@ class Bdlora(LoraVariant):
         if a.shape[0] != b.shape[1]:
             raise AdapterCorrupt(f"{layer.where}: A has rank {a.shape[0]} and B has rank {b.shape[1]}")
         return plain_factors(a, b * cls.scale(layer, a.shape[0]))
-
-    @classmethod
-    def _config(cls, folder: Path) -> AdapterConfig:
-        config = super()._config(folder)
-        _blocks(config)
-        return config
 
 
 def _blocks(config: AdapterConfig) -> tuple[tuple[str, ...], tuple[str, ...], int]:

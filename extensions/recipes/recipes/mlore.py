@@ -90,15 +90,7 @@ class Mlore(Recipe):
         return (*mixed, *(("generic",) if self.generic else ()), *(("task", task) for task in self.tasks))
 
     def gate(self, site: Site, num_experts: int) -> SpatialGate:
-        return SpatialGate(
-            site.num_inputs // math.prod(site.kernel),
-            len(self.ranks),
-            len(self.tasks),
-            generic=self.generic,
-            top_k=self.top_k,
-            renormalised=self.renormalised,
-            positions=self.positions,
-        )
+        return SpatialGate(self, site.num_inputs // math.prod(site.kernel))
 
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         a_RI, b_RO = super().start(site, expert, rank, generator)
@@ -122,20 +114,11 @@ class SpatialGate(Gate):
     position.
     """
 
-    def __init__(
-        self,
-        num_channels: int,
-        num_mixed: int,
-        num_tasks: int,
-        *,
-        generic: bool,
-        top_k: int,
-        renormalised: bool,
-        positions: int | None = None,
-    ) -> None:
-        super().__init__(num_mixed + generic + num_tasks, most=top_k + generic + 1)
-        self.num_mixed, self.num_tasks = num_mixed, num_tasks
-        self.generic, self.top_k, self.renormalised = generic, top_k, renormalised
+    def __init__(self, recipe: Mlore, num_channels: int) -> None:
+        num_mixed, num_tasks, generic, positions = len(recipe.ranks), len(recipe.tasks), recipe.generic, recipe.positions
+        super().__init__(num_mixed + generic + num_tasks, most=recipe.top_k + generic + 1)
+        self.num_mixed, self.num_tasks, self.generic = num_mixed, num_tasks, generic
+        self.top_k, self.choose = recipe.top_k, top_k_softmax if recipe.renormalised else top_k_of_softmax
         # of fewer than 4 values, LayerNorm leaves next to nothing
         width = max(4, num_channels // 4)
         self.u1, self.norm1 = TaskLinear(num_tasks, num_channels, width), _Norm(num_tasks, width)
@@ -160,10 +143,9 @@ class SpatialGate(Gate):
         scores_B1E, spread_B1E, p_B11 = made_B1V.split([self.num_mixed, self.num_mixed, 1], dim=-1)
         if self.training:
             scores_B1E = scores_B1E + spread_B1E * torch.randn_like(spread_B1E)
-        choose = top_k_softmax if self.renormalised else top_k_of_softmax
         ones_B1G = torch.ones_like(p_B11).expand(-1, -1, int(self.generic))
         own_B1K = functional.one_hot(task_B, self.num_tasks).to(p_B11)[:, None] * p_B11
-        return Weighing(torch.cat([choose(scores_B1E, self.top_k), ones_B1G, own_B1K], dim=-1), scores_B1E)
+        return Weighing(torch.cat([self.choose(scores_B1E, self.top_k), ones_B1G, own_B1K], dim=-1), scores_B1E)
 
     def _mean(self, x_BTC: Tensor, task_B: Tensor) -> Tensor:
         if self.over_positions is None:

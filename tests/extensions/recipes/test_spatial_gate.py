@@ -5,13 +5,13 @@ import torch
 from torch.nn import functional
 
 from loraweave.errors import ScopeError
-from loraweave.extensions.recipes.recipes.mlore import SpatialGate
+from loraweave.extensions.recipes.recipes.mlore import Mlore, SpatialGate
 from loraweave.routers.recipes._gate import Call
 
 
 def made(num_tasks=3, **changes):
-    settings = {"generic": True, "top_k": 2, "renormalised": True}
-    gate = SpatialGate(5, 4, num_tasks, **{**settings, **changes}).double().eval()
+    recipe = Mlore(ranks=(1,) * 4, tasks=tuple("abc")[:num_tasks], **{"top_k": 2, **changes})
+    gate = SpatialGate(recipe, 5).double().eval()
     generator = torch.Generator().manual_seed(0)
     gate.reset(generator)
     with torch.no_grad():
