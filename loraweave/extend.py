@@ -46,7 +46,7 @@ _MODULES = {
         "block_of cache_of current_prompts current_tokenizer has_two_sequences prompted real_tokens running_block"
     ),
     "routers.tokens._forms": "InputGates OutputRouter ScoredRouter output_factors",
-    "routers.tokens._learned": "LearnedRouter Step TrainingReport UNKNOWN",
+    "routers.tokens._learned": "LearnedRouter Step TrainingReport",
     "routers.tokens._members": "LayerTensors Members find_names",
     "routers.tokens._router": "TokenRouter",
     "routers.tokens._saved": "router_class router_names",
@@ -110,8 +110,8 @@ _MODULES = {
         "JobKind LoraJob LoraJobs LoraSettings LowRank Pace SharedPass Stream TrainingJob given_factors job_losses "
         "new_factors"
     ),
-    "composer.train.progress": "Contexts KeptState TrainingProgress TrainingSettings checkpointed_blocks",
-    "composer.train.rows": "HeldOut Judging MAX_PACKED Owners PLAIN RowReader Texts TrainingRow can_be_packed is_empty",
+    "composer.train.progress": "KeptState TrainingProgress TrainingSettings checkpointed_blocks",
+    "composer.train.rows": "HeldOut Judging MAX_PACKED Owners RowReader Texts TrainingRow can_be_packed is_empty",
     "composer.train.shared": "SharedTraining StepMemory",
     "composer.train.state": "JobReport JobSize PlannedJob SharedReport TrainedAdapters load_adapter save_adapter",
     # hubs
@@ -163,7 +163,7 @@ _MODULES = {
     "common.compute": "library",
     "common.display": "ShownTable blank_figure progress_bar tracked",
     "common.files": (
-        "as_path cache_folder is_damage read_yaml remote_errors replacing require_replaceable storage_errors sync "
+        "as_path cache_folder is_damage read_yaml replacing require_replaceable storage_errors sync "
         "unsynced whole_file without_credentials"
     ),
     "common.names": "MAX_NAME_CHARACTERS checked_name printable text_digest unknown_expert",

@@ -51,7 +51,6 @@ from loraweave.common.files import as_path as as_path
 from loraweave.common.files import cache_folder as cache_folder
 from loraweave.common.files import is_damage as is_damage
 from loraweave.common.files import read_yaml as read_yaml
-from loraweave.common.files import remote_errors as remote_errors
 from loraweave.common.files import replacing as replacing
 from loraweave.common.files import require_replaceable as require_replaceable
 from loraweave.common.files import storage_errors as storage_errors
@@ -266,7 +265,6 @@ from loraweave.composer.train.jobs import TrainingJob as TrainingJob
 from loraweave.composer.train.jobs import given_factors as given_factors
 from loraweave.composer.train.jobs import job_losses as job_losses
 from loraweave.composer.train.jobs import new_factors as new_factors
-from loraweave.composer.train.progress import Contexts as Contexts
 from loraweave.composer.train.progress import KeptState as KeptState
 from loraweave.composer.train.progress import TrainingProgress as TrainingProgress
 from loraweave.composer.train.progress import TrainingSettings as TrainingSettings
@@ -275,7 +273,6 @@ from loraweave.composer.train.rows import HeldOut as HeldOut
 from loraweave.composer.train.rows import Judging as Judging
 from loraweave.composer.train.rows import MAX_PACKED as MAX_PACKED
 from loraweave.composer.train.rows import Owners as Owners
-from loraweave.composer.train.rows import PLAIN as PLAIN
 from loraweave.composer.train.rows import RowReader as RowReader
 from loraweave.composer.train.rows import Texts as Texts
 from loraweave.composer.train.rows import TrainingRow as TrainingRow
@@ -453,7 +450,6 @@ from loraweave.routers.tokens._forms import output_factors as output_factors
 from loraweave.routers.tokens._learned import LearnedRouter as LearnedRouter
 from loraweave.routers.tokens._learned import Step as Step
 from loraweave.routers.tokens._learned import TrainingReport as TrainingReport
-from loraweave.routers.tokens._learned import UNKNOWN as UNKNOWN
 from loraweave.routers.tokens._members import LayerTensors as LayerTensors
 from loraweave.routers.tokens._members import Members as Members
 from loraweave.routers.tokens._members import find_names as find_names

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -46,9 +47,7 @@ class RankTables:
         distinct = [parts[p] for p in used]
         a_DI = torch.cat([part.a_RI for part in distinct]).to(dtype).contiguous()
         b_DO = torch.cat([part.b_RO for part in distinct]).to(dtype).contiguous()
-        first: dict[int, int] = {}
-        for p in used:
-            first[p] = sum(parts[q].a_RI.shape[0] for q in first)
+        first = dict(zip(used, accumulate((len(part.a_RI) for part in distinct), initial=0), strict=False))
         rows = [
             [(first[p] + r, weight) for p, weight in mixture for r in range(parts[p].a_RI.shape[0])] for mixture in mixtures
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -79,8 +79,8 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
             owner="model",
             moved=model.moved(),
         )
-        watchers = dict.fromkeys(gate.watcher for gate in model.gates.values() if gate.watcher is not None)
-        self._watchers = [watcher(model, self.progress.report) for watcher in watchers]
+        watchers: Iterable[Any] = dict.fromkeys(gate.watcher for gate in model.gates.values())
+        self._watchers = [watcher(model, self.progress.report) for watcher in watchers if watcher is not None]
         self._first_steps = FirstSteps(model.recipe, {} if self.progress.first else named, rows, settings)
         self.num_passes = 0
         self._totals: dict[str, Tensor] = {}

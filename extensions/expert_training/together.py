@@ -14,7 +14,6 @@ from torch import Tensor
 from loraweave import Task, TrainingError, UnknownName, WeightingError
 from loraweave.extend import (
     NO_TOKENIZER,
-    PLAIN,
     BudgetExceeded,
     EncodedRow,
     ExpertJob,
@@ -72,7 +71,8 @@ def train_together(
         """Return a job's held-out `examples` as rows, in the prompts of the job's Task unless they are a Task themselves."""
         taught = jobs[name][1]
         reader = RowReader(owners[name].closed(), model, tokenizer)
-        return reader.read(examples, what=f"held_out[{name!r}]", task=taught if isinstance(taught, Task) else PLAIN)
+        prompts: dict[str, Any] = {"task": taught} if isinstance(taught, Task) else {}
+        return reader.read(examples, what=f"held_out[{name!r}]", **prompts)
 
     judging.require({name: len(job_rows) for name, job_rows in all_rows.items()})
     rows, judged = judging.split(all_rows, held, pace.seed)

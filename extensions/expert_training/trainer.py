@@ -15,7 +15,6 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from loraweave import TrainingError
 from loraweave.extend import (
-    Contexts,
     ExpertModel,
     KeptState,
     Stream,
@@ -31,9 +30,7 @@ from loraweave.extensions.expert_training.steps import ExpertSettings, ExpertSte
 from loraweave.extensions.expert_training.together import train_together as train_together
 
 
-def fit(
-    model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, Any], *, same_call: Callable[[], Contexts]
-) -> None:
+def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, Any], *, same_call: Callable[[], Any]) -> None:
     """Train `model` on a dataset with `given`, the fields of `ExpertSettings`, as `ExpertModel.fit` says.
 
     `same_call` returns the contexts in which a checkpointed block runs again.

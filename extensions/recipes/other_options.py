@@ -142,33 +142,27 @@ def federated_average(
     if len(amounts) != len(models) or not are_amounts or not sum(amounts):
         raise WeightingError(f"sizes {sizes!r:.60} are not {len(models)} amounts of data, 0 or more, one for each client")
     shares = [amount / sum(amounts) for amount in amounts]
-    clients = [layers_with(model, experts) for model in models] if experts else []
+    clients = [layers_with(model, experts) if experts else {} for model in models]
     have = [
         {name: [expert for expert in experts if has_expert(layer, expert)] for name, layer in sorted(layers.items())}
         for layers in clients
     ]
     _require_same(models, "the layers with these experts", have)
     means: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-    for name in clients[0] if clients else ():
-        layers = [client[name] for client in clients]
-        for expert in experts:
-            # there may be fewer in some layers
-            if not all(has_expert(layer, expert) for layer in layers):
-                continue
-            of_all = [layer.starts()[expert] for layer in layers]
-            _require_same(models, f"expert {expert} at {name!r}", [tuple(a.shape + b.shape) for a, b in of_all])
-            scaled = [(a, b * layer.scale) for (a, b), layer in zip(of_all, layers, strict=True)]
-            means[name, expert] = (_mean([a for a, _ in scaled], shares), _mean([b for _, b in scaled], shares))
+    for name, expert in ((name, expert) for name, in_layer in have[0].items() for expert in in_layer):
+        of_all = [client[name].starts()[expert] for client in clients]
+        _require_same(models, f"expert {expert} at {name!r}", [tuple(a.shape + b.shape) for a, b in of_all])
+        scaled = [b * client[name].scale for (_, b), client in zip(of_all, clients, strict=True)]
+        means[name, expert] = _mean([a for a, _ in of_all], shares), _mean(scaled, shares)
     learned = [dict(model.gates.named_parameters()) for model in models] if gates else []
     _require_same(models, "the gates", [{name: tuple(value.shape) for name, value in named.items()} for named in learned])
     gate_means = {name: _mean([named[name] for named in learned], shares) for name in (learned[0] if learned else ())}
     for client in clients:
         for name, layer in client.items():
             starts = layer.starts()
-            for expert in experts:
-                if (name, expert) in means:
-                    a_RI, b_RO = means[name, expert]
-                    starts[expert] = (a_RI, b_RO / layer.scale)
+            for expert in have[0][name]:
+                a_RI, b_RO = means[name, expert]
+                starts[expert] = (a_RI, b_RO / layer.scale)
             layer.reset(starts)
     for parameters in learned:
         for name, value in parameters.items():

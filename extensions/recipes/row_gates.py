@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from loraweave import LayerMismatch, ScopeError
 from loraweave.extend import (
-    UNKNOWN,
     Call,
     ExpertShape,
     Gate,
@@ -33,9 +32,10 @@ _HAVE_PROMPTS = "every row has a prompt"
 
 
 class RowGate(Gate):
-    """A gate by scores r mean(x) with r_EI, x the site's input at the real tokens of a row's prompt; `weights` makes w_B1E.
+    """A gate with w = softmax(r mean(x)), with r_EI, x the site's input at the real tokens of a row's prompt.
 
-    A row's weights also hold for the tokens that follow its prompt. With `padding` the mean includes the prompt's padding.
+    A row's weights also hold for the tokens that follow its prompt. With `padding` the mean includes the prompt's padding. A
+    subclass may have other `weights` of the scores r mean(x).
     """
 
     padding = False
@@ -51,7 +51,7 @@ class RowGate(Gate):
 
     def weights(self, scores_B1E: Tensor, call: Call) -> Tensor:
         """Return w_B1E for these scores."""
-        raise NotImplementedError
+        return scores_B1E.softmax(dim=-1)
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
         """Return the weights by the rows' prompts. Raises ScopeError where the site does not see the call's prompts."""
@@ -84,13 +84,6 @@ class RowGate(Gate):
                 f"{x_BTI.shape[0]} of {x_BTI.shape[1]}: leave such layers out of target_modules, and generate without "
                 "prefill_chunk_size"
             )
-
-
-class MeanGate(RowGate):
-    """A gate with w = softmax(r mean(x)), with r_EI."""
-
-    def weights(self, scores_B1E: Tensor, call: Call) -> Tensor:
-        return scores_B1E.softmax(dim=-1)
 
 
 class DomainGate(RowGate):
@@ -199,8 +192,8 @@ class TaskSwitch(Gate):
             self.register_buffer("scale_E", torch.tensor(scales), persistent=False)
 
     def forward(self, x_BTI: Tensor | None, call: Call) -> Weighing:
-        # UNKNOWN is -1, the last one
-        used_BE = self.used_KE[UNKNOWN:] if call.task_B is None else self.used_KE[call.task_B]
+        # the last one is for rows of no task, whose number is -1
+        used_BE = self.used_KE[-1:] if call.task_B is None else self.used_KE[call.task_B]
         return Weighing((used_BE * self.scale_E)[:, None])
 
 

@@ -7,17 +7,16 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loraweave import AdapterCorrupt, HubError, PackageMissing
+from loraweave import AdapterCorrupt, HubError, HubReadOnly, PackageMissing
 from loraweave.extend import (
     STALE_TMP_S,
     BlobStore,
     FolderBlobs,
     one_or_many,
-    remote_errors,
     storage_errors,
     without_credentials,
 )
@@ -48,14 +47,14 @@ class Fsspec(BlobStore):
 
     def owner(self) -> str | None:
         store, root = self._store()
-        with remote_errors(self.root, "opening"), suppress(FileNotFoundError):
+        with _errors(self.root, "opening"), suppress(FileNotFoundError):
             return str(store.cat_file(f"{root}/hub-id").decode("ascii"))
         return None
 
     def claim(self, identity: str) -> None:
         store, root = self._store()
         try:
-            with remote_errors(self.root, "opening", writing=True):
+            with _errors(self.root, "opening", writing=True):
                 self._upload(store, root, f"{root}/hub-id", identity.encode("ascii"))
         except FileNotFoundError as error:
             raise _no_bucket(f"opening {self.root}", error) from error
@@ -65,7 +64,7 @@ class Fsspec(BlobStore):
 
     def has(self, content_hash: str) -> bool:
         store, root = self._store()
-        with remote_errors(self.place(content_hash), "looking for"):
+        with _errors(self.place(content_hash), "looking for"):
             return bool(store.exists(_path(root, content_hash)))
 
     def local(self, content_hash: str, file_sha256: str | None, who: str) -> Path:
@@ -74,7 +73,7 @@ class Fsspec(BlobStore):
             with suppress(FileNotFoundError, AdapterCorrupt):
                 return self.copies.local(content_hash, file_sha256, who)
         store, root = self._store()
-        with remote_errors(self.place(content_hash), "fetching"):
+        with _errors(self.place(content_hash), "fetching"):
             data = store.cat_file(_path(root, content_hash))
         if file_sha256 is not None:
             self._require_same(content_hash, hashlib.sha256(data).hexdigest(), file_sha256, who)
@@ -90,7 +89,7 @@ class Fsspec(BlobStore):
         store, root = self._store()
         path, place = _path(root, content_hash), self.place(content_hash)
         try:
-            with remote_errors(place, "storing", writing=True):
+            with _errors(place, "storing", writing=True):
                 self._upload(store, root, path, data)
             actual = self._digest(content_hash)
         except FileNotFoundError as error:
@@ -105,13 +104,13 @@ class Fsspec(BlobStore):
     def names(self) -> Iterator[str]:
         store, root = self._store()
         names: list[str] = []
-        with remote_errors(self.root, "listing"), suppress(FileNotFoundError):
+        with _errors(self.root, "listing"), suppress(FileNotFoundError):
             names = [PurePosixPath(path).stem for path in store.find(f"{root}/blobs") if path.endswith(".safetensors")]
         yield from sorted(names)
 
     def remove(self, content_hash: str) -> int:
         store, root = self._store()
-        with remote_errors(self.place(content_hash), "deleting", writing=True):
+        with _errors(self.place(content_hash), "deleting", writing=True):
             size_bytes = int(store.info(_path(root, content_hash))["size"])
             store.rm_file(_path(root, content_hash))
         with suppress(OSError):
@@ -127,7 +126,7 @@ class Fsspec(BlobStore):
         store, root = self._store()
         if _uploads_whole(store):
             return 0
-        with remote_errors(self.root, "cleaning", writing=True), suppress(FileNotFoundError):
+        with _errors(self.root, "cleaning", writing=True), suppress(FileNotFoundError):
             for path, info in store.find(f"{root}/tmp", detail=True).items():
                 if older_than_s == 0 or time.time() - store.modified(path).timestamp() >= older_than_s:
                     store.rm_file(path)
@@ -154,7 +153,7 @@ class Fsspec(BlobStore):
         store, root = self._store()
         digest = hashlib.sha256()
         with (
-            remote_errors(self.place(content_hash), "reading"),
+            _errors(self.place(content_hash), "reading"),
             store.open(_path(root, content_hash), "rb", block_size=_CHUNK_BYTES) as file,
         ):
             while chunk := file.read(_CHUNK_BYTES):
@@ -206,3 +205,22 @@ def _path(root: str, content_hash: str) -> str:
 
 def _uploads_whole(store: Any) -> bool:
     return not _WHOLE_UPLOADS.isdisjoint(one_or_many(store.protocol))
+
+
+@contextmanager
+def _errors(place: str, doing: str, *, writing: bool = False) -> Iterator[None]:
+    """Raise a leaf of HubError for any failure inside but FileNotFoundError. `place` is a URL, `doing` a verb.
+
+    Stores raise what the library below them does, which has no common root.
+    """
+    try:
+        yield
+    except (HubError, FileNotFoundError):
+        raise
+    except Exception as error:
+        shown = f"{doing} {without_credentials(place)}: {type(error).__name__}: {without_credentials(str(error))}"
+        if isinstance(error, PermissionError) and writing:
+            raise HubReadOnly(f"{shown}; these credentials may not write there; reading may still work") from error
+        raise HubError(
+            f"{shown}; nothing was changed. Is the store reachable, and are its credentials in the environment?"
+        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraweave.extend import ExpertShape, Site, Whole
-from loraweave.extensions.recipes.row_gates import EmbeddingGate, Frozen, MeanGate, embedding_size
+from loraweave.extensions.recipes.row_gates import EmbeddingGate, Frozen, RowGate, embedding_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,10 @@ class Fedms(Frozen):
     def gate_key(self, site: Site) -> str:
         return site.name if self.per_site else "all"
 
-    def gate(self, site: Site, num_experts: int) -> EmbeddingGate | MeanGate:
+    def gate(self, site: Site, num_experts: int) -> EmbeddingGate | RowGate:
         """Make the gate. Raises LayerMismatch for one gate on a model without input embeddings."""
         if self.per_site:
-            return MeanGate(site.num_inputs, num_experts)
+            return RowGate(site.num_inputs, num_experts)
         return EmbeddingGate(embedding_size(self, site), num_experts, top_k=num_experts)
 
     def _is_active(self, site: Site) -> bool:

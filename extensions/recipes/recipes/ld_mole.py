@@ -53,6 +53,15 @@ def least_lambda(scores_BTE: Tensor, num_shares: int) -> Tensor:
     return 1 - gaps_BTK.sum(dim=-1, keepdim=True)
 
 
+def shortfall(step: Step, target: int) -> Tensor:
+    """Return how far lambda is below the least with at most `target` experts, a mean over real tokens, then over layers."""
+    shortfalls = [
+        step.real((least_lambda(scores_BTE.detach(), target) - step.beside[layer]).clamp_min(0)).mean()
+        for layer, scores_BTE in step.scores.items()
+    ]
+    return torch.stack(shortfalls).mean()
+
+
 # how far lambda stays below 1
 MARGIN = 0.01
 # the last bias of lambda at the start
@@ -118,11 +127,7 @@ class LdMole(EvenRecipe):
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         losses = {}
         if self.sparsity and self.target < self.num_experts:
-            shortfalls = [
-                step.real((least_lambda(scores_BTE.detach(), self.target) - step.beside[site]).clamp_min(0)).mean()
-                for site, scores_BTE in step.scores.items()
-            ]
-            losses["sparsity"] = self.sparsity * torch.stack(shortfalls).mean()
+            losses["sparsity"] = self.sparsity * shortfall(step, self.target)
         if self.balance:
             imbalances = [_unevenness(step.real(w_BTE)) for w_BTE in step.weights.values()]
             losses["balance"] = self.balance * torch.stack(imbalances).mean()

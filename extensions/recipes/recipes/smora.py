@@ -68,16 +68,16 @@ class Smora(Recipe):
         return ExpertShape((1,) * self.rank)
 
     def gate(self, site: Site, num_experts: int) -> BiasedGate:
-        kind = _SoftmaxGate if self.by == "softmax" else _SigmoidGate
-        return kind(site.num_inputs, num_experts, top_k=self.top_k, rate=self.bias_rate)
+        return _RankGate(site.num_inputs, num_experts, top_k=self.top_k, rate=self.bias_rate, softmax=self.by == "softmax")
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         return balance_term(self.balance, step, self.top_k)
 
 
 class _RankGate(BiasedGate):
-    def __init__(self, num_inputs: int, num_experts: int, *, top_k: int, rate: float) -> None:
+    def __init__(self, num_inputs: int, num_experts: int, *, top_k: int, rate: float, softmax: bool) -> None:
         super().__init__(num_experts, top_k=top_k, rate=rate)
+        self.softmax = softmax
         self.r_EI = nn.Parameter(torch.empty(num_experts, num_inputs))
 
     def reset(self, generator: torch.Generator) -> None:
@@ -86,20 +86,8 @@ class _RankGate(BiasedGate):
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
         scores_BTE = functional.linear(x_BTI.to(self.r_EI.dtype), self.r_EI)
-        return Weighing(self.weights(scores_BTE), scores_BTE)
-
-    def weights(self, scores_BTE: Tensor) -> Tensor:
-        """Return w_BTE for these scores."""
-        raise NotImplementedError
-
-
-class _SigmoidGate(_RankGate):
-    def weights(self, scores_BTE: Tensor) -> Tensor:
+        if self.softmax:
+            return Weighing(self.chosen(scores_BTE + self.bias_E) * scores_BTE.softmax(dim=-1), scores_BTE)
         values_BTE = scores_BTE.sigmoid() + self.bias_E
         chosen_BTE = self.chosen(values_BTE) * values_BTE
-        return self.most * chosen_BTE / chosen_BTE.sum(dim=-1, keepdim=True)
-
-
-class _SoftmaxGate(_RankGate):
-    def weights(self, scores_BTE: Tensor) -> Tensor:
-        return self.chosen(scores_BTE + self.bias_E) * scores_BTE.softmax(dim=-1)
+        return Weighing(self.most * chosen_BTE / chosen_BTE.sum(dim=-1, keepdim=True), scores_BTE)

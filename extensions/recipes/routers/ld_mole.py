@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loraweave import ExpertPool
 from loraweave.extend import Count, InputGates, Members, NonNegative, Step
-from loraweave.extensions.recipes.recipes.ld_mole import Lambda, least_lambda, sparsegen
+from loraweave.extensions.recipes.recipes.ld_mole import Lambda, shortfall, sparsegen
 
 
 class LdMole(InputGates):
@@ -51,9 +51,5 @@ class LdMole(InputGates):
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """Return {"sparsity": sparsity * the mean of max(0, least lambda - lambda)}, {} where it cannot be above 0."""
-        shortfalls = [
-            step.real((least_lambda(scores_BTE.detach(), self.target) - step.beside[layer]).clamp_min(0)).mean()
-            for layer, scores_BTE in step.scores.items()
-            if len(self.experts) > self.target
-        ]
-        return {"sparsity": self.sparsity * torch.stack(shortfalls).mean()} if self.sparsity and shortfalls else {}
+        moved = self.sparsity and len(self.experts) > self.target and step.scores
+        return {"sparsity": self.sparsity * shortfall(step, self.target)} if moved else {}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraweave.errors import ScopeError
-from loraweave.extensions.recipes.row_gates import MeanGate, TaskSwitch, of_rows, prompt_mean
+from loraweave.extensions.recipes.row_gates import RowGate, TaskSwitch, of_rows, prompt_mean
 from loraweave.routers.recipes._gate import Call, Weighing
 
 X_BTI = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
@@ -14,7 +14,7 @@ PROMPT_BT = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0]]).bool()
 
 @pytest.fixture
 def gate():
-    made = MeanGate(3, 4)
+    made = RowGate(3, 4)
     made.reset(torch.Generator().manual_seed(0))
     return made
 
