@@ -12,8 +12,8 @@ from loraweave import Factors
 from loraweave.extend import DenseUpdate, Experts, Weights, empty_update
 from loraweave.extensions.methods.methods._core import Joint, as_factors, gram_svd, joint, opened
 
-# the settings of Adam in the released code
-STEPS, RATE, BETA, SQUARE_BETA, EPSILON = 300, 1e-5, 0.9, 0.999, 1e-8
+# the settings of Adam in the released code; the others are torch's defaults
+STEPS, RATE = 300, 1e-5
 # the rounding of float64 sums of some thousand terms, beside their size
 ROUNDING = 2.0**-40
 
@@ -78,12 +78,9 @@ def _released(experts_S: Joint, z_IS: Tensor, wanted_OS: Tensor) -> Tensor:
     # each row has a gradient of its own; at the minimum it is rounding, of which Adam would make steps
     moves_O = (met_OS - wanted_OS).norm(dim=1) > ROUNDING * (met_OS.norm(dim=1) + wanted_OS.norm(dim=1))
     update_NI, wanted_NS = sum_OI[moves_O], wanted_OS[moves_O]
-    mean_NI, square_NI = torch.zeros_like(update_NI), torch.zeros_like(update_NI)
-    for step in range(1, STEPS + 1):
-        gradient_NI = 2 * (update_NI @ z_IS - wanted_NS) @ z_IS.T
-        mean_NI.lerp_(gradient_NI, 1 - BETA)
-        square_NI.mul_(SQUARE_BETA).addcmul_(gradient_NI, gradient_NI, value=1 - SQUARE_BETA)
-        spread_NI = (square_NI / (1 - SQUARE_BETA**step)).sqrt_().add_(EPSILON)
-        update_NI.addcdiv_(mean_NI, spread_NI, value=-RATE / (1 - BETA**step))
+    adam = torch.optim.Adam([update_NI], lr=RATE)
+    for _ in range(STEPS):
+        update_NI.grad = 2 * (update_NI @ z_IS - wanted_NS) @ z_IS.T
+        adam.step()
     sum_OI[moves_O] = update_NI
     return sum_OI
