@@ -127,7 +127,8 @@ def fixed_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> 
     if bias_O is not None and num_outputs < TILE:
         bias_O = pad(bias_O, (0, TILE - num_outputs))
     x_NI = x.reshape(-1, x.shape[-1])
-    tiles = [functional.linear(tile, weight_OI, bias_O) for tile in torch.split(_in_tiles(x_NI), TILE)]
+    filled_NI = pad(x_NI, (0, 0, 0, -len(x_NI) % TILE)).contiguous()
+    tiles = [functional.linear(tile, weight_OI, bias_O) for tile in torch.split(filled_NI, TILE)]
     y_NO = (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[: len(x_NI), :num_outputs]
     return y_NO.reshape(*x.shape[:-1], num_outputs)
 
@@ -220,10 +221,6 @@ def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-def _fixed_addmm(bias_O: Tensor, x_NI: Tensor, weight_IO: Tensor) -> Tensor:
-    return fixed_linear(x_NI, weight_IO.T, bias_O)
-
-
 def _fixed_matmul(left: Tensor, right: Tensor) -> Tensor:
     """Return left @ right if the inner dimension is 1, so that nothing is summed; else raise ScopeError."""
     if left.ndim > 1 and right.ndim > 1 and left.shape[-1] == 1:
@@ -248,7 +245,7 @@ def _refusal(name: str) -> ScopeError:
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.linear: fixed_linear,
     functional.scaled_dot_product_attention: fixed_attention,
-    torch.addmm: _fixed_addmm,
+    torch.addmm: lambda bias_O, x_NI, weight_IO: fixed_linear(x_NI, weight_IO.T, bias_O),
     torch.matmul: _fixed_matmul,
     Tensor.matmul: _fixed_matmul,
     Tensor.__matmul__: _fixed_matmul,
@@ -283,11 +280,6 @@ def _with_inputs(x: Tensor) -> Tensor:
     """
     missing = -x.shape[-1] % VECTOR
     return pad(x, (0, missing)) if missing else x
-
-
-def _in_tiles(x_NI: Tensor) -> Tensor:
-    """Return x_NI as contiguous memory, with N padded with zeros to a multiple of TILE."""
-    return pad(x_NI, (0, 0, 0, -len(x_NI) % TILE)).contiguous()
 
 
 def _allowed(mask: Tensor | None, is_causal: bool, num_rows: int, num_queries: int, num_keys: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -127,13 +127,11 @@ def _calls(engine: Composer, name: str, run: Callable[[str], object]) -> list[Ca
         calls.append(Call(part, _kept(args), _kept(kwargs), output[0].clone()))
 
     parts = {part: module for part, module in engine.model.named_children() if not part.startswith("text_encoder")}
-    handles = [module.register_forward_hook(partial(saw, part), with_kwargs=True) for part, module in parts.items()]
-    try:
-        with engine.activate({name: 1.0}):
-            run(name)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for part, module in parts.items():
+            stack.enter_context(module.register_forward_hook(partial(saw, part), with_kwargs=True))
+        stack.enter_context(engine.activate({name: 1.0}))
+        run(name)
     if not calls:
         raise CompositionError(
             f"run({name!r}) called none of {', '.join(parts) or 'the parts that denoise'}: call the pipeline"
@@ -159,12 +157,10 @@ def _added(model: nn.Module, mergers: Mapping[str, _Merger]) -> Iterator[None]:
         y = functional.linear(functional.linear(x, update.a_RI.to(x.device)), update.b_OR.to(x.device))
         return output + (y if update.bias_O is None else y + update.bias_O.to(y)).to(output.dtype)
 
-    handles = [model.get_submodule(path).register_forward_hook(partial(add, merger)) for path, merger in mergers.items()]
-    try:
+    with ExitStack() as stack:
+        for path, merger in mergers.items():
+            stack.enter_context(model.get_submodule(path).register_forward_hook(partial(add, merger)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _merged(merger: _Merger) -> Factors:

@@ -230,8 +230,7 @@ def _scores(engine: Composer, tokenizer: Any, name: str, task: Task, inputs: Seq
         stack.enter_context(engine.activate({name: 1.0}))
         stack.enter_context(torch.enable_grad())
         for layer in adapter.layers:
-            handle = modules[layer].register_forward_hook(hook(layer))
-            stack.callback(handle.remove)
+            stack.enter_context(modules[layer].register_forward_hook(hook(layer)))
         f_M = -token_losses(model, rows).sum(dim=1)
         # a row's score depends on its own tokens alone: one backward pass has the gradients of all
         gradients = torch.autograd.grad(f_M.sum(), list(made.values()))

@@ -211,11 +211,8 @@ def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
 
     # an encoder-decoder may have no module for all but its head
     body = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
-    handle = body.register_forward_hook(see)
-    try:
+    with body.register_forward_hook(see):
         model(**without_cache(model, {**inputs, **last_logits(model)}))
-    finally:
-        handle.remove()
     if not seen or seen[-1] is None:
         raise CompositionError(f"{type(body).__name__} gives no last_hidden_state to read features from")
     return seen[-1]

@@ -227,8 +227,7 @@ def recording(recorders: Mapping[str, Recorder]) -> Iterator[None]:
     experts: dict[nn.Module, dict[tuple[str, int], ExpertRecorder]] = {}
     with ExitStack() as stack:
         for recorder in recorders.values():
-            handle = recorder.module.register_forward_hook(recorder.saw, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.enter_context(recorder.module.register_forward_hook(recorder.saw, with_kwargs=True))
             if isinstance(recorder, ExpertRecorder):
                 experts.setdefault(recorder.module, {})[recorder.place] = recorder
         for module, by_place in experts.items():

@@ -144,8 +144,5 @@ def _moved(model: Any, moved_BTI: Tensor | None) -> Iterator[None]:
         return output + moved_BTI
 
     reader = model.get_encoder() if model.config.is_encoder_decoder else model
-    handle = reader.get_input_embeddings().register_forward_hook(move)
-    try:
+    with reader.get_input_embeddings().register_forward_hook(move) as handle:
         yield
-    finally:
-        handle.remove()

@@ -100,11 +100,8 @@ def states(model: Any, stacked: TargetBatch) -> tuple[Tensor, Tensor]:
     """Return the mean loss of the target tokens, and all layers' hidden states at the real tokens as one vector."""
     inputs: dict[str, Any] = {**stacked.inputs, "output_hidden_states": True}
     outputs: list[Any] = []
-    handle = model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    try:
+    with model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)):
         losses_BK = token_losses(model, replace(stacked, inputs=inputs))
-    finally:
-        handle.remove()
     real_BK = stacked.targets_BK != IGNORED
     mask_BT = stacked.inputs["attention_mask"].bool()
     if model.config.is_encoder_decoder:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraweave import Adapter, Factors, TrainingError
 from loraweave.extend import EncodedRow, LoraJob, Range, algebra, factorise, linear, new_factors
@@ -80,7 +79,7 @@ class Pfedlora(Strategy):
         output_layer = own_course.model.get_submodule(_output_layer(own_course)[0])
 
         def of_adapter(rows: Sequence[EncodedRow]) -> Tensor:
-            with _instead(output_layer, partial(_output, adapter, head)):
+            with output_layer.register_forward_hook(lambda _, args, output: adapter.update(head, args[0])):
                 return plain_loss(own_course, network, rows)
 
         def of_both(rows: Sequence[EncodedRow]) -> Tensor:
@@ -111,10 +110,6 @@ def _output_layer(course: Course) -> tuple[str, tuple[int, int]]:
     return path, shape[:2]
 
 
-def _output(adapter: LoraJob, head: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return adapter.update(head, args[0])
-
-
 @contextmanager
 def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Keep gradients from the parameters inside the block."""
@@ -123,12 +118,3 @@ def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
     yield
     for parameter in parameters:
         parameter.requires_grad_(True)
-
-
-@contextmanager
-def _instead(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -80,12 +80,8 @@ class Lambda(nn.Module):
         super().__init__()
         self.first = nn.Linear(num_inputs, hidden)
         self.last = nn.Linear(hidden, 1)
-        self.reset_biases()
-
-    @torch.no_grad()
-    def reset_biases(self) -> None:
-        self.first.bias.zero_()
-        self.last.bias.fill_(START)
+        nn.init.zeros_(self.first.bias)
+        nn.init.constant_(self.last.bias, START)
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """Return lambda_BT1, below 0.99."""

@@ -98,8 +98,7 @@ def _input_means(
             stack.enter_context(torch.no_grad())
             stack.enter_context(engine.activate({name: 1.0}))
             for layer, module in expert_modules.items():
-                handle = module.register_forward_pre_hook(sums[layer])
-                stack.callback(handle.remove)
+                stack.enter_context(module.register_forward_pre_hook(sums[layer]))
             for prompt in prompts[name]:
                 ids_BT = torch.tensor(prompt_ids(engine.tokenizer, [prompt]), device=engine.model.device)
                 engine.model(input_ids=ids_BT)
