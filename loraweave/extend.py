@@ -126,6 +126,7 @@ _MODULES = {
     "hub.base_reference": "BaseReference base_loader",
     "hub.embedders": "sentence",
     "hub.embedders._embedder": "Embedder embed_in_batches embedder_of readable",
+    "hub.gguf_base": "GgufBase",
     "hub.indexes.flat": "Flat saved_array",
     "hub.licenses": "canonical is_accepted stated_license",
     "hub.merge_report": "by_number mixture_interference",

@@ -25,6 +25,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "methods": ("loraweave.composer.merge.methods",),
     "kernels": ("loraweave.composer.live.kernels",),
     # of extensions alone
+    "bases": (),
     "hooks": (),
     "pipelines": (),
     "checks": (),

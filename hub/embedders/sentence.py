@@ -109,7 +109,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     # imported here because transformers and torch take seconds, which listing or building a hub need not pay
     from transformers import AutoModel, AutoTokenizer
 
-    from loraweave.hub.base import without_bars
+    from loraweave.hub.gguf_base import without_bars
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # a bar for a tenth of a second would only disturb the caller's own output

@@ -238,7 +238,8 @@ BlobsOption = Annotated[
 ]
 DEFAULT_HUB = "adapters"
 BaseOption = Annotated[
-    str | None, typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default.")
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="Base model: a folder, GGUF file or hub id; the embedded one by default."),
 ]
 DtypeOption = Annotated[
     str | None,

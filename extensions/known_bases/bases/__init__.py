@@ -1,0 +1,1 @@
+"""Vector indexes on faiss, one file for each."""
