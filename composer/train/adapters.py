@@ -121,9 +121,9 @@ def train_adapters(
 
 
 def read_tasks(tasks: Mapping[str, Any]) -> dict[str, tuple[Task | Texts, ...]]:
-    """Return the tasks or texts of each name: one, or those of a list.
+    """Return {name: its tasks or texts}, each value a tuple even where the caller gave a single task.
 
-    Raises TrainingError for no tasks and for tasks without examples, InvalidTask for other rows.
+    Raises TrainingError for no tasks and for tasks without examples, InvalidTask for rows that are no examples.
     """
     if not isinstance(tasks, Mapping) or not tasks:
         raise TrainingError("no tasks to train: pass a mapping of names to examples")
@@ -149,7 +149,7 @@ def require_texts(what: str, names: Iterable[Any]) -> None:
 def read_rows(
     model: Any, tokenizer: Any, tasks: Mapping[str, Sequence[Task | Texts]], judging: Judging, seed: int
 ) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
-    """Return the rows of each name's tasks, packed where they may be, and the rows held out."""
+    """Return {name: rows to train on}, packed if nothing is held out (see `training_rows`), and {name: held-out rows}."""
     packs = judging.held_out is None
 
     def read(name: str, examples: Any) -> list[EncodedRow]:
@@ -165,7 +165,7 @@ def read_rows(
 def training_rows(
     model: Any, tokenizer: Any, tasks: Iterable[Task | Texts], seed: int, *, packs: bool = True
 ) -> list[EncodedRow]:
-    """Return the rows that an adapter of these tasks learns from; a task that shows its own examples is packed into few."""
+    """Return one adapter's training rows; `packs` puts several examples of a task that demonstrates with them into a row."""
     rows: list[EncodedRow] = []
     for task in tasks:
         if isinstance(task, Texts):
@@ -178,9 +178,9 @@ def training_rows(
 
 
 def _groups(hub: Hub | None, n_jobs: int | None) -> Any:
-    """Return an extension's module that trains in groups, by workers or into a hub; None where neither is asked for.
+    """Return the extension that trains in groups, by workers or into a hub; None without `hub` and `n_jobs`.
 
-    Raises TrainingError for a hub that is none and for arguments that exclude each other, PackageMissing for no extension.
+    Raises TrainingError for no Hub and for arguments that exclude each other, PackageMissing without such an extension.
     """
     if not isinstance(hub, Hub | None):
         raise TrainingError(f"hub is {hub!r:.60}; pass a Hub that takes the adapters, or None")
@@ -199,7 +199,7 @@ def _groups(hub: Hub | None, n_jobs: int | None) -> Any:
 
 
 def target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Return (O, I) of the linear layers whose path ends in one of `targets`. Raises UnknownName for one without any."""
+    """Return (O, I) of the linear layers whose path ends in one of `targets`. Raises UnknownName if a target has none."""
     shapes = {name: shape[:2] for name, module in model.named_modules() if (shape := linear.shape(module))}
     matched: dict[str, tuple[int, int]] = {}
     for target in targets:
@@ -217,9 +217,9 @@ Layers = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Apart:
-    """A training of jobs apart, all of one kind.
+    """A training of separate jobs, one adapter per task, all of one kind.
 
-    `layers` has (O, I) of each target layer, `begins` the adapters that tasks begin from.
+    `layers` has (O, I) of each target layer, `begins` the adapters that tasks start from.
     """
 
     shared: SharedTraining
@@ -233,7 +233,7 @@ class Apart:
     base: Fingerprint
 
     def train(self) -> TrainedAdapters:
-        """Train the tasks; return {task: its adapter}, of which finished ones come from the checkpoint."""
+        """Train the tasks; return {task: its adapter}, loading adapters that the checkpoint has finished."""
         finished: dict[str, Adapter] = {}
 
         def load(folder: Path, name: str, key: str) -> bool:
@@ -262,7 +262,7 @@ class Apart:
         return PlannedJob(name, make, num_parameters, self.rows[name], settings, self.held_out.get(name))
 
     def groups(self, here: int) -> tuple[list[list[str]], int | None]:
-        """Return which tasks share steps, and the bytes that a step may take if `here` processes share what is free."""
+        """Return the groups of tasks that share steps, and a step's bytes if `here` processes share the free memory."""
         planned, shared = [self.plan(name) for name in self.tasks], self.shared
         largest = max(planned, key=lambda job: job.num_parameters).make()
 
@@ -324,9 +324,9 @@ def require_startable(model: Any, tasks: Collection[str], start: Mapping[str, Ad
 
 
 def require_plain(model: Any, adapters: Mapping[str, Adapter]) -> None:
-    """Raise for adapters that are not of the model, or have more than a and b of linear layers, for every token.
+    """Raise for adapters that do not fit the model, or have more than a and b of linear layers, for every token.
 
-    Their keys begin the messages: {"task 'x' cannot start from": adapter}.
+    The keys begin the error messages: {"task 'x' cannot start from": adapter}.
     """
     fitting = Fitting(model)
     for refusal, adapter in adapters.items():

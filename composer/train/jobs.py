@@ -46,20 +46,20 @@ class Pace:
         return warmed_cosine(self.lr, step, self.steps, min(self.warmup, self.steps // 2))
 
     def rows(self, rows: Sequence[EncodedRow], job: str, step: int) -> list[EncodedRow]:
-        """Return the job's rows of one step: epochs in shuffled order, a function of (seed, job, step) alone."""
+        """Return the rows of one step: epochs in shuffled order, the same for the same (seed, job, step)."""
         return Stream(rows, self.seed, job).at(step, self.batch_size)
 
 
 @dataclass(frozen=True)
 class Stream(Generic[Row]):
-    """A stream of rows in epochs of shuffled order; `key` tells it from the others of one training."""
+    """A stream of rows in epochs of shuffled order; `key` seeds the order, so that two streams of one training differ."""
 
     rows: Sequence[Row]
     seed: int
     key: str
 
     def at(self, step: int, count: int) -> list[Row]:
-        """Return the `count` rows of one step."""
+        """Return the `count` rows of one step, counted from 0."""
         chosen: list[Row] = []
         orders: dict[int, list[int]] = {}
         for place in range(step * count, (step + 1) * count):
@@ -81,7 +81,7 @@ class LoraSettings(Pace):
 
     @classmethod
     def of(cls, target_modules: Sequence[str], alpha: float | None, *, rank: int, **others: Any) -> Self:
-        """Return the settings; `alpha` None is twice the rank. Raises TrainingError for no list of endings of paths."""
+        """Return the settings; `alpha` is 2 * rank if None. Raises TrainingError unless path endings are a list."""
         if not is_collection(target_modules) or not target_modules:
             raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
         return cls(target_modules=tuple(target_modules), alpha=2.0 * rank if alpha is None else alpha, rank=rank, **others)
@@ -96,13 +96,12 @@ class LowRank(NamedTuple):
 
 
 class TrainingJob(ABC):
-    """The parameters of a job, and their update of the base's layers for the job's own rows of a batch.
+    """The parameters of a job, and the updates that they add to the base's layers for the job's own rows of a batch.
 
-    An adapter's update is one product of factors in each layer (`LoraJob`); all jobs' products of a layer then are one step
-    of autograd. A model of experts gives no product but computes its own `update` from the inputs of its rows alone: gates,
-    experts, whatever it has, with the parameters that it names (`composer/experts/together.py`). Its `penalty` is added to
-    the loss of the targets. No row of one job reaches the parameters of another: its gradients are those of training it
-    alone.
+    An adapter's update is one product of factors in each layer (`LoraJob`); the products of all jobs in a layer are one step
+    of autograd. A model of experts has no such product: it computes its `update` from the inputs of its own rows, by gates
+    and experts (`composer/experts/together.py`). Its `penalty` is added to the loss of the targets. No row of one job
+    reaches the parameters of another: a job's gradients are those of training it alone.
     """
 
     name: str
@@ -117,12 +116,12 @@ class TrainingJob(ABC):
         """Return the tensors that are trained, in an order that does not change."""
 
     def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:  # noqa: B027 - factors are the same for all rows
-        """Set the job's rows of the next forward: those of a step, counted from 0, or of an evaluation."""
+        """Set the job's rows of the next forward: of training step `step`, counted from 0, or of an evaluation if None."""
 
     def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:  # noqa: B027
-        """Begin a forward with these arguments of the model and this mask of prompt tokens, both cut to the job's rows.
+        """Begin a forward, given the model's arguments and the mask of prompt tokens, both cut to the job's rows.
 
-        With gradients it is a step of training, without it is an evaluation.
+        With gradients enabled the forward is a step of training, without them an evaluation.
         """
 
     def low_rank(self, layer: str) -> LowRank | None:
@@ -134,7 +133,7 @@ class TrainingJob(ABC):
         """Return update_BTO of a layer for the job's rows of its input."""
 
     def penalty(self) -> Tensor | None:
-        """Return the part of the last forward's loss besides the loss of the targets, a scalar, if there is any."""
+        """Return a scalar to add to the loss of the last forward's targets, or None."""
         return None
 
 
@@ -202,24 +201,24 @@ def given_factors(start: Mapping[str, Factors], *, scale: float, device: torch.d
 
 
 class JobKind:
-    """The kind of a training's jobs: LoRA. A subclass makes jobs of another class; workers get it pickled."""
+    """A kind of training job; this class is plain LoRA. A subclass makes jobs of another class; workers get it pickled."""
 
-    # True where all new factors begin alike and the card says that training was to first order
+    # True for a training to first order: the new factors of all jobs begin alike, and the card says so
     linearized: ClassVar[bool] = False
 
     def require(self, model: Any, start: Collection[str]) -> None:
-        """Raise for a model without what such jobs need, and for tasks that cannot have a `start`."""
+        """Raise if the model lacks what jobs of this kind need, or if a task's `start` does not suit the kind."""
 
     def make(self, name: str, pairs: Pairs, scale: float) -> LoraJob:
         """Return a job that begins with these factors."""
         return LoraJob(name, pairs, scale)
 
     def recipe(self) -> dict[str, Any]:
-        """Return what the card of an adapter says of the kind, as JSON."""
+        """Return the entries that the kind adds to the recipe on an adapter's card, as JSON."""
         return {}
 
     def identity(self) -> list[str]:
-        """Return what a result depends on besides settings, rows and start."""
+        """Return the texts that, besides settings, rows and start, determine a result of this kind."""
         return []
 
 
@@ -229,8 +228,8 @@ LORA = JobKind()
 class SharedPass:
     """A context manager in which the model's layers add each job's update to that job's rows of the batch.
 
-    `row_counts` has the number of rows of each job, in the order of the jobs; without it all have as many. Leaving removes
-    every hook, also after an exception.
+    `row_counts` has the number of rows of each job, in the order of the jobs; by default all jobs have equally many. Leaving
+    removes every hook, also after an exception.
     """
 
     def __init__(self, model: nn.Module, jobs: Sequence[TrainingJob], row_counts: Sequence[int] | None = None) -> None:
@@ -267,7 +266,7 @@ class SharedPass:
             start += count
 
     def _add_updates(self, layer: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        """Return y, the layer's output, with all jobs' updates, maybe in its own memory."""
+        """Return y, the layer's output, with all jobs' updates added, possibly in place."""
         x = args[0]
         num_tokens, num_rows = x.numel() // x.shape[-1], sum(self.row_counts)
         ends = list(accumulate([count * num_tokens // num_rows for count in self.row_counts], initial=0))
@@ -297,7 +296,7 @@ class SharedPass:
 
 
 def _cut(value: Tensor, start: int, stop: int, num_rows: int) -> Tensor:
-    """Return a job's part of the first axis where that axis has the batch's rows; other tensors serve all jobs."""
+    """Return a job's rows of a tensor whose first axis has the batch's rows; return any other tensor whole."""
     if value.ndim == 0 or len(value) % num_rows:
         return value
     copies = len(value) // num_rows
@@ -305,7 +304,7 @@ def _cut(value: Tensor, start: int, stop: int, num_rows: int) -> Tensor:
 
 
 class LoraJobs(SharedPass):
-    """A pass of jobs with these names, each with new factors for `layers`, which has each target layer's (O, I).
+    """A shared pass of LoRA jobs with these names, each with new factors for `layers`, which has each target layer's (O, I).
 
     A job in `start` begins as those factors instead, with their layers and ranks: to the bit where `alpha / rank` is a power
     of two, else to rounding.
@@ -353,7 +352,7 @@ def lora_job(
 
 
 class RowRange(NamedTuple):
-    """A range of flat tokens, from `start` to before `stop`, whose update has this scale."""
+    """A range of tokens, counted over the flattened batch from `start` to before `stop`, and the scale of its update."""
 
     start: int
     stop: int
@@ -363,7 +362,7 @@ class RowRange(NamedTuple):
 def add_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return y with s (x a^T) b^T added at each range, (a_RI, b_OR) being its factors; gradients reach y, x and factors.
 
-    Products run in the dtype of x. The result may be in y's own memory, so nothing else may need y's values; ranges are in
+    Products run in the dtype of x. The result may share y's memory, so y must not be used afterwards; ranges are in
     ascending order and do not overlap.
     """
     # in a view autograd would keep track of the whole, at the cost of copies
@@ -424,7 +423,7 @@ def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_cou
     """Return loss_J: the mean over the target tokens of each job's rows; `row_counts` has their numbers."""
     stacked = batch(model, tokenizer, rows)
     if model.config.is_encoder_decoder:
-        # what gates are asked for counts the tokens of either
+        # gates count the tokens of encoder and decoder apart
         stacked = pad_apart(stacked)
     sums_B = row_losses(model, rows, stacked).sum(dim=1)
     counts_B = (stacked.targets_BK != IGNORED).sum(dim=1)
@@ -434,7 +433,7 @@ def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_cou
 
 
 def row_losses(model: Any, rows: Sequence[EncodedRow], stacked: TargetBatch) -> Tensor:
-    """Return loss_BK of the rows, which are stacked, by the loss of their class, or of their tokens if of several."""
+    """Return loss_BK of the rows' target tokens, by the loss of their class, or by `EncodedRow`'s for several classes."""
     kinds = {type(row) for row in rows}
     kind = kinds.pop() if len(kinds) == 1 else EncodedRow
     return kind.losses(model, rows, stacked)

@@ -40,7 +40,7 @@ FIRST_STEP = 10
 
 
 class Learner(Protocol):
-    """A learner with a learning rate of its own."""
+    """A learner with a default learning rate, `lr`."""
 
     lr: ClassVar[float]
 
@@ -49,22 +49,21 @@ class Learner(Protocol):
 class TrainingSettings:
     """The settings of a training by AdamW, over `steps` steps of `batch_size` rows each.
 
-    `lr`, by default the learner's own, is reached after `warmup` steps (at most half of all) and goes to 0 as half a cosine.
-    A gradient longer than `clip` is shortened to it, None for no limit. `gradient_accumulation` splits a step's rows into as
-    many passes: less memory, the same gradient of the loss; a term is the mean of the passes' own.
-    `gradient_checkpointing` runs the model's blocks a second time in the backward pass instead of keeping what is inside
-    them. `mixed_precision` "bf16" lets the model calculate its products in bfloat16; parameters and loss stay as they are.
-
-    `evaluation` is a dataset whose loss is measured before the first and after every `evaluate_every` steps, and after the
-    last; the parameters with the lowest are kept. With `patience`, the training ends once so many evaluations in a row have
-    been no better. `checkpoint` is a folder: every `checkpoint_every` steps the state is kept there, and the same call goes
-    on where it was interrupted, to the same bits.
+    `lr`, by default the learner's own, is reached after `warmup` steps (at most half of all) and falls to 0 as half a
+    cosine. A gradient whose norm exceeds `clip` is scaled to that norm; None sets no limit. `gradient_accumulation` splits a
+    step's rows into as many passes: less memory, the same gradient of the loss; added terms are the mean over the passes.
+    `gradient_checkpointing` runs the model's blocks a second time in the backward pass instead of keeping their activations.
+    `mixed_precision` "bf16" computes the model's products in bfloat16; parameters and loss keep their dtype. `evaluation` is
+    a dataset whose loss is measured before the first step, after every `evaluate_every` steps and after the last; the
+    parameters with the lowest loss are kept. With `patience`, the training ends after that many evaluations in a row without
+    a lower loss. `checkpoint` is a folder: every `checkpoint_every` steps the state is saved there, and the same call
+    resumes where it was interrupted, to the same bits.
     """
 
     steps: Count = 100
     lr: Positive | None = None
     batch_size: Count = 8
-    # what numpy takes
+    # the range of numpy's seeds
     seed: Annotated[int, Range(least=0, below=2**32)] = 0
     warmup: Whole = 10
     weight_decay: NonNegative = 0.0
@@ -79,7 +78,7 @@ class TrainingSettings:
     checkpoint_every: Count = 20
     progress: bool = True
 
-    # what the result does not depend on, or the caller looks at itself
+    # settings that the result does not depend on, or that the caller adds to the identity itself
     aside: ClassVar[tuple[str, ...]] = ("evaluation", "checkpoint", "checkpoint_every", "progress")
 
     @classmethod
@@ -92,7 +91,7 @@ class TrainingSettings:
         return settings
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that the result depends on, as JSON; the rows held out are left to the caller."""
+        """Return the settings that the result depends on, as JSON, without the held-out rows, which the caller adds."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in self.aside}
 
     @property
@@ -105,7 +104,7 @@ class TrainingSettings:
         return warmed_cosine(self.highest_rate, step, self.steps, min(self.warmup, self.steps // 2))
 
     def _require_sense(self) -> None:
-        """Raise TrainingError for settings that contradict each other, and for what their kinds do not say."""
+        """Raise TrainingError for settings that contradict each other, and for rates that overflow fp32."""
         if self.patience is not None and self.evaluation is None:
             raise TrainingError("patience counts evaluations, but there is no evaluation: pass evaluation=rows held out")
         if self.highest_rate * max(FIRST_STEP, self.weight_decay) > LARGEST:
@@ -120,7 +119,7 @@ BEST, RECENT, MOVED = "best", "recent", "moved"
 
 @dataclass(frozen=True)
 class KeptState:
-    """The place of the state of one call of fit(): in `folder`, if there is one, under a key of all that determines it."""
+    """The place of a training's checkpoint: in `folder`, if any, under a key of everything that determines the result."""
 
     folder: Path | None
     key: str
@@ -129,7 +128,7 @@ class KeptState:
     def of(
         cls, name: str, identity: Sequence[Any], settings: TrainingSettings, rows: Sequence[Any], held: Sequence[Any]
     ) -> Self:
-        """Return the place for a training of `identity`, which is what is trained, as JSON; so is the identity of each row.
+        """Return the place of a training's checkpoint; `identity` describes the trained parameters, as JSON.
 
         Raises TrainingError if the folder cannot be made.
         """
@@ -151,7 +150,7 @@ class KeptState:
         report: TrainingReport,
         moved: Sequence[Tensor] = (),
     ) -> None:
-        """Save the state, visible only when complete. A full disk is logged and does not end the training."""
+        """Save the state in one atomic write. A full disk is logged and does not end the training."""
         if self.folder is None:
             return
         tensors = TrainingState.of(step, parameters, optimizer).tensors
@@ -177,12 +176,12 @@ def _numbered(state: TrainingState, part: str) -> list[Tensor]:
 
 
 class TrainingProgress:
-    """The progress that a router's and an expert model's training share, whether our loop or a Trainer takes the steps.
+    """The progress of a router's or an expert model's training, whether our loop or a transformers Trainer takes the steps.
 
-    It goes on from what `state` has kept: `first` steps were taken before. A step is `judge`d while its gradients are there,
-    and `close`d when it is taken. `moved` are parameters that steps move without a gradient. `experts_of_layers` and
-    `taught` are those of `Watch`. `learner` ("router 'arrow'") and `owner` ("router"), which has the parameters, are for
-    messages.
+    The progress resumes from the checkpoint in `state`, whose number of steps is `first`. Call `judge` when a step's
+    gradients are there, and `close` when the optimizer has taken the step. `moved` are parameters that steps change without
+    a gradient. `experts_of_layers` and `taught` are those of `Watch`. `learner` ("router 'arrow'") and `owner` ("router"),
+    which has the parameters, are for messages.
     """
 
     def __init__(
@@ -215,18 +214,18 @@ class TrainingProgress:
         self.watch = Watch(experts_of_layers, self.report, settings.steps, sorted(taught))
         self.watch.recent.extend(recent)
         self._before = self.report.seconds
-        # after how many steps, and which, parameters the loss was last finite with
+        # the number of steps after which the loss was last finite, and the parameters then
         self._good_step, self._good = self.first, copy_values(self._values_now())
 
     def show(self, bar: Progress, name: str) -> None:
-        """Set the bar that shows the steps from here on, and their name in it."""
+        """Set the progress bar that shows the following steps, and the learner's name in it."""
         self._bar = bar
         self._shown = bar.add_task(f"fit {name}", total=self._settings.steps, completed=self.first, seen="")
 
     def judge(self, number: int, loss: float, terms: Mapping[str, float]) -> float:
-        """Return the norm of a step's gradient, which every parameter has from here on; no parameter has changed.
+        """Return the norm of the step's gradient, after giving a zero gradient to each parameter without one.
 
-        Raises TrainingError and puts the last good parameters back if a value is not finite.
+        Raises TrainingError, with the last good parameters put back, for a loss, term or norm that is not finite.
         """
         self.require_finite(number, {"the loss": loss, **{f"term {name!r}": value for name, value in terms.items()}})
         for parameter in self.parameters:
@@ -247,9 +246,10 @@ class TrainingProgress:
         seen: str = "",
         saves: bool = True,
     ) -> None:
-        """Close the step that was judged last: note it, evaluate if it is time, show it, and keep the state.
+        """Close the step that was judged last: report, evaluate if it is time, update the bar, and save the state.
 
-        `mean` makes the mean over processes, `seen` is shown beside what the gates did, and one process `saves`.
+        `mean` averages a tensor over processes, `seen` is text for the bar, and `saves` is True in the one process that
+        saves.
         """
         loss, terms = self._values
         self.report.losses.append(loss)
@@ -276,21 +276,21 @@ class TrainingProgress:
 
     @contextmanager
     def finite_weights(self, number: int) -> Iterator[None]:
-        """Raise as `require_finite` where the mixture refuses the router's weights."""
+        """Raise TrainingError, with the last good parameters put back, if the code inside raises WeightingError."""
         try:
             yield
         except WeightingError as error:
             raise TrainingError(f"{error}. It was {self._ended(number)}") from error
 
     def _ended(self, number: int) -> str:
-        """Put the last good parameters back; return where the training ended, and the way out."""
+        """Put the last good parameters back; return the end of an error message: step, remedy, and what was put back."""
         return (
             f"at step {number} of {self._learner}: lower lr, or look for damaged rows. {self.put_back()}, with which it was "
             "last finite"
         )
 
     def good(self, step: int) -> None:
-        """Note the parameters, after so many steps, as those to go back to."""
+        """Note the present parameters as those after `step` steps, to put back if a later value is not finite."""
         if self._good[0].device == self.parameters[0].device:
             # memory that is there already costs less than new memory in every step
             put_values(self._values_now(), self._good)
@@ -305,19 +305,19 @@ class TrainingProgress:
         return f"The {self._owner} has the parameters after {self._good_step} steps"
 
     def note_evaluation(self, step: int, loss: float) -> None:
-        """Note the parameters' loss after so many steps. Raises as `require_finite`."""
+        """Note the held-out loss of the parameters after `step` steps. Raises TrainingError if it is not finite."""
         self.require_finite(step + 1, {"the loss of the rows held out": loss})
         self.report.evaluations.append((step, loss))
         if self._best.judge(loss, self._values_now()):
             self.report.kept = step
 
     def _values_now(self) -> list[Tensor]:
-        """Return all tensors that steps change."""
+        """Return the tensors that steps change: the parameters, and those moved without a gradient."""
         return [*self.parameters, *self._moved]
 
     @property
     def stops(self) -> bool:
-        """True if the training ends: as many evaluations in a row as its patience brought no lower loss."""
+        """True if the training ends early: `patience` evaluations in a row brought no lower loss."""
         return self._settings.patience is not None and self._best.waited >= self._settings.patience
 
     def finish(self) -> dict[str, Any]:
@@ -331,19 +331,19 @@ class TrainingProgress:
 
 WINDOW = 20
 COLLAPSED = 0.95
-# of an equal share
+# an expert with less than this part of an equal share is dead
 DEAD = 0.01
 # steps whose load is kept in the report
 POINTS = 100
 
 
 class Watch:
-    """A watch over the passes of each step, which writes loads and entropies into the report."""
+    """A monitor of the gates' weights in each step, which writes experts' loads and entropies into the report."""
 
     def __init__(
         self, experts_of_layers: Iterable[Sequence[int]], report: TrainingReport, steps: int, taught: Sequence[int]
     ) -> None:
-        """Set the report's experts that each layer has, by their places; `taught` are the owners of the rows."""
+        """Store the places of each layer's experts as equal shares of load; `taught` are those that own training rows."""
         self._report = report
         self._every = max(1, steps // POINTS)
         # rows of one expert alone are rightly all its own
@@ -359,7 +359,7 @@ class Watch:
         self._entropies: list[float] = []
 
     def see(self, step: Step) -> None:
-        """Note one pass of the running step."""
+        """Record the weights of one forward pass of the running step."""
         num_experts = len(self._report.experts)
         seen = [_of_layer(step.real(w_BTE.detach()), num_experts) for w_BTE in step.weights.values()]
         if seen:
@@ -368,9 +368,9 @@ class Watch:
             self._entropies.append(float(torch.stack(entropies).mean()))
 
     def end_step(self, number: int, *, mean: Callable[[Tensor], Tensor] = lambda seen: seen) -> str:
-        """End the `number`th step; return the text to show of it. Warns, once, when one expert has almost all weight.
+        """End step `number`; return a text of its loads for the bar. Warns, once, when one expert has almost all weight.
 
-        `mean` makes the mean over processes of what this one has seen.
+        `mean` averages this process's loads and entropy over all processes.
         """
         if not self._loads:
             return ""
@@ -405,9 +405,9 @@ class Watch:
 
 
 def _of_layer(w_NE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return (load_E, entropy) of a layer's weights, each token's taken as shares; means over the tokens.
+    """Return (load_E, entropy) of a layer's weights, each token's normalised to shares; both are means over the tokens.
 
-    A layer may have the first of the experts alone.
+    The layer may have fewer experts than `num_experts`, the first ones.
     """
     w_NE = functional.pad(w_NE.abs().float(), (0, num_experts - w_NE.shape[1]))
     share_NE = w_NE / w_NE.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -422,9 +422,9 @@ Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 def checkpointed_blocks(
     model: nn.Module, wanted: bool, *, context_fn: Callable[[], Contexts] = noop_context_fn
 ) -> Iterator[None]:
-    """Within the context, make each block keep only its inputs and run again in the backward pass, in evaluation mode too.
+    """Make each block keep only its inputs and run again in the backward pass, in evaluation mode too, within the context.
 
-    The model is as it was afterwards. `context_fn` is that of `torch.utils.checkpoint`, called whenever a block runs. Raises
+    Leaving restores the model. `context_fn` is that of `torch.utils.checkpoint`, called whenever a block runs. Raises
     TrainingError for a model without such blocks.
     """
     # its import brings torch's compiler with it

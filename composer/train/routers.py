@@ -39,16 +39,12 @@ class RouterSettings(TrainingSettings):
     """The settings of a router's training, beyond those of `TrainingSettings`.
 
     Where the router learns each expert's part from that expert's rows alone, a step has `batch_size` rows of every expert,
-    and no gradient is shortened.
-
-    `gradient_accumulation` None takes about `batch_size` rows at once. However many passes, the gradient of the loss is the
-    same but for what dropout between a router's own layers draws (`xlora` with depth above 1).
-
-    `balance` times the balance loss is added to the loss: it is 1 where all experts get alike, E where one of E gets all. So
-    is `z` times the mean squared logarithm of the scores' partition sum, which keeps scores small. 0.01 and 0.001 are usual.
-
-    `loss` "entropy" is that of the predictions at the places of the targets, whatever these are: rows need no labels, only
-    answers, such as the model's own.
+    and gradients are not clipped. `gradient_accumulation` None takes about `batch_size` rows at once. The number of passes
+    changes the gradient of the loss only by the dropout between a router's own layers (`xlora` with depth above 1).
+    `balance` times the balance loss is added to the loss: that loss is 1 where all E experts get equal weight, E where one
+    gets all. `z` times the mean squared logsumexp of the scores, which keeps scores small, is added too. 0.01 and 0.001 are
+    usual. `loss` "entropy" is the entropy of the predictions at the places of the targets, whatever the targets are: rows
+    need no labels, only answers, such as the model's own.
     """
 
     balance: NonNegative = 0.0
@@ -56,12 +52,12 @@ class RouterSettings(TrainingSettings):
     loss: Literal["targets", "entropy"] = "targets"
 
     def identity(self) -> dict[str, Any]:
-        # checkpoints from before there was another loss are gone on from
+        # checkpoints of versions without this setting are resumed too
         return {name: value for name, value in super().identity().items() if (name, value) != ("loss", "targets")}
 
 
 def streams(rows: Sequence[TrainingRow], experts: Sequence[str], seed: int, *, apart: bool) -> list[Stream[TrainingRow]]:
-    """Return one stream of all rows; or one for each expert with rows, which does not depend on the other experts."""
+    """Return one stream of all rows, or if `apart` one for each expert with rows, independent of other experts."""
     if not apart:
         return [Stream(rows, seed, "rows")]
     by_expert: dict[int, list[TrainingRow]] = {}
@@ -72,10 +68,10 @@ def streams(rows: Sequence[TrainingRow], experts: Sequence[str], seed: int, *, a
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass: rows that go through the model together.
+    """The rows of one pass through the model.
 
     The step's loss is the sum over passes of sum over b and k of per_token_B * loss_BK, plus `share` times the pass's terms.
-    `first` is the place of the first row among the step's, which are in the same order however many passes there are.
+    `first` is the place of the pass's first row among the step's rows, whose order does not depend on the number of passes.
     """
 
     rows: Sequence[TrainingRow]
@@ -85,7 +81,7 @@ class Pass:
 
 
 def passes(groups: Sequence[Sequence[TrainingRow]], num_passes: int) -> list[Pass]:
-    """Return the passes of a step, rows of similar length together; a group counts as the mean over its target tokens."""
+    """Return a step's passes, rows of similar length together; each group's loss is the mean over its target tokens."""
     weighted = []
     for group in groups:
         per_token = 1.0 / sum(row.num_targets for row in group)
@@ -103,7 +99,7 @@ def passes(groups: Sequence[Sequence[TrainingRow]], num_passes: int) -> list[Pas
 
 
 class RouterSteps:
-    """The steps of one training, inside an activation of its router."""
+    """The steps of one router's training, taken inside an activation of the router."""
 
     def __init__(
         self,
@@ -140,7 +136,7 @@ class RouterSteps:
         self._kept: dict[Any, Any] = {}
 
     def take_all(self) -> None:
-        """Take the steps that are left; leave the router with the best parameters and its report."""
+        """Take the remaining steps; leave the router with the best parameters and its report."""
         progress = self._progress
         self._processes.require_alike("router", self._said(progress.first), progress.parameters)
         for number in range(progress.first + 1, self._settings.steps + 1):
@@ -153,12 +149,12 @@ class RouterSteps:
         self._router.report = progress.finish()
 
     def _said(self, first: int) -> str:
-        """Return a text of what all processes must have alike, but for the parameters."""
+        """Return a text of the steps done, settings and rows, which must be equal in all processes."""
         rows = [row.identity() for stream in self._streams for row in stream.rows] if self._processes.count > 1 else []
         return repr([first, self._settings.identity(), rows, len(self._held)])
 
     def _step(self, number: int) -> None:
-        """Take one step of the optimizer, down the mean loss over its target tokens."""
+        """Take one step of the optimizer, down the mean loss over the step's target tokens."""
         settings, progress = self._settings, self._progress
         progress.optimizer.zero_grad()
         groups = [stream.at(number - 1, settings.batch_size) for stream in self._streams]
@@ -184,7 +180,7 @@ class RouterSteps:
         progress.descent.step(number - 1)
 
     def _parts(self, groups: Sequence[Sequence[TrainingRow]]) -> list[Pass]:
-        """Return the passes of a step, of which each process has as many."""
+        """Return the passes of a step. Raises TrainingError if their number does not divide among the processes."""
         count, accumulation = self._processes.count, self._settings.gradient_accumulation
         parts = passes(groups, accumulation or -(-len(groups) // count) * count)
         if len(parts) % count:
@@ -198,7 +194,7 @@ class RouterSteps:
         return (self._processes.sum(seen) / self._processes.count).cpu()
 
     def _pass(self, number: int, index: int, part: Pass) -> dict[str, float]:
-        """Add the gradient of one pass; return its share of the step's loss and of each term."""
+        """Add the gradient of one pass; return its part of the step's loss and of each added term, by name."""
         inputs, decoder_BT = batch(self._model, self._tokenizer, part.rows), None
         if self._model.config.is_encoder_decoder:
             inputs = pad_apart(inputs)
@@ -224,13 +220,13 @@ class RouterSteps:
         return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in terms.items()}}
 
     def _losses(self, number: int, inputs: TargetBatch) -> Tensor:
-        """Return loss_BK of each target token. A head that is a routed layer sees all tokens that the other layers see."""
+        """Return loss_BK of the target tokens. A head that is a routed layer gets all tokens, as the other layers do."""
         of = entropies_of if self._settings.loss == "entropy" else losses_of
         with self._progress.finite_weights(number):
             return of(target_logits(self._model, inputs, whole=self._head_is_routed), inputs.targets_BK)
 
     def _terms(self, step: Step) -> dict[str, Tensor]:
-        """Return the router's own terms, and those of the settings, with their coefficients."""
+        """Return {name: added loss}: the router's own terms, and the balance and z losses times their coefficients."""
         terms = dict(self._router.losses(step))
         if self._settings.balance:
             terms["balance"] = self._settings.balance * balance_loss(step)
@@ -240,13 +236,13 @@ class RouterSteps:
 
     @torch.no_grad()
     def _evaluate(self, number: int) -> None:
-        """Note the mean loss over the target tokens of the rows held out, with the router as it will be used."""
+        """Note the mean loss over the held-out rows' target tokens, with the router in evaluation mode."""
         if not self._held:
             return
         self._router.eval()
         total, count = 0.0, 0
         ordered = sorted(self._held, key=len)
-        # every process all of them: with its part of the base it takes part in each call
+        # every process evaluates all rows: where the base is split over processes, each takes part in each call
         for start in range(0, len(ordered), self._settings.batch_size):
             inputs = batch(self._model, self._tokenizer, ordered[start : start + self._settings.batch_size])
             with self._accelerator.autocast():
@@ -278,9 +274,9 @@ def fit(
     dataset: Any,
     given: Mapping[str, Any],
 ) -> None:
-    """Train `router`, live in the model by `activate(router)`, on a dataset with these `RouterSettings`.
+    """Train `router` on a dataset with the settings `given`; `activate(router)` makes it live in the model.
 
-    Raises what `Composer.fit` says.
+    Raises the errors that `Composer.fit` lists.
     """
     settings = RouterSettings.of(router, given)
     learning = [name for name, parameter in router.named_parameters() if parameter.requires_grad]
@@ -309,10 +305,10 @@ def fit(
 
 
 def require_gradients(router: LearnedRouter, taught: Collection[int]) -> None:
-    """Raise TrainingError, naming them, for parameters that got no gradient and should have one.
+    """Raise TrainingError that names the parameters which should have got a gradient in the first step and did not.
 
-    `taught` are the experts, by their places, that the rows belong to. None is due in a layer where a single expert's weight
-    is 1 whatever the parameters are, nor in one whose experts learn from their own rows alone and have none.
+    `taught` are the places of the experts that the rows belong to. No gradient is due in a layer where a single expert's
+    weight is 1 whatever the parameters are, nor in one whose experts learn only from their own rows and have no rows.
     """
     silent = [
         name
@@ -341,8 +337,9 @@ def _promised(router: LearnedRouter, name: str, taught: Collection[int]) -> bool
 def balance_loss(step: Step) -> Tensor:
     """Return E * sum over e of f_e p_e, mean over layers (Fedus et al. 2021, arXiv 2101.03961, for weights of any top-k).
 
-    p_e is the mean of softmax(scores), f_e that of the weights as shares, without a gradient, over the real tokens; E counts
-    the layer's own experts. The loss is 1 where all get alike, for every top-k, and E where one gets all.
+    p_e is the mean over the real tokens of softmax(scores), f_e that of the weights as shares, without a gradient; E counts
+    the layer's own experts. The loss is 1 where all experts get equal shares, for every top-k, and E where one expert gets
+    all.
     """
     losses = []
     for layer, scores_BTE in step.scores.items():
@@ -362,9 +359,9 @@ def z_loss(step: Step) -> Tensor:
 
 @contextmanager
 def accelerator_for(device: torch.device, mixed_precision: str) -> Iterator[Any]:
-    """Yield an Accelerator for products of this precision on that device; if the caller has none, leave none behind.
+    """Yield an Accelerator of this precision on that device; reset accelerate's process-wide state if this call created it.
 
-    Raises TrainingError where the caller's own was made for another precision, which accelerate has one of in a process.
+    Raises TrainingError if the caller already made an Accelerator of another precision: a process can have only one.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, is_initialized

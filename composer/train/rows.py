@@ -30,11 +30,11 @@ SPLITS = {"train", "training", "test", "validation", "valid", "dev", "eval"}
 
 @dataclass(frozen=True)
 class Owners:
-    """The owners that rows may have: a router's experts, or the tasks of a recipe of trained experts, by their places.
+    """The owners that rows may have, as {name: place}: a router's experts, or the tasks of a recipe of trained experts.
 
-    `learner` is who asks, for messages, and `key` the key of a row's owner. With `needed` every row has to have one.
-    With `grows` a name that is not known yet gets the next place. Parts of the data by names that are no owner's are of no
-    owner, unless `heeded` refuses them.
+    `learner` names the router or recipe in messages, and `key` is the key of a row's owner. With `needed` every row must
+    have an owner. With `grows` an unknown name gets the next place. Named parts of the data whose name is not an owner's
+    have no owner, or are refused with `heeded`.
     """
 
     places: dict[str, int]
@@ -57,11 +57,11 @@ class Owners:
         return f"{FORMS}; with {self.key!r} where known, or with 'input_ids' and 'labels'"
 
     def closed(self) -> Self:
-        """Return the same owners, to which no name is added any more."""
+        """Return the same owners, to which no more names can be added."""
         return replace(self, grows=False)
 
     def known(self, name: Any, where: str) -> int:
-        """Return the place of an owner. Raises the error that `unknown` returns for another name."""
+        """Return the place of the owner called `name`. Raises the error that `unknown` makes for any other name."""
         if isinstance(name, str):
             if self.grows:
                 self.places.setdefault(name, len(self.places))
@@ -71,7 +71,7 @@ class Owners:
         raise type(error)(f"{where}: {error}")
 
     def of_row(self, row: Any, own: int, where: str) -> int:
-        """Return the place of the owner that a row names, or else of its part's. Raises InvalidTask where one is needed."""
+        """Return the place of the owner a row names, or else `own`, its part's. Raises InvalidTask for a missing owner."""
         match row:
             case {self.key: named} if named is not None:
                 return self.known(named, where)
@@ -84,7 +84,7 @@ class Owners:
         return own
 
     def parts(self, dataset: Any, what: str) -> Iterator[tuple[str, int, Any]]:
-        """Yield (its name, place of its owner, rows) of each part of the data; rows alone are one part, of no owner."""
+        """Yield (label, owner's place, rows) of each part of the data; unnamed rows are one part without an owner."""
         if not isinstance(dataset, Mapping):
             yield what, UNKNOWN, dataset
             return
@@ -106,7 +106,7 @@ class Owners:
 class TrainingRow(EncodedRow):
     """A row to train on.
 
-    `labels` is the target with `IGNORED` where no loss is asked; `expert` is the place of the row's owner, or -1.
+    `labels` is the target with `IGNORED` where a token has no loss; `expert` is the place of the row's owner, or -1.
     """
 
     labels: tuple[int, ...] = ()
@@ -114,7 +114,7 @@ class TrainingRow(EncodedRow):
     number: int = 0
 
     def identity(self) -> list[Any]:
-        """Return all of the row but its number, as JSON."""
+        """Return the row's tokens, labels and owner, as JSON, without its number."""
         return [self.prompt, self.target, self.labels, self.expert]
 
     @property
@@ -122,7 +122,7 @@ class TrainingRow(EncodedRow):
         return sum(label != IGNORED for label in self.labels)
 
 
-# a row before it is encoded: its prompt, its target and what ends it, or the tokens that the caller gave; its owner's place
+# a row before encoding: (prompt, target, end of the answer) or the tokens that the caller gave, and its owner's place
 Read = tuple[tuple[Prompt, str, str | None] | None, TrainingRow | None, int]
 
 
@@ -135,7 +135,7 @@ class RowReader:
         self._tokenizer = tokenizer
 
     def read(self, dataset: Any, *, what: str = "dataset", first: int = 0, task: Task = PLAIN) -> list[TrainingRow]:
-        """Return the rows in their order, numbered from `first`; those of no Task of their own are in the prompts of `task`.
+        """Return the rows in order, numbered from `first`; rows that are not in a Task get the prompts of `task`.
 
         Raises InvalidTask for data of another form, UnknownExpert for an expert that is not in the pool.
         """
@@ -173,7 +173,7 @@ class RowReader:
             raise InvalidTask(f"{part} is empty: {self._owners.forms}")
 
     def _tokens(self, row: Mapping[str, Any], where: str) -> TrainingRow:
-        """Return a row of token ids; labels are aligned with them (IGNORED: no loss), or a decoder's of their own."""
+        """Return the row of given token ids, with labels as long as them; an encoder-decoder's may be longer or shorter."""
         if "labels" not in row:
             raise InvalidTask(f"{where} has 'input_ids' and no 'labels': the loss is that of labels other than {IGNORED}")
         ids, labels = _ints(row["input_ids"], where), _ints(row["labels"], where)
@@ -213,9 +213,9 @@ def _ints(values: Any, where: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The rows to judge a job by, before the first step, for comparison, after every `every` steps and after the last.
+    """The held-out rows of a job, evaluated before the first step, after every `every` steps and after the last.
 
-    With `patience`, the job ends when so many evaluations after the first in a row have brought no lower loss.
+    With `patience`, the job ends after that many evaluations in a row without a lower loss, not counting the first.
     """
 
     rows: Sequence[EncodedRow]
@@ -263,9 +263,9 @@ class Judging:
     def split(
         self, rows: Mapping[str, Sequence[Row]], read: Callable[[str, Any], Sequence[Row]], seed: int
     ) -> tuple[Mapping[str, Sequence[Row]], dict[str, HeldOut]]:
-        """Return (rows to train on, rows to judge by) of each task, those without the latter left out of the second.
+        """Return ({task: rows to train on}, {task: held-out rows}); the second has only tasks with held-out rows.
 
-        `read` makes rows of the examples of a task, by its name, to be judged by. A share is drawn by seed and name.
+        `read(name, examples)` encodes the held-out examples of a task. A share is drawn by seed and name.
         """
         match self.held_out:
             case None:
@@ -285,13 +285,13 @@ class Judging:
 
 
 def is_empty(rows: Any) -> bool:
-    """Return whether there are no rows, as far as can be seen without reading them."""
+    """Return True if there are no rows; data whose length is unknown counts as not empty."""
     examples = examples_of(rows)
     return isinstance(examples, Sized) and not len(examples)
 
 
 def examples_of(rows: Any) -> Any:
-    """Return a task's examples; rows as they are."""
+    """Return the examples of a Task, or `rows` itself if it is not one."""
     return rows.examples if isinstance(rows, Task) else rows
 
 
@@ -330,27 +330,27 @@ class Texts:
         return [EncodedRow((ids[start],), tuple(ids[start + 1 : start + self.length])) for start in starts]
 
 
-# what a packed row shows at most: examples, and tokens; and the rows that few examples make
+# the most examples and tokens in a packed row, and the least number of rows that few examples are packed into, roughly
 MAX_PACKED = 8
 MAX_PACKED_TOKENS, PACKED_ROWS = 1024, 40
 
 
 def can_be_packed(model: Any, task: Task) -> bool:
-    """Return whether a task shows its own examples, to a decoder."""
+    """Return True if the task has several examples, demonstrates with them, and the model is a decoder."""
     return len(task.examples) > 1 and shows_its_examples(task) and not model.config.is_encoder_decoder
 
 
 def shows_its_examples(task: Task) -> bool:
-    """Return whether all demonstrations are examples of the task."""
+    """Return True if the task has demonstrations and all of them are its own examples."""
     return bool(task.shown) and set(task.shown) <= set(task.examples)
 
 
 def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[TrainingRow]:
-    """Return rows that show a task's examples one after the other, and ask for each answer given those before it.
+    """Return rows that show a task's examples one after the other, and train each answer given the examples before it.
 
     The examples stand in orders drawn by the seed, one row beginning with each example of an order, so that each stands at
     every place; few examples make about PACKED_ROWS rows. A chat's row is one conversation. One pass over a row teaches
-    answers under 0, 1, 2 .. demonstrations (as MetaICL, arXiv 2110.15943, does in a row for each). Raises InvalidTask for an
+    answers under 0, 1, 2 .. demonstrations (MetaICL, arXiv 2110.15943, takes a row for each). Raises InvalidTask for an
     example that alone exceeds the model's context.
     """
     alone, limit = replace(task, demonstrations=()), context_length(model) or MAX_PACKED_TOKENS
@@ -383,9 +383,9 @@ def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[Trainin
 
 
 def _pack_turns(tokenizer: Any, task: Task, pairs: Sequence[tuple[Prompt, str]], most: int) -> TrainingRow:
-    """Return one conversation in which each pair is a turn of the user's and its answer, up to `most` tokens.
+    """Return one conversation in which each pair is a turn of the user and its answer, up to `most` tokens.
 
-    An answer that the template writes otherwise once more follows is not learned there.
+    An answer whose tokens change when the chat template renders later turns is not trained.
     """
     ids: list[int] = []
     begins: list[tuple[int, list[int]]] = []

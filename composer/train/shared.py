@@ -1,4 +1,4 @@
-"""Many jobs on one frozen base: who runs with whom, step by step, until all have ended."""
+"""The schedule of many jobs on one frozen base: which jobs share each step, until all have ended."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Fits = Callable[[Sequence[JobSize]], bool]
 def groups(sizes: Mapping[str, JobSize], jobs_per_batch: int, fits: Fits) -> list[list[str]]:
     """Return all jobs, shortest first, in the fewest groups, and among such groupings the one that computes fewest tokens.
 
-    A group has at most `jobs_per_batch` jobs that fit together, and computes the width of its widest for all of them. Jobs
-    next to each other in length are together; equal ones keep their order. Each job must fit alone.
+    A group has at most `jobs_per_batch` jobs that fit together, padded to the width of its widest job. Jobs adjacent in
+    length are together; jobs of equal length keep their order. Each job must fit alone.
     """
     names = in_order(sizes)
     # of the first n jobs: (groups, tokens, where the last group begins)
@@ -52,7 +52,7 @@ def groups(sizes: Mapping[str, JobSize], jobs_per_batch: int, fits: Fits) -> lis
 
 
 def in_order(sizes: Mapping[str, JobSize]) -> list[str]:
-    """Return the names, narrow jobs first."""
+    """Return the jobs' names by ascending width."""
     return sorted(sizes, key=lambda name: sizes[name].width)
 
 
@@ -77,20 +77,20 @@ class StepMemory:
         return self.budget is None or self.peak(jobs) <= self.budget
 
     def require(self, jobs: Mapping[str, JobSize]) -> None:
-        """Raise BudgetExceeded for a job that does not fit alone; measure from now on."""
+        """Raise BudgetExceeded for a job that does not fit alone; start measuring memory for `measured`."""
 
     def measured(self) -> int | None:
-        """Return the most bytes in use since `require`, the base's weights included; None if unknown."""
+        """Return the most bytes in use since `require` was called, the base's weights included; None if unknown."""
         return None
 
 
 def step_memory(
     model: Any, tokenizer: Any, job: TrainingJob, allowed: int | None, *, share: Callable[[int | None], int | None]
 ) -> StepMemory:
-    """Return an extension's estimate of the memory that steps take; without such an extension, one by which all jobs fit.
+    """Return an extension's estimate of the memory that steps take, or without an extension one by which all jobs fit.
 
-    `job` stands for the jobs to come. A step may take `allowed` bytes; with None, what `share` makes of the device's free
-    bytes, None for unknown. Raises PackageMissing for `allowed` bytes that no extension can estimate.
+    `job` represents the jobs to come. A step may take `allowed` bytes; if None, `share(free)` bytes, where `free` is the
+    device's free memory or None if unknown. Raises PackageMissing for `allowed` bytes that no extension can estimate.
     """
     module = next(bringing("step_memory"), None)
     if module is not None:
@@ -107,13 +107,13 @@ Ended = Callable[[TrainingJob, JobReport], None]
 
 @dataclass
 class SharedTraining:
-    """A training of jobs in groups of similar length; when one ends before its group, the next one takes its place.
+    """A training of jobs in groups of similar length; when a job ends before its group, a waiting job takes its place.
 
-    A job is admitted if `memory_bytes` allows the whole step, base and all, as `step_memory` estimates it; by default what
-    the device has left. Which jobs run together changes a job's result by no more than the rounding of its batch: its rows
-    are a function of its seed, name and step, its gradient is its own, and it ends by its own losses.
-    With a checkpoint `folder`, the state of all running jobs is written after every CHECKPOINT_STEPS steps and whenever one
-    ends, and the same training goes on from there, with the same neighbours, to the same bits.
+    A job is admitted if the whole step, base included, fits `memory_bytes` as `step_memory` estimates it; by default, the
+    device's free memory. Sharing steps changes a job's result by no more than the rounding of its batch: its rows are a
+    function of its seed, name and step, its gradient is its own, and it ends by its own losses. With a checkpoint `folder`,
+    the state of all running jobs is written after every CHECKPOINT_STEPS steps and whenever a job ends, and the same
+    training resumes from there, with the same jobs sharing steps, to the same bits.
     """
 
     model: Any
@@ -135,17 +135,17 @@ class SharedTraining:
         load: Callable[[Path, str, str], bool],
         save: Callable[[Path | None, str, TrainingJob, JobReport], None],
     ) -> SharedReport:
-        """Train the jobs that the checkpoint has not finished; the report's `jobs` are those trained now.
+        """Train the jobs that the checkpoint has not finished; return the report, whose `jobs` are those trained now.
 
-        `key` returns the hash of everything a job's result depends on. A job is finished if `load(folder, name, key)` says
-        so; `save(folder, key, job, report)` takes the job when it has ended, without a folder too. Raises BudgetExceeded
-        before the first step for a job that does not fit alone, TrainingError for a loss that is not finite; of the jobs
-        that had ended before, nothing is lost.
+        `key` returns the hash of everything a job's result depends on. A job is finished if `load(folder, name, key)`
+        returns True; `save(folder, key, job, report)` is called when a job has ended, with None if there is no folder.
+        Raises BudgetExceeded before the first step for a job that does not fit alone, TrainingError for a loss that is not
+        finite; jobs that had ended before are saved.
         """
         names = list(names)
         self._keys = {name: "" if self.folder is None else key(name) for name in names}
         state = None if self.folder is None else load_state(self.folder, self._key)
-        # those that were running go on even if one has ended since, so that all do to the same bits
+        # resume all jobs of the saved state, even one that has finished since, so that the others get the same bits
         running = set() if state is None else {head.split("/")[1] for head in state.tensors if "/" in head}
         left = [
             name
@@ -166,7 +166,7 @@ class SharedTraining:
                 )
         folder = None if self.processes.rank else self.folder
         self._run(state, lambda job, report: save(folder, self._keys[job.name], job, report))
-        # what the first process has written, all may read
+        # all processes may read the first one's files from here on
         self.processes.wait()
         return self.report
 
@@ -195,11 +195,11 @@ class SharedTraining:
 
     @property
     def _key(self) -> str:
-        """The key of the state of this very training: other jobs, or another way to share, make other neighbours."""
+        """The key of this training's saved state; it depends on all jobs and on the limits of sharing."""
         return text_digest(repr([sorted(self._keys.values()), [self.jobs_per_batch, self.memory_bytes]]))[:32]
 
     def _admit(self) -> None:
-        """Fill the free places: with a new group when none runs, else with successors of the jobs that have ended."""
+        """Start waiting jobs: a new group when no job runs, else successors of the jobs that have ended."""
         while self._waiting and not (self._running and len(self._running) >= self._capacity):
             waiting = {name: self._sizes[name] for name in self._waiting}
             if not self._running:
@@ -248,7 +248,7 @@ class SharedTraining:
         self.report.num_computed += len(rows) * width
 
     def _losses(self, chosen: Sequence[Sequence[EncodedRow]]) -> Tensor:
-        """Return loss_J of the rows chosen for each job, with its penalty; each of several processes has its part of it."""
+        """Return loss_J of each job's rows and its penalty; each of several processes returns its part of the sum."""
         own_J = [self.processes.share(rows) for rows in chosen]
         counts = [len(part) for part in own_J]
         for run, job_rows in zip(self._running, own_J, strict=True):
@@ -260,13 +260,13 @@ class SharedTraining:
             shares = [_num_targets(part) / _num_targets(rows) for part, rows in zip(own_J, chosen, strict=True)]
             losses_J = losses_J * losses_J.new_tensor(shares)
         if self.processes.rank:
-            # the first process has them
+            # the first process adds the penalties
             return losses_J
         pairs = zip(losses_J, penalties, strict=True)
         return torch.stack([loss if penalty is None else loss + penalty for loss, penalty in pairs])
 
     def _evaluate(self) -> None:
-        """Note the held-out losses of all jobs for which it is time."""
+        """Evaluate the held-out loss of every running job that is due."""
         if due := [run for run in self._running if run.due]:
             for run, loss in zip(due, held_out_losses(self.model, self.tokenizer, due), strict=True):
                 run.note_evaluation(loss)
@@ -285,7 +285,7 @@ class SharedTraining:
         done = sum(run.step for run in self._running)
         ahead = sum(run.planned.pace.steps for run in self._running)
         ahead += sum(job.pace.steps for job in self._waiting.values())
-        # what a job that ended early does not take counts as done
+        # the steps that a job skipped by ending early count as done
         losses = [run.losses[-1] for run in self._running if run.losses]
         mean = f"loss {sum(losses) / len(losses):.3f}, " if losses else ""
         text = f"{mean}{self.report.tokens_per_second:,.0f} tokens/s" if self.report.seconds else ""
@@ -314,7 +314,7 @@ def _num_targets(rows: Sequence[EncodedRow]) -> int:
 
 @torch.no_grad()
 def held_out_losses(model: Any, tokenizer: Any, due: Sequence[JobProgress]) -> list[float]:
-    """Return the mean over all target tokens of each job's held-out rows, run in batches as large as in its steps."""
+    """Return each job's mean loss over the target tokens of its held-out rows, run in batches of the job's batch size."""
     waiting = {run: list(run.planned.held_out.rows) for run in due if run.planned.held_out is not None}
     totals, counts = dict.fromkeys(due, 0.0), dict.fromkeys(due, 0)
     while runs := [run for run, rows in waiting.items() if rows]:

@@ -1,4 +1,4 @@
-"""What a training keeps: the reports of jobs that share passes, and the state in its checkpoint folder, in one file."""
+"""Reports and checkpointed state of training jobs that share passes through the base."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class JobReport:
 
 @dataclass
 class SharedReport:
-    """The report of the whole run; jobs that a checkpoint had finished before are among `jobs`, and not in the sums.
+    """The report of a shared training; jobs that a checkpoint had finished are among `jobs`, but not in the sums.
 
-    `num_tokens` are the rows' own and `num_computed` those with padding, `seconds` is the time of the steps without
-    evaluations. `estimated_bytes` is the memory model's largest step, `peak_bytes` what was in use at most, base and all: on
-    a CPU of the whole process, and None where it had used more before.
+    `num_tokens` excludes padding and `num_computed` includes it; `seconds` is the time of the steps without evaluations.
+    `estimated_bytes` is the memory model's largest step, `peak_bytes` the most bytes in use, base included: on a CPU those
+    of the whole process, and None where the process had used more before.
     """
 
     jobs: dict[str, JobReport] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class SharedReport:
     peak_bytes: int | None = None
 
     def note_jobs(self, adapters: Mapping[str, Adapter]) -> None:
-        """Read the jobs from the adapters' cards; cards of other versions may say nothing of the training."""
+        """Add the jobs' reports from the adapters' cards; a card of another version may have none."""
         for name, adapter in adapters.items():
             if "training" in adapter.card:
                 self.jobs[name] = JobReport.from_json(adapter.card["training"])
@@ -102,12 +102,12 @@ FINISHED = "finished"
 
 
 def save_adapter(folder: Path, key: str, adapter: Adapter) -> None:
-    """Keep the adapter that a job has ended with, for `load_adapter`."""
+    """Save a finished job's adapter in the checkpoint folder, for `load_adapter`."""
     adapter.save_pretrained(folder / FINISHED / key)
 
 
 def load_adapter(folder: Path, key: str) -> Adapter | None:
-    """Return the finished adapter of that key, or None; a damaged folder is logged and counts as none."""
+    """Return the finished adapter saved under `key`, or None; a damaged folder is logged and counts as None."""
     path = folder / FINISHED / key
     if not path.is_dir():
         return None
@@ -136,7 +136,7 @@ class Best:
 
     @classmethod
     def again(cls, losses: Iterable[float], values: Sequence[Tensor]) -> Self:
-        """Return the state after these losses, whose best parameters have these values."""
+        """Return the state after these losses in a row, with `values` as the best parameters."""
         best = cls()
         for loss in losses:
             best.judge(loss, ())
@@ -151,17 +151,18 @@ def copy_values(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def put_values(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    """Give the parameters these values."""
+    """Copy the values into the parameters, in place."""
     for value, parameter in zip(values, parameters, strict=True):
         parameter.copy_(value)
 
 
 @dataclass(frozen=True)
 class JobSize:
-    """The size of a job's part of a step: rows, which its own batches fill up to `width` tokens on the mean.
+    """The size of a job's part of a step: `num_rows` rows, padded to `width` tokens on average in the job's own batches.
 
-    `longest` and `longest_target` are tokens of its longest rows, `num_parameters` what it trains, `num_copies` the tensors
-    of that size: values, gradients, AdamW's two moments, and the best values so far where they are kept.
+    `longest` and `longest_target` are tokens of its longest rows. `num_parameters` are trained, and memory holds
+    `num_copies` tensors of that size: values, gradients, AdamW's two moments, and the best values so far where they are
+    kept.
     """
 
     num_rows: int
@@ -172,7 +173,7 @@ class JobSize:
     num_copies: int = 4
 
 
-# as many of a job's own batches tell how wide they are
+# the number of a job's batches whose widths are averaged
 MEASURED_STEPS = 32
 # values, gradients and the two moments of AdamW
 NUM_COPIES = 4
@@ -180,7 +181,7 @@ NUM_COPIES = 4
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A planned job of `num_parameters`, built by `make` when its turn comes; its rows and rate follow from `pace`."""
+    """A job of `num_parameters` that `make` builds when its turn comes; `pace` determines its rows and learning rate."""
 
     name: str
     make: Callable[[], TrainingJob]
@@ -208,7 +209,7 @@ ALL_STEPS = "all steps"
 
 
 class JobProgress:
-    """A running job. Its state depends on its own losses alone, so that nothing changes when another leaves its batch."""
+    """A running job. Its state depends on its own losses alone, so jobs that leave or join its batch do not change it."""
 
     def __init__(self, planned: PlannedJob) -> None:
         self.planned = planned
@@ -219,14 +220,14 @@ class JobProgress:
         self.num_tokens = 0
         self._best = Best()
         self._flat = FlatParameters(self.job.parameters())
-        # those that are trained
+        # the trained parameters, flattened
         self.vectors = self._flat.vectors
-        # on a GPU the fused one wants its count of steps there
+        # on a GPU a fused AdamW needs its step count on the GPU
         is_on_cpu = {vector.device.type for vector in self.vectors} == {"cpu"}
         self._descent = Descent(self.vectors, planned.pace.rate, fused=is_on_cpu)
 
     def take_step(self, loss: float, num_tokens: int) -> None:
-        """Step down the gradient that the parameters have, clipped to norm 1, and forget it."""
+        """Take an optimizer step with the gradient, clipped to norm 1, then zero it; note loss and tokens."""
         self._descent.step(self.step)
         self._flat.zero_grad()
         self.step += 1
@@ -242,7 +243,7 @@ class JobProgress:
         return self.step % plan.every == 0 or self.step == self.planned.pace.steps
 
     def note_evaluation(self, loss: float) -> None:
-        """Note the held-out loss at this step, and the parameters if no earlier step but the first had a lower one."""
+        """Note the held-out loss after this step, and keep the parameters if it is the lowest since training began."""
         self.held_out.append((self.step, loss))
         if self.step:
             self._best.judge(loss, self.vectors)
@@ -256,7 +257,7 @@ class JobProgress:
         return ALL_STEPS if self.step >= self.planned.pace.steps else None
 
     def finish(self) -> JobReport:
-        """Give the job the best of its evaluated parameters; return its report."""
+        """Set the job's parameters to the best evaluated ones, if any; return its report."""
         best_step = self.step
         if self._best.values:
             put_values(self._best.values, self.vectors)
@@ -265,7 +266,7 @@ class JobProgress:
         return JobReport(self.step, best_step, self.stopped or "", self.num_tokens, *points)
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that `restore` needs to go on from here to the same bits."""
+        """Return the tensors from which `restore` resumes the job to the same bits."""
         # before its first step an optimiser has no moments
         begun = TrainingState.of(self.step, self.vectors, self._descent.optimizer).tensors if self.step else {}
         best = {f"best.{index}": tensor for index, tensor in enumerate(self._best.values)}
@@ -275,7 +276,7 @@ class JobProgress:
         return {**begun, **best, **counts, "held_out": points, "losses": losses}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from what `state` returned."""
+        """Resume the job from the tensors that `state` returned."""
         self.step, self.num_tokens = int(state["step"]), int(state["num_tokens"])
         self.losses = state["losses"].tolist()
         self.held_out = [(int(step), loss) for step, loss in state["held_out"].tolist()]
