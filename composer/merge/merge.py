@@ -37,11 +37,11 @@ from loraweave.types import Factors
 if TYPE_CHECKING:
     from loraweave.hub.pool import ExpertPool
 
-# multiplications of one update's cut, up to which a thread is not worth starting
+# a thread is worth starting only for a cut of more multiplications than this
 SMALL = 1e7
-# a layer, its experts' factors, and what gives its update
+# a layer, its experts' factors, and the call that returns its merged update
 LayerCall = tuple[str, Sequence[Factors | None], Callable[[], Update | None]]
-# an adapter that counts, its weight, and what was recorded of its inputs
+# an adapter of weight other than 0, its weight, and the statistics of its inputs
 Parent = tuple[Adapter, float, AdapterStatistics | None]
 
 
@@ -140,10 +140,10 @@ def layer_calls(
     statistics: Mapping[str, AdapterStatistics | None] | None = None,
     rank: int | None = None,
 ) -> Iterator[LayerCall]:
-    """Yield (layer, the call that returns its update) for {layer: {expert: weight}}, without layers that no expert has.
+    """Yield (layer, experts' factors, the call that merges them) for {layer: {expert: weight}}, without layers of no expert.
 
-    `rank` reaches the methods whose formula limits the rank; None is their own default. A method that needs a look at all
-    layers first takes one weight for each expert: raises WeightingError otherwise.
+    `rank` reaches the methods whose formula limits the rank; None is the method's default. A method that surveys all layers
+    first needs the same weights in every layer: raises WeightingError otherwise.
     """
     by_layer = {layer: {name: experts[name].get(layer) for name in of_layer} for layer, of_layer in weights.items()}
     survey = None
@@ -180,7 +180,7 @@ def _merge_layers(
     progress: bool,
     interference: bool,
 ) -> tuple[dict[str, Factors], dict[str, LayerReport]]:
-    """Return the layers of the result, and the report of each."""
+    """Return the merged factors and the report of each layer that changes."""
     names = [adapter.name for adapter in used]
     if len(set(names)) < len(names):
         names = [name if names.count(name) == 1 else f"{name}#{place}" for place, name in enumerate(names)]
@@ -222,14 +222,14 @@ def _merge_layers(
 
 
 def worth_a_thread(experts: Sequence[Factors | None]) -> bool:
-    """Return True if a layer's merge should run in a thread: its cut takes far longer than starting one, and it is small."""
+    """Return True if merging a layer in a thread pays: its cut takes far longer than starting one, and it is small."""
     updates = [factors for factors in experts if factors is not None]
     num_out, num_in = updates[0].b_OR.shape[0], updates[0].a_RI.shape[1]
     return num_out * num_in <= ALONE and sum(update.rank for update in updates) ** 2 * (num_out + num_in) > SMALL
 
 
 def cut(update: Update, rank: int | None) -> TruncatedUpdate:
-    """Return the update as factors of at most `rank`; one that its method has cut stays as it is."""
+    """Return the update as factors of at most `rank`; a `TruncatedUpdate`, cut by its method, is returned unchanged."""
     match update:
         case TruncatedUpdate():
             return update
@@ -244,7 +244,7 @@ def cut(update: Update, rank: int | None) -> TruncatedUpdate:
 def _parents(
     adapters: Sequence[Adapter], weights: Sequence[float] | None, statistics: Sequence[AdapterStatistics] | None
 ) -> list[Parent]:
-    """Return the adapters of weight other than 0, in the order given; all errors in the arguments are raised here."""
+    """Return the adapters of weight other than 0, in the order given. Raises every error that the arguments can cause."""
     listed = isinstance(adapters, Collection) and not isinstance(adapters, Mapping | str | bytes)
     strange = [item for item in adapters if not isinstance(item, Adapter)] if listed else [adapters]
     if strange:
@@ -341,10 +341,10 @@ def merge_by_layer(
     name: str,
     allow_licenses: bool = False,
 ) -> Adapter:
-    """Return the adapter that `method` makes of {layer: {expert: weight}}; a layer leaves out its experts of weight 0.
+    """Return the merge by `method` for weights {layer: {expert: weight}}; experts of weight 0 are left out of a layer.
 
-    Raises WeightingError where nothing is left, InvalidLicense for licenses that exclude each other unless `allow_licenses`,
-    and what the method raises.
+    Raises WeightingError if all weights are zero, InvalidLicense for licenses that exclude each other unless
+    `allow_licenses`, and the errors of the method.
     """
     used = {layer: {e: w for e, w in of_layer.items() if w} for layer, of_layer in weights.items()}
     names = [expert for expert in pool.names if any(expert in of_layer for of_layer in used.values())]

@@ -1,6 +1,6 @@
-"""What a merge method gets for one layer and returns, and a method of the registry with its options set.
+"""The types that a merge method takes and returns for one layer, and `MethodCall`: a method with its options set.
 
-What is wrong with the numbers that a merge is given is found before any method sees them.
+The numbers given to a merge are checked here, before a method gets them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Weights = Sequence[float]
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One expert that counts in a layer: its factors, its weight (not zero), and its place in the method's `experts`."""
+    """One expert that has the layer: its factors, its weight (not zero), and its place in the method's `experts`."""
 
     factors: Factors
     weight: float
@@ -79,7 +79,7 @@ def terms_of_one_rank(experts: Experts, weights: Weights, *, twin: str) -> list[
 
 
 def weighted_bias(found: Sequence[Term]) -> Tensor | None:
-    """Return the sum of w_e bias_e over the terms that have one, fp32; None when no term has."""
+    """Return the sum of w_e bias_e over the terms with a bias, fp32; None if no term has a bias."""
     return weighted_sum([term.factors.bias_O for term in found], [term.weight for term in found])
 
 
@@ -95,9 +95,9 @@ class DenseUpdate:
 
 @dataclass(frozen=True, eq=False)
 class TruncatedUpdate:
-    """One layer's factors, the rank of the update that was cut to them, and what that cost (relative Frobenius error).
+    """One layer's factors, the rank of the update before it was cut to them, and the relative Frobenius error of the cut.
 
-    `inner_EE` has <w_i D_i, w_j D_j> of the experts that have the layer, where the method found it on its way.
+    `inner_EE` has <w_i D_i, w_j D_j> of the experts that have the layer, if the method computed it.
     """
 
     factors: Factors
@@ -107,7 +107,7 @@ class TruncatedUpdate:
 
 
 def without_figures(update: Factors | DenseUpdate | TruncatedUpdate) -> Factors | DenseUpdate:
-    """Return the update itself, which a `TruncatedUpdate` has as factors."""
+    """Return the factors of a `TruncatedUpdate`; any other update is returned unchanged."""
     return update.factors if isinstance(update, TruncatedUpdate) else update
 
 
@@ -116,7 +116,7 @@ Update = Factors | DenseUpdate | TruncatedUpdate
 Method = Callable[..., Update | None]
 _Method = TypeVar("_Method", bound=Method)
 
-# what a method may ask for beyond the experts and weights, and is no option of the user's
+# parameters that the merge fills in for a method, which are not options of the user
 SUPPLIED = tuple(registry.RESERVED["methods"])
 
 
@@ -126,17 +126,18 @@ class AdapterStatistics(Protocol):
 
     @property
     def layers(self) -> Mapping[str, Any]:
-        """Return {layer: what a method is given of this adapter in that layer}."""
+        """Return {layer: the statistics of this adapter in that layer}, each handed to the method as it is."""
 
     def require_of(self, name: str, content_hash: str) -> None:
-        """Raise WeightingError unless this was recorded of the adapter with that name and hash."""
+        """Raise WeightingError unless the statistics were recorded of the adapter with that name and hash."""
 
 
 def surveys(survey: Callable[..., Any], *, where: Callable[..., bool] | None = None) -> Callable[[_Method], _Method]:
-    """Declare that a method looks at all layers before it combines the first one: it gets the result as `survey`.
+    """Declare that a method needs a survey of all layers before it combines the first; it gets the result as `survey`.
 
-    `survey(layers, weights, **options)` is called with each layer as the experts' factors, and with those of the method's
-    options that it takes. `where(**options)` returns whether the method needs the result; without it, it always does.
+    `survey(layers, weights, **options)` is called with the experts' factors of every layer and with those of the method's
+    options that are its parameters. `where(**options)` returns True if the method needs the result; by default it always
+    does.
     """
 
     def declared(method: _Method) -> _Method:
@@ -147,10 +148,10 @@ def surveys(survey: Callable[..., Any], *, where: Callable[..., bool] | None = N
 
 
 class MethodCall:
-    """A method, by its name or as a function, with its options.
+    """A merge method, given by name or as a function, with its options.
 
-    Raises UnknownName, or WeightingError for an option that the method does not have or whose value is of another kind
-    than the method's signature says, and for a function that takes no experts and weights.
+    Raises UnknownName for an unknown name, WeightingError for an option that the method does not have, for an option's value
+    outside the range in the method's signature, and for a function whose first parameters are not experts and weights.
     """
 
     def __init__(self, given: str | Method, options: Mapping[str, Any] | None = None) -> None:
@@ -160,7 +161,7 @@ class MethodCall:
             )
         self.given = given
         self.function: Any = registry.get("methods", given) if isinstance(given, str) else given
-        # the method's name: that of the function where one was given
+        # the registered name, or the name of the function
         self.method = str(getattr(given, "__name__", given))
         self.options = {} if options is None else options
         self._signature = inspect.signature(self.function).parameters
@@ -184,7 +185,7 @@ class MethodCall:
         return list(self._kinds)
 
     def takes(self, parameter: str) -> bool:
-        """Return whether the method asks for one of `SUPPLIED`."""
+        """Return True if the method has this parameter, one of `SUPPLIED`."""
         return parameter in self._signature
 
     @cached_property
@@ -200,7 +201,7 @@ class MethodCall:
         return where is None or bool(where(**self._options_of(where)))
 
     def survey(self, layers: Iterable[Sequence[Factors | None]], weights: Sequence[float]) -> Any:
-        """Return what the method has to know of all layers before the first; None for a method that looks at each alone."""
+        """Return the survey of all layers that the method needs before the first; None for a method that needs none."""
         if not self.looks_at_all_layers:
             return None
         return self.function.survey(layers, weights, **self._options_of(self.function.survey))
@@ -208,11 +209,11 @@ class MethodCall:
     def combine(
         self, layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], **supplied: Any
     ) -> Update | None:
-        """Return one layer's experts combined, all finite; None where no expert has the layer and a weight other than 0.
+        """Return one layer's merged update, finite in fp32; None where no expert has the layer and a weight other than 0.
 
-        An error of the method also names the method, the layer and the experts. `supplied` has what the method asks for by
-        `takes`; the rest of it is left out. Raises CompositionError for experts and results that are not finite, and for
-        weights that take an update beyond what fp32 holds.
+        `supplied` has values for parameters of `SUPPLIED`; those that the method does not have are dropped. An error of the
+        method also names the method, the layer and the experts. Raises CompositionError for experts and results that are not
+        finite, and for weights that take an update beyond fp32.
         """
         if not require_sound(layer, experts, weights, self.method):
             return None
@@ -237,7 +238,7 @@ class MethodCall:
         return result
 
     def _options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """Return the options that are parameters of this function, too."""
+        """Return the method's options that are also parameters of `function`."""
         if not self.options:
             return {}
         known = options_of(function)
@@ -254,12 +255,12 @@ def _listed(experts: Mapping[str, Factors | None]) -> str:
 
 
 def layer_seeds(seed: int, hashes: Sequence[str], layer: str) -> list[int]:
-    """Return a seed of 63 bits for each expert in this layer, by the expert's content and not by its place or name."""
+    """Return a seed of 63 bits for each expert in this layer, derived from its content hash, not its place or name."""
     texts = (f"{seed}/{content}/{layer}" for content in hashes)
     return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1 for text in texts]
 
 
-# the largest entry of a weighted update: 256 of them still sum to what fp32 holds, 2^128
+# the largest entry of a weighted update: 256 such entries still sum to 2^128, the limit of fp32
 LARGEST = 2.0**120
 
 # entries of an update that are formed at once, in float64
@@ -297,10 +298,10 @@ def require_seed(seed: object) -> None:
 
 
 def require_sound(layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], method: str) -> bool:
-    """Return whether any expert has the layer and a weight other than 0, all values being finite and within fp32.
+    """Return True if any expert has the layer and a weight other than 0.
 
-    Raises CompositionError for values of an expert that are NaN or infinite, or that its weight takes beyond fp32. Each
-    factor is read once, for its norm; only where the product of norms is beyond 2^120 is the update itself looked at.
+    Raises CompositionError for an expert's values that are NaN or infinite, or that its weight takes beyond 2^120. Each
+    factor is read once, for its norm; the update itself is computed only where the product of norms is beyond 2^120.
     """
     counts = False
     for (name, factors), weight in zip(experts.items(), weights, strict=True):
@@ -327,7 +328,7 @@ def require_sound(layer: str, experts: Mapping[str, Factors | None], weights: Se
 
 
 def holds(update: Factors | DenseUpdate | TruncatedUpdate) -> bool:
-    """Return whether a result is finite: its tensors, and the product of its factors in fp32."""
+    """Return True if a result is finite: its tensors, and the product of its factors in fp32."""
     if isinstance(update, DenseUpdate):
         return all_finite(update.delta_OI) and (update.bias_O is None or all_finite(update.bias_O))
     factors, limit = update if isinstance(update, Factors) else update.factors, torch.finfo(torch.float32).max
@@ -338,12 +339,12 @@ def holds(update: Factors | DenseUpdate | TruncatedUpdate) -> bool:
 
 
 def _is_within(factors: Factors, limit: float) -> bool:
-    """Return True if an update of two factors alone is finite, and within a limit, by their norms."""
+    """Return True if the norms of a plain a and b prove that their product is finite and within `limit`."""
     return factors.bound and factors.gain_O is None and factors.bias_O is None and _norm_product(factors) <= limit
 
 
 def _unsound_part(factors: Factors, bound: float) -> str | None:
-    """Return the first part with a value that is NaN or infinite; None where all are finite, as they are if `bound` is."""
+    """Return the name of the first tensor with a NaN or infinity, or None; a finite `bound` |B| |A| clears a and b."""
     sound = ("a_RI", "b_OR") if math.isfinite(bound) else ()
     return next((part for part, tensor in factors.tensors().items() if part not in sound and not all_finite(tensor)), None)
 
@@ -354,7 +355,7 @@ def _norm_product(factors: Factors) -> float:
 
 
 def _largest(factors: Factors, bound: float, enough: float) -> float:
-    """Return the largest magnitude of the update and its bias, or a bound of it where that is not above `enough`."""
+    """Return the largest magnitude of the update and its bias, or an upper bound of it that is at most `enough`."""
     bias = 0.0 if factors.bias_O is None else float(factors.bias_O.detach().abs().max())
     if max(bound, bias) <= enough or not factors.rank:
         return max(bound, bias)

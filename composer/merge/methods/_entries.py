@@ -1,8 +1,8 @@
-"""The entries of every expert's update, in blocks of whole rows, and the two merges of them: a sum, and TIES's election.
+"""The entries of every expert's update, in blocks of whole rows, and their two merges: a weighted sum, and TIES's election.
 
-At most one dense layer is ever in memory. Where the library of `entries.c` is there, it calculates the products, and the
-merges whose rules it knows; `Entries.read` and `stacks` are the naive twin. A method of TIES's family is a file with its
-formula, its source and its defaults, which calls `merge_elected`.
+At most one dense layer is ever in memory. If the library compiled from `entries.c` is available, it computes the products,
+and the merges whose pruning rules it knows; `Entries.read` and `stacks` are the naive form of the same. A method of TIES's
+family is a file with its formula, its source and its defaults, which calls `merge_elected`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from loraweave.composer.merge.method_call import DenseUpdate, Experts, Term, Wei
 BLOCK = 2**15
 # whole groups of rows, so that a block holds a multiple of 4 entries: one 64-bit draw serves 4 of them
 ROW_GROUP = 4
-# entries of a layer: larger ones are merged one at a time, so that no two dense updates of theirs exist at once
+# layers of more entries are merged one at a time, so that no two such dense updates exist at once
 ALONE = 2**22
-# a sample has every such row, and of it every such column; where that is more than twice SAMPLE, a part of them each
+# a sample has every 4th row and every 8th column, and fewer where these are more than twice SAMPLE entries
 SAMPLE_ROWS, SAMPLE_COLUMNS, SAMPLE = 4, 8, 2**17
 EVERY_ROW = slice(None)
 
@@ -76,10 +76,10 @@ class Merge(ctypes.Structure):
 
 
 class Numbers(NamedTuple):
-    """A pruning rule of an expert's entries, in numbers for the library.
+    """A pruning rule of one expert's entries, as numbers for the compiled library.
 
-    It keeps magnitudes above `value`, or equal to it up to the flat index `last`, and of these the ones whose 16 bits from
-    the stream of `seed` are below `level` (-1 draws nothing).
+    The rule keeps magnitudes above `value`, or equal to it up to the flat index `last`. Of these it keeps the ones whose 16
+    random bits, from the stream of `seed`, are below `level` (-1: keep all).
     """
 
     value: float = -1.0
@@ -93,7 +93,7 @@ EVERY = Numbers()
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the library with its functions' types, or None where it cannot be had."""
+    """Return the compiled library with its functions' types set, or None where it is not available."""
     compiled = compute.library(SOURCE, brief=False)
     if compiled is not None:
         compiled.read_entries.argtypes = [_pointer, _int, _int, _int, _pointer, _pointer]
@@ -105,14 +105,14 @@ def library() -> ctypes.CDLL | None:
 
 
 class Rule(Protocol):
-    """A rule for what is left of an expert's entries."""
+    """A pruning rule: which of an expert's entries are kept."""
 
     def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
         """Write the kept entries of a block of `rows` to out_BI, and zeros elsewhere."""
 
     @property
     def numbers(self) -> Numbers | None:
-        """The same rule as `Numbers` for the library; None if the library cannot express it."""
+        """The rule as `Numbers` for the library; None if the library cannot express it."""
 
 
 # the rules of one tensor of every expert
@@ -120,11 +120,11 @@ Prune = Callable[["Entries"], Sequence[Rule]]
 
 
 class Entries:
-    """One tensor of every expert, the update's matrix or its bias as one row, each as a product b_OR a_RI in fp32.
+    """One tensor of every expert, the update's matrix or its bias as a single row, each as a product b_OR a_RI in fp32.
 
-    A product is computed again whenever it is read, always in the same blocks, so that two passes see the same bits. A bias
-    is a product of rank 1, exactly itself, and an absent one an empty sum of rank 0. `weights` and `places` (among the
-    experts first given) belong to the experts in order.
+    A product is computed anew whenever it is read, always in the same blocks, so that two passes see the same bits. A bias
+    is a product of rank 1, exactly itself, and an absent bias an empty sum of rank 0. `weights` and `places` (in the
+    method's `experts`) are those of the experts, in order.
     """
 
     def __init__(self, found: Sequence[Term], *, bias: bool = False) -> None:
@@ -153,7 +153,7 @@ class Entries:
         return len(self.products)
 
     def blocks(self, within: slice = EVERY_ROW, *, times: int = 1) -> Iterator[slice]:
-        """Yield the rows, or those within a part, in blocks, or `times` blocks at once."""
+        """Yield slices of consecutive rows, block by block or `times` blocks at once, of all rows or of those `within`."""
         places = range(self.shape[0])[within]
         for start in places[:: times * self._rows]:
             yield slice(start, min(start + times * self._rows, places.stop))
@@ -171,13 +171,13 @@ class Entries:
         return out_BI
 
     def magnitudes(self, expert: int, within: slice = EVERY_ROW) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of the absolute values of one expert, in order; the memory is used again by the next block."""
+        """Yield (rows, absolute values) of one expert, block by block; each block overwrites the memory of the last."""
         buffer_BI = self._buffer()
         for rows in self.blocks(within):
             yield rows, self.read(expert, rows, buffer_BI[: rows.stop - rows.start]).abs_()
 
     def sample(self, expert: int) -> NDArray[np.float32]:
-        """Return some of the magnitudes of one expert, spread over its rows and columns; to rounding."""
+        """Return some of the magnitudes of one expert, spread over its rows and columns, exact to rounding."""
         b_OR, a_RI = self.products[expert]
         # numpy's product takes half the time of torch's on slices
         rows, columns = b_OR.numpy()[::SAMPLE_ROWS], a_RI.numpy()[:, ::SAMPLE_COLUMNS]
@@ -188,7 +188,7 @@ class Entries:
     def narrow(
         self, expert: int, low: float, high: float, room: int, within: slice = EVERY_ROW
     ) -> tuple[int, NDArray[np.float32]]:
-        """Return how many magnitudes of one expert are above `high`, and those from `low` to it; `room` are expected."""
+        """Return how many magnitudes of one expert exceed `high`, and those in low..high, about `room` of them."""
         compiled = library()
         if compiled is None:
             above, between = 0, []
@@ -210,7 +210,7 @@ class Entries:
             room = number
 
     def stacks(self, rules: Sequence[Rule] | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of all experts (E, B, I), each pruned by its rule; the memory is used again by the next block."""
+        """Yield (rows, all experts' entries (E, B, I)), each pruned by its expert's rule; each block overwrites the last."""
         buffer_BI = self._buffer()
         stack_EBI = torch.empty(len(self), *buffer_BI.shape)
         for rows in self.blocks():
@@ -223,9 +223,9 @@ class Entries:
             yield rows, part_EBI
 
     def merge(self, rules: Sequence[Rule], weights: Sequence[float], out_OI: Tensor, **options: Any) -> Merge | None:
-        """Write the sum of the pruned entries by their weights, or an election (`options` are fields of `Merge`).
+        """Write the weighted sum of the pruned entries, or TIES's election, to `out_OI`; `options` are fields of `Merge`.
 
-        Returns None, and nothing is written, where the library is missing or does not know a rule.
+        Returns None, with nothing written, if the library is not available or cannot express a rule.
         """
         compiled, num_experts = library(), len(rules)
         known = list(filter(None, (rule.numbers for rule in rules)))
@@ -245,13 +245,13 @@ class Entries:
         return Merge(cancelled=any(part.cancelled for part in parts), balance=sum(part.balance for part in parts))
 
     def by_threads(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Return `function` of each item: on several threads for a layer that is merged alone, if the library is there."""
+        """Return `function` of each item, in order; on several threads if the layer is too large for others beside it."""
         if self.size <= ALONE or library() is None:
             return list(map(function, items))
         return list(side_by_side(function, items))
 
     def _parts(self) -> list[slice]:
-        """Return the rows in parts of whole groups, one for each thread."""
+        """Return slices of the rows, one for each thread, of whole groups of ROW_GROUP rows."""
         step = -(-self.shape[0] // torch.get_num_threads() // ROW_GROUP) * ROW_GROUP
         return [slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)]
 
@@ -266,7 +266,7 @@ class Entries:
 def tensors(found: Sequence[Term]) -> Iterator[Entries]:
     """Yield the tensors that an elementwise method treats one by one: the matrices, then the biases if any expert has one.
 
-    An absent bias counts as zeros. No terms have no tensors.
+    An absent bias counts as zeros. Yields nothing if there are no terms.
     """
     if not found:
         return
@@ -276,7 +276,7 @@ def tensors(found: Sequence[Term]) -> Iterator[Entries]:
 
 
 def merged(found: Sequence[Term], rule: Callable[[Entries, Tensor], None]) -> DenseUpdate:
-    """Return the update of `rule(entries, out_OI)` applied to each of the tensors; out_OI comes uninitialised."""
+    """Return the update whose matrix and bias `rule(entries, out_OI)` writes; out_OI comes uninitialised."""
     results = []
     for entries in tensors(found):
         out_OI = torch.empty(entries.shape)
@@ -287,7 +287,7 @@ def merged(found: Sequence[Term], rule: Callable[[Entries, Tensor], None]) -> De
 
 
 def sum_pruned(experts: Experts, weights: Weights, prune: Prune, *, scale: float = 1.0) -> DenseUpdate:
-    """Return one layer's scale * sum of w_e tau_e, tau_e being what `prune` leaves of expert e."""
+    """Return one layer's scale * sum of w_e tau_e, tau_e being the update of expert e after `prune`."""
 
     def rule(entries: Entries, out_OI: Tensor) -> None:
         weights_E, rules = [weight * scale for weight in entries.weights], prune(entries)
@@ -363,12 +363,12 @@ def vote(stack_EN: Tensor, majority: str) -> Tensor:
 
 
 def decide(sums_N: Tensor, tie: float) -> Tensor:
-    """Return the sign of each sum of votes, 1 or -1 in fp32; for a zero that of `tie`. The sums are overwritten."""
+    """Return the sign of each sum of votes, 1 or -1 in fp32; a sum of zero gets the sign of `tie`. Overwrites the sums."""
     return sums_N.add_(tie * FEATHER).sign_().float()
 
 
 def divisor(sums_N: Tensor) -> Tensor:
-    """Return the sums, with zeros replaced by 1 in place, so that 0 / 0 is 0."""
+    """Return the sums, with zeros replaced by 1 in place, so that 0 / divisor is 0."""
     sums = sums_N.numpy()
     # numpy's comparisons are many times faster than torch's on a CPU
     np.add(sums, sums == 0, out=sums)
@@ -376,7 +376,7 @@ def divisor(sums_N: Tensor) -> Tensor:
 
 
 def _cancelled(stack_EN: Tensor, sums_N: Tensor) -> bool:
-    """Return whether a sum is zero although an expert's entry is not."""
+    """Return True if any sum is zero although an expert's entry there is not."""
     silent = sums_N.numpy() == 0
     silent &= stack_EN.amax(dim=0).numpy() > 0
     return bool(silent.any())

@@ -1,4 +1,4 @@
-"""What pruning leaves of the entries of an update: the largest in magnitude, or those that a random mask keeps.
+"""The pruning of an update's entries: keep the largest in magnitude, or keep entries by a random mask.
 
 The largest are found exactly, without sorting, equal magnitudes included. A mask depends on a seed and an entry's place
 alone, not on blocks, threads, device or order of experts.
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from loraweave.composer.merge.methods._entries import Entries, Numbers, Prune, Rule
 
-# fewer magnitudes than that are looked at without a sample first
+# up to this many magnitudes are read without a sample first
 SAMPLED = 2**14
-# magnitudes near the cut that are expected of any tensor
+# the least number of magnitudes near the cut to reserve memory for
 ROOM = 2**10
-# blocks in which an entry is looked for at once
+# blocks in each part of a layer that is searched for an entry
 BLOCKS_OF_PART = 16
 
 Blocks = Callable[[], Iterator[tuple[slice, Tensor]]]
@@ -40,7 +40,7 @@ class Cut:
         return Numbers(self.value, int(min(self.last, 2**62)))
 
     def apply(self, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
-        """Write the entries of a block that are kept, and zeros elsewhere."""
+        """Write the kept entries of a block of `rows` to out_BI, and zeros elsewhere."""
         width = block_BI.shape[1]
         # hardshrink keeps what is above its bound: one step below `value` keeps the equal ones too
         below = float(np.nextafter(np.float32(self.value), np.float32(0)))
@@ -104,7 +104,7 @@ def _largest(entries: Entries, expert: int, count: int) -> Cut:
         return EVERYTHING
     if rest == equal:
         return Cut(value, entries.size)
-    # first in which of few large parts it lies, then where in that one
+    # find the part of the layer with the last entry kept, then its place in that part
     for rows in entries.blocks(times=BLOCKS_OF_PART):
         if rows.stop == entries.shape[0]:
             break
@@ -117,11 +117,11 @@ def _largest(entries: Entries, expert: int, count: int) -> Cut:
 
 
 def kth_largest(parts: Sequence[tuple[Entries, int]], count: int) -> tuple[float, int, int]:
-    """Return the `count`-th largest magnitude (1 or more) of an expert's tensors, and how many are equal to it.
+    """Return (the `count`-th largest magnitude of an expert's tensors, number of equal entries to keep, number in all).
 
-    Of equal ones, the first number counts those among the `count` largest, the second all. Where there are fewer magnitudes
-    than `count`, the others count as zeros. A sample says about where it lies (Floyd and Rivest 1975); one pass counts what
-    is larger and keeps what is near, and another follows where the sample was wrong.
+    `count` is 1 or more; keeping that many equal entries makes `count` in all. If there are fewer entries than `count`, the
+    magnitude is 0. A sample brackets the magnitude (Floyd and Rivest 1975); one pass counts the entries above the bracket
+    and collects those inside, and another pass follows if the bracket was wrong.
     """
     size = sum(entries.size for entries, _ in parts)
     if count > size:
@@ -142,7 +142,7 @@ def kth_largest(parts: Sequence[tuple[Entries, int]], count: int) -> tuple[float
         elif low > 0.0:
             low, high = 0.0, low
         else:
-            # what is missing is no number
+            # NaN entries are in no bracket
             return 0.0, 0, 0
     values, rest = np.concatenate(near), count - above
     place = len(values) - rest
@@ -152,7 +152,7 @@ def kth_largest(parts: Sequence[tuple[Entries, int]], count: int) -> tuple[float
 
 
 def _bracket(sample: NDArray[np.float32], share: float) -> tuple[float, float]:
-    """Return two magnitudes between which, in all likelihood, the one lies that `share` of all reach or exceed."""
+    """Return two magnitudes that very likely enclose the magnitude which `share` of all entries reach or exceed."""
     margin = 0.01 + 2.0 / math.sqrt(len(sample))
     places = [round((1.0 - share + move) * len(sample)) for move in (margin, -margin)]
     bounds = [math.inf, 0.0]
@@ -185,18 +185,18 @@ LEVELS = 2**16
 
 
 def quantise(probability: float) -> int:
-    """Return the number of LEVELS that a keep probability comes to: the nearest, 0 for zero alone."""
+    """Return the number of LEVELS nearest to a keep probability, at least 1 unless the probability is 0."""
     return max(1, round(probability * LEVELS)) if probability > 0 else 0
 
 
 def draws(seed: int, first: int, shape: tuple[int, int]) -> NDArray[np.uint16]:
-    """Return 16 bits for each entry of a block from flat index `first` on, a multiple of 4.
+    """Return 16 random bits for each entry of a block that begins at flat index `first`, a multiple of 4.
 
-    Entry number i has the i-th 16 bits, the lower ones first, of the words of SplitMix64 (Steele, Lea and Flood 2014) from
-    that seed on.
+    The entry of flat index i has the i-th 16 bits, lower bits first, of the words that SplitMix64 (Steele, Lea and Flood
+    2014) generates from the seed.
     """
     size = shape[0] * shape[1]
-    # overflow is what the generator is made of
+    # the generator relies on the overflow of 64-bit words
     words = np.arange(first // 4 + 1, first // 4 + 1 + -(-size // 4), dtype=np.uint64) * _STEP + np.uint64(seed)
     for shift, factor in _MIX:
         words ^= words >> shift
@@ -206,7 +206,7 @@ def draws(seed: int, first: int, shape: tuple[int, int]) -> NDArray[np.uint16]:
 
 
 def draws_for(seed: int, rows: slice, block_BI: Tensor) -> NDArray[np.uint16]:
-    """Return the `draws` for a block of whole rows."""
+    """Return the `draws`, 16 random bits for each entry, of a block of whole rows."""
     num_rows, width = block_BI.shape
     return draws(seed, rows.start * width, (num_rows, width))
 
@@ -219,13 +219,13 @@ _MIX = (
 
 
 def stream(entries: Entries, seeds: Sequence[int], expert: int) -> int:
-    """Return the seed of an expert's tensor; a bias has another. `seeds` are those of the experts given, 63 bits each."""
+    """Return the random seed of an expert's tensor, with the top bit set for a bias; `seeds` has 63 bits per expert."""
     return int(seeds[entries.places[expert]]) | (1 << 63 if entries.bias else 0)
 
 
 @dataclass(frozen=True)
 class Drop:
-    """A rule that keeps the entries whose draw is below a level."""
+    """A rule that keeps the entries whose 16 random bits are below `level`."""
 
     seed: int
     level: int
@@ -239,7 +239,7 @@ class Drop:
 
 
 def prune_random(seeds: Sequence[int], density: float) -> tuple[Prune, float]:
-    """Return a `Prune` that keeps each entry with probability `density`, and that as quantised (1 where it is zero)."""
+    """Return a `Prune` that keeps each entry with probability `density`, and the quantised density (1.0 instead of 0)."""
     level = quantise(density)
 
     def prune(entries: Entries) -> Sequence[Rule]:

@@ -30,10 +30,10 @@ def gram(updates: Sequence[Factors]) -> Tensor:
 
 
 def combination(updates: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
-    """Return the sum of c_e update_e, exactly; gains and biases enter likewise, coefficients of zero drop out.
+    """Return the sum of c_e update_e, exactly; gains and biases are summed the same way, and coefficients of zero drop out.
 
-    The result is always new memory, and an update of rank 0 when all coefficients are zero. Raises LayerMismatch for
-    updates of different shape, AdapterUnsupported for an unbound one that is not alone with a coefficient of 1.
+    The result is always new memory, and an update of rank 0 when all coefficients are zero. Raises LayerMismatch for updates
+    of different shape, AdapterUnsupported for an unbound update, unless it is the only one and its coefficient is 1.
     """
     parts = [algebra.scale(update, c) for update, c in zip(updates, coefficients, strict=True) if c != 0.0]
     if not parts:
@@ -46,19 +46,19 @@ def combination(updates: Sequence[Factors], coefficients: Sequence[float]) -> Fa
 
 
 def empty_update(like: Factors, bias_O: Tensor | None = None) -> Factors:
-    """Return the update of rank 0 on a layer of that shape, which may still have a bias."""
+    """Return an update of rank 0 with the shape of `like`, and `bias_O` if given."""
     a_RI, b_OR = like.a_RI.new_zeros(0, like.a_RI.shape[1]), like.b_OR.new_zeros(like.b_OR.shape[0], 0)
     return Factors(a_RI.float(), b_OR.float(), bias_O=bias_O, kind=like.kind, kernel=like.kernel)
 
 
 def counted(experts: Experts, weights: Weights) -> tuple[list[Factors], list[float]]:
-    """Return the experts that have the layer and a weight other than zero, of any kind, and their weights."""
+    """Return the factors of the experts that have the layer and a weight other than zero, and their weights."""
     pairs = [(f, float(w)) for f, w in zip(experts, weights, strict=True) if f is not None and w != 0.0]
     return [factors for factors, _ in pairs], [weight for _, weight in pairs]
 
 
 def mean_weights(weights: Weights) -> list[float]:
-    """Return the weights over their sum. Raises WeightingError when that is zero and not all weights are."""
+    """Return the weights over their sum. Raises WeightingError if the sum is zero, unless all weights are."""
     values = [float(weight) for weight in weights]
     total = sum(values)
     if total == 0.0 and any(values):
@@ -80,7 +80,7 @@ def shares(weights: Weights) -> list[float]:
 
 
 def pair_shares(weights: Weights) -> list[float]:
-    """Return the weights over their sum, if at most two are not zero. Raises WeightingError for more, or a negative one."""
+    """Return the weights over their sum. Raises WeightingError for more than two that are not zero, or a negative one."""
     count = sum(weight != 0.0 for weight in weights)
     if count > 2:
         raise WeightingError(
@@ -93,7 +93,7 @@ def pair_shares(weights: Weights) -> list[float]:
 def interpolation(inner_EE: Tensor, parts: Sequence[float], *, max_cosine: float) -> Tensor:
     """Return the coefficients of spherical interpolation, (2,) or (2, O), for inner products (2, 2) or (2, 2, O), float64.
 
-    `parts` are the shares 1 - t and t. Where |cos| is above `max_cosine` or a norm is zero the coefficients are those.
+    `parts` are the shares 1 - t and t; they are the coefficients where |cos| is above `max_cosine` or a norm is zero.
     """
     norm_E = torch.stack([inner_EE[0, 0], inner_EE[1, 1]]).clamp(min=0.0).sqrt()
     scale = norm_E[0] * norm_E[1]

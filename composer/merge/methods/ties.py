@@ -19,13 +19,13 @@ from loraweave.registry import traits
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """The facts that TIES needs of all layers: each expert's cut, and the sign that most entries of the model elect."""
+    """The survey that TIES makes of all layers: each expert's cut, and the sign that most entries of the model elect."""
 
     layers: Sequence[Sequence[Term]]
     cuts: Mapping[int, Cut]
 
     def trim(self, entries: Entries) -> Sequence[Rule]:
-        """Return the rule of each expert, which keeps what reaches its cut."""
+        """Return each expert's rule, which keeps the entries whose magnitude reaches the expert's cut."""
         return list(map(self.cuts.__getitem__, entries.places))
 
     @cached_property
