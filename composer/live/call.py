@@ -27,9 +27,9 @@ from loraweave.types import Router
 
 
 class Call(NamedTuple):
-    """The number of rows in a call of a model, if known; `beside` is True if the call has images or sounds, too.
+    """The number of rows in a call of a model, if known; `beside` is True if the call also has images or sounds.
 
-    A row of text may have any number of those, and a layer's first axis may be theirs.
+    A row of text may have any number of images or sounds, so a layer's first axis may count these instead of rows.
     """
 
     num_rows: int | None = None
@@ -42,13 +42,13 @@ CALL: ContextVar[Call] = ContextVar("loraweave_call", default=NO_CALL)
 
 
 def can_be_batch(num_rows: int) -> bool:
-    """Return True unless the running call is known to have another number of rows."""
+    """Return True if `num_rows` is the number of rows in the running call, or if that number is unknown."""
     rows = CALL.get().num_rows
     return rows is None or num_rows == rows
 
 
 def require_own_rows(layer: str, num_rows: int) -> None:
-    """Raise ScopeError if a layer's input has other rows than a call that has images or sounds, too.
+    """Raise ScopeError if a layer's input does not have the call's number of rows and the call has images or sounds.
 
     Only the model knows how many of these belong to each row.
     """
@@ -75,7 +75,7 @@ def require_batch_first(layer: str, shape: Size) -> None:
 
 
 def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None:
-    """Raise ScopeError if tokens on one axis cannot be split into rows of `of_weights` tokens each (any number, if 1)."""
+    """Raise ScopeError unless `num_tokens` on one axis are the call's rows of `of_weights` tokens each (1 fits any)."""
     rows, beside = CALL.get()
     tokens_per_row, rest = divmod(num_tokens, rows or 1)
     if beside or rest or (rows and of_weights not in (1, tokens_per_row)):
@@ -91,7 +91,7 @@ def in_own_precision(router: Router) -> Router:
     A router that is no TokenRouter stays as it is, since it may need autocast.
     """
     if isinstance(router, ByRow):
-        # one object for one router, which is shown a call once
+        # one wrapper for each router, so that a router sees a call only once
         wrapped = {part: in_own_precision(part) for part in router.routers if part is not None}
         return ByRow([None if part is None else wrapped[part] for part in router.routers], router.experts)
     if not isinstance(router, TokenRouter):
@@ -132,7 +132,7 @@ class CallRouter:
 
     @property
     def reads_text(self) -> bool:
-        """True if the router, or one that it is made of, chooses by text."""
+        """True if the router, or a router that it is made of, chooses by text."""
         return any(getattr(part, "needs_tokenizer", False) for part in parts_of(self._router))
 
     @property
@@ -141,7 +141,7 @@ class CallRouter:
         return self.reads_text or bool(getattr(self._router, "reads_prompts", False))
 
     def take_tokenizer(self, tokenizer: Any) -> None:
-        """Set the model's tokenizer, or None. Raises CompositionError if the router reads text and it is None."""
+        """Set the model's tokenizer, which may be None. Raises CompositionError for None if the router reads text."""
         if self.reads_text and tokenizer is None:
             raise CompositionError(
                 f"router {self._name} reads the text of the model's input, and this Composer cannot: make "
@@ -160,7 +160,7 @@ class CallRouter:
         ROUTED.set((self, of_call))
 
     def _of_call(self) -> Router | None:
-        """Return the router of the running call, or None if that call is not one of this router's."""
+        """Return the router that `begin` made for the running call, or None if the call has another router."""
         running = ROUTED.get()
         return running[1] if running is not None and running[0] is self else None
 
@@ -203,10 +203,10 @@ def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 # arguments of transformers' models whose first axis are the rows of the batch
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
-# inputs, some of them above, of which one row of text may have several
+# inputs, some of them main inputs, of which a row of text may have several
 BESIDE_TEXT = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values"})
 
-# what only transformers' continuous batching gives a model
+# arguments that only transformers' continuous batching passes
 PAGED_INPUTS = frozenset({"cu_seq_lens_q", "write_index"})
 
 
@@ -277,7 +277,7 @@ class Exit(Hook):
 
 
 def _main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the tensor whose first axis is the rows of a batch, or None where a model's arguments do not tell."""
+    """Return the tensor whose first axis is the rows of a batch, or None if the arguments do not have one."""
     main_input = args[0] if args else None
     for name in () if args else MAIN_INPUTS:
         main_input = kwargs.get(name)

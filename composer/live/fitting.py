@@ -1,11 +1,11 @@
-"""The comparison of adapters with the model that takes them, each form once, and the watch over that model's changes.
+"""The check that adapters fit the model, once for each form (layers and shapes), and the watch over the model's changes.
 
 A value resolved against the base (DoRA's magnitude, a trained bias) holds only as long as the model has the same modules at
 the same paths (`ModulePaths`) and the weights that were read have the same values (`BoundWeights`).
 
-Trained heads are updates too: a head that replaces a weight W by W' adds (W' - W) x, in factors of rank min(O, I). So a head
-mixes as every other update does: with weight 1 alone it is the head, each row of a batch may have its own, and several add
-up their differences to the base's. Its memory is one more matrix of W's shape, fp32.
+Trained heads are updates too: a head that replaces a weight W by W' adds (W' - W) x, in factors of rank min(O, I). So heads
+mix as every other update does: with weight 1 a head alone acts as trained, each row of a batch may have its own head, and
+several heads add up their differences to the base's. A head takes the memory of one more matrix of W's shape, fp32.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from loraweave.types import BaseKey, Factors
 
 
 class Fitting:
-    """The comparison of adapters with one model, as the model was when this object was made."""
+    """A check that adapters fit one model, as the model was when this object was made."""
 
     def __init__(self, model: nn.Module) -> None:
         require_model(model)
@@ -43,7 +43,7 @@ class Fitting:
         self._layers: dict[str, TargetLayer] = {}
         self._offloaded: dict[str, TargetLayer] = {}
         self.limits = LiveLimits(model)
-        # the forms by id, kept so that no other has the same id later
+        # the forms checked so far by id, kept alive so that no other form gets the same id
         self._forms: dict[int, Form] = {}
         self._same: set[BaseKey] = set()
         self._said: set[BaseKey] = set()
@@ -63,7 +63,7 @@ class Fitting:
             return dict(self._layers)
 
     def require_unchanged(self, experts: Iterable[str] | None = None, *, closely: bool = False) -> None:
-        """Raise CompositionError if a target layer's module was replaced, or weights that were read have changed.
+        """Raise CompositionError if a target layer's module was replaced, or weights that experts depend on have changed.
 
         Only weights that one of `experts` (None: any) depends on are checked; `closely` compares their values, too.
         """
@@ -74,7 +74,7 @@ class Fitting:
             self._weights.require_unchanged(experts, closely=closely)
 
     def pool(self, pool: ExpertPool) -> ExpertPool:
-        """Return the pool with each expert as `adapter` returns it; a lazy pool's are fitted when they are opened."""
+        """Return the pool with every adapter resolved by `adapter`; a lazy pool's are resolved when they are opened."""
         if pool.lazy:
             return _each(pool, self._fit_lazily)
         fitted = _each(pool, self._fit)
@@ -82,14 +82,14 @@ class Fitting:
         return fitted
 
     def placed(self, pool: ExpertPool) -> ExpertPool:
-        """Return the pool with each adapter as `placed_adapter` returns it; the same pool if the model is not a pipeline."""
+        """Return the pool with the layer paths of a pipeline; the same pool if the model is not a pipeline."""
         return pool if self._parts is None else _each(pool, self.placed_adapter)
 
     def placed_adapter(self, name: str, adapter: Adapter) -> Adapter:
-        """Return an adapter with its layers' paths in a pipeline, as `Parts.paths` finds them; itself for another model.
+        """Return an adapter with its layers' paths in a pipeline, found by `Parts.paths`; for another model, unchanged.
 
-        An adapter that was made for one part alone is compared with that part and then counts as made for the pipeline.
-        Raises LayerMismatch for a layer without one place, BaseModelMismatch for a part with other weights.
+        An adapter made for one part of the pipeline is compared with that part, and then counts as made for the pipeline.
+        Raises LayerMismatch for a layer without exactly one place, BaseModelMismatch for a part with other weights.
         """
         if self._parts is None:
             return adapter
@@ -103,9 +103,9 @@ class Fitting:
         return replace(adapter, layers=layers, base_model=self._parts.name_or_path, fingerprint=self._key.fingerprint)
 
     def accepted(self, pool: ExpertPool) -> ExpertPool:
-        """Return the pool; if some experts fit by names and shapes alone, all without a fingerprint get the model's.
+        """Return the pool, checked; if some experts fit by names and shapes alone, all get the model's fingerprint.
 
-        From then on they are experts of this model, and may be merged with each other whatever base they name.
+        Experts with the model's fingerprint may be merged with each other, whatever base they name; weights in one are kept.
         """
         if pool.lazy:
             return _each(pool, lambda name, adapter: self._mark(self._check(name, adapter)))
@@ -177,7 +177,7 @@ class Fitting:
         return replace(adapter, layers=resolved)
 
     def _own_key(self, its: BaseKey) -> BaseKey:
-        """Return the model's key to compare with `its`, an adapter's; weights are read only if that has a fingerprint."""
+        """Return the model's key to compare with an adapter's, `its`; weights are read only if `its` has a fingerprint."""
         return self._key if its.fingerprint else self._unread_key
 
     def _find_layers(self, name: str, adapter: Adapter) -> dict[str, TargetLayer]:
@@ -227,7 +227,7 @@ def _require_own_weights(layers: Mapping[str, TargetLayer]) -> None:
 
 
 class _Steps(NamedTuple):
-    """The modules on the paths to some layers: each one's path, its parent's children and key there, and the module."""
+    """The modules on the paths to some layers: for each its path, its parent's children, its key among them, and itself."""
 
     paths: list[str]
     children: list[dict[str, nn.Module | None]]
@@ -244,7 +244,7 @@ class ModulePaths:
         self._steps = _Steps([], [], [], [])
 
     def add(self, layers: Iterable[str]) -> None:
-        """Remember the way to these modules."""
+        """Note the present modules on the paths to these layers."""
         before = self._steps
         steps = _Steps(before.paths[:], before.children[:], before.keys[:], before.modules[:])
         known = set(steps.paths)
@@ -371,7 +371,7 @@ class _Seal:
 
 
 def _place(parameter: Tensor | None) -> tuple[Any, ...] | None:
-    """Return a key of the parameter that changes with every write that torch counts, and with its memory; None for None."""
+    """Return a key of the parameter's memory and of the number of writes that torch counted; None for None."""
     if parameter is None:
         return None
     version = 0 if parameter.is_inference() else parameter._version

@@ -36,7 +36,7 @@ class Prepared(Protocol):
     def remembered(self) -> dict[str, Any]: ...
 
     def reaches(self, layer: str) -> bool:
-        """Return whether the mixture updates the layer."""
+        """Return True if the mixture updates the layer."""
         ...
 
 
@@ -96,22 +96,22 @@ class LiveHook:
         return 0
 
     def prepare(self, mixture: MixtureWeights, lease: Lease, layers: Mapping[str, TargetLayer]) -> Prepared | None:
-        """Return the state that replaces the registry's kernels for the mixture's activations until `release`.
+        """Return the state that replaces the registry's kernels for the mixture's activations until `release`, or None.
 
-        None leaves them the registry's kernels. The mixture has weights by row, fp32, which all layers share; `lease` has
-        its experts' factors, and `layers` are the target layers by path.
+        With None the registry's kernels run. The mixture has weights by row, fp32, which all layers share; `lease` has its
+        experts' factors, and `layers` are the target layers by path.
         """
         return None
 
     def release(self, prepared: Any) -> None:
-        """Release prepared state: the last activation of its mixture has ended."""
+        """Release prepared state once the last activation of its mixture has ended."""
 
     def kernel(
         self, prepared: Any, layer: TargetLayer, device: torch.device, dtype: torch.dtype, *, one: bool
     ) -> Kernel | None:
-        """Return the kernel that adds a prepared mixture to a layer that it reaches; None for the registry's.
+        """Return the kernel that adds a prepared mixture to a layer it reaches, or None for the registry's kernel.
 
-        It is for `one` token a row or for more, and for calls in which no gradient goes through the layer's input.
+        The kernel runs for `one` token a row, else for more, in calls where no gradient goes through the layer's input.
         """
         return None
 
@@ -131,7 +131,7 @@ class LiveHook:
 
     @classmethod
     def runs_experts(cls, module: nn.Module) -> bool:
-        """Return whether the hook lets a module run that has the weights of all its experts in one parameter."""
+        """Return True if the hook can run this module, which has the weights of all its experts in one parameter."""
         return False
 
     def take_experts(self, live: LiveModel, module: nn.Module, layers: Sequence[TargetLayer]) -> Iterable[Handle]:
@@ -139,12 +139,12 @@ class LiveHook:
         return ()
 
     def forget(self, expert: str) -> None:
-        """Drop all that is kept of an expert, whose name another expert may get."""
+        """Drop everything kept of an expert, so that another expert may get its name."""
 
     def traced(self, mixed: MixedLayer) -> tuple[Traced, Tensor] | None:
-        """Return a function that torch.compile traces for a layer, and its number there; None mixes outside the graph.
+        """Return a function for torch.compile to trace for a layer, and the layer's number; None mixes outside the graph.
 
-        Layers that share their code share what it is compiled to if they share the function.
+        Layers with the same code share its compiled form if they share the function.
         """
         return None
 
@@ -175,5 +175,5 @@ def _eager(mixed: MixedLayer, x: Tensor, y: Tensor) -> Tensor:
 
 
 def hook_kinds() -> tuple[type[LiveHook], ...]:
-    """Return the hooks of the registry."""
+    """Return the classes of the hooks in the registry."""
     return tuple(registry.get("hooks", name) for name in registry.names("hooks"))

@@ -1,21 +1,19 @@
-"""Live mixing: while an activation is open, each target layer's `forward` adds what the current context asks for.
+"""Live mixing: while an activation is open, each target layer's `forward` adds the update of the context's mixture.
 
     y' = y + ((x a^T) * w) b^T + sum over e of w_e (gain_e y0 + bias_e)         y = W x + bias, y0 = W x
 
     the model     plain --- first activation: _install ---> each target layer's forward is _MixedForward.run,
                         <--- last one's end: _uninstall --- the model has the hooks Entry and Exit
-
-    a context     _CURRENT -> inner Activation -> outer Activation -> None      the innermost one that is open counts
+    a context     _CURRENT -> inner Activation -> outer Activation -> None      the innermost open one applies
                                 |- plan    the weights, and how each layer adds them (plan.py)
                                 |- lease   the experts' factors where the layers are (residents.py)
-                                '- usage   what each layer used (recording.py)
+                                '- usage   the weights that each layer used (recording.py)
+    a call        Entry: checks modules, rows and router -> layers -> Exit; CALL has the rows meanwhile
+    a layer       _MixedForward.run -> Plan.apply -> a kernel's adder, cached for steps of generation
 
-    a call        Entry: modules, rows and router looked at -> layers -> Exit; CALL has its rows meanwhile
-    a layer       _MixedForward.run -> Plan.apply -> a kernel's adder, where it is warm: what a step of generation pays
-
-Which activation counts is a context variable, so threads and asyncio tasks do not see each other's mixtures, and one
-without a mixture runs the plain base. Nothing else in the model changes: its class, parameters and state_dict stay, and a
-copy or a pickle of it has its own forwards. Any path may be compared with `kernels/naive.py`, the formula as it stands.
+The activation that applies is a context variable, so threads and asyncio tasks do not see each other's mixtures, and a
+thread without a mixture runs the plain base. Nothing else in the model changes: its class, parameters and state_dict stay,
+and a copy or a pickle of it has its own forwards. Any path may be compared with `kernels/naive.py`, the plain formula.
 """
 
 from __future__ import annotations
@@ -72,14 +70,14 @@ class Activation:
         self.lease = lease
         self.usage = Usage(live, plan.experts, plan.mixture)
         self.outer = outer
-        # a router that is shown whole calls may keep a state beside their caches
+        # a router that sees whole calls may keep state for their caches
         self.followed = None if plan.call_router is None else FollowedCaches()
         self.answering: dict[frozenset[tuple[str, float]], Activation] = {}
         self.closed = False
         self._thread = threading.current_thread()
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor) -> Tensor:
-        """Return the layer's output with its update, for its input x and plain output y; may use y's own memory."""
+        """Return y, the layer's plain output, plus the update for the layer's input x, perhaps in y's memory."""
         return self.plan.apply(layer, x, y, self.lease, self.usage)
 
     def close(self) -> None:
@@ -102,11 +100,11 @@ class Activation:
         self.usage.require_all()
 
     def run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Return what `call` returns under this activation's mixture, in whatever thread it is called.
+        """Return the result of `call`, run under this activation's mixture in whatever thread calls this method.
 
-        For threads that one starts oneself: `Thread(target=activation.run, args=(model.generate,), kwargs=batch)`. A run
-        that has begun keeps the mixture to its end, also when the activation is closed meanwhile.
-        Raises CompositionError when it is closed before.
+        It is for threads that you start: `Thread(target=activation.run, args=(model.generate,), kwargs=batch)`. A run that
+        has begun keeps the mixture to its end, even if the activation is closed meanwhile. Raises CompositionError if the
+        activation was closed before.
         """
         with self.live.open(self.plan, self.lease.renew()):
             return call(*args, **kwargs)
@@ -125,7 +123,7 @@ class Activation:
         try:
             self._leave()
         except BaseException:
-            # after an interruption: what it kept from being done is done before it goes on
+            # after an interruption, finish leaving before it is raised again
             self._leave()
             raise
         if error is None:
@@ -158,7 +156,7 @@ def _chain(activation: Activation | None) -> Iterable[Activation]:
 
 
 def _nearest_open(activation: Activation | None, live: LiveLayers | None = None) -> Activation | None:
-    """Return the activation, or the nearest one outside it, that is open; with `live`, one of these layers."""
+    """Return the nearest open activation, from `activation` outwards, if any; with `live`, one of these layers."""
     while activation is not None and (activation.closed or (live is not None and activation.live is not live)):
         activation = activation.outer
     return activation
@@ -167,8 +165,8 @@ def _nearest_open(activation: Activation | None, live: LiveLayers | None = None)
 class LiveLayers:
     """The target layers of one Composer, mixed as long as an activation is open in any thread.
 
-    `require_unchanged(experts)`, called before each forward of the model, raises if the model no longer runs these layers or
-    the weights that these experts depend on have changed.
+    `require_unchanged(experts)`, called before each forward of the model, raises if the model no longer runs these layers,
+    or if weights that these experts depend on have changed.
     """
 
     def __init__(
@@ -191,7 +189,7 @@ class LiveLayers:
 
     @property
     def active(self) -> bool:
-        """True if an activation is open, in whatever thread."""
+        """True if an activation is open in any thread."""
         return bool(self._open)
 
     def open(self, plan: Plan, lease: Lease) -> Activation:
@@ -215,7 +213,7 @@ class LiveLayers:
         return activation
 
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
-        """Add target layers: those of an adapter that was opened later. Open activations then reach them, too."""
+        """Add target layers, those of an adapter that was opened later; open activations then mix into them, too."""
         with self._lock:
             if layers.keys() <= self._layers.keys():
                 return
@@ -248,7 +246,7 @@ class LiveLayers:
         self.mixes_outside = mix_outside() if self._untraced or any(it.plan.learns for it in self._open) else None
 
     def end_those_of_other_threads(self) -> None:
-        """Close the activations of other threads in a forked process, which has none of its parent's other threads."""
+        """Close the activations of other threads, for a forked process, in which the parent's other threads do not exist."""
         for activation in list(self._open):
             if activation._thread is not threading.current_thread():
                 self.end(activation)

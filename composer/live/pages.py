@@ -1,4 +1,4 @@
-"""The pages of experts: an adapter's factors where the layers are, and the shelf that keeps those that were used last.
+"""The pages of experts, each an adapter's factors on the layers' devices, and the shelf that keeps the last used pages.
 
 A page is a flat tensor for each device and dtype, and a view for each part (`Layout`).
 """
@@ -49,7 +49,7 @@ class PlacedFactors:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a layer; `offset` counts elements, None for one that stays where the adapter has it."""
+    """One tensor of a layer; `offset` counts elements in a flat tensor, None if the adapter's own tensor serves."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,11 +58,11 @@ class Part:
 
 
 class Layout:
-    """The positions of all parts of an adapter in flat tensors; adapters of one form and the same ranks share it.
+    """The positions of all parts of an adapter in flat tensors; adapters of one form and the same ranks share a layout.
 
     `places` has the device and dtype of each layer that is known; parts in other layers are left out. For layers in fp32 on
-    the CPU nothing is copied, unless `staged` is true of the CPU, as of other devices. `num_bytes` has the bytes of parts on
-    devices that are staged (True) and on others (False), including those that stay where they are.
+    the CPU nothing is copied, unless `staged(device)` is True for the CPU, as for other devices. `num_bytes` has the bytes
+    of parts on devices that are staged (True) and on others (False), including parts that are not copied.
     """
 
     def __init__(self, adapter: Adapter, places: Mapping[str, Place], staged: Callable[[torch.device], bool]) -> None:
@@ -90,7 +90,7 @@ class Layout:
         return tuple(self._num_elements)
 
     def make_flats(self, adapter: Adapter, *, staged: bool, pinned: bool = False) -> dict[Place, Tensor]:
-        """Return new flat tensors on the CPU with the adapter's numbers, for the places that are staged, or the others."""
+        """Return new flat tensors on the CPU with the adapter's numbers, those for staged devices or those for others."""
         sizes = self._num_elements.items()
         exact = {place: np.empty(size, np.float32) for place, size in sizes if self._staged[place[0]] is staged}
         for layer, parts in self._layers.items() if exact else ():
@@ -112,7 +112,7 @@ class Layout:
     def make_views(
         self, flats: Mapping[Place, Tensor], adapter: Adapter | None, *, staged: bool
     ) -> dict[str, PlacedFactors]:
-        """Return these layers' factors as views of the flat tensors; parts that stay where `adapter` has them need it."""
+        """Return layers' factors as views of the flat tensors; `adapter` has the tensors of parts that are not copied."""
         views = {}
         for layer, parts in self._layers.items():
             if self._staged[parts[0].place[0]] is not staged:
@@ -193,7 +193,7 @@ def find_places(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str
 
 
 class Slot(Generic[Thing]):
-    """A slot of a shelf. Its first user makes `thing`, None until then, under `lock`."""
+    """A slot of a shelf. `thing` is None until the slot's first user makes it, under `lock`."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -203,9 +203,9 @@ class Slot(Generic[Thing]):
 
 
 class Shelf(Generic[Key, Thing]):
-    """The slots by key, at most `budget_bytes` together (None: no limit): slots in use stay, and then those used last.
+    """A cache of slots by key, of at most `budget_bytes` together (None: no limit); drops the least recently used.
 
-    `option` is the budget's name for messages. The caller holds one lock around every call.
+    `option` is the budget's name for messages. Slots in use are never dropped. The caller holds one lock around every call.
     """
 
     def __init__(self, option: str, budget_bytes: int | None) -> None:
@@ -218,7 +218,7 @@ class Shelf(Generic[Key, Thing]):
         self.num_bytes = 0
         self.num_evictions = 0
         self._slots: dict[Key, Slot[Thing]] = {}
-        # those without a user, the one used longest ago first
+        # the slots without a user, least recently used first
         self._idle: OrderedDict[Key, Slot[Thing]] = OrderedDict()
         self._bytes_in_use = 0
 
@@ -245,8 +245,8 @@ class Shelf(Generic[Key, Thing]):
     def take(self, sizes: Mapping[Key, int], what: str) -> dict[Key, Slot[Thing]]:
         """Return a slot for each key, in use until `give_back`; new slots are empty.
 
-        `sizes` are in bytes. Idle slots make room, those used longest ago first. Raises BudgetExceeded, naming `what` was to
-        be taken, if the slots do not fit beside those in use.
+        `sizes` are in bytes. Idle slots make room, least recently used first. Raises BudgetExceeded, which says that `what`
+        needs the bytes, if the slots do not fit beside those in use.
         """
         self.require_room(sizes, what)
         taken: dict[Key, Slot[Thing]] = {}
@@ -267,7 +267,7 @@ class Shelf(Generic[Key, Thing]):
         return taken
 
     def give_back(self, taken: Mapping[Key, Slot[Thing]]) -> None:
-        """End one use of each slot; drop those that were never filled."""
+        """End one use of each slot; drop slots that were never filled."""
         for key, slot in taken.items():
             slot.num_users -= 1
             if slot.num_users == 0:

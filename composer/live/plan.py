@@ -1,4 +1,4 @@
-"""The plan of what one activation does to one layer's output: which experts, with which weight for which row.
+"""The plan of one activation: which experts each layer's output gets, with which weight for which row.
 
     KeptPlans.plan(weights) -> Plan, of the last few activations
       |- RowWeights     weights known before the call, one set a row: each layer's kernel is made once (row_weights.py)
@@ -10,7 +10,8 @@
       other  _projected: an embedding or a convolution, whose hidden values are no product of x with a matrix
 
 `_sum` with `kernels/naive.py` is the naive twin of the warm path (`tests/composer/live/test_plan.py` holds both to the
-formula), and TokenWeights that of RowWeights: it may be given the same weights.
+formula), and TokenWeights is the naive twin of RowWeights, since it accepts the same weights.
+
 Axes: B rows, T tokens, I inputs, O outputs, E experts, R rank rows of one expert, S of all experts.
 """
 
@@ -49,7 +50,7 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
-# {expert: invocation tokens} of those of the experts that are given by name that have any
+# returns {expert: invocation tokens} for those of the named experts that have invocation tokens
 Invocations = Callable[[Iterable[str]], Mapping[str, tuple[int, ...]]]
 
 # the most shapes of a layer's input for which the kernel is remembered
@@ -57,7 +58,7 @@ NUM_KEPT_SHAPES = 64
 
 
 class Warm(NamedTuple):
-    """The adder of a layer's update for inputs of one shape, the dtype and device it is for, and the note to take."""
+    """The remembered kernel of a layer for inputs of one shape: its adder, dtype and device, and the note of its calls."""
 
     add: Adder
     dtype: torch.dtype
@@ -76,9 +77,9 @@ class Warm(NamedTuple):
 class Plan:
     """The active experts' names and weights; kernels made for a layer are kept for the next call.
 
-    `mixture` has the weights of the active experts, None if each call makes them, from its input or from learned parameters.
-    `by_token` has the same weights as `weights` for layers that are no matrix product. `invocations` are {expert: invocation
-    tokens} of the active experts that have any.
+    `mixture` has the active experts' weights, or is None if each call makes them, from its input or from learned parameters.
+    `weights` are those for layers that are matrix products; other layers take the same weights by token. `invocations` are
+    {expert: invocation tokens} of the active experts that have any.
     """
 
     def __init__(
@@ -94,22 +95,22 @@ class Plan:
         self._weights = weights
         # whether gradients may reach more than the layers' inputs: weights that learn, or a router's parameters
         self.learns = weights.learns
-        # whether a weight depends on its place among rows or tokens
+        # whether weights differ between rows or tokens
         self._by_place = weights.num_mixtures > 1 or weights.num_tokens > 1 or bool(invocations)
-        # the blocks of the model whose input the router looks at
+        # the paths of the model's blocks whose input the router reads
         self.watched: tuple[str, ...] = weights.watched
-        # the rows of the mixture; 1 where all rows of a batch share one, or a router looks at each
+        # the mixture's rows; 1 where all rows of a batch share one mixture, or a router weighs each row
         self.num_mixtures = weights.num_mixtures
-        # the kernel that alone is taken, by name, if there is one
+        # the name of the only kernel that may run, if any
         self.only = weights.only
-        # the router, if it is shown each call of the model first
+        # the router, if it must see each call of the model first
         self.call_router = weights.call_router
         # the device of the last call, and whether a hook may have something for calls there
         self._device: torch.device | None = None
         self._is_hooked = False
         # the mixtures of a pipeline part's calls, where these differ
         self.by_call: Any = None
-        # the kernels remembered for what a hook has prepared, where it has, else for the plan
+        # the kernels remembered with a hook's prepared state if there is one, else with the plan
         self._remembered = self._own = dict[str, dict[torch.Size, Warm]]()
 
     @cached_property
@@ -127,9 +128,9 @@ class Plan:
         return self._weights.num_bytes + (by_token.num_bytes if by_token is not self._weights else 0)
 
     def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> None:
-        """Begin an activation of the plan with its lease, {path: target layer}; it ends with the lease."""
+        """Begin an activation of the plan, which ends with its lease; `layers` are {path: target layer}."""
         if isinstance(self._weights, RowWeights) and self._weights.enter(lease, layers):
-            # what it was made for may be another's by now
+            # the remembered kernels may be those of released state
             self._remembered = self._own
 
     def begin_call(self, main_input: Tensor | None) -> None:
@@ -149,7 +150,7 @@ class Plan:
             self._remembered = self._own if prepared is None else prepared.remembered
 
     def reaches(self, layer: str, lease: Lease) -> bool:
-        """Return whether some active expert updates the layer, with weights that may not all be zero."""
+        """Return True if an active expert updates the layer, with weights that may not all be zero."""
         if self._weights.skips(layer):
             return False
         return any(lease.updates(name, layer) for name in self.experts)
@@ -157,10 +158,10 @@ class Plan:
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, lease: Lease, usage: Usage
     ) -> Tensor | None:
-        """Return update_NO of a fused parameter's expert for inputs x_NI, the call's tokens `token_N`; None for no update.
+        """Return update_NO of a fused parameter's expert for inputs x_NI, those of the call's tokens `token_N`, or None.
 
-        `num_tokens` is the number of the call's tokens, which are indexed row by row. Raises ScopeError if rows or tokens
-        are not the weights', and inside the block of a single kernel.
+        `num_tokens` is the number of the call's tokens, which are indexed row by row. Raises ScopeError if rows or tokens do
+        not match the weights, and inside the block of a single kernel.
         """
         if not self.reaches(layer.name, lease):
             return None
@@ -186,7 +187,7 @@ class Plan:
         return Plan(self.experts, None, routed, self.invocations)
 
     def with_calls(self, by_call: Any) -> Plan:
-        """Return the plan of an activation whose mixtures are those of `by_call`; it shares what is made by token."""
+        """Return a copy of the plan with `by_call`, each call's mixtures; the copy shares the weights by token."""
         plan = copy.copy(self)
         plan.by_call, plan._by_token = by_call, self._by_token
         return plan
@@ -240,7 +241,7 @@ class Plan:
                 return y
         if torch.is_grad_enabled() and x.requires_grad:
             self._weights.escaped()
-        # a view of it could not be changed where it has a gradient
+        # no view where none is needed: a view with a gradient could not be changed in place
         y_BTO = y if y.shape[:-1] == x_BTI.shape[:2] else y.reshape(*x_BTI.shape[:2], layer.num_outputs)
         return _sum(mixture, layer, x_BTI, y_BTO).reshape(y.shape)
 
@@ -276,7 +277,7 @@ def _sum(mixture: LayerMixture, layer: TargetLayer, x_BTI: Tensor, y_BTO: Tensor
 
 
 def _by_token(x_BTI: Tensor, num_tokens: int, num_axes: int) -> Tensor:
-    """Return x_BTI; if x had two axes, split into rows of `num_tokens`, provided that those can be the batch's rows."""
+    """Return x_BTI; if x had two axes, split into rows of `num_tokens` tokens where that can give the batch's rows."""
     num_rows, rest = divmod(x_BTI.shape[0], num_tokens)
     if num_axes == 2 and num_tokens > 1 and not rest and can_be_batch(num_rows):
         return x_BTI.reshape(num_rows, num_tokens, x_BTI.shape[2])
@@ -325,7 +326,7 @@ def make_plan(
 def _routed_plan(
     router: MixtureWeights | Router, experts: tuple[str, ...], invocations: Mapping[str, tuple[int, ...]]
 ) -> Plan:
-    """Return the plan for weights that are made in each call."""
+    """Return the plan for weights computed in each call, by a router or for invocation tokens."""
     return Plan(experts, None, TokenWeights.routed(router, experts, invocations), invocations)
 
 
@@ -336,18 +337,18 @@ LARGEST_KEPT = 2**16
 
 
 class KeptPlans:
-    """A maker of plans that keeps the last few, and released memory for reuse, each up to `max_bytes` together."""
+    """A maker of plans that keeps the last few plans, and released memory for reuse, each up to `max_bytes` together."""
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
         self._workspace = Workspace(max_bytes)
         self.hooks = tuple(kind(max_bytes) for kind in hook_kinds())
-        # those that may serve a mixture by row
+        # the hooks that may serve a mixture by row
         self._of_rows = tuple(hook for hook in self.hooks if hook.devices)
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def plan(self, weights: MixtureWeights | Router, pool: ExpertPool) -> Plan:
-        """Return the plan for these weights over this pool; a kept plan is used again, with the kernels that it made."""
+        """Return the plan for these weights over this pool; a plan kept for equal weights is reused with its kernels."""
         key = _identity(weights)
         kept = None if key is None else self._plans.pop(key, None)
         plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self._of_rows)
@@ -378,7 +379,7 @@ class KeptPlans:
         return resolve(mixture), None
 
     def forget(self, name: str) -> None:
-        """Drop all kept plans, and what hooks keep of an expert; plans in use stay until their activations end."""
+        """Drop all kept plans, and the hooks' data of an expert; plans in use stay until their activations end."""
         self.clear()
         for hook in self.hooks:
             hook.forget(name)

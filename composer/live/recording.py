@@ -1,7 +1,7 @@
-"""The notes that layers take while they run: the last forward's weights if they are small, and all of them for a recording.
+"""Notes that layers take while they run, from which the last forward's weights or a recording's are read.
 
-A note is one entry in a dictionary and keeps references only. What counts as the last forward, and who records, are
-context variables, so that threads and asyncio tasks are apart.
+A note is one entry in a dictionary and keeps references only. The last forward and the open recordings are context
+variables, so that threads and asyncio tasks are apart.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEPT_BYTES = 64 * 2**20
 
 
 class Setting:
-    """The means to read notes: the engine's experts, bound to the model, and the fitting that knows the model's layers."""
+    """The context needed to read notes: the engine's experts, bound to the model, and the fitting that knows its layers."""
 
     def __init__(self, pool: ExpertPool, fitting: Fitting) -> None:
         self._pool = pool
@@ -66,7 +66,7 @@ class Usage:
         self.owner = ref(owner)
         self.experts = experts
         self.mixture = mixture
-        # the weights that calls make, which are looked at when they are made
+        # the weights that calls make, checked when they are made
         self.made = MadeWeights(experts) if mixture is None else None
         self.notes: dict[str, Note] = {}
         # the context's state while this usage is the last one and nobody records
@@ -75,7 +75,7 @@ class Usage:
         self._num_bytes = 0
 
     def saw(self, layer: str, note: Note, w_BTE: Tensor | None = None, *, again: bool = False) -> None:
-        """Note a call of a layer, and its weights if the call made them; a layer seen `again` has weights already checked.
+        """Note a layer's call and the weights that it made, if any; with `again` they were checked at an earlier layer.
 
         Raises WeightingError for weights on a CPU that are not finite.
         """
@@ -83,7 +83,7 @@ class Usage:
         if w_BTE is not None and self.made is not None:
             if not again:
                 self.made.require_finite(layer, w_BTE)
-            # what learns may be changed in place by the next step
+            # weights that learn may be changed in place by the next step
             note = note._replace(w_BTE=w_BTE.detach().clone() if w_BTE.requires_grad else w_BTE)
             if layer in self._counted:
                 # the next forward has begun
@@ -129,7 +129,7 @@ class Usage:
 
 
 class Trace:
-    """The weights that an engine's layers used while this was open, call after call; all tensors are kept until it goes."""
+    """The weights that an engine's layers used while this was open, call after call; keeps all their tensors alive."""
 
     def __init__(self, owner: object, setting: Setting) -> None:
         self._owner = ref(owner)
@@ -138,7 +138,7 @@ class Trace:
         self._calls: dict[str, list[tuple[Usage, Note]]] = {}
 
     def add(self, usage: Usage, layer: str, note: Note) -> None:
-        """Take a note if it is of the recorded engine and not of a layer that a backward pass runs again."""
+        """Take a note if it belongs to the recorded engine and its layer is not run again by a backward pass."""
         if usage.owner() is self._owner() and torch._C._current_graph_task_id() == -1:
             self._usages[id(usage)] = usage
             self._calls.setdefault(layer, []).append((usage, note))
@@ -174,7 +174,7 @@ class Trace:
 
 
 def last_weights(owner: object, setting: Setting) -> UsedWeights:
-    """Return the weights of this context's last forward of `owner`, or none. Raises what `Usage.weights` raises."""
+    """Return the weights of this context's last forward of `owner`, empty without one. Raises as `Usage.weights` does."""
     usage = STATE.get().by_owner.get(owner)
     return UsedWeights((), {}) if usage is None else usage.weights(setting)
 

@@ -1,4 +1,4 @@
-"""Paging: the experts' factors where the layers are, brought there when they are used, within a budget.
+"""Paging: the experts' factors on the layers' devices, copied there when they are used, within a budget.
 
     a file of the hub                the CPU's memory                    a device
     Adapter, mapped   --- flats --->  page on the shelf _host  --- copy --->  page on the shelf _device
@@ -9,9 +9,9 @@
                                                                        ^------ lease -------'
 
 An activation leases its experts. All room is reserved before anything is read, so that BudgetExceeded changes nothing. The
-first lease that needs a page fills it, under the slot's own lock; others wait. Idle pages go when others want their bytes,
-those used longest ago first (`Shelf`). When the model moves, `_moves` counts up, and nobody asks for the old pages' keys
-any more. An expert is one flat tensor for each device and dtype (`pages.py`): one allocation, one copy. The naive twin is
+first lease that needs a page fills it, under the slot's own lock; others wait. Idle pages are dropped when others need their
+bytes, least recently used first (`Shelf`). When the model moves, `_moves` counts up, and old pages' keys are never used
+again. An expert is one flat tensor for each device and dtype (`pages.py`): one allocation, one copy. The naive twin is
 `place_factors`, one layer's tensors at a time, which also serves a layer whose place was not known;
 `tests/composer/live/test_residents.py` compares both with the adapter's own numbers.
 """
@@ -37,7 +37,7 @@ from loraweave.hub.adapter import Adapter
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """Return True for every device but the CPU: one that factors reach through the host's memory."""
+    """Return True for every device but the CPU, since factors reach it through the CPU's memory."""
     return device.type != "cpu"
 
 
@@ -94,15 +94,15 @@ class Residents:
         self._process = os.getpid()
 
     def take_from(self, adapter: Callable[[str], Adapter], places: Callable[[], Mapping[str, Place]]) -> None:
-        """Replace both sources of experts and places; the caller must `forget` the names that now mean another expert."""
+        """Replace the functions that return experts and places; the caller must `forget` names that have changed meaning."""
         with self._lock:
             self._adapter, self._places_now = adapter, places
 
     def lease(self, names: Iterable[str]) -> Lease:
         """Return a lease of the named experts, which stay on their layers' devices until it is released.
 
-        Raises BudgetExceeded, with nothing allocated or evicted, if they do not fit beside those of other leases; and what
-        opening an adapter raises.
+        Raises BudgetExceeded, with nothing allocated or evicted, if they do not fit beside those of other leases, and the
+        errors of opening an adapter.
         """
         lease = self._take(tuple(dict.fromkeys(names)))
         try:
@@ -133,7 +133,7 @@ class Residents:
             done.result()
 
     def in_use(self, name: str) -> bool:
-        """Return whether some lease has the expert."""
+        """Return True if any open lease has the expert."""
         with self._lock:
             return self._num_leases[name] > 0
 
@@ -202,11 +202,11 @@ class Residents:
                 return Lease(self, moves, layouts, *taken, opened)
 
     def _lay_out(self, names: tuple[str, ...]) -> tuple[int, dict[str, Layout], list[Adapter]]:
-        """Return the model's number of moves, each expert's layout since the last, and the adapters opened for that."""
+        """Return the model's number of moves, each expert's layout since the last move, and the adapters opened for this."""
         opened: dict[str, Adapter] = {}
         while True:
             with self._lock:
-                # below the lock, so that an older look does not come after a newer one
+                # under the lock, so that places read earlier do not replace newer ones
                 places = dict(self._places_now())
                 if any(places.get(layer) != place for layer, place in self._places.items()):
                     self._moves += 1
@@ -222,7 +222,7 @@ class Residents:
                 unknown = [name for name in names if name not in self._layout_of]
                 if not unknown:
                     return self._moves, {name: self._layout_of[name] for name in names}, list(opened.values())
-            # the first adapter with a layer may be what makes the layer's place known, so they are asked for again
+            # opening the first adapter with a layer may make the layer's place known, so read the places again
             opened |= {name: self._adapter(name) for name in unknown}
 
     def _make_host_page(self, name: str, layout: Layout) -> _Page:
@@ -304,7 +304,7 @@ class Lease:
         self._opened = []
 
     def renew(self) -> Lease:
-        """Return another lease of the same factors, which may outlast this one. CompositionError if this one is released."""
+        """Return another lease of the same factors, which may outlast this one. Raises CompositionError after `release`."""
         residents = self._residents
         with residents._lock:
             if self._released:
@@ -317,7 +317,7 @@ class Lease:
             return Lease(residents, self.moves, self._layouts, taken[0], taken[1], [], self._parts, dict(self._elsewhere))
 
     def layers_of(self, name: str) -> frozenset[str]:
-        """Return the layers that the expert has factors in, on whatever device."""
+        """Return the layers that the expert has factors in, on any device."""
         return self._layouts[name].layers
 
     def placed(self, name: str) -> Mapping[str, PlacedFactors]:
@@ -325,7 +325,7 @@ class Lease:
         return self._parts[name]
 
     def updates(self, name: str, layer: str) -> bool:
-        """Return whether the expert has factors in a layer."""
+        """Return True if the expert has factors in a layer."""
         return layer in self.layers_of(name)
 
     def part(self, name: str, layer: str, device: torch.device, dtype: torch.dtype) -> PlacedFactors | None:
@@ -367,11 +367,11 @@ def _fill_slot(slot: Slot[_Page], make: Callable[[], _Page]) -> _Page:
 
 @dataclass(frozen=True)
 class Residency:
-    """The hits and misses since the Composer was made, and what is resident now. A budget of None is no limit.
+    """The hits and misses since the Composer was made, and the experts resident now. A budget of None is no limit.
 
-    A hit is an expert of an activation (or prefetch) that was where the layers are; a miss one that had to be brought
-    there. `host` is the CPU's memory: the experts of layers on the CPU, and copies kept for other devices. Factors that
-    stay mapped from the hub's file count as resident, though the operating system may drop their pages.
+    A hit is an expert of an activation (or prefetch) that was on its layers' devices; a miss had to be copied there. `host`
+    is the CPU's memory: the experts of layers on the CPU, and copies kept for other devices. Factors that stay mapped from
+    the hub's file count as resident, though the operating system may drop their pages.
     """
 
     num_hits: int

@@ -243,7 +243,7 @@ class LiveLimits:
                 )
 
 
-# what weights vary by, by their scope
+# the axis along which a router's weights vary, by its scope
 _VARIES = {"instance": "row", "token": "token"}
 
 

@@ -1,4 +1,4 @@
-"""Weights that are known before the model runs and that all tokens of a row share: each layer's kernel is made once."""
+"""Weights that are known before the model runs and shared by all tokens of a row; each layer's kernel is made once."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from loraweave.routers.weights import MixtureWeights
 class LayerMixture:
     """The parts that a layer adds in one forward pass: a product and an affine part, each None if no expert has one.
 
-    `w_BTE` are the weights if the call makes them, and `again` is True if an earlier layer in it had the same; `lasts` is
-    True if the next call may use the same kernel.
+    `w_BTE` are the weights if the call makes them, and `again` is True if an earlier layer of the call had the same weights;
+    `lasts` is True if the next call may use the same kernel.
     """
 
     kernel: Kernel | None
@@ -64,7 +64,7 @@ class RowWeights:
         self, mixture: MixtureWeights, workspace: Workspace, hooks: Sequence[LiveHook] = (), *, only: str | None = None
     ) -> None:
         self._mixture = mixture
-        # the kernel that alone is taken, if there is one
+        # the name of the only kernel that may run, if any
         self.only = only
         values = mixture.values_BTLE
         own_rows = not mixture.layers and values.dtype is torch.float32 and bool((values != values[:1]).any())
@@ -83,12 +83,12 @@ class RowWeights:
         self._return = finalize(self, workspace.give, self._borrowed)
         self._return.atexit = False
         self.num_mixtures = values.shape[0]
-        # the layers that some weight counts in; None for all
+        # the layers with a weight other than 0; None for all
         self._used: set[str] | None = None
         if mixture.layers:
             self._used = {layer for index, layer in enumerate(mixture.layers) if bool((values[:, :, index] != 0).any())}
         self._layers: dict[str, _LayerRows] = {}
-        # by the layer, "" where all share the weights, and the ranks that the experts have in it, 0 where one has none
+        # by layer ("" where all share the weights) and the experts' ranks there, 0 for an expert without factors
         self._ranked: dict[tuple[str, tuple[int, ...]], RankedRows] = {}
 
     @property
@@ -98,14 +98,14 @@ class RowWeights:
         return sum(rows.num_bytes for rows in list(self._layers.values()))
 
     def escaped(self) -> None:
-        """Stop lending the gathered factors' memory again, since a graph of autograd may keep it longer than this object."""
+        """Do not reuse the gathered factors' memory from now on, since a graph of autograd may outlive this object."""
         self._return.detach()
 
     def skips(self, layer: str) -> bool:
         return not self._mixture.experts if self._used is None else layer not in self._used
 
     def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> bool:
-        """Begin an activation of these weights, which ends with its lease; return True if no other is open."""
+        """Begin an activation of these weights, which ends with its lease; return True if no other activation is open."""
         with self._lock:
             self._open[id(lease)] = lease, layers
             lease.at_end = partial(self._leave, id(lease))
@@ -128,7 +128,7 @@ class RowWeights:
         return bool(self._serving)
 
     def begin_call(self) -> Prepared | None:
-        """Begin a call of the model, and return the state that a hook has prepared for its layers, or None."""
+        """Begin a call of the model; return the state that a hook has prepared for its layers, or None."""
         if torch._C._are_functorch_transforms_active():
             return None
         with self._lock:
@@ -140,7 +140,7 @@ class RowWeights:
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
-        """Return the parts that a layer adds. ScopeError, with both counts, if its rows are no multiple of the mixture's."""
+        """Return the parts that a layer adds. Raises ScopeError if the input's rows are no multiple of the mixture's."""
         num_rows, num_tokens = x_BTI.shape[:2]
         require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
         held = self._prepared
@@ -160,7 +160,7 @@ class RowWeights:
     ) -> LayerMixture | None:
         """Return the parts that a layer adds by `held`, a hook and its prepared state; None to use the registry's kernels.
 
-        No gradient may outlive that state.
+        With gradients it returns None, since no graph may outlive the prepared state.
         """
         if (torch.is_grad_enabled() and x_BTI.requires_grad) or torch._C._are_functorch_transforms_active():
             return None
@@ -191,7 +191,7 @@ class RowWeights:
         return _LayerRows(device, dtype, ranked, affine)
 
     def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
-        """Return the kernel for `tokens` tokens per row of the mixture; all numbers of tokens with one choice share it."""
+        """Return the kernel for `tokens` tokens per row of the mixture; numbers of tokens with one choice share a kernel."""
         choice = Choice(self.only) if self.only else choose(found.workload(layer.num_inputs, layer.num_outputs, tokens))
         dtype = torch.promote_types(found.dtype, torch.float32) if choice.exact else found.dtype
         key = choice.path, dtype
@@ -224,10 +224,10 @@ def require_multiple(num_mixtures: int, num_rows: int, what: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class RankedRows:
-    """The rows of mixtures in layers where the experts have certain ranks.
+    """The rows of a mixture for all layers in which the experts have the same ranks.
 
-    `places` are the indices of experts with a rank above 0, `touched` those of the rows that use one of them, and `rows`
-    these rows' (index in `places`, weight) pairs. `work` counts ranks, and lacks the sizes of the layer and its input.
+    `places` are the indices of experts with a rank above 0, `touched` those of the rows that use one of these experts, and
+    `rows` these rows' (index in `places`, weight) pairs. `work` has the ranks, without sizes of the layer and its input.
     """
 
     places: tuple[int, ...]
@@ -261,7 +261,7 @@ class RankedRows:
         return cls(places, touched, rows, work)
 
     def among_all(self, kernel: Kernel, num_mixtures: int, device: torch.device) -> Kernel:
-        """Return the kernel of `rows` extended to all rows; a row without an expert takes no part."""
+        """Return the kernel of `rows` extended to all rows; a row without an expert is left out of the products."""
         if len(self.touched) == num_mixtures:
             return kernel
         return SomeRows(kernel, num_mixtures, place_of(self.touched, device))
@@ -269,7 +269,7 @@ class RankedRows:
 
 @dataclass(eq=False)
 class _LayerRows:
-    """The rows of one layer, and the kernels that were made of them."""
+    """The rows of one layer, and the kernels made for them."""
 
     device: torch.device
     dtype: torch.dtype
@@ -295,7 +295,7 @@ class _LayerRows:
 
 @dataclass(frozen=True, eq=False)
 class AffineTable:
-    """The gains and biases of a layer's experts, zero for one that has none; in fp32 or better."""
+    """The gains and biases of a layer's experts, in fp32 or better; zero for an expert without."""
 
     gain_EO: Tensor | None
     bias_EO: Tensor | None
@@ -303,7 +303,7 @@ class AffineTable:
 
     @classmethod
     def of(cls, parts: Sequence[PlacedFactors | None]) -> AffineTable | None:
-        """Return the table of a layer's experts, None for one that does not update it; None if none has a gain or a bias."""
+        """Return the table for a layer's experts, None where one does not update it; None if it would be empty."""
         if all(part is None or (part.gain_O is None and part.bias_O is None) for part in parts):
             return None
         gain_EO = _table([None if part is None else part.gain_O for part in parts])
@@ -327,7 +327,7 @@ class AffineTable:
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """The mixed gain and bias of each row (and token, if weights vary by token); touched_BT1 marks those with a gain."""
+    """The mixed gain and bias of each row (and token, if weights vary by token); touched_BT1 marks rows with a gain."""
 
     gain_BTO: Tensor | None
     bias_BTO: Tensor | None
@@ -341,7 +341,7 @@ class Affine:
             y0_BTO = y0_BTO if base_bias_O is None else y0_BTO - base_bias_O.to(y0_BTO)
             total = repeat_rows(self.gain_BTO, y_BTO.shape[0]) * y0_BTO
             if self.touched_BT1 is not None:
-                # a row without a gain stays what it is also where the base has overflowed
+                # a row without a gain is unchanged even if the base has overflowed
                 total = torch.where(repeat_rows(self.touched_BT1, y_BTO.shape[0]), total, 0.0)
         if self.bias_BTO is not None:
             total = total + repeat_rows(self.bias_BTO, y_BTO.shape[0])
@@ -369,7 +369,7 @@ _Kind = tuple[int, torch.dtype, torch.device]
 
 
 class Workspace:
-    """A store of flat tensors for reuse, up to `max_bytes` in all; the sizes and dtypes unused for longest go first."""
+    """A store of flat tensors for reuse, up to `max_bytes` in all; the least recently used sizes and dtypes go first."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -378,7 +378,7 @@ class Workspace:
         self.num_bytes = 0
 
     def take(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a flat tensor of any content, which nothing else refers to."""
+        """Return a flat tensor of any content, not in use elsewhere."""
         with self._lock:
             kept = self._free.get((num_elements, dtype, device))
             if kept:
@@ -389,7 +389,7 @@ class Workspace:
         return torch.empty(num_elements, dtype=dtype, device=device)
 
     def give(self, tensors: Iterable[Tensor]) -> None:
-        """Take tensors back, to which nothing may refer any more."""
+        """Take tensors back; nothing may refer to them any more."""
         with self._lock:
             for tensor in tensors:
                 self._free.setdefault((tensor.numel(), tensor.dtype, tensor.device), []).append(tensor)

@@ -1,6 +1,6 @@
-"""Stand-ins for attributes of a model's modules, their removal, and the owners that may place them.
+"""Stand-ins for attributes of a model's modules, their removal, and claims of modules by owners that may change them.
 
-`watch` is for layers that their owner may not call: their update would be lost without an error.
+`watch` is for layers that their owner may not call: without an error, their update would be lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loraweave.routers.tokens._call import BlockInput, has_two_sequences, prompt
 
 
 class Handle(Protocol):
-    """A change that an activation makes to a model, and takes back at its end."""
+    """A change that an activation makes to a model, and that `remove` undoes."""
 
     def remove(self) -> None: ...
 
@@ -69,7 +69,7 @@ def claimed(modules: Iterable[nn.Module]) -> Iterator[None]:
         CLAIMS.give_back(owner, held)
 
 
-# the dictionaries of a module's hooks: each with those beside it that have the same keys
+# the dictionaries of a module's hooks, each with the other dictionaries that have the same keys
 _HOOKS = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
@@ -78,16 +78,16 @@ _STATE = "__getstate__"
 
 
 class StandIn:
-    """An object in a module while a mixture is active: a hook, or one whose method stands in for an attribute.
+    """An object placed in a module while a mixture is active: a hook, or an object whose method replaces an attribute.
 
-    A copy of the module that is made meanwhile, or a pickle, is without it (`CleanCopies`).
+    Copies and pickles of the module made meanwhile do not have it (`CleanCopies`).
     """
 
-    # what the module has otherwise where this stands in for one attribute; None for its class's
+    # the module's own value of the replaced attribute; None if the class's applies
     _own: Any = None
 
     def own(self, name: str) -> Any:
-        """Return the module's own attribute of this name; None for its class's."""
+        """Return the module's own attribute of this name; None if the class's applies."""
         return self._own
 
 
@@ -128,7 +128,7 @@ class CleanCopies:
             while isinstance(stand_in, StandIn):
                 stand_in = getattr(value := stand_in.own(name), "__self__", None)
             state[name] = value
-            # an own forward that is the class's stands there only to be seen
+            # leave out a forward that `_OwnForward` has set to the class's
             if stand_in is self._module and name == "forward" and value == MethodType(type(stand_in).forward, stand_in):
                 value = None
             if value is None and full_state[name] is not None:
@@ -147,7 +147,7 @@ class CleanCopies:
 
 
 def give_back(module: nn.Module, name: str, own: Any, stand_in: object) -> bool:
-    """Give a module its `own` attribute (None: its class's) back; return False if another than `stand_in` is there now."""
+    """Restore a module's `own` attribute (None: the class's); return False if another than `stand_in` is there now."""
     if getattr(vars(module).get(name), "__self__", None) is not stand_in:
         return False
     if own is None:
@@ -157,12 +157,12 @@ def give_back(module: nn.Module, name: str, own: Any, stand_in: object) -> bool:
     return True
 
 
-# the name that transformers has for what runs a block without keeping what is inside it
+# the attribute with transformers' function that runs a block without keeping its activations
 CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class WatchedBlock(StandIn):
-    """A stand-in for a block's `forward` that makes the block's input known, also when checkpointing runs it again."""
+    """A stand-in for a block's `forward` that publishes the block's input, also when checkpointing runs the block again."""
 
     def __init__(self, path: str, block: nn.Module) -> None:
         self.path = path
@@ -175,7 +175,7 @@ class WatchedBlock(StandIn):
             vars(block)[CHECKPOINT] = self.checkpoint
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block's forward with its input known (`running`)."""
+        """Run the block's forward, with its input published by `running`."""
         with self._running(args, kwargs):
             return self._forward(*args, **kwargs)
 
@@ -201,14 +201,14 @@ class WatchedBlock(StandIn):
         return self._own[name]
 
     def remove(self) -> None:
-        """Give the block its own attributes back, unless another stand-in wraps this one, which then only calls them."""
+        """Restore the block's own attributes, unless another stand-in wraps this one, which then only calls them."""
         self._tells = False
         for name, original in self._own.items():
             give_back(self._block, name, original, self)
 
 
 class PromptedGenerate(StandIn):
-    """A stand-in for `generate` that makes the prompts known, since a call for each token cannot tell prompt from answer.
+    """A stand-in for `generate` that publishes the prompts, since calls of a token each cannot tell prompt from answer.
 
     `begin` shows an encoder-decoder's router the prompts: the encoder runs before the model's own first call.
     """
@@ -221,7 +221,7 @@ class PromptedGenerate(StandIn):
         vars(model)["generate"] = self.run
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's generate, with its prompts known."""
+        """Run the model's generate, with its prompts published by `prompted`."""
         ids_BT = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2 or ids_BT.is_floating_point():
             return self._generate(*args, **kwargs)
@@ -233,9 +233,9 @@ class PromptedGenerate(StandIn):
             return self._generate(*args, **kwargs)
 
     def _inferred(self, ids_BT: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Return the mask that `generate` makes if it is given none.
+        """Return the mask that `generate` makes if the caller passes none.
 
-        It is 0 for the padding token, unless that ends sequences.
+        It is 0 for the padding token, unless that token also ends sequences.
         """
         config = kwargs.get("generation_config") or getattr(self._model, "generation_config", None)
         pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
@@ -245,7 +245,7 @@ class PromptedGenerate(StandIn):
         return ids_BT.ne(int(pad)).long()
 
     def remove(self) -> None:
-        """Give the model its own `generate` back."""
+        """Restore the model's own `generate`."""
         give_back(self._model, "generate", self._own, self)
 
 
@@ -278,7 +278,7 @@ def watch(
                 "some settings and on some devices, and the live update would be lost; use fused(), or another setting"
             )
 
-    # what is expected is known when the code runs, and not when it is traced
+    # `expected` must be asked when the code runs, not when it is traced
     outside = torch.compiler.disable(require_unexpected)  # type: ignore[no-untyped-call]
 
     def end() -> None:
@@ -297,13 +297,13 @@ def watch(
 
 
 class _Traced:
-    """A flag: True if traced code calls the layer. One thread traces at a time; its own values would break the graph."""
+    """A flag: True if traced code calls the layer. One thread traces at a time, and a thread-local would break the graph."""
 
     called = True
 
 
 class _OwnForward:
-    """The class's forward as a module's own, until `remove`: torch.compile then compiles anew, with the hooks."""
+    """The class's forward set as a module's own until `remove`, so that torch.compile compiles anew, with the hooks."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -327,5 +327,5 @@ class Step(Hook):
 
 
 def in_backward_thread() -> bool:
-    """Return whether this is a thread of autograd's own, which runs a backward pass."""
+    """Return True in a thread of autograd that runs a backward pass."""
     return torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), threading._DummyThread)

@@ -32,9 +32,9 @@ SOME_CHOSEN = 2
 
 @dataclass(eq=False)
 class _LayerStack:
-    """The experts of one layer: the names of those with factors, and their indices place_P if some have none.
+    """The experts of one layer: the names of those with factors, and their indices place_P, None if all have factors.
 
-    Their factors are stacked when that is first needed.
+    Their factors are stacked at the first use.
     """
 
     device: torch.device
@@ -44,11 +44,11 @@ class _LayerStack:
     num_ranks: int
     table: AffineTable | None
     stack: Stack | None = None
-    # the rows of a_SI, which lie in the same memory, and a router's directions below them
+    # a_SI, whose memory it shares, with a router's directions below
     joint_QI: Tensor | None = None
     directions_PI: Tensor | None = None
     version: int = 0
-    # the stack with V b instead of b, of the V whose version this is
+    # the stack with V b instead of b, and the tensor V and its version that it was made from
     turned: Stack | None = None
     turned_by: tuple[Tensor, int] | None = None
 
@@ -66,7 +66,7 @@ class _LayerStack:
         return self.joint_QI
 
     def turned_stack(self, stack: Stack, v_OO: Tensor) -> Stack:
-        """Return the stack with V b_e as each expert's b; made again if V changed, and in every call while V learns."""
+        """Return the stack with V b_e as each expert's b; computed again if V changed, and in every call while V learns."""
         if v_OO.requires_grad and torch.is_grad_enabled():
             return replace(stack, b_SO=stack.b_SO @ v_OO.to(stack.b_SO).T)
         known_OO, version = self.turned_by or (None, 0)
@@ -85,7 +85,7 @@ class _LayerStack:
 
 @dataclass(eq=False)
 class _Known:
-    """Facts known of weights: the mean number per token that is not 0, whether a layer met them, products made of them."""
+    """Facts about weights: the mean number per token that is not 0, whether a layer met them, and products made of them."""
 
     w_BTP: Tensor | None = None
     made: Made | None = None
@@ -95,7 +95,7 @@ class _Known:
 
 @dataclass(eq=False, repr=False)
 class TokenWeights:
-    """The weights by token of experts: `weights(x_BTI, layer)` returns w_BTE, where B and T may be 1."""
+    """The experts' weights by token: `weights(x_BTI, layer)` returns w_BTE, where B and T may be 1."""
 
     _experts: tuple[str, ...]
     weights: Callable[[Tensor, str], Tensor]
@@ -115,7 +115,7 @@ class TokenWeights:
     _sent: dict[str, Tensor] = field(default_factory=dict)
     _given: dict[str, _Known] = field(default_factory=dict)
     _shared: _Known | None = None
-    # weights by token are for no kernel by row
+    # weights by token use no kernel by row
     only: ClassVar[str | None] = None
 
     @classmethod
@@ -154,7 +154,7 @@ class TokenWeights:
         return routed
 
     def again(self) -> TokenWeights:
-        """Return the same weights with a router that has seen no call; both share the stacks."""
+        """Return the same weights with fresh state for the router's calls; both share the stacks."""
         other = TokenWeights.routed(*self._made_of)
         other._layers = self._layers
         return other
@@ -165,7 +165,7 @@ class TokenWeights:
         return sum(layer_stack.num_bytes for layer_stack in list(self._layers.values()))
 
     def escaped(self) -> None:
-        """Do nothing: a graph of autograd may keep the stacks, whose memory nothing else uses."""
+        """Do nothing: a graph of autograd may keep the stacks, since their memory is not reused."""
 
     def skips(self, layer: str) -> bool:
         return self._only is not None and layer not in self._only
@@ -173,9 +173,9 @@ class TokenWeights:
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
-        """Return the parts that a layer adds to its output for this input.
+        """Return the product and the affine part that a layer adds to its output for this input.
 
-        Raises ScopeError, naming the layer and both counts, if rows or tokens are not the weights'.
+        Raises ScopeError, naming the layer and both counts, if rows or tokens do not match the weights.
         """
         layer_stack = self._stack(layer.name, device, dtype, lease)
         w_BTE, hidden_NS = self._weigh(layer, x_BTI, layer_stack, lease)
@@ -184,7 +184,7 @@ class TokenWeights:
             return LayerMixture(None, affine, w_BTE)
         w_BTP = layer_stack.of_experts(w_BTE)
         known = self._known_of(layer.name, w_BTP)
-        # only weights of all experts, and not some that were copied from them
+        # a copy of some experts' weights is a new tensor, so it cannot be known
         again, known.met = known.met and w_BTP is w_BTE, True
         if hidden_NS is None and self._valued is None and (kernel := _sparse(layer_stack, layer, w_BTP, known, x_BTI)):
             return LayerMixture(kernel(_parts(layer_stack, layer, lease), w_BTP, dtype), affine, w_BTE, again=again)
@@ -196,15 +196,15 @@ class TokenWeights:
     ) -> tuple[Kernel | None, Tensor]:
         """Return a fused parameter's expert as a kernel, None without factors, and w_1NE or w_11E for N of a call's tokens.
 
-        `token_N` are their indices among the call's `num_tokens`, row by row; a router sees each as a row of its own. Raises
-        what `mixture` raises.
+        `token_N` are their indices among the call's `num_tokens`, row by row; a router sees each token as a row. Raises as
+        `mixture` does.
         """
         layer_stack = self._stack(layer.name, x_NI.device, dtype, lease)
         if self.is_routed and self.num_mixtures == 1:
             w_N1E = self._weights(x_NI[:, None], x_NI[:, None], layer.name, layer_stack)
             w_1NE = w_N1E.expand(len(x_NI), -1, -1).transpose(0, 1)
         else:
-            # of all tokens, by place: what is asked looks at the sizes alone
+            # the weights of all tokens, by place: fixed weights depend on the sizes of the input alone
             rows, rest = divmod(num_tokens, self.num_tokens)
             places = x_NI.new_empty(0).expand(num_tokens if rest else rows, 1 if rest else self.num_tokens, 0)
             w_BTE = self._weights(places, places, layer.name, layer_stack)
@@ -221,10 +221,10 @@ class TokenWeights:
         return self._side_by_side(layer_stack, layer, lease).weigh(w_1NP), w_1NE
 
     def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
-        """Return the facts of these weights: fixed ones by layer, a router's if several layers of a call share them."""
+        """Return the facts about these weights: fixed ones by layer, a router's by call if several layers share them."""
         if not self.learns:
             return self._given.setdefault(layer, _Known())
-        # a gradient's graph has to have what is made of them in each layer
+        # weights that need gradients need a graph of their own in each layer
         if self.call_router is None or w_BTP.requires_grad or not self.call_router.shares_weights:
             return _Known()
         shared = self._shared
@@ -237,8 +237,7 @@ class TokenWeights:
     ) -> tuple[Tensor, Tensor]:
         """Return (update to add to y, w_BTE) for an embedding or a convolution, whose hidden values are not x @ a^T.
 
-        The update has y's axes (B, T, O), in fp32 or better if some expert has a gain or a bias. Raises what `mixture`
-        raises.
+        The update has y's axes (B, T, O), in fp32 or better if some expert has a gain or a bias. Raises as `mixture` does.
         """
         layer_stack = self._stack(layer.name, device, dtype, lease)
         like = y_BTO.new_empty(0, dtype=dtype)
@@ -256,9 +255,10 @@ class TokenWeights:
         return update_BTO, w_BTE
 
     def _weigh(self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease) -> tuple[Tensor, Tensor | None]:
-        """Return w_BTE, and x a^T as (N, S) if one product gives it with the router's projections, else None.
+        """Return w_BTE, and x a^T as (N, S) if one product computes it with the router's projections, else None.
 
-        It does not if gradients go through the router, or if that product would be less exact than the router's own.
+        They are computed apart if gradients go through the router, or if one product would be less exact than the router's
+        own.
         """
         if self._along is not None and found.experts and _sparse_kernel(found, layer, x_BTI, SOME_CHOSEN) is None:
             v_PI = self._along.directions(layer.name)
@@ -311,7 +311,7 @@ class TokenWeights:
 
 
 def _alone(part: Valued, router: Router) -> Valued:
-    """Return the part if it is the router itself. Raises ScopeError if it is within another router, which leaves V out."""
+    """Return the part if it is the router itself. Raises ScopeError if it is inside another, which ignores its matrix V."""
     if part is not router:
         raise ScopeError(
             f"router {type(part).__name__} multiplies what its mixture adds by a matrix of its own, so it cannot be a part "
@@ -326,9 +326,9 @@ def _parts(found: _LayerStack, layer: TargetLayer, lease: Lease) -> list[PlacedF
 
 
 def _sparse(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, known: _Known, x_BTI: Tensor) -> Any:
-    """Return the kernel for weights of which few are not 0, or None; on a CPU only, since the weights are read."""
+    """Return the kernel class for weights that are mostly 0, or None; on a CPU only, since the weights are read."""
     if w_BTP.requires_grad or not w_BTP.numel() or _sparse_kernel(found, layer, x_BTI, 1) is None:
-        # not worth a look where not even one expert a token would make it worth it
+        # reading the weights cannot pay if a sparse kernel is slower even with one expert a token
         return None
     if known.chosen is None:
         known.chosen = int(torch.count_nonzero(w_BTP)) / (w_BTP.shape[0] * w_BTP.shape[1])
@@ -336,7 +336,7 @@ def _sparse(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, known: _Known
 
 
 def _sparse_kernel(found: _LayerStack, layer: TargetLayer, x_BTI: Tensor, chosen: float) -> Any:
-    """Return the kernel for tokens that have `chosen` experts each, or None."""
+    """Return the kernel class that is fastest for tokens with `chosen` experts each, None if `Dense` is."""
     if found.device.type != "cpu":
         return None
     num_tokens = x_BTI.shape[0] * x_BTI.shape[1]
@@ -346,7 +346,7 @@ def _sparse_kernel(found: _LayerStack, layer: TargetLayer, x_BTI: Tensor, chosen
 
 @lru_cache(maxsize=1024)
 def _cheaper(work: TokenWorkload) -> Any:
-    """Return the cheapest kernel that takes less time than all experts for all tokens (`Dense`), or None."""
+    """Return the kernel class that takes least time if it is faster than `Dense`, all experts for all tokens; else None."""
     seconds = {kernel: kernel.token_seconds(work) for kernel in kernels_with("token_seconds").values()}
     best = min(seconds, key=seconds.__getitem__, default=None)
     return best if best is not None and seconds[best] < work.rates.seconds(Dense.token_cost(work)) else None
@@ -375,7 +375,7 @@ class MadeWeights:
     """A check that the weights computed during one activation, by a router or from parameters, are finite.
 
     Weights on a GPU are checked only in `require_all`, so that no layer waits for the device: until then the sum of 0 * w is
-    kept there, which is NaN once a weight was NaN or infinite.
+    kept there, which is NaN as soon as one weight is NaN or infinite.
     """
 
     def __init__(self, experts: tuple[str, ...]) -> None:
@@ -383,7 +383,7 @@ class MadeWeights:
         self._zeros: dict[str, Tensor] = {}
 
     def require_finite(self, layer: str, w_BTE: Tensor) -> None:
-        """Raise WeightingError for a weight on the CPU that is not finite; one elsewhere is noted for `require_all`."""
+        """Raise WeightingError for a weight on the CPU that is not finite; weights elsewhere are noted for `require_all`."""
         if torch._C._are_functorch_transforms_active() or w_BTE.is_meta:
             return
         w_BTE = w_BTE.detach()

@@ -58,11 +58,11 @@ S_PER_OP = 2e-6
 
 @dataclass(frozen=True)
 class Workload:
-    """One layer's part of a forward pass with weights by row.
+    """The work of one layer in a forward pass with weights by row.
 
-    `num_mixtures` rows of the mixture that use any expert, each with `tokens` tokens; `largest` and `total` are the largest
-    rank sum of a row and the sum over rows; `num_segments` distinct mixtures have `distinct` rank rows together, and all
-    their experts `stacked`. `native` is the number of torch's threads if compiled code, which uses one, runs there, else 0.
+    `num_mixtures` rows use any expert, each with `tokens` tokens; `largest` and `total` are the largest rank sum of a row
+    and the sum over rows; `num_segments` distinct mixtures have `distinct` rank rows together, and all their experts
+    `stacked`. `native` is the number of torch's threads if compiled code, which uses one thread, can run, else 0.
     """
 
     num_mixtures: int
@@ -102,7 +102,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class TokenWorkload:
-    """One layer's part of a forward pass with weights by token: `chosen` (token, expert) pairs have one that is not zero.
+    """The work of one layer in a forward pass with weights by token, of which `chosen` (token, expert) pairs are not zero.
 
     The experts have `stacked` rank rows together.
     """
@@ -117,7 +117,7 @@ class TokenWorkload:
 
     @property
     def rates(self) -> Rates:
-        """The rates of a CPU, where alone weights are looked at."""
+        """The rates of a CPU, the only device where the values of token weights are read."""
         return RATES["cpu", self.itemsize]
 
 
@@ -125,7 +125,7 @@ class TokenWorkload:
 RowSets = tuple[tuple[tuple[int, float], ...], ...]
 
 Adder = Callable[[Tensor, Tensor], object]
-# flat memory of so many elements, of the kernel's dtype
+# a function that returns flat memory of that many elements, in the kernel's dtype
 Lend = Callable[[int], Tensor]
 
 
@@ -159,13 +159,13 @@ class Kernel(Protocol):
         ...
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        """Return y and the updates in y's dtype, maybe in its memory, which nothing else refers to; gradients reach both."""
+        """Return y plus the updates in y's dtype, maybe in y's memory, which nothing else uses; gradients reach both."""
         ...
 
     def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
-        """Return an `add_` for many calls with x of one shape, x and y in `dtype`, which may be shorter than the kernel's.
+        """Return an `add_` for many calls with x of one shape; x and y have `dtype`, maybe shorter than the kernel's.
 
-        The fewer calls are made on the way the better: a step of generation goes through hundreds of layers.
+        It should make few calls on the way: a step of generation goes through hundreds of layers.
         """
         ...
 
@@ -190,8 +190,8 @@ class AddsInPlace:
 class RowKernel(AddsInPlace):
     """The base class of kernels for mixtures whose weights by row are known before the model runs.
 
-    The cheapest of the registry is taken. By default `dtype` and `num_bytes` are read off the instance's fields: all of them
-    are tensors that it made, in the dtype of its inputs. A kernel with other fields overrides both.
+    The cheapest kernel of the registry runs. By default `dtype` and `num_bytes` are read off the instance's fields, which
+    must then all be tensors that the kernel made, in the dtype of its inputs. A kernel with other fields overrides both.
     """
 
     # whether it may run in fp32 for a layer in half precision
@@ -204,7 +204,7 @@ class RowKernel(AddsInPlace):
     is_compiled: ClassVar[bool] = False
     # whether it is for mixtures that all rows share (True), for several (False), or for both
     is_shared: ClassVar[bool | None] = None
-    # what users call the block in which it is the only one
+    # the call that users write for a block in which this kernel alone runs
     block: ClassVar[str] = "only_kernel()"
 
     @classmethod
@@ -223,28 +223,28 @@ class RowKernel(AddsInPlace):
 
     @classmethod
     def around(cls, model: nn.Module) -> AbstractContextManager[None]:
-        """Return a context in which the model's calls use this kernel alone. Raises CompositionError if it cannot."""
+        """Return a context in which the model's calls can use this kernel alone. Raises CompositionError if they cannot."""
         return nullcontext()
 
     @staticmethod
     @abstractmethod
     def cost(work: Workload) -> Cost | None:
-        """Return the cost of this path, without the base layer's; None for a workload that it does not take."""
+        """Return the cost of this path, without the base layer's; None for a workload that the kernel does not support."""
 
     @classmethod
     @abstractmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Kernel:
-        """Return the kernel for rows that each have a part.
+        """Return the kernel for a batch of rows that all use at least one expert.
 
-        Row sets index `parts`. What the kernel gathers lies in memory from `lend`, if given.
+        Row sets index `parts`. Gathered tensors lie in memory from `lend`, if given.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class SomeRows(AddsInPlace):
-    """A mixture for some rows of a batch; the rest, which have the base alone, take no part in any product.
+    """A mixture for some rows of a batch; the other rows run the base alone and take part in no product.
 
-    `kernel` is for the mixtures at `place` among `num_rows`: a slice if they are consecutive, else an index.
+    `kernel` is for the rows at `place` among `num_rows`: a slice if they are consecutive, else an index tensor.
     """
 
     kernel: Kernel
@@ -351,11 +351,11 @@ class Choice:
 def kernels_with(what: str) -> dict[str, Any]:
     """Return {name: kernel} of the registry's kernels that have the attribute `what`.
 
-    `cost` is that of a RowKernel. The rest are faster ways that extensions bring. For weights that are written:
-    `add_product` (into_MN, left_MK, right_KN), which returns True once it has added a product. For weights by token:
+    A RowKernel has `cost`. Extensions bring faster functions as other attributes. For weights that are written:
+    `add_product`(into_MN, left_MK, right_KN), which returns True if it has added the product. For weights by token:
     `token_seconds`(work: TokenWorkload) of a kernel (parts, w_BTP, dtype) that may replace `Dense` on a CPU;
-    `add_dense`(dense, x_BTI, y_BTO), which returns True once it has done what `Dense.add_` does; and `add_experts`(y, x_NI,
-    w_NE, a_SI, b_SO, ranks, most, learns=..), which returns what the function of this name does, or None.
+    `add_dense`(dense, x_BTI, y_BTO), which returns True if it has done the work of `Dense.add_`; and `add_experts`(y, x_NI,
+    w_NE, a_SI, b_SO, ranks, most, learns=..), which returns the result of the function of that name, or None.
     """
     kernels = {name: registry.get("kernels", name) for name in registry.names("kernels")}
     return {name: kernel for name, kernel in kernels.items() if hasattr(kernel, what)}
@@ -366,13 +366,13 @@ def row_kernels() -> dict[str, type[RowKernel]]:
     """Return the kernels of the registry for weights by row."""
     by_row: dict[str, type[RowKernel]] = kernels_with("cost")
     for kernel in by_row.values():
-        # what has to be compiled is compiled now, and not in the midst of a model's call
+        # compiled code is built now rather than in the midst of a model's call
         kernel.runs(torch.device("cpu"), torch.float32)
     return by_row
 
 
 def compiled_threads(device: torch.device, dtype: torch.dtype) -> int:
-    """Return the number of torch's threads if a kernel of compiled code runs for this device and dtype, else 0."""
+    """Return the number of torch's threads if any kernel of compiled code runs for this device and dtype, else 0."""
     for kernel in row_kernels().values():
         if kernel.is_compiled and kernel.runs(device, dtype):
             return torch.get_num_threads()
@@ -398,7 +398,7 @@ def choose(work: Workload) -> Choice:
 
 
 def costs(work: Workload) -> dict[str, Cost]:
-    """Return {kernel's name: its cost} of the kernels that take such a workload."""
+    """Return {kernel's name: its cost} for the kernels that support the workload."""
     costs = {}
     for path, kernel in row_kernels().items():
         runs = kernel.is_chosen and (kernel.devices is None or work.device in kernel.devices)
@@ -413,9 +413,9 @@ ONLY: ContextVar[str | None] = ContextVar("loraweave_only_kernel", default=None)
 
 @contextmanager
 def only_kernel(name: str, model: nn.Module) -> Iterator[None]:
-    """Take one kernel of the registry, and no other, in calls of the model and for activations opened in the block.
+    """Use one kernel of the registry, and no other, in calls of the model and for activations opened in the block.
 
-    Layers and weights that it does not support raise ScopeError. Raises what the kernel's `around` raises for the model.
+    Layers and weights that it does not support raise ScopeError. Raises the errors of the kernel's `around` for the model.
     """
     with registry.get("kernels", name).around(model):
         token = ONLY.set(name)

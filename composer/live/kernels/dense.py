@@ -1,6 +1,6 @@
-"""All distinct experts' factors side by side for every token, masked by the tokens' weights.
+"""The kernel that multiplies all distinct experts' factors with every token and masks by the tokens' weights.
 
-For weights that vary by token or learn, and for rows that share one small set of experts.
+It serves weights that vary by token or learn, and rows that share one small set of experts.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from loraweave.composer.live.kernels._parts import (
 )
 from loraweave.composer.live.kernels.naive import mix
 
-# the w_NS that were made of one tensor of weights, by the ranks of layers and the axes of the tokens
+# the w_NS expanded from one tensor of weights, by the ranks of a layer's experts and the axes of the tokens
 Made = dict[tuple[tuple[int, ...], torch.Size], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """The factors of several experts side by side, and the expert of each rank row; for any weights."""
+    """The factors of several experts side by side, and the expert (owner) of each rank row; independent of weights."""
 
     a_SI: Tensor
     b_SO: Tensor
     owner_S: Tensor
     ranks: tuple[int, ...]
-    # what faster ways keep beside it; tensors in a list are counted
+    # data that faster kernels keep with the stack; tensors in a list count as its bytes
     beside: dict[Hashable, Any] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -67,7 +67,7 @@ class Stack:
 
 @dataclass(frozen=True, eq=False)
 class Dense(RowKernel):
-    """A stack of factors and the weights of its experts, in fp32 or better."""
+    """A kernel of a stack of factors and the weights of its experts, in fp32 or better."""
 
     is_shared: ClassVar[bool | None] = False
 
@@ -128,7 +128,7 @@ class Dense(RowKernel):
         y_BTO.view(-1, b_SO.shape[1]).addmm_(self._mixed(hidden_NS, x_BTI.shape).to(b_SO.dtype), b_SO)
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        """Return the sum, in y's own memory where autograd allows that: no layer needs its own output for its gradients."""
+        """Return y plus the update, in y's memory where autograd allows it: no layer needs its output for its gradients."""
         if self._plain() or y_BTO.dtype is not self.dtype or not _may_change(y_BTO):
             return super().plus(x_BTI, y_BTO)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_BTI, y_BTO, self.w_BTP)):
@@ -137,7 +137,7 @@ class Dense(RowKernel):
         return y_BTO
 
     def _plain(self) -> bool:
-        """Return whether autograd goes through every step: where factors learn, and below torch.func."""
+        """Return True if autograd must go through every operation: where factors learn, and below torch.func."""
         stack = self.stack
         return stack.a_SI.requires_grad or stack.b_SO.requires_grad or torch._C._are_functorch_transforms_active()
 
@@ -150,7 +150,7 @@ class Dense(RowKernel):
         return output
 
     def _mixed(self, hidden_NS: Tensor, shape: torch.Size) -> Tensor:
-        """Return the hidden values, for inputs of shape (B, T, I), times their weights."""
+        """Return the hidden values of inputs of shape (B, T, I), each times its expert's weight."""
         ranks = self.stack.ranks
         if self.made is None and len(set(ranks)) == 1:
             hidden_NPR = hidden_NS.view(-1, len(ranks), ranks[0])
@@ -181,27 +181,27 @@ def _may_change(y_BTO: Tensor) -> bool:
 
 
 class RankRows(NamedTuple):
-    """The owners of S rank rows, and the rows of a and of b that each uses; None means row s for rank row s."""
+    """The owners of S rank rows, and the rows of a and b that each rank row uses; None means that rank row s uses row s."""
 
     owner_S: Tensor
     a_row_S: Tensor | None = None
     b_row_S: Tensor | None = None
 
     def of_a(self, hidden: Tensor) -> Tensor:
-        """Return hidden values by rank row on the last axis, from those by row of a."""
+        """Return hidden values by rank row on the last axis, from hidden values by row of a."""
         return _pick(hidden, self.a_row_S)
 
     def of_b(self, b: Tensor) -> Tensor:
-        """Return b_SO with a row for each rank row."""
+        """Return b_SO, with one row of b for each rank row."""
         return b if self.b_row_S is None else b[self.b_row_S]
 
 
 class ExpertProduct(torch.autograd.Function):
-    """y + (x a^T * w) b^T in y's own memory, for y of N tokens on whatever axes; without y the update_NO alone.
+    """y + (x a^T * w) b^T in y's memory, for y of N tokens on any axes; update_NO alone if y is None.
 
     w_NE are the experts' weights, or w_1E where all tokens share them. x, a and b have one dtype, in which products run;
-    weights count in fp32 or better. A weight of zero that does not learn adds exactly nothing. Several rank rows may have
-    one row of a, or of b. Twice differentiated, it raises RuntimeError if w, a or b learns.
+    weights count in fp32 or better. A weight of zero that does not learn adds exactly nothing. Several rank rows may share a
+    row of a, or of b. Differentiating twice raises RuntimeError if w, a or b learns.
     """
 
     @staticmethod
@@ -210,7 +210,7 @@ class ExpertProduct(torch.autograd.Function):
         hidden_NS = rows.of_a(x_NI @ a.T)
         mixed = _mix(hidden_NS, w_NE, b, rows, learns=learns_w)
         ctx.rows = rows
-        # only what a gradient needs is saved; the mixed values are made again
+        # save only tensors that a gradient needs; the mixed values are computed again
         ctx.save_for_backward(
             x_NI if ctx.needs_input_grad[3] else None, w_NE, a, b, hidden_NS if learns_w or learns_b else None
         )
@@ -220,14 +220,14 @@ class ExpertProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # what depends on x or on what learns is kept as values alone
+        # the saved hidden values have no graph, so a second derivative would be wrong
         once = any(ctx.needs_input_grad[2:5])
         grads: tuple[Tensor | None, ...] = (once_differentiable(_gradients) if once else _gradients)(ctx, grad)
         return grads
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of y, x, w, a and b, None for one that is not needed; the last None is for `rows`."""
+    """Return the gradients of y, x, w, a and b, None where a gradient is not needed; the last None is for `rows`."""
     x_NI, w_NE, a, b, hidden_NS = ctx.saved_tensors
     rows = ctx.rows
     learns_y, learns_x, learns_w, learns_a, learns_b = ctx.needs_input_grad[:5]
@@ -277,7 +277,7 @@ def _sum_shared(values_NS: Tensor, row_S: Tensor | None, num_rows: int) -> Tenso
 def weigh(hidden: Tensor, w: Tensor, *, learns: bool) -> Tensor:
     """Return hidden values times weights in the dtype of `hidden`; the axes broadcast. `learns` keeps the gradient of w."""
     mixed = hidden.to(w.dtype) * w
-    # a sum over what has not overflowed is finite, and costs less than a mask; elsewhere than on a CPU one would wait for it
+    # without overflow the sum is finite, and costs less than a mask; on other devices than a CPU, reading it would block
     if not learns and not (mixed.device.type == "cpu" and math.isfinite(mixed.sum().item())):
         mixed = mixed.masked_fill(w == 0, 0.0)
     return mixed.to(hidden.dtype)
@@ -300,10 +300,10 @@ def add_experts(
     ranks: Sequence[int],
     most: int,
 ) -> Tensor:
-    """Return y + (x a^T * w) b^T, in y's own memory, with the gradients of whatever learns; without y the update_NO.
+    """Return y + (x a^T * w) b^T, in y's memory, with the gradients of all that learns; update_NO alone if y is None.
 
-    `ranks` are the experts'. A `most` below their number says that no token has more weights other than 0, and that a weight
-    of 0 has no gradient.
+    `ranks` are the ranks of the experts. `most` is the largest number of weights other than 0 of a token; if it is below the
+    number of experts, weights of 0 get no gradient.
     """
     learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (y, x_NI, w_NE, a, b))
     if most < len(ranks) and rows.a_row_S is None and rows.b_row_S is None and len(w_NE) == len(x_NI):

@@ -1,4 +1,4 @@
-"""The live mixture written as its formula; the specification that any faster kernel must equal."""
+"""The live mixture written as its formula: the specification that every faster kernel must equal."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from loraweave.composer.live.kernels._parts import Cost, Lend, Part, RowKernel, 
 
 @dataclass(frozen=True, eq=False)
 class Shared(RowKernel):
-    """The factors of one mixture, its weights in b."""
+    """The factors of one mixture, with its weights multiplied into b."""
 
     is_shared: ClassVar[bool | None] = True
 
