@@ -41,16 +41,14 @@ from loraweave.routers.tokens._learned import Step, TrainingReport
 
 
 class ExpertModel(LikeBase, ExpertParts):
-    """An expert model: a recipe's experts and gates, live in calls of this model, on a base that itself answers as before.
+    """A base model with a recipe's experts and gates, which act only in calls of this object; the base alone is unchanged.
 
     It is called and generates like the base, in transformers' pipelines and Trainers too; it has the base's attributes, and
-    the base's parameters are frozen until `close()`. `task` gives the tasks of the rows, by name or id, one for each or one
-    for all, to recipes that look at them. In training mode the recipe's losses are added to the loss of a call with labels,
-    in proportion to the call's share of the labels of a Trainer's step (`num_items_in_batch`); `terms` has those of the last
-    call.
-
-    `shapes`, {site: ExpertShape}, replaces the recipe's shapes, and `starts`, {site: [(a_RI, b_RO) or None]}, its first
-    factors; `names` are the names of the first experts.
+    the base's parameters are frozen until `close()`. `task` gives the tasks of the rows, by name or id, one for each row or
+    one for all, to recipes whose gates use tasks. In training mode the recipe's losses are added to the loss of a call with
+    labels, in proportion to the call's share of the labels of a Trainer's step (`num_items_in_batch`); `terms` has the
+    losses of the last call. `shapes`, {site: ExpertShape}, replaces the recipe's shapes, and `starts`, {site: [(a_RI, b_RO)
+    or None]}, its first factors; `names` are the names of the first experts.
     """
 
     def __init__(
@@ -113,7 +111,7 @@ class ExpertModel(LikeBase, ExpertParts):
         return output
 
     def terms_of(self, step: Step) -> dict[str, Tensor]:
-        """Return the recipe's losses in a pass, by name."""
+        """Return {name: loss} of the recipe's losses in one pass."""
         factors = {name: layer.a_SI for name, layer in self.named_layers().items() if hasattr(layer, "a_SI")}
         return {**self.recipe.losses(step), **self.recipe.factor_losses(factors)}
 
@@ -141,7 +139,7 @@ class ExpertModel(LikeBase, ExpertParts):
                 gate.begin(call)  # type: ignore[operator]
 
     def with_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor, call: Call) -> Tensor:
-        """Return the output with experts of the site `name`, whose module returned y for `args` in this call."""
+        """Return the site's output with its experts; y is the output of the site's module for `args`."""
         layer: Any = self.layers[key_of(name)]
         output: Tensor = layer(module, args, y, self._weighing(self.sites[name], layer, call))
         return output
@@ -154,7 +152,7 @@ class ExpertModel(LikeBase, ExpertParts):
         return self.with_experts(name, module, args, y, running.call)
 
     def _before_part(self, running: Running, name: str, part: int, _: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Return the arguments for a part of a site, the site's part number `part`, instead of `args`."""
+        """Return new arguments for part number `part` of a site, instead of `args`."""
         layer: Any = self.layers[key_of(name)]
         seen = running.within.setdefault(name, {})
         weigh = self._weighing(self.sites[name], layer, running.call)
@@ -181,7 +179,7 @@ class ExpertModel(LikeBase, ExpertParts):
 
     @property
     def reader(self) -> Gate | None:
-        """The gate that looks at calls for all gates that do not, or None."""
+        """The gate that sees each call for all other gates, or None if each gate sees it."""
         return dict(self.gates.items()).get(READER)  # type: ignore[return-value]
 
     def expert(self, number: int) -> Adapter:
@@ -250,7 +248,7 @@ class ExpertModel(LikeBase, ExpertParts):
         return TrainingReport.from_json(self.report)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **settings: Any) -> None:
-        """Turn on the base's checkpointing, each block's second run knowing its call; `fit` has a setting instead."""
+        """Turn on the base's gradient checkpointing, with experts in blocks that run again; `fit` has a setting instead."""
         kwargs = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False, "context_fn": same_call}
         base: Any = self.base_model
         if hasattr(base, "activation_checkpointing_enable"):
@@ -306,10 +304,10 @@ class ExpertModel(LikeBase, ExpertParts):
         return push(write, repository, token=token, private=private, message=message)
 
     def load(self, folder: str | Path) -> Self:
-        """Load what an expert model of the same recipe and base has saved; take its tasks over if this model has none.
+        """Load a saved expert model of the same recipe and base into this one, with its tasks if this model has none.
 
-        Raises AdapterNotFound for a folder without one, AdapterCorrupt for a damaged one, BaseModelMismatch for another
-        base, WeightingError for another recipe; this model is then as it was.
+        Raises AdapterNotFound for a folder without an expert model, AdapterCorrupt for a damaged one, BaseModelMismatch for
+        another base, WeightingError for another recipe; this model is then unchanged.
         """
         saved = read_saved_experts(folder)
         recipe = replace(self.recipe, tasks=self.tasks or tuple(saved.options.get("tasks", ())))
@@ -323,7 +321,7 @@ class ExpertModel(LikeBase, ExpertParts):
         return self
 
     def take_tasks(self, tasks: tuple[str, ...]) -> None:
-        """Set the recipe's `tasks`. Parts whose size depends on their number are rebuilt; all other parts stay."""
+        """Set the recipe's `tasks`. Parts whose size depends on the number of tasks are rebuilt; all other parts stay."""
         recipe = replace(self.recipe, tasks=tasks)
         parts = make_parts(self.base_model, recipe, self._given, self._starts)
         before, by_hand = self.expert_state(), self.set_by_hand()
@@ -346,14 +344,14 @@ class ExpertModel(LikeBase, ExpertParts):
             parameter.requires_grad_(by_hand.get(name, parameter.requires_grad))
 
     def close(self) -> None:
-        """Take the experts out: the base is what it was, byte for byte. Closing twice does nothing."""
+        """Remove the experts and restore the base byte for byte. Closing twice does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         hooks = self.base_model._forward_pre_hooks.values()
         others = [hook.owner for hook in hooks if isinstance(hook, Hook) and hook.owner is not None]
         for other in others[:1]:
-            # the base stays frozen for those that are still on it
+            # the base stays frozen for other expert models that are still on it
             other._learning += self._learning
         for parameter in [] if others else self._learning:
             parameter.requires_grad_(True)
@@ -386,7 +384,7 @@ class ExpertModel(LikeBase, ExpertParts):
         self._learns = {name: parameter.requires_grad for name, parameter in self.expert_parameters().items()}
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all modules but the base's batch norms, whose statistics are not trained."""
+        """Set the mode of all modules except the base's batch norms, which stay in evaluation mode."""
         super().train(mode)
         for module in self.base_model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

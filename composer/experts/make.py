@@ -62,7 +62,7 @@ def experts(
     if pool is not None:
         begun: ExpertModel = trainer().start_from(name, base_model, pool, hub=hub, tokenizer=tokenizer, options=options)
         return begun.eval()
-    # outside training, a model answers the same every time
+    # evaluation mode, without dropout and noise
     return ExpertModel(base_model, make_recipe(name, options), tokenizer=tokenizer).eval()
 
 
@@ -73,7 +73,7 @@ def _saved(folder: Path, base_model: nn.Module, tokenizer: Any, options: Mapping
     saved.require_base(base_model)
     before: Mapping[str, Any] = registry.get("experts", saved.recipe).before
     made = make_recipe(saved.recipe, {**before, **saved.options})
-    # what does not fit is found before memory is taken and the base is touched
+    # tensors that do not fit raise here, before memory is taken and the base is changed
     tensors = saved.tensors(base_model, made)
     model = ExpertModel(base_model, made, tokenizer=tokenizer, shapes=saved.shapes, names=saved.names)
     model.load_state_dict(tensors, strict=False)
@@ -109,9 +109,10 @@ def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel
 
 
 def layers_with(model: ExpertModel, experts: Iterable[int]) -> dict[str, SumOfExperts]:
-    """Return {path: layer} of the layers that have one of these experts (indices), each a product of two factors of its own.
+    """Return {path: layer} of the layers in which any of these experts (indices) has a rank.
 
-    Raises UnknownName for a number that no expert has, ScopeError for a recipe whose experts are no such products.
+    Raises UnknownName for a number without an expert, ScopeError for a recipe whose experts are not products of two factors
+    of their own.
     """
     name, layers = model.recipe.name, model.named_layers()
     for layer in layers.values():
@@ -129,7 +130,7 @@ def layers_with(model: ExpertModel, experts: Iterable[int]) -> dict[str, SumOfEx
 
 
 def has_expert(layer: SumOfExperts, expert: int) -> bool:
-    """Return whether an expert of that number has a rank in this layer."""
+    """Return True if the expert with this number has a rank above 0 in the layer."""
     return is_whole(expert, 0) and expert < layer.shape.num_experts and layer.shape.ranks[expert] > 0
 
 

@@ -33,16 +33,16 @@ RENAMED = {"pfedlora": "local_and_shared"}
 
 
 class ExpertParts(nn.Module):
-    """A base with the experts and gates of a recipe, by name: what is saved of an `ExpertModel`, and what learns.
+    """The base and a recipe's experts and gates, by name: the saved and the trainable parts of an `ExpertModel`.
 
     The last call sets `own_loss`, the base's loss of a call with labels, `terms`, the recipe's losses by name, and in
-    training mode `notes`, the `Step` of the gates. `interrupted` has two digests of parameters: as an interrupted training
-    left them, and as it began. `report` is that of the last training.
+    training mode `notes`, the `Step` of the gates. `interrupted` has two digests of parameters: after an interrupted
+    training, and before it began. `report` is that of the last training.
     """
 
     base_model: nn.Module
     recipe: Recipe
-    # the sites by their paths; experts and gates by keys
+    # sites by path; modules of experts and gates by `key_of`
     sites: dict[str, Site]
     layers: nn.ModuleDict
     gates: nn.ModuleDict
@@ -64,7 +64,7 @@ class ExpertParts(nn.Module):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that a row may belong to, in the order of the ids."""
+        """The names of the tasks that rows may have; a task's id is its index."""
         return self.recipe.tasks
 
     @property
@@ -74,7 +74,7 @@ class ExpertParts(nn.Module):
 
     @property
     def expert_names(self) -> tuple[str, ...]:
-        """The names of the experts of the site that has most."""
+        """The names of the experts at the site with the most experts."""
         most = max(shape.num_experts for shape in self.shapes.values())
         return (*self.names, *map(str, range(len(self.names), most)))
 
@@ -91,7 +91,7 @@ class ExpertParts(nn.Module):
         return {name: value for name, value in self.named_parameters() if not name.startswith("base_model.")}
 
     def learning(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that fit() trains, by name: experts, gates, and those of the base unfrozen by hand since."""
+        """Return {name: parameter} of all that fit() trains: experts, gates, and parameters of the base unfrozen by hand."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
     def gate_of(self, site: Site) -> Gate | None:
@@ -108,7 +108,7 @@ class ExpertParts(nn.Module):
 
 
 def key_of(path: str) -> str:
-    """Return a site's or gate's key, without dots: torch takes a dot in a name for a step down."""
+    """Return the key of a site or gate, its path with "/" for dots, which torch does not allow in module names."""
     return path.replace(".", "/")
 
 
@@ -151,7 +151,7 @@ def make_parts(
 
 
 def asked_tensors(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertShape]) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of the tensors of experts with these `shapes` and their gates, without allocating them."""
+    """Return {name: shape} of the tensors of experts with these `shapes`, and of their gates, without allocating memory."""
     form = registry.get("forms", recipe.form)
     layers, gates = nn.ModuleDict(), nn.ModuleDict()
     with torch.device("meta"):
@@ -185,7 +185,7 @@ def _sites(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertSha
 
 
 def _starts(recipe: Recipe, site: Site, shape: ExpertShape, starts: Starts | None) -> Sequence[tuple[Tensor, Tensor]]:
-    """Return the first (a_RI, b_RO) of each expert at a site, or at a part of one, from `starts` or else from the recipe."""
+    """Return the initial (a_RI, b_RO) of each expert at a site or a part of one, from `starts` or else from the recipe."""
     site_starts: list[tuple[Tensor, Tensor] | None] = list(() if starts is None else starts.get(site.name, ()))
     site_starts += [None] * (shape.num_experts - len(site_starts))
     return [
@@ -197,8 +197,8 @@ def _starts(recipe: Recipe, site: Site, shape: ExpertShape, starts: Starts | Non
 def layer_sites(model: nn.Module, targets: Sequence[str], *, kinds: Sequence[LayerKind]) -> list[Site]:
     """Return the layers of these kinds whose path ends in one of `targets`, in the model's order.
 
-    Raises UnknownName for a target that matches none, LayerMismatch, naming the layer, for one that does more than its
-    weight.
+    Raises UnknownName for a target without a match, LayerMismatch, naming the layer, for a layer whose forward does more
+    than apply its weight.
     """
     sites: dict[str, Site] = {}
     blocks = numbered_blocks(model)
@@ -226,7 +226,7 @@ def numbered_blocks(model: nn.Module) -> dict[str | None, int]:
 
 
 def is_named(name: str, targets: Sequence[str]) -> bool:
-    """Return whether a module path is one of `targets`, or ends in one."""
+    """Return True if a module path is one of `targets`, or ends in one."""
     return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
@@ -239,7 +239,7 @@ def require_all_named(targets: Sequence[str], found: Collection[str], known: Seq
 
 
 def make_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of that name with these options; lists are taken for tuples.
+    """Return the recipe of that name with these options; lists become tuples.
 
     Raises UnknownName for an unknown name, and for the former name of a recipe.
     """
@@ -258,9 +258,9 @@ def make_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
 
 
 def places_of(recipe: Recipe, task: Any) -> list[int] | None:
-    """Return the indices, in the recipe's tasks, of names or ids, one for each row or one for all; None if `task` is None.
+    """Return the task ids of names or ids, for each row or one for all; None if `task` is None.
 
-    Raises UnknownName for an unknown task, ScopeError for none if the recipe needs one.
+    Raises UnknownName for an unknown task, ScopeError for None if the recipe needs a task.
     """
     if task is None:
         if recipe.needs_tasks:

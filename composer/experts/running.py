@@ -1,4 +1,4 @@
-"""The calls of a base as an expert model's: its class, the running call, what its gates know of it, and its hooks.
+"""The running call of an expert model, the hooks that act in it, and the class that makes the model look like its base.
 
 transformers inspects a model before it works with it: a pipeline the name of its class, a Trainer whether it is a
 PreTrainedModel, and the arguments of `forward` for the columns of a data set. It sees the base's (`LikeBase`).
@@ -30,12 +30,12 @@ from loraweave.routers.tokens._learned import Step
 
 @dataclass(eq=False)
 class Running:
-    """A call of an expert model, or a generation, which is many calls of its base.
+    """A running call of an expert model, or a running generation, which makes many calls of the base.
 
-    `owner` is the expert model; `task_B` the tasks of the rows that it was given, which a call that `generates` may repeat
-    for several consecutive copies of each. `notes` asks for a `Step`, `kept` is `Call.kept`, and `call` is the base's
-    current call. `within` is {site: what its parts that are running have seen}. `beside` is the state that the experts' form
-    keeps for the call, `begun_BT` are the real tokens that a generation began with.
+    `owner` is the expert model. `task_B` are the tasks of the given rows, each for several consecutive rows where a call
+    that `generates` copies them. With `notes` each call has a `Step`; `kept` is `Call.kept`, and `call` the base's current
+    call. `within` is {site: the mapping `seen` of its running parts}. `beside` is state of the experts' form, `begun_BT` the
+    real tokens at the beginning of a generation.
     """
 
     owner: object
@@ -70,7 +70,7 @@ class Running:
             step.decoder_BT = _decoder_tokens(tensors) if two_sequences else None
         past = arguments.get("past_key_values")
         follows = past is not None and past.get_seq_length() > 0
-        # those of an encoder and a decoder are the decoder's
+        # an encoder-decoder's labels belong to the decoder, not to the prompt
         labels = None if two_sequences else tensors.get("labels")
         if "logits_to_keep" in arguments:
             labels = _of_last_tokens(main, labels)
@@ -120,10 +120,10 @@ RUNNING: ContextVar[Running | None] = ContextVar("loraweave_experts", default=No
 
 
 class Hook:
-    """A hook that runs a method of the expert model, `act`, in that model's calls; `place` are its first arguments.
+    """A hook on a module that calls the expert model's method `act` in that model's calls, with `place` as first arguments.
 
-    `act` returns what torch takes from such a hook. Hooks in a copy or a pickle of the expert model belong to the copy;
-    those in a copy of the base alone have no `owner`.
+    The result of `act` is that of the hook. Hooks in a copy or a pickle of the expert model belong to the copy; hooks in a
+    copy of the base alone have no `owner`.
     """
 
     def __init__(self, owner: Any, act: Callable[..., Any], *place: Any) -> None:
@@ -142,7 +142,7 @@ class Hook:
 
 
 def require_same_call(model: nn.Module) -> None:
-    """Raise TrainingError if a checkpointed block would run its second time without the call, and so without experts."""
+    """Raise TrainingError if gradient checkpointing would run a block again without the running call, so without experts."""
     for module in model.modules():
         again = getattr(module, "_gradient_checkpointing_func", None)
         is_ours = getattr(again, "keywords", {}).get("context_fn") is same_call
@@ -154,7 +154,7 @@ def require_same_call(model: nn.Module) -> None:
 
 
 class Again:
-    """A context that makes `running`, as it was when this was made, the running call.
+    """A context that restores `running`, in its state when this object was made, as the running call.
 
     A gate that decides inside a block decides again in the block's second run; earlier decisions are kept.
     """
@@ -172,7 +172,7 @@ class Again:
 
 
 def same_call() -> Contexts:
-    """Return the contexts for `context_fn` of `torch.utils.checkpoint`: a block's second run has the call of the first."""
+    """Return the contexts for `context_fn` of `torch.utils.checkpoint`, so that a block's second run has the same call."""
     return nullcontext(), Again(RUNNING.get())
 
 
@@ -183,7 +183,7 @@ def _as_now(running: Running) -> Running:
 
 
 def _num_rows(main: Tensor | None) -> int:
-    """Return the number of rows of a call; 0 if it has no tensor of them. Raises ScopeError for a tensor without rows."""
+    """Return the number of rows of a call; 0 if `main` is None. Raises ScopeError for a tensor without rows."""
     if main is None:
         return 0
     if not len(main):
@@ -258,10 +258,10 @@ def _prompt_tokens(main: Tensor, real_BT: Tensor | None, labels: Tensor | None) 
 
 
 class LikeBase(nn.Module):
-    """A module around `base_model` that is an instance of the base's class, too, and has its arguments and attributes."""
+    """A module around `base_model` that passes for an instance of the base's class, with its arguments and attributes."""
 
     base_model: nn.Module
-    # what a Trainer asks for of a quantised base: something on top of it that learns
+    # tells a Trainer that something trainable is on top of a quantised base
     _hf_peft_config_loaded = True
 
     def __new__(cls, base_model: nn.Module, *_: Any, **__: Any) -> Any:

@@ -74,7 +74,7 @@ class SavedExperts:
         if recipe.name != self.recipe:
             raise WeightingError(f"{self.folder} has experts of recipe {self.recipe!r}, not {recipe.name!r}: {instead}")
         options = json.loads(json.dumps(recipe.options))
-        # an option that there was not yet has its default, or what the recipe says that it meant
+        # an option newer than the folder has its default, or the value in the recipe's `before`
         saved = {**json.loads(json.dumps({**type(recipe)().options, **recipe.before})), **self.options}
         for option in sorted(set(options) | set(saved)):
             if option != "seed" and options.get(option) != saved.get(option):
@@ -90,9 +90,9 @@ class SavedExperts:
                 )
 
     def tensors(self, model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
-        """Return the tensors of experts and gates by name, as the recipe asks for them on this model.
+        """Return the tensors of experts and gates by name, checked against the names and shapes that the recipe needs.
 
-        Raises AdapterCorrupt for a file that has others, of other shapes, or with numbers that are not finite.
+        Raises AdapterCorrupt for a file with other tensors, other shapes, or numbers that are not finite.
         """
         file = self.folder / self.file
         tensors = hashed_tensors(self.folder, self.file, self.sha256, said_by=FILE)
@@ -144,7 +144,7 @@ def experts_as_files(
 
 
 def write_experts(given: str | Path, files: Mapping[str, bytes], *, beside: bool = False) -> Path:
-    """Write the folder whole or not at all; with `beside`, into a folder whose other files stay, experts.json last.
+    """Write the folder whole or not at all; with `beside`, keep its other files and write experts.json last.
 
     Raises WeightingError if `given` is not a path, holds something else or cannot be written.
     """
@@ -215,7 +215,7 @@ def _shape(data: Mapping[str, Any]) -> ExpertShape:
 
 
 def one_expert(base_model: nn.Module, recipe: Recipe, layers: Mapping[str, Any], number: int) -> Adapter:
-    """Return expert `number` as an adapter, from `layers`, the experts of each site; see `ExpertModel.expert`."""
+    """Return expert `number` as an adapter, from `layers`, {site: experts' module}; raises as `ExpertModel.expert`."""
     require_updates(recipe, layers, f"expert {number}")
     factors = {
         name: layer.factors(torch.eye(layer.shape.num_experts)[number])

@@ -1,4 +1,4 @@
-"""Expert models on one base as jobs that are trained in the same passes."""
+"""The training of several expert models on one base in the same passes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class ExpertJob(TrainingJob):
         self._rows, self._step, self._num_drawn = rows, step, 0
 
     def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
-        """Show the gates the job's rows of a call with `inputs`; with gradients, take notes for the recipe's losses."""
+        """Prepare the gates for the job's rows of a call with `inputs`; with gradients, take notes for the losses."""
         learns = torch.is_grad_enabled()
         # not the base, which keeps its own mode
         self.model.layers.train(learns)
@@ -151,7 +151,7 @@ class ExpertJob(TrainingJob):
 
 
 def require_shareable(name: str, model: ExpertModel) -> None:
-    """Raise TrainingError for a recipe whose experts are not updates of linear layers, or whose gates `fit` moves."""
+    """Raise TrainingError unless the experts are updates of linear layers, with no parameter that `fit` moves."""
     if model.moved():
         raise TrainingError(
             f"job {name!r}: recipe {model.recipe.name!r} has a bias that fit() moves after each step and a shared pass does "
@@ -170,8 +170,8 @@ def require_shareable(name: str, model: ExpertModel) -> None:
 class OwnWidth:
     """The columns of a job's own tokens in a pass: {width of a tensor: (first column, number of columns)}.
 
-    An encoder-decoder has one entry for each. So nothing that is drawn for tokens or counts padding depends on other jobs'
-    rows.
+    An encoder-decoder has an entry for each of its two sequences. Cutting to these columns makes random draws and counts of
+    padding independent of other jobs' rows.
     """
 
     columns: Mapping[int, tuple[int, int]] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""The forms of experts, by which they enter a site's output; one file each."""
+"""The forms of experts, one file each: the formulas by which experts change a site's output."""

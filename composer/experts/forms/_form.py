@@ -1,4 +1,4 @@
-"""The base class of all forms of experts: a module for each site, which makes the site's output from the base's."""
+"""The base class of the forms of experts: modules, one for each site, that compute the site's output from the base's."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Seen = dict[str, Any]
 class Form(nn.Module, ABC):
     """The base class of the forms in this folder: the experts of one site as a module.
 
-    For sites with parts, `before` and `after` run around each part, where `module` is that of the whole site and `seen` the
-    same mapping until the last part has run; for other sites `forward` runs. A form defines those that run for its sites,
-    and `factors` if it `is_update`; the rest is never called.
+    For sites with parts, `before` and `after` run around each part, where `module` is that of the whole site and `seen` is
+    one mapping for all parts of a run; for other sites `forward` runs. A form defines the methods that run for its sites,
+    and `factors` if it `is_update`.
     """
 
-    # whether the sum of its experts at constant weights is an update of the layer, as factors
+    # True if the sum of its experts at constant weights can be written as factors of the layer's update
     is_update: bool = False
-    # whether a model with such experts generates tokens
+    # True if a model with such experts generates tokens
     generates: bool = True
 
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
@@ -45,11 +45,11 @@ class Form(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def sites(model: nn.Module, recipe: Recipe) -> list[Site]:
-        """Return the sites that the recipe's target modules name, in the model's order.
+        """Return the sites that match the recipe's target modules, in the model's order.
 
-        Raises UnknownName for a target that names none, LayerMismatch for a module that cannot have experts of this form.
+        Raises UnknownName for a target without a match, LayerMismatch for a module that cannot have experts of this form.
         """
-        # the class is asked before a form is made
+        # called on the class, before a form is made
         raise NotImplementedError
 
     @classmethod
@@ -100,22 +100,22 @@ class Form(nn.Module, ABC):
         raise NotImplementedError
 
     def factors(self, w_E: Tensor) -> Factors:
-        """Return the update that the experts make at constant weights w_E, as detached fp32 copies on the CPU."""
+        """Return the experts' update at constant weights w_E, as detached fp32 copies on the CPU."""
         raise NotImplementedError
 
 
 def place_like(module: nn.Module, like: Tensor) -> nn.Module:
-    """Move the module to the device of a tensor of the base, in fp32, or in fp64 if the base is; return it."""
+    """Move the module to the device of `like`, a tensor of the base, in fp32 (fp64 if `like` is); return the module."""
     return module.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
 def fitting(w_BTE: Tensor, site: Site, num_rows: int, num_tokens: int) -> Tensor:
     """Return w_BTE in fp32 or better, with B 1 or `num_rows` and T 1 or `num_tokens`.
 
-    Rows that the model split into consecutive windows have their row's weights. Raises ScopeError, naming the site and both
-    counts, if the weights are for other numbers of rows or tokens.
+    Where the model splits a row into consecutive windows, each window gets its row's weights. Raises ScopeError, naming the
+    site and both counts, if the weights are for other numbers of rows or tokens.
     """
-    # where the second axis is as long as the batch, the rows could lie there
+    # if the second axis is as long as the batch, it may be the axis of rows
     copies, beyond = divmod(num_rows, len(w_BTE))
     if w_BTE.shape[1] == 1 and copies > 1 and not beyond and num_tokens not in (1, len(w_BTE)):
         w_BTE = w_BTE.repeat_interleave(copies, dim=0)

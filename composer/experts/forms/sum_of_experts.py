@@ -21,8 +21,8 @@ from loraweave.types import Factors
 class SumOfExperts(Form):
     """The form y0 + scale * sum over e of w_e * gain_e * (dropout(x) a_e^T) b_e^T.
 
-    Factors are stacked by rank rows: a_SI and b_SO, or those of one expert where all share them. All experts of a site see
-    the same dropout.
+    The experts' factors are stacked by rank rows as a_SI and b_SO; a factor that all experts share is stored once. All
+    experts of a site see the same dropout.
     """
 
     is_update = True
@@ -57,7 +57,7 @@ class SumOfExperts(Form):
 
     @torch.no_grad()
     def starts(self) -> list[tuple[Tensor, Tensor]]:
-        """Return copies of each expert's factors (a_RI, b_RO), as `reset` takes them; gains are not among them."""
+        """Return copies of each expert's factors (a_RI, b_RO), in the form that `reset` takes; gains are not included."""
         a, b = self.stacked()
         a_SI = a[self.own_row_S] if self.shape.shared_a else a
         b_SO = b[self.own_row_S] if self.shape.shared_b else b
@@ -94,11 +94,11 @@ class SumOfExperts(Form):
         return Factors(a_SI, b_OS, kind="conv" if self.site.kernel else "linear", kernel=self.site.kernel)
 
     def gate_input(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return the gate's input, (B, positions, I): for a convolution all values under its kernel at each position."""
+        """Return the gate's input, (B, positions, I); for a convolution, all values under the kernel at each position."""
         return (conv if self.site.kernel else linear).inputs(module, x, self.a_SI)
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """Return a and b, stacked by rank rows of all experts, or of one if all share them."""
+        """Return a and b, stacked by the rank rows of all experts; a factor that all experts share has one expert's rows."""
         return self.a_SI, self.b_SO
 
     def expert_rows(self) -> list[slice]:
@@ -107,12 +107,12 @@ class SumOfExperts(Form):
         return [slice(end - rank, end) for end, rank in zip(ends, self.shape.ranks, strict=True)]
 
     def _shared_rows(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the row of a and of b that each rank row uses, None if its own; with gains each expert has its own b."""
+        """Return the rows of a and b that the rank rows use, None for one row each; gains give each expert its own b."""
         b_row_S = self.own_row_S if self.shape.shared_b and self.gain_EO is None else None
         return self.own_row_S if self.shape.shared_a else None, b_row_S
 
     def _scaled_b(self) -> Tensor:
-        """Return b with each expert's gains."""
+        """Return b, with each expert's outputs multiplied by its gains if there are any."""
         b = self.stacked()[1]
         if self.gain_EO is None:
             return b
