@@ -1,4 +1,4 @@
-"""The Composer: a model and a pool of experts that are woven into it for as long as it is asked for."""
+"""The Composer: an engine that puts a pool of experts into a model while an activation is open or a mixture is fused."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 class Composer:
     """The engine that puts the experts of `pool` into `model`; `pool` is a pool, a list of adapters, or {name: adapter}.
 
-    The model may be a pipeline (docs/extensions/diffusion.md). Making one changes nothing in it, but checks every
-    adapter, a lazy pool's on first use: whether this is its base, by docs/identity.md (BaseModelMismatch; a warning,
-    BaseModelUnverified, where names and shapes alone say so), and each layer's presence, kind and shape (LayerMismatch). A
-    trained magnitude or bias is resolved against the base's current weights. Factors take no part in training.
-
-    Experts that were used stay where the layers are. `device_budget_bytes` bounds what they take on devices other than the
-    CPU, `host_budget_bytes` in the CPU's memory; those used longest ago then make room (docs/pools.md). None is no limit.
+    The model may be a pipeline (docs/extensions/diffusion.md). Making a Composer changes nothing in the model, but checks
+    every adapter (a lazy pool's on first use): whether the model is its base, by docs/identity.md (BaseModelMismatch; a
+    warning, BaseModelUnverified, where only names and shapes match), and each layer's presence, kind and shape
+    (LayerMismatch). A trained magnitude or bias is resolved against the base's current weights. Adapters' factors are not
+    trained. Used experts stay in memory on the layers' devices. `device_budget_bytes` bounds their bytes on devices other
+    than the CPU, `host_budget_bytes` in the CPU's memory; the least recently used then make room (docs/pools.md). None is no
+    limit.
     """
 
     def __init__(
@@ -86,17 +86,17 @@ class Composer:
 
     @property
     def bound_pool(self) -> ExpertPool:
-        """The experts with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
+        """The experts with values that depend on the base layers resolved (DoRA's magnitude, a trained bias).
 
         Raises AdapterUnsupported for an expert with trained heads: its update is the difference to this model's own head,
-        which is random where a model was loaded without one, so nothing that is kept may be made of it.
+        which is random if the model was loaded without a head, so that it must not be saved.
         """
         for name in self._pool.headed:
             require_no_heads(name, self._pool[name])
         return self._bound
 
     def bound(self, name: str) -> Adapter:
-        """Return an expert as it is mixed, for inspection; `bound_pool` is for anything kept. Raises UnknownExpert."""
+        """Return an expert with base-dependent values resolved, for inspection only. Raises UnknownExpert."""
         return self._bound[name]
 
     @property
@@ -155,8 +155,9 @@ class Composer:
     def last_weights(self) -> UsedWeights:
         """The weights that the last forward under an activation used, as {layer: w_BTE}, with load() and entropy.
 
-        They are this thread's (or asyncio task's); empty if none has run in it since swap(). A layer that ran several times
-        counts with its last call. Raises CompositionError for weights by token of over 64 MiB, which only record() keeps.
+        They belong to this thread (or asyncio task), and are empty if no forward ran in it since swap(). For a layer that
+        ran several times, the last call counts. Raises CompositionError for weights by token of over 64 MiB, which only
+        record() keeps.
         """
         return last_weights(self._live, Setting(self._bound, self._fitting))
 
@@ -172,11 +173,11 @@ class Composer:
     def leave_one_out(
         self, task: Task | GivenRows, mixture: Any, *, renormalise: bool = False, progress: bool = True
     ) -> dict[str, float]:
-        """Return {expert: by how many nats the mean loss of a task's examples rises when its weight is taken as 0}.
+        """Return {expert: rise in nats of the mean loss on a task's examples when the expert's weight is set to 0}.
 
-        `mixture` is what activate() takes, of one row. Negative where the model is better without the expert. The others
-        keep the weights that they have; with `renormalise` each token's are scaled to the sum that they had before.
-        Raises CompositionError without a tokenizer, ScopeError for a mixture of several rows, AlreadyActive while fused.
+        `mixture` is as for activate(), of one row. The rise is negative if the model is better without the expert. The other
+        experts keep their weights; with `renormalise` each token's weights are scaled to their former sum. Raises
+        CompositionError without a tokenizer, ScopeError for a mixture of several rows, AlreadyActive while fused.
         """
         self._require_not_fused("leave experts out")
         self._require_tokenizer("leave_one_out()")
@@ -264,11 +265,11 @@ class Composer:
     def stream(
         self, texts: Sequence[Asked], *, mixture: Any = None, seeds: Sequence[int] | None = None, **generate_kwargs: Any
     ) -> Iterator[list[str]]:
-        """Return an iterator over what generate() returns, as it comes: lists with one piece of text per answer.
+        """Return an iterator over the output of generate() as it comes: lists with one piece of text per answer.
 
-        The model runs in a thread of its own, under the mixture that generate() would use here, also where the block around
-        this call is left before the last piece. To stop early, close the iterator or drop it.
-        Raises what generate() raises, at once where that is possible, and CompositionError for beams.
+        The model runs in another thread, under the mixture that generate() would use here, even after the block around this
+        call is left. To stop early, close the iterator or drop it. Raises the errors of generate(), at once where that is
+        possible, and CompositionError for beams.
         """
         from loraweave.composer.model.generate import generation_call, stream
 
@@ -289,7 +290,7 @@ class Composer:
         return stream(generate, self.tokenizer)
 
     def _resolve_texts(self, texts: Sequence[Asked], mixture: Any) -> tuple[list[Prompt], MixtureWeights | Router | None]:
-        """Return the texts as prompts and the mixture resolved, None for none; raises what `generate` raises for them."""
+        """Return the texts as prompts, and the resolved mixture or None. Raises as `generate` does for both."""
         from loraweave.composer.model.generate import read_prompt
 
         self._require_open()
@@ -315,16 +316,14 @@ class Composer:
         return prompts, resolved
 
     def fit(self, router: LearnedRouter, dataset: Any, **settings: Any) -> None:
-        """Train a router's parameters on `dataset`; the base and the adapters take no part and stay as they were.
+        """Train a router's parameters on `dataset`; the base and the adapters are not trained.
 
-        It is {name of an expert or a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with
+        `dataset` is {name of an expert or a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with
         "instruction" and "expert" where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the
-        targets alone. `settings` are those of `composer/train/settings.py`; docs/router_training.md explains them.
-        Afterwards the router is in evaluation mode, on the model's device, and has a `report`.
-
-        Raises InvalidTask for rows that cannot be used, UnknownExpert for experts outside the pool, TrainingError for
-        settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the router
-        then has the last good parameters.
+        targets alone. `settings` are the fields of `RouterSettings`; docs/router_training.md explains them. Afterwards the
+        router is in evaluation mode, on the model's device, and has a `report`. Raises InvalidTask for rows that cannot be
+        used, UnknownExpert for experts outside the pool, TrainingError for settings out of range, for parameters without a
+        gradient, and for a loss or gradient that is not finite: the router then has the last good parameters.
         """
         from loraweave.composer.train.routers import fit, require_learning
 
@@ -334,7 +333,7 @@ class Composer:
         fit(self.model, self.tokenizer, self.activate, router, dataset, settings)
 
     def prefetch(self, wanted: Any) -> Future[None]:
-        """Begin to bring experts to where the layers are, in the background: those of a mixture, or of a list of names.
+        """Begin to copy experts to the layers' devices in the background: those of a mixture, or of a list of names.
 
         The future ends when they are there. It carries any error, which the activation that needs the expert raises again.
         Raises UnknownExpert for a name that is not in the pool.
@@ -348,9 +347,9 @@ class Composer:
             return self._residents.prefetch(self._plans.plan(weights, self._pool).experts)
 
     def load(self, name: str, adapter: Adapter) -> None:
-        """Add an expert at the end of the pool, also while others are in use; only it is compared with the model.
+        """Add an expert at the end of the pool, also while others are in use; the other experts are not checked again.
 
-        Raises WeightingError for a name that is there already, AlreadyActive while fused, and what making a Composer raises.
+        Raises WeightingError for a name that is taken, AlreadyActive while fused, and the errors of making a Composer.
         """
         with self._lock:
             self._require_not_fused("load an expert")
@@ -362,9 +361,9 @@ class Composer:
             self._residents.take_from(*self._source())
 
     def unload(self, name: str) -> None:
-        """Take an expert and its factors out of the pool.
+        """Remove an expert and its factors from the pool.
 
-        Raises AlreadyActive for one that an open activation uses, and while fused; WeightingError for the last one.
+        Raises AlreadyActive for an expert that an open activation uses, and while fused; WeightingError for the last expert.
         """
         with self._lock:
             self._require_not_fused("unload an expert")
@@ -381,9 +380,9 @@ class Composer:
             self._residents.take_from(*self._source())
 
     def swap(self, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> None:
-        """Exchange the pool for another one for the same model, checked like the first.
+        """Replace the pool by another pool for the same model, checked like the first.
 
-        The experts that are in both stay resident. Raises AlreadyActive while active.
+        Experts that are in both pools stay resident. Raises AlreadyActive while active.
         """
         with self._lock:
             self._require_idle("swap the pool")
@@ -401,7 +400,7 @@ class Composer:
             self._residents.take_from(*self._source())
 
     def close(self) -> None:
-        """Close this Composer and leave the model as it was. Raises AlreadyActive while active. Twice is fine."""
+        """Close this Composer, leaving the model as it was; a second call does nothing. Raises AlreadyActive if active."""
         with self._lock:
             if self._closed:
                 return

@@ -1,1 +1,1 @@
-"""The model as a mixture sees it: its layers, batches, answers and limits."""
+"""Views of a model that mixtures need: its layers, batches, answers and limits."""

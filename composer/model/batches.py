@@ -1,7 +1,7 @@
 """Prompts and targets as one left-padded batch, so that the targets of all rows end at the last position of a decoder.
 
 The language head is then needed on the last few positions only (`logits_to_keep`): with a vocabulary of 49,152 the logits of
-whole prompts are what fills the memory. What all rows begin with, demonstrations say, may be read once (`Prefixes`).
+whole prompts would fill the memory. A beginning that all rows share, such as demonstrations, is read once (`Prefixes`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TargetBatch:
         return TargetBatch(inputs, self.targets_BK.repeat(count, 1))
 
     def rows(self, index: Sequence[int]) -> TargetBatch:
-        """Return the rows with these indices, without the padding that they all have."""
+        """Return the rows with these indices, without columns that are padding in all of them."""
         chosen = torch.tensor(index, device=self.targets_BK.device)
         inputs = {key: value[chosen] for key, value in self.inputs.items()}
         targets_BK = self.targets_BK[chosen]
@@ -90,10 +90,11 @@ class EncodedRow:
 def encode(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], targets: Sequence[str], *, ends: Sequence[str | None] = ()
 ) -> list[EncodedRow]:
-    """Return the token ids of each prompt and, tokenised apart, of " target" with its end.
+    """Return the token ids of each prompt and, tokenised separately, of " target" with its end.
 
-    `ends` are by default the end of sequence. A conversation is followed by the assistant's turn, as in `answered_ids`.
-    Raises what that raises, and InvalidTask for a prompt or a target without tokens and for a row above the model's context.
+    `ends` are by default the end of sequence. A conversation is followed by the assistant's turn, as in `answered_ids`,
+    whose errors are raised. Raises InvalidTask for a prompt or a target without tokens and for a row above the model's
+    context.
     """
     # tokenizers refuse an empty list
     if not prompts:
@@ -124,7 +125,7 @@ def encode(
 
 
 def answer_ids(tokenizer: Any, answers: Sequence[str], ends: Sequence[str | None] = ()) -> list[list[int]]:
-    """Return the token ids of each " answer" with its end; None, and no `ends`, stand for the end-of-sequence token."""
+    """Return the token ids of each " answer" with its end text; None, the default, is the end-of-sequence token."""
     end_texts = [tokenizer.eos_token or "" if end is None else end for end in ends or [None] * len(answers)]
     texts = [f" {answer}{end}" for answer, end in zip(answers, end_texts, strict=True)]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -195,7 +196,7 @@ def token_losses(model: Any, batch: TargetBatch) -> Tensor:
     asked_K = (batch.targets_BK != IGNORED).any(dim=0)
     if bool(asked_K.all()) or model.config.is_encoder_decoder:
         return losses_of(target_logits(model, batch), batch.targets_BK)
-    # where few of the last tokens are asked for, the head sees these alone
+    # the head computes only the positions where some row has a target
     found_BJ = losses_of(target_logits(model, batch, asked_K=asked_K), batch.targets_BK[:, asked_K])
     return found_BJ.new_zeros(batch.targets_BK.shape).masked_scatter(asked_K.expand_as(batch.targets_BK), found_BJ)
 
@@ -257,7 +258,7 @@ def tensors_in(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def takes(model: Any, argument: str) -> bool:
-    """Return whether the model's forward has an argument of that name."""
+    """Return True if the model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
 
 
@@ -267,7 +268,7 @@ def last_logits(model: Any) -> dict[str, int]:
 
 
 def end_tokens(model: Any) -> list[int] | None:
-    """Return the tokens at which the model's generation settings end a sequence; None where they do not say."""
+    """Return the tokens at which the model's generation settings end a sequence; None if they name no token."""
     end_ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return end_ids if end_ids is None or isinstance(end_ids, list) else [end_ids]
 
@@ -291,7 +292,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Prefixes:
-    """The keys and values of the tokens that the rows of each group begin with: ids_MP and mask_MP, P tokens of M groups."""
+    """The cached keys and values of each group's common beginning: ids_MP and mask_MP, P tokens for M groups of rows."""
 
     ids_MP: Tensor
     mask_MP: Tensor
@@ -300,7 +301,7 @@ class Prefixes:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, groups: Sequence[Sequence[Sequence[int]]]) -> Prefixes | None:
-        """Read the tokens that all rows of a group begin with, for each group; at least one token is left to each row.
+        """Read each group's common beginning, leaving at least one token to each row, and return the cached keys and values.
 
         Returns None if sharing does not pay or cannot be exact: for encoder-decoders, for models without positions, and for
         caches other than plain keys and values.
@@ -346,12 +347,12 @@ def _beginning(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def is_plain(cache: Any) -> bool:
-    """Return whether a cache holds keys and values of whole rows, and nothing else: no window, state or quantised ones."""
+    """Return True if a cache holds keys and values of whole rows alone: no sliding window, state or quantised values."""
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def following(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Return a decoder's inputs without the first `length` tokens; the mask keeps them."""
+    """Return a decoder's inputs without the first `length` tokens, except the mask, which covers all tokens."""
     return {name: value if name == "attention_mask" else value[:, length:] for name, value in inputs.items()}
 
 
@@ -361,9 +362,9 @@ def cache_name(model: Any) -> str:
 
 
 def pad_apart(given: TargetBatch) -> TargetBatch:
-    """Return an encoder-decoder's batch, padded so that its decoder has more than 1 token and not as many as the encoder.
+    """Return an encoder-decoder's batch, padded so that the decoder's width is above 1 and differs from the encoder's.
 
-    The width of a layer's input then says whose tokens these are.
+    The width of a layer's input then tells the encoder's tokens from the decoder's.
     """
     inputs, targets_BK = dict(given.inputs), given.targets_BK
     if targets_BK.shape[1] == 1:

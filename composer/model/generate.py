@@ -39,7 +39,7 @@ class GenerationCall:
     start: int
 
     def output(self, model: Any, streamer: Any = None) -> Any:
-        """Return what `generate` returns; its tokens go to the streamer, too, if one is given."""
+        """Return the output of the model's `generate`; a `streamer`, if given, gets the tokens as they come."""
         arguments = dict(self.arguments) if streamer is None else {**self.arguments, "streamer": streamer}
         if self.seeds is not None:
             arguments["custom_generate"] = sample_by_seeds(self.seeds, arguments.get("streamer"))
@@ -55,7 +55,7 @@ class GenerationCall:
         return list(self.tokenizer.batch_decode(self.new_tokens(output), skip_special_tokens=True))
 
     def require_streaming(self) -> None:
-        """Raise CompositionError if tokens are not known one by one, or the caller has a streamer or decoder already."""
+        """Raise CompositionError for beam search, whose tokens come at the end, and for a streamer or decoder."""
         if "beam" in self.mode:
             raise CompositionError(
                 "beam search knows its tokens only at the end, and has nothing to stream: use generate(), or num_beams=1"
@@ -70,7 +70,7 @@ def generation_call(
 ) -> GenerationCall:
     """Return one call for a batch of texts and conversations, with the caller's `settings` for `generate`.
 
-    `seeds` are one for each text, or None. Raises CompositionError for settings that would run downloaded code or leave this
+    `seeds` are one for each text, or None. Raises CompositionError for settings that would run downloaded code or another
     thread, ScopeError for a mode that takes one text only.
     """
     if not callable(getattr(model, "generate", None)):
@@ -259,10 +259,10 @@ class _Streamer:
 
 
 def sample_by_seeds(seeds: Sequence[int], streamer: Any) -> Callable[..., Any]:
-    """Return a `custom_generate` that runs transformers' sampling loop and draws each text's tokens under the text's seed.
+    """Return a `custom_generate` function: transformers' sampling loop, but each text's tokens are drawn under its own seed.
 
-    It is a function because the list of processors is complete only there: temperature, top-k and the like come first.
-    `streamer` is the caller's; transformers hands none to a function.
+    The seeded draw is added inside the function because only there the list of processors (temperature, top-k) is complete.
+    `streamer` is the caller's; transformers does not pass it to the function.
     """
 
     def decode(model: Any, input_ids: Tensor, logits_processor: Any, **others: Any) -> Any:
@@ -273,7 +273,7 @@ def sample_by_seeds(seeds: Sequence[int], streamer: Any) -> Callable[..., Any]:
 
 
 class _SeededRows:
-    """A logits processor that draws the next tokens itself, and leaves the sampling that follows only these."""
+    """A logits processor that draws the next tokens and masks all others, so that the sampling afterwards has no choice."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -290,7 +290,7 @@ class _SeededRows:
         return torch.full_like(scores_BV, -torch.inf).scatter_(1, tokens_B1, 0.0)
 
 
-# what a decoder writes for bytes of a character that is not complete
+# a tokenizer's output for the bytes of an incomplete character
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraweave.types import Kind
 
-# modules whose classes are linear layers, and no torch.nn.Linear: quantize_dynamic's, HQQ's, GPTQ's and AWQ's
+# modules with classes of linear layers that are no torch.nn.Linear: quantize_dynamic's, HQQ's, GPTQ's and AWQ's
 _QUANTISED = ("torch.ao.nn.quantized.dynamic.modules.linear", "hqq.core.quantize", "gptqmodel.nn_modules.qlinear")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -27,9 +27,9 @@ class Shape(NamedTuple):
 
 
 class LayerKind(ABC):
-    """A kind of layer, for which y0 = W x with x_BTI and y_BTO by row and token, whatever axes the module's tensors have.
+    """A kind of layer that computes y0 = W x, with x_BTI and y_BTO by row and token whatever axes the module's tensors have.
 
-    All methods but `shape` are for modules of the kind. Those defined here are for features along the last axis.
+    All methods but `shape` need a module of the kind. The methods defined here are for features on the last axis.
     """
 
     name: Kind = "linear"
@@ -41,14 +41,14 @@ class LayerKind(ABC):
 
     @abstractmethod
     def refusal(self, module: Any) -> str:
-        """Return why the module's output with an update would not be y0 + update, as a phrase; "" if it is."""
+        """Return the reason, as a phrase, why adding an update to the module's output is not exact; "" if it is exact."""
 
     @abstractmethod
     def project(self, module: Any, x: Tensor, a_SI: Tensor) -> Tensor:
         """Return hidden_BTS = x a^T for the module's input x, in the dtype of a or a wider one."""
 
     def inputs(self, module: Any, x: Tensor, like: Tensor) -> Tensor:
-        """Return x_BTI, a router's input; if it has to be made, in the dtype of `like`."""
+        """Return x_BTI, a router's input for the module's x; if values must be computed, in the dtype of `like`."""
         return by_row(x)
 
     def rows(self, module: Any, y: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def is_near(y: object, expected: Tensor, *, atol: float) -> bool:
 
 
 def _is_plain(module: nn.Linear) -> bool:
-    """Return True if a subclass's forward gives W x + bias for a random x, or if W is no plain matrix."""
+    """Return True if a subclass's forward gives W x + bias for a random x, or if W cannot be read as a matrix."""
     weight, bias = module.weight, module.bias
     stored = weight.shape == (module.out_features, module.in_features)
     if weight.is_meta or not stored or not weight.is_floating_point() or weight.dtype.itemsize < 2:

@@ -38,11 +38,10 @@ class TargetLayer:
     """A layer under its module path; `transposed` is True if its weight is stored as (I, O).
 
     `fresh` is True if every call's output is a new tensor, which nothing else refers to. `owner` is the module around it if
-    that does not always call the layer but may compute with its weight itself.
-
-    An expert of a fused parameter is the matrix `number` of the module's parameter `attribute`; any other layer has its
-    weight in "weight". With `turned` the module multiplies that matrix from the other side than its sizes here say, as PEFT
-    stores Llama 4's: then x has as many features as the layer has outputs.
+    that module may use the layer's weight without calling the layer, else None. An expert of a fused parameter is the matrix
+    `number` of the module's parameter `attribute`; any other layer has its weight in "weight". With `turned` the module
+    multiplies that matrix from the other side than its sizes here say, as PEFT stores Llama 4's: then x has as many features
+    as the layer has outputs.
     """
 
     name: str
@@ -87,7 +86,7 @@ class TargetLayer:
         weight = self.parameter("weight")
         stored = (self.num_inputs, self.num_outputs) if self.transposed else (self.num_outputs, self.num_inputs)
         plain = weight is not None and not weight.is_meta and is_floating(weight.dtype) and weight.ndim > 1
-        # a quantised tensor may give itself out as one of floats
+        # a quantised tensor may report a floating-point dtype
         plain = plain and weight is not None and type(weight.data) is Tensor
         if weight is None or not plain or tuple(weight.flatten(1).shape) != stored:
             what = "no tensor" if weight is None else f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
@@ -99,12 +98,12 @@ class TargetLayer:
         return weight.T if self.transposed else weight.flatten(1)
 
 
-# the modules whose weights are those of a mixture just now
+# the modules into whose weights a mixture is fused at present
 OVERWRITTEN: WeakSet[nn.Module] = WeakSet()
 
 
 def row_sums(tensor: Tensor) -> Tensor:
-    """Return the sum of each row's bits, as whole numbers of eight bytes where rows divide into such."""
+    """Return the sum of each row's bytes, read as integers of 8, 4 or 2 bytes, to detect changes."""
     whole = tensor.detach().contiguous()
     whole = whole.flatten(1) if whole.ndim > 2 else whole
     offset, row = (count * whole.element_size() for count in (whole.storage_offset(), whole.shape[-1]))
@@ -118,7 +117,7 @@ _WORDS = (torch.int64, torch.int32, torch.int16)
 def quantization_of(model: nn.Module) -> dict[str, Any]:
     """Return {"quantization": the model's `quantization_config` as JSON} for a card; {} for a model that is not quantised.
 
-    A model that was quantised after it was loaded has no such config: its mark names the first such weight's type alone.
+    For a model quantised after loading, which has no config, the type of its first quantised weight is named instead.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is not None and not getattr(config, "dequantize", False):
@@ -129,21 +128,21 @@ def quantization_of(model: nn.Module) -> dict[str, Any]:
 
 
 def is_floating(dtype: torch.dtype) -> bool:
-    """Return whether one can calculate in this dtype; 8-bit floats only store."""
+    """Return True for floating-point dtypes of 16 bits or more, in which products can be computed."""
     return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def gives_new_memory(module: nn.Module) -> bool:
-    """Return whether every output of the module is a new tensor, which nothing else refers to."""
+    """Return True if every output of the module is a new tensor, which nothing else refers to."""
     return type(module).forward in FRESH and "forward" not in vars(module)
 
 
 def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, expert: str) -> TargetLayer:
     """Return the layer that `factors` update; `modules` is the model's named_modules(), `expert` a name for messages.
 
-    Raises LayerMismatch, naming expert and layer, for a layer that is not in the model, that is of no known kind or of
-    another one than the factors, that has another shape, that never runs, or whose forward does more than apply its weight;
-    CompositionError for a layer without values that nothing loads.
+    Raises LayerMismatch, naming expert and layer, for a layer that is missing, of an unknown kind, of another kind or shape
+    than the factors, never run, or whose forward does more than apply its weight; CompositionError for a layer on the meta
+    device.
     """
     module = modules.get(name.rsplit(".", 2)[0] if factors.kind == "expert" else name)
     statement = f"expert {expert!r} updates layer {name!r}"
@@ -211,12 +210,12 @@ def _expert_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors,
 
 
 def multiplies_columns(module: nn.Module) -> bool:
-    """Return whether a module of fused experts computes x W with matrices (I, O), as gpt-oss and Llama 4 do, not x W^T."""
+    """Return True if a module of fused experts computes x W with matrices (I, O), as gpt-oss and Llama 4 do, not x W^T."""
     return bool(getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts"))
 
 
 def _embeds_tokens(owner: nn.Module, module: nn.Module) -> bool:
-    """Return True if the module is the owner's token embedding, which given inputs_embeds replace."""
+    """Return True if the module is the owner's token embedding, which a call with inputs_embeds does not run."""
     return isinstance(module, nn.Embedding) and getattr(owner, "get_input_embeddings", lambda: None)() is module
 
 
@@ -229,7 +228,7 @@ def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
-    """Return a phrase on what the model has instead of `name`: the nearest name, its other path, or fused experts; or ""."""
+    """Return a phrase for a missing layer `name`: the nearest name, its other path, or fused experts; "" for none."""
     with suppress(AttributeError, KeyError):
         module = modules[""].get_submodule(name)
         first = next(place for place, other in modules.items() if other is module)
@@ -270,7 +269,7 @@ def require_values(name: str, adapter: Adapter, layers: Mapping[str, TargetLayer
 
 
 def bind(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Factors]:
-    """Return the adapter's factors with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
+    """Return the adapter's factors with values that depend on the base resolved (DoRA's magnitude, a trained bias).
 
     A layer with a bias alone gets the base layer's kind and number of inputs.
     """
@@ -284,7 +283,7 @@ def bind(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Fa
             factors[name] = part
         if not part.bound:
             with torch.inference_mode(False), torch.no_grad():
-                # nothing but DoRA looks at the weight, which may be quantised
+                # only DoRA needs the weight, which may be quantised
                 weight_OI = torch.zeros(0) if part.magnitude_O is None else layer.dense_weight_OI().cpu()
                 moved: dict[str, Any] = {name: tensor.cpu() for name, tensor in part.tensors().items()}
                 bias_O = layer.parameter("bias")
@@ -310,7 +309,7 @@ def with_magnitudes(adapter: Adapter, model: nn.Module) -> Adapter:
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Return {parameter: a parameter or buffer that shares its memory} for the parameters that share any."""
+    """Return {parameter: a parameter or buffer that shares its memory}, for parameters that share memory only."""
     spans = []
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
@@ -358,9 +357,9 @@ def use_of(owner: nn.Module, attribute: str) -> Use:
 
 
 def _reachable(owner: type[nn.Module]) -> list[CodeType]:
-    """Return the code of forward and of all methods that it names, directly or through others."""
+    """Return the code of forward and of all methods that it uses, directly or through others."""
     names, codes = ["forward"], []
-    # both lists grow while they are gone through: by the functions within a function, and by the methods that it names
+    # both lists grow during the loops: by functions within a function, and by methods that a function names
     for name in names:
         function = inspect.unwrap(getattr(owner, name, None))  # type: ignore[arg-type]
         within = [function.__code__] if hasattr(function, "__code__") else []
@@ -374,7 +373,7 @@ def _reachable(owner: type[nn.Module]) -> list[CodeType]:
 def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
     """Yield (attribute, True if its weight enters a computation) for the attributes that the code loads.
 
-    Questions about a weight, such as its dtype or class, are left out.
+    Uses of a weight that only read a property, such as its dtype or class, are left out.
     """
     steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
     for place, (operation, attribute) in enumerate(steps):

@@ -1,4 +1,4 @@
-"""The answers of a model and their scores: ranked labels, the first line of a greedy generation, and Wilson's intervals."""
+"""A model's answers and their scores: ranked labels, the first line of a greedy generation, and Wilson's intervals."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def losses(
 ) -> list[float]:
     """Return the mean negative log-likelihood of each pair's (first) target, given its prompt.
 
-    Demonstrations are in their first order. `share` is that of `predict`.
+    Demonstrations keep their first order. With `share` a beginning that all prompts share is read once.
     """
     return losses_of_rows(model, tokenizer, encode_pairs(model, tokenizer, task, pairs), share=share)
 
@@ -85,7 +85,7 @@ def encode_pairs(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[P
 
 @torch.no_grad()
 def losses_of_rows(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], *, share: bool = False) -> list[float]:
-    """Return the mean negative log-likelihood of each row's target, given its prompt. `share` is that of `predict`."""
+    """Return the mean negative log-likelihood of each row's target; with `share` a common beginning is read once."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     values = [0.0] * len(rows)
     prefix = Prefixes.of(model, tokenizer, [[row.prompt for row in rows]]) if share else None
@@ -108,10 +108,10 @@ def predict(
     max_new_tokens: int = MAX_NEW_TOKENS,
     share: bool = False,
 ) -> list[str]:
-    """Return one answer for each input: the likeliest label if the task has labels, else what `generate` gives.
+    """Return one answer for each input: the likeliest label if the task has labels, else the model's greedy answer.
 
-    For a task in several orders it is that of `predict_together`. With `share` the model reads the common beginning of all
-    prompts once, where it can: not for weights that look at a whole prompt.
+    For a task in several orders of demonstrations the answer is that of `predict_together`. With `share` the model reads the
+    common beginning of all prompts once, if possible; not for weights that depend on the whole prompt.
     """
     tasks = task.in_orders()
     share = share and bool(task.demonstrations)
@@ -139,15 +139,16 @@ def predict_together(
 ) -> list[str]:
     """Return one answer for each of N inputs under the prompts of M tasks, whose probabilities are averaged.
 
-    `inputs_MN` has a text of each input for each task, share_M the tasks' shares. A batch has the rows of the first task,
-    then those of the next. Labels' probabilities are averaged, without the prior if the tasks are `calibrated`. Each step of
-    decoding takes the token of the highest average; all rows of an input continue from it. `share` is that of `predict`.
+    `inputs_MN` has each input's text for each task, share_M the tasks' weights in the average. A batch has the rows of the
+    first task, then those of the next. Labels' probabilities are averaged, without the prior if the tasks are `calibrated`.
+    Each step of decoding takes the token of the highest average, and all rows of an input continue with it. `share` is as in
+    `predict`.
     """
     labels, neutral = tasks[0].labels, tasks[0].neutral
     if labels is not None:
         log_p_MNL = _label_scores_by_task(model, tokenizer, tasks, labels, inputs_MN, share)
         if neutral:
-            # examples that the prompts show are asked under the others: they would leave nothing to share
+            # share no beginning: a neutral input that a prompt demonstrates gets that prompt without it
             neutral_texts = [text for text, _ in neutral]
             neutral_MCL = _label_scores_by_task(model, tokenizer, tasks, labels, [neutral_texts] * len(tasks), share)
             log_p_MNL = without_prior(log_p_MNL, log_prior(neutral_MCL, tasks[0]))
@@ -189,7 +190,7 @@ def _batches(
     num_rows: int,
     share: bool,
 ) -> tuple[Prefixes | None, list[tuple[list[int], list[Prompt]]]]:
-    """Return the prefixes that are read once, or None, and batches of inputs of similar length, of at most `num_rows` rows.
+    """Return the cached beginnings of prompts, or None, and batches of inputs of similar length, of at most `num_rows` rows.
 
     A batch is (indices of the inputs, their prompts), the prompts of one task after those of the other.
     """
@@ -202,11 +203,11 @@ def _batches(
 
 
 def log_prior(log_p_MCL: Tensor, task: Task) -> Tensor:
-    """Return log_prior_ML, how likely each label is whatever the input, by the task's C neutral inputs.
+    """Return log_prior_ML, each label's log-probability whatever the input, from the task's C neutral inputs.
 
-    A label's is its mean log-probability over the neutral inputs whose known answer is another: a member that has learned an
-    example is sure of it, so that the label of most examples would seem likely for any input. A label that is the answer of
-    all inputs has the mean over all. With `calibrated=True` it is the logarithm of the mean probability.
+    A label's prior is its mean log-probability over the neutral inputs whose known answer is another label: a model that has
+    learned an example is sure of it, so that the label of most examples would seem likely for any input. A label that is the
+    answer of all neutral inputs has the mean over all. With `calibrated=True` it is the logarithm of the mean probability.
     """
     if task.calibrated is True:
         return log_p_MCL.exp().mean(dim=1).log()
@@ -216,17 +217,18 @@ def log_prior(log_p_MCL: Tensor, task: Task) -> Tensor:
 
 
 def without_prior(log_p_MNL: Tensor, log_prior_ML: Tensor) -> Tensor:
-    """Return the log of p / prior, scaled to sum 1 over the labels.
+    """Return the log of p / prior, scaled to sum 1 over the labels (Zhao et al. 2021, arXiv 2102.09690).
 
-    A label that a prompt makes likely whatever follows says less (Zhao et al. 2021, arXiv 2102.09690).
+    It corrects for labels that a prompt makes likely whatever the input.
     """
     return (log_p_MNL - log_prior_ML[:, None]).log_softmax(dim=-1)
 
 
 class AveragedScores:
-    """A logits processor for greedy decoding: log of the members' averaged probabilities, the same for each member's row.
+    """A logits processor for greedy decoding that gives each row the log of the members' averaged probabilities.
 
-    The rows of a batch are those of the first member, then those of the next. share_M sums to 1.
+    A member is a prompt or mixture that answers the same inputs. The rows of a batch are those of the first member, then
+    those of the next. share_M, the members' weights, sums to 1.
     """
 
     def __init__(self, share_M: Tensor) -> None:
@@ -258,7 +260,7 @@ Pairs = Sequence[tuple[Prompt, Sequence[str]]]
 
 
 def longest_answer(tokenizer: Any, pairs: Pairs) -> int:
-    """Return the number of tokens that is enough for a right answer.
+    """Return the most tokens to generate for an answer.
 
     An answer twice as long as any accepted target is wrong however it ends, and the base model often does not stop.
     """
@@ -326,17 +328,17 @@ def generate(
 
 
 def answer_in(text: str, stop: Sequence[str]) -> str:
-    """Return the first line of a continuation, or the text before the first of the texts in `stop`."""
+    """Return the first line of a continuation if `stop` is `LINE`, else the text before the first of the texts in `stop`."""
     if tuple(stop) == LINE:
         return (text.strip(" ").splitlines() or [""])[0].strip()
     return text[: min((place for end in stop if (place := text.find(end)) >= 0), default=None)].strip()
 
 
 def _turn_ends(model: Any, tokenizer: Any, chat: Conversation) -> list[int]:
-    """Return the tokens that end the assistant's turn: the model's own, and the template's first one after an answer."""
+    """Return the tokens that end the assistant's turn: the model's end tokens, and the chat template's own."""
     end = turn_end(tokenizer, chat)
     first = tokenizer(end, add_special_tokens=False)["input_ids"][:1] if end else []
-    # a turn that ends in words may have them before its end too
+    # if a turn ends in words, their first token may also occur within the answer
     return [*(end_tokens(model) or ()), *(token for token in first if token in tokenizer.all_special_ids or not end.strip())]
 
 
@@ -354,9 +356,9 @@ def label_scores(
     ends: Sequence[str | None] = (None,),
     prefix: Prefixes | None = None,
 ) -> Tensor:
-    """Return log p_NL over the labels after each prompt, by summed log-likelihoods, an end (or end of sequence) included.
+    """Return log p_NL over the labels after each prompt, by summed log-likelihoods with each label's end included.
 
-    The prompts are those of as many members as there are `ends`, one after the other.
+    The prompts are in as many equal parts as there are `ends`; None is the end of sequence.
     """
     inputs, cache = _read_prompts(model, tokenizer, prompts, prefix)
     ids = [label_ids(tokenizer, labels, end) for end in ends]
