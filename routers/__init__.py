@@ -1,1 +1,1 @@
-"""Routers: what decides how much each expert counts."""
+"""Routers, which decide the weight of each expert."""

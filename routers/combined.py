@@ -1,7 +1,7 @@
-"""The protocol of routers, and routers made of other routers.
+"""Functions that treat all routers alike, and routers made of other routers.
 
-`begin` shows a router one forward call of the model, `weights` weighs a layer's input. `begin` and `needs_call` treat every
-object with `weights` alike, with a `begin` of its own or without. A function handed to `derive` wraps a router; `ByRow` has
+`begin` shows a router one forward call of the model, and `weights` weighs a layer's input. `begin` and `needs_call` accept
+every object with `weights`, whether or not it has a `begin` of its own. `derive` wraps a router with a function; `ByRow` has
 a router for each row of the batch.
 """
 
@@ -51,12 +51,12 @@ class Valued(Protocol):
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
 
 
-# makes w_BTE of a router, x_BTI and a layer
+# returns w_BTE for a router, a layer's input x_BTI and the layer's path
 Weigh = Callable[[Router, Tensor, str], Tensor]
 
 
 def derive(router: Router, weigh: Weigh, *, shares_weights: bool = False) -> Router:
-    """Return a router whose weights are `weigh(router of the running call, x_BTI, layer)`; `begin` finds that router.
+    """Return a router whose weights are `weigh(router of the running call, x_BTI, layer)`; `begin` shows `router` each call.
 
     `shares_weights` says that weigh() returns the router's own tensors, unchanged.
     """
@@ -138,7 +138,7 @@ class ByRow:
         return torch.cat([w_BTE.expand(-1, longest, -1) for w_BTE in by_row])
 
     def _weights_of(self, number: int, x_BTI: Tensor, layer: str, w_BTE: Tensor | None) -> Tensor:
-        """Return w_BTE of router `number`'s rows, computed if `w_BTE` is None; T is 1 or x's, as the router gave it."""
+        """Return w_BTE for the rows of router `number`, computed if `w_BTE` is None; T is 1 or that of x."""
         router = self.routers[number]
         copies, num_tokens = x_BTI.shape[:2]
         if router is None:
@@ -163,12 +163,12 @@ def _sees_batch(router: Router) -> bool:
 
 
 def num_rows_of(router: Router) -> int:
-    """Count the rows of a batch that a mixture tells apart; 1 for weights or a router that all rows share."""
+    """Return the number of rows for which a mixture has separate weights; 1 if all rows share a router or weights."""
     return getattr(router, "num_rows", 1)
 
 
 def rows_of(router: Router) -> Sequence[Router | None]:
-    """List the router of each row of a batch, or the one that all rows share."""
+    """Return the router of each row of a batch, or a single router that all rows share."""
     return router.routers if isinstance(router, ByRow) else (router,)
 
 

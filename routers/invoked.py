@@ -1,8 +1,8 @@
-"""Activated LoRA (Greenewald et al. 2025, arXiv 2504.12397): an expert that is off before its invocation tokens.
+"""Activated LoRA (Greenewald et al. 2025, arXiv 2504.12397): experts that act only from their invocation tokens on.
 
-The weight of such an expert is the mixture's from the last position in a row's prompt at which its invocation tokens begin,
-and 0 before it, so that keys and values of the earlier tokens are the base's. A row without them has weight 0, as in PEFT.
-In a call whose prompt is unknown, the text so far is taken for it.
+Such an expert has the mixture's weight from the last position in a row's prompt at which its invocation tokens begin, and 0
+before, so that keys and values of the earlier tokens are the base's. In a row without these tokens its weight is 0, as in
+PEFT. In a call whose prompt is unknown, the row's text so far is searched instead.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from loraweave.types import Router
 NAME = "of invocation tokens"
 # first positions of an expert whose invocation tokens are absent (never on), and of one that has none (always on)
 NEVER, ALWAYS = torch.iinfo(torch.long).max, torch.iinfo(torch.long).min
-# stands for a token of a cache that no call has shown
+# the id noted for a token in a cache that no call has shown
 UNSEEN = -1
 
 # the ids of a cache's tokens, as far as calls under any mixture have shown them
@@ -60,7 +60,7 @@ class Invoked:
         self._invocations = [invocations.get(name, ()) for name in experts]
         self.experts = experts
         self.parts = parts_of(router)
-        # by row of the mixture; a router, and weights that learn, may use all
+        # by row of the mixture, whether each expert may be used; a router, and weights that learn, may use all
         self._used_BE = [[True] * len(experts)]
         if isinstance(router, MixtureWeights) and not router.values_BTLE.requires_grad:
             self._used_BE = (router.values_BTLE != 0).flatten(1, 2).any(dim=1).tolist()
@@ -101,7 +101,7 @@ class Invoked:
         return next(name for name, tokens in zip(self.experts, self._invocations, strict=True) if tokens)
 
     def _see(self, ids_BT: Tensor, cache: Any, num_before: int) -> Tensor:
-        """Return ids_BT of the rows so far, kept beside the cache; -1 for its tokens that no call has shown."""
+        """Return ids_BT of each row from the cache's first token on, and keep them beside the cache; -1 if unknown."""
         state = None if cache is None else _BESIDE.known(cache)
         if state is None:
             state = CachedIds(ids_BT.new_zeros(len(ids_BT), 0))

@@ -51,9 +51,9 @@ class MixtureWeights:
     def of(
         cls, weights: MixtureWeights | Mapping[str, float] | Sequence[RowWeights], experts: Sequence[str]
     ) -> MixtureWeights:
-        """Make task-scope weights of {name: weight}, or instance-scope weights of a list with one such mapping per row.
+        """Return task-scope weights for {name: weight}, or instance-scope weights for a list with one such mapping per row.
 
-        None stands for the base.
+        None in the list is the base model; MixtureWeights are returned unchanged.
         """
         match weights:
             case MixtureWeights():
@@ -77,7 +77,7 @@ class MixtureWeights:
 
     @property
     def num_rows(self) -> int:
-        """The number of rows of a batch that the weights tell apart; 1 where all share them."""
+        """The number of rows with separate weights; 1 if all rows of a batch share them."""
         return int(self.values_BTLE.shape[0])
 
     @property
@@ -124,7 +124,7 @@ class MixtureWeights:
 
 
 def _number(name: str, weight: Any) -> float:
-    """Return an expert's weight as a number that fp32 holds; NaN and infinity are for MixtureWeights to refuse."""
+    """Return an expert's weight as a float. Raises WeightingError unless fp32 holds it, or it is NaN or infinite."""
     if isinstance(weight, Tensor) and weight.requires_grad:
         raise WeightingError(
             f"the weight of expert {name!r} is to be learned, and a mapping would cut it off from its gradient: "

@@ -1,1 +1,1 @@
-"""Losses that keep experts in use, apart, or with their own domain; each states its value at uniform use and at collapse."""
+"""Losses that balance the use of experts or separate them; each docstring gives the value at uniform use and at collapse."""

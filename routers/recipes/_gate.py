@@ -16,9 +16,9 @@ from loraweave.routers.tokens._scores import top_k_softmax
 
 
 class Weighing(NamedTuple):
-    """The weights w_BTE of experts, with B or T of 1 if all rows or tokens share them, and what losses need.
+    """The weights w_BTE of experts, with B or T of 1 if all rows or tokens share them, and the tensors that losses need.
 
-    `scores_BTE` are the scores before softmax and choice, `beside` is what else a loss reads; None if a gate has none.
+    `scores_BTE` are the scores before softmax and choice, `beside` is any other tensor that a loss reads; None if absent.
     """
 
     w_BTE: Tensor
@@ -58,7 +58,7 @@ class Gate(nn.Module):
 
     @property
     def moved(self) -> list[nn.Parameter]:
-        """The parameters that have no gradient, but are changed by its watcher in training."""
+        """The parameters without a gradient that the gate's watcher changes in training."""
         return []
 
 
@@ -89,7 +89,7 @@ class Call:
     runs: Counter[Hashable] = field(default_factory=Counter)
 
     def run_of(self, what: Hashable) -> int:
-        """Return how often `what`, any key, ran before in this pass, and count one more run."""
+        """Return how often the key `what` was counted before in this pass, and count it once more."""
         self.runs[what] += 1
         return self.runs[what] - 1
 
@@ -123,13 +123,11 @@ def draw_linear(weight_EI: Tensor, generator: torch.Generator) -> None:
 class TokenGate(Gate):
     """A gate with w = softmax(r x) over each token's `top_k` highest scores, with r_EI; in fp32 or better.
 
-    `top_k` None takes all experts. In training alone, `noise` adds normal noise with the standard deviation softplus(n x),
-    n_EI learned, before the softmax.
-
-    The weighing's scores are what the softmax was taken of. A subclass may have other `scores`, or `choose` its own way.
+    `top_k` None takes all experts. In training only, `noise` adds normal noise to r x, with standard deviation softplus(n x)
+    and a learned n_EI. The weighing's scores are the arguments of the softmax. A subclass may override `scores` or `choose`.
     """
 
-    # the softmax or the choice that made a weight 0 passes no gradient on
+    # a weight of 0 comes from the choice, or a softmax that rounds to 0, neither of which passes a gradient on
     skips = True
 
     def __init__(self, num_inputs: int, num_experts: int, *, top_k: int | None = None, noise: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Base classes of recipes: data that says what a trainable mixture is made of. `composer/experts` puts it into a model."""
+"""Base classes of recipes, which describe a trainable mixture as data; `composer/experts` builds it on a model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Site:
-    """A place of the model that gets experts: its module's path, its sizes, and its block's place among `num_blocks`.
+    """A place of the model that gets experts: its module's path, its sizes, and its block's index among `num_blocks`.
 
-    `block` is None outside the blocks. A convolution's inputs are those of its kernel. `num_features` is the size of the
-    model's input embeddings, 0 where it has none. `parts` are the layers in it that have factors, in the
-    order in which they run, where it is no layer itself.
+    `block` is None outside the blocks. For a convolution `num_inputs` counts all values under the kernel. `num_features` is
+    the size of the model's input embeddings, 0 if it has none. `parts` are the layers of the site that have factors, in the
+    order in which they run, if the site itself is not a layer.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Site:
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """The experts of a site by their ranks, and what they have in common.
+    """The ranks of a site's experts, and the factors that they share.
 
-    `shared_a` and `shared_b` say that all have one a, or one b. With `gains` each has a learned factor for each output,
-    which begins as 0.
+    `shared_a` and `shared_b` say that all experts share one a, or one b. With `gains` each expert has a learned factor for
+    each output, which begins as 0.
     """
 
     ranks: tuple[int, ...]
@@ -122,7 +122,7 @@ class Recipe(Declared):
         raise NotImplementedError
 
     def roles(self, site: Site, shape: ExpertShape) -> tuple[Hashable, ...]:
-        """Return a key for each expert of a site, by which it is recognised under other options; by default its place."""
+        """Return a key for each expert of a site, which stays the same under other options; by default its index."""
         return tuple(range(shape.num_experts))
 
     def gate_key(self, site: Site) -> str:
@@ -134,7 +134,7 @@ class Recipe(Declared):
         raise NotImplementedError
 
     def reader(self, sites: Sequence[Site]) -> Gate | None:
-        """Make the reader that looks at calls for the gates of all sites before layers run; None if each gate does."""
+        """Return a gate that sees each call, before layers run, on behalf of all sites' gates; None if each gate sees it."""
         return None
 
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ class EvenRecipe(Recipe):
 
     @property
     def num_first_steps(self) -> int:
-        # tokens may have few of the experts
+        # each token may use only a few of the experts
         return self.num_experts + 1
 
     def shape(self, site: Site) -> ExpertShape:

@@ -12,7 +12,7 @@ from loraweave.errors import ScopeError
 from loraweave.routers.recipes._gate import Call, Gate, Weighing, draw_linear
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 
-# as in the released code; the paper gives no spread
+# as in the released code; the paper gives no standard deviation
 STD_OF_A = 0.01
 
 
@@ -71,7 +71,7 @@ class TaskGate(Gate):
         draw_linear(self.g_ED, generator)
 
     def forward(self, x_BTI: Tensor | None, call: Call) -> Weighing:
-        """Return the weights of each row's task. Raises ScopeError for a call whose tasks are not known."""
+        """Return the weights of each row's task. Raises ScopeError for a call without tasks."""
         if call.task_B is None:
             raise ScopeError(
                 "the gate looks at the task of each row, and this call has none: give task=..., one for each row"

@@ -65,7 +65,7 @@ class Mola(Recipe):
         tokens: dict[Hashable, list[Tensor]] = {}
         for site, scores_BTE in step.scores.items():
             own_NE = scores_BTE.flatten(0, 1) if self.as_released else step.real(scores_BTE)
-            # experts that begin as adapters may be others at each site
+            # where experts begin as adapters, sites may have different numbers of experts
             tokens.setdefault((block_of(site) or site, own_NE.shape[1]), []).append(own_NE)
         losses = [mixtral(torch.cat(scores), self.top_k) / self.top_k for scores in tokens.values()]
         return {"balance": self.balance * torch.stack(losses).sum()}

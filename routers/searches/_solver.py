@@ -1,4 +1,4 @@
-"""The base class of searches for mixture weights: ask for candidates, be told their losses, stop, give the best.
+"""The base class of searches for mixture weights: ask for candidates, tell their losses, stop, return the best.
 
 A solver sees names and losses, never a model: (experts, objective) -> MixtureWeights.
 """
@@ -51,7 +51,7 @@ class Solver(Declared, ABC):
 
     noun: ClassVar[str] = "method"
     needs_gradients: ClassVar[bool] = False
-    # what compose() minimises and what its weights mean, unless it is told otherwise
+    # compose()'s default loss, merge method and L1 coefficient for this search
     loss: ClassVar[str] = "cross_entropy"
     merge_method = "linear"
     l1: ClassVar[float] = 0.0
@@ -111,11 +111,11 @@ class Solver(Declared, ABC):
         """Raise WeightingError for options of the subclass that cannot be used."""
 
     def _learn(self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]) -> None:
-        """Take the losses of `vectors`, infinite for a failed one, and d loss / d vector where gradients are needed."""
+        """Use the losses of `vectors`, infinite for a failed candidate, and d loss / d vector where gradients are needed."""
 
     @property
     def _least(self) -> tuple[int, str]:
-        """The fewest evaluations that the search can work with, and what they are for."""
+        """The fewest evaluations that the search needs, and a phrase that says what for."""
         return self.cost, "one candidate"
 
     def ask(self) -> list[MixtureWeights]:
@@ -128,7 +128,7 @@ class Solver(Declared, ABC):
         return [self.space.mixture(vector) for vector in self._asked]
 
     def tell(self, losses: Sequence[float], gradients: Sequence[Tensor] | None = None) -> None:
-        """Take the losses of the candidates asked for, in their order; NaN or infinity for one that cannot be scored.
+        """Pass the losses of the candidates asked for, in order; NaN or infinity for a candidate that cannot be scored.
 
         `gradients` are d loss / d values_BTLE, for a solver that needs them; one that is not finite fails its candidate.
         """
@@ -162,7 +162,7 @@ class Solver(Declared, ABC):
         return self.cost * len(self._told.losses)
 
     def stop(self) -> bool:
-        """Return whether the search is over: its budget is used up, or there is nothing left to ask."""
+        """Return True if the search is over: its budget is used up, or it has nothing left to ask."""
         return self._finished or (not self._asked and self._left() < 1)
 
     def result(self) -> SearchResult:
@@ -184,10 +184,10 @@ class Solver(Declared, ABC):
     ) -> SearchResult:
         """Run the search to its end and return the best candidate.
 
-        With `checkpoint`, a JSON file, all that is told is kept; the same search resumed from it asks for the same
-        candidates and comes to the same result. A file of other settings is refused, and so is one of another objective
-        where that has `describe()`. `on_progress` is called with the number of evaluations just made;
-        `progress` shows a bar with the lowest loss so far.
+        With `checkpoint`, a JSON file, all losses told are saved; the same search resumed from it asks for the same
+        candidates and has the same result. A file of other settings is refused, and so is a file of another objective if the
+        objective has `describe()`. `on_progress` is called with the number of evaluations just made; `progress` shows a bar
+        with the lowest loss.
         """
         path = None if checkpoint is None else Path(checkpoint)
         kept = {} if path is None else {**self.settings(), **described(objective)}
@@ -216,12 +216,12 @@ class Solver(Declared, ABC):
             position += size
 
     def keep(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Write all that was told so far to a checkpoint of these settings."""
+        """Write all losses told so far to a checkpoint with these settings."""
         self._told.seconds = self._elapsed()
         self._told.write(path, settings)
 
     def settings(self) -> dict[str, Any]:
-        """Return {name: value} of what determines the candidates besides the losses; a checkpoint must have the same."""
+        """Return {name: value} of all that determines the candidates besides the losses; a checkpoint must have the same."""
         options = {option.name: getattr(self, option.name) for option in fields(self)}
         experts, groups = self.space.experts, self.space.groups
         return {"solver": type(self).__name__, **options, "experts": experts, "start": self.first.tolist(), "groups": groups}
@@ -250,7 +250,7 @@ class Solver(Declared, ABC):
         if remaining_s <= 0:
             return 0
         made = len(self._told.losses)
-        # as many as fit in the remaining time at the mean time of those so far
+        # the number that fits into the remaining time at the mean time per candidate so far
         in_time = int(remaining_s * made / self._elapsed()) if made else left
         return min(left, max(in_time, 1))
 
@@ -290,7 +290,7 @@ class ClosedForm(Solver):
         """Return the weights of the formula."""
 
     def settings(self) -> dict[str, Any]:
-        """Omit the formula's inputs, because the start determines the result."""
+        """Return the settings without the formula's inputs: the start determines the result."""
         return {name: value for name, value in super().settings().items() if name not in OF_THE_TASK}
 
     @property
@@ -315,13 +315,13 @@ class Objective(Protocol):
 
 
 def described(objective: Objective) -> dict[str, Any]:
-    """Return what an objective with `describe()` says that its losses depend on, for JSON; {} for any other."""
+    """Return {"objective": the result of its `describe()`}, which identifies its losses as JSON; {} if it has none."""
     describe = getattr(objective, "describe", None)
     return {} if describe is None else {"objective": describe()}
 
 
 class DifferentiableObjective(Objective, Protocol):
-    """An objective that can say how each loss changes with the candidate's weights."""
+    """An objective that also returns the gradient of each loss by the candidate's weights."""
 
     def gradients(self, candidates: Sequence[MixtureWeights]) -> tuple[Sequence[float], Sequence[Tensor]]:
         """Return the loss of each candidate, and d loss / d values_BTLE, in the shape of its values."""

@@ -1,4 +1,4 @@
-"""The space of vectors that a search moves in, and the mixture weights that they stand for."""
+"""The space of a search's vectors, and the conversion between vectors and mixture weights."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Space:
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
-        """The layers of all groups, in their order."""
+        """The layers of all groups, group by group."""
         return tuple(layer for layers in self.groups.values() for layer in layers)
 
     @cached_property
     def group_L(self) -> np.ndarray:
-        """The number of each layer's group (L,)."""
+        """The index of each layer's group (L,)."""
         counts = [len(layers) for layers in self.groups.values()]
         return np.repeat(np.arange(len(counts)), counts)
 
@@ -87,7 +87,7 @@ class Space:
         return vector
 
     def pull(self, gradient_BTLE: Tensor) -> np.ndarray:
-        """Turn the gradient by a mixture's values into that by the vector: a sum over the layers of each group."""
+        """Return the gradient by the vector for one by a mixture's values: the sum over the layers of each group."""
         gradient_LE = gradient_BTLE.detach().double().cpu()[0, 0]
         if not self.groups:
             return gradient_LE.sum(dim=0).numpy()
@@ -109,7 +109,7 @@ class Space:
 def layer_groups(
     groups: Mapping[str, Sequence[str]] | None, layers: Sequence[str] | None, *, by_layer: bool
 ) -> Mapping[str, Sequence[str]] | None:
-    """Return `groups` if given, else one for each of `layers`, else None, as without `by_layer`: all layers share weights.
+    """Return `groups` if given, else with `by_layer` one group for each of `layers`; None if all layers share weights.
 
     Raises WeightingError for a layer named twice.
     """

@@ -1,4 +1,4 @@
-"""A search's losses in one JSON file that is replaced whole: told them again, a search comes to the same candidates."""
+"""The losses told to a search, saved in one JSON file; told again, they make the search ask for the same candidates."""
 
 from __future__ import annotations
 

@@ -22,12 +22,12 @@ from loraweave.registry import traits
 from loraweave.routers.searches._solver import Solver
 from loraweave.routers.searches._space import Space, layer_groups
 
-# the least that a softmax begins with, as a share of an even weight
+# the least weight that a softmax begins with, as a share of the even weight 1/E
 LEAST_SHARE = 0.1
 
 
 class Free:
-    """The form w = p, of any sign and sum; other forms map parameters to the vectors of a space by another rule."""
+    """The form w = p, of any sign and sum; a subclass maps parameters p to vectors of a space by another formula."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
@@ -38,7 +38,7 @@ class Free:
         return self.space.size
 
     def parameters(self, vector: np.ndarray) -> np.ndarray:
-        """Return the parameters that give this vector, or the nearest one to it in the form's sense."""
+        """Return the parameters of this vector, or of a near vector if the form cannot express it."""
         return vector
 
     def vector(self, parameters: np.ndarray) -> np.ndarray:
@@ -46,11 +46,11 @@ class Free:
         return parameters
 
     def pull(self, parameters: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """Turn the gradient by the vector into that by the parameters."""
+        """Return the gradient by the parameters, given the gradient by the vector."""
         return gradient
 
     def inside(self, parameters: np.ndarray) -> np.ndarray:
-        """Return the parameters, changed as little as brings their vector into the box."""
+        """Return the parameters, changed as little as needed to bring their vector into the box."""
         return np.asarray(np.clip(parameters, self.space.low, self.space.high))
 
 
@@ -100,7 +100,7 @@ class SoftmaxBias(Free):
 
     def __init__(self, space: Space) -> None:
         super().__init__(space)
-        # its part of the sum may be anywhere on the simplex, whatever the box of the whole
+        # the softmax may be anywhere on the simplex, whatever the box of the sum
         self._softmax = Softmax(Space(space.experts, -1.0, 1.0, space.groups))
 
     @property

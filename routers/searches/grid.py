@@ -16,7 +16,7 @@ from loraweave.registry import traits
 from loraweave.routers.searches._solver import Solver
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# of a lattice; the strengths of one weight are asked for together
+# the candidates of a lattice asked for at a time; one weight's strengths are all asked for together
 POPULATION = 8
 
 
@@ -71,7 +71,7 @@ class Grid(Solver):
 
     @property
     def _num_points(self) -> int:
-        """The number of points of the lattice, and one for a start beside it."""
+        """The number of candidates: the points of the lattice, and the start if it is not one of them."""
         return self._size + (self._start_number == self._size)
 
     @property

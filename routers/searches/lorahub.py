@@ -21,7 +21,7 @@ from loraweave.routers.searches._solver import Solver
 SIGMA = 0.2
 POPULATION = 8
 RESTARTS = 9
-# of losses that are means of a few token losses, and come from models in bf16 too
+# losses are means of a few token losses, perhaps computed in bf16, so smaller differences mean nothing
 TOLERANCE = 1e-6
 
 

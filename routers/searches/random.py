@@ -1,4 +1,4 @@
-"""Random search: candidates drawn without regard to the losses, the baseline that any other search has to beat."""
+"""Random search: candidates drawn without regard to the losses, a baseline for every other search."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def _require_scores(scores: Mapping[str, float], experts: Sequence[str]) -> None
 
 
 def _count(form: str, nearest: int | None, num_scored: int) -> int:
-    """Return how many experts get a weight. Raises WeightingError for a `nearest` that does not fit."""
+    """Return how many experts get a weight above 0. Raises WeightingError for a `nearest` that does not fit the form."""
     if form == "selection" and nearest not in (None, 1):
         raise WeightingError(f"nearest is {nearest!r}, but a selection is of 1 expert; 'mixture' takes several")
     if nearest is None:

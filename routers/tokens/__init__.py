@@ -1,1 +1,1 @@
-"""Routers that weigh experts for every token or row, one a file, and what they share."""
+"""Routers that weigh experts for every token or row, one a file, and their common base classes."""

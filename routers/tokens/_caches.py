@@ -1,4 +1,4 @@
-"""Followers of key-value caches, which change as the caches do: beams are reordered, tokens taken back, rows repeated.
+"""States kept beside key-value caches, which change as the caches do: beams reordered, tokens cropped, rows repeated.
 
 While an activation is open, a followed cache has a subclass of its class, which replaces the five methods below; nothing is
 added to the object, and it gets its own class back when the activation ends. A copy or a pickle has the cache's own class.
@@ -21,7 +21,7 @@ from loraweave.errors import ScopeError
 
 
 class Follower(Protocol):
-    """A state that can be changed as a cache is. A DynamicCache is one."""
+    """A state with the methods that change a cache. A DynamicCache is a follower, too."""
 
     def get_seq_length(self) -> int: ...
 
@@ -40,9 +40,9 @@ S = TypeVar("S", bound=Follower)
 
 
 class BesideCache(Generic[S]):
-    """A state for each cache that is changed as the cache is: reordered, cropped, repeated, selected, reset.
+    """A mapping from each cache to a state that changes as the cache does: reordered, cropped, repeated, selected, reset.
 
-    It belongs to the cache, not to the call, so that threads and conversations do not see each other's. A state is forgotten
+    A state belongs to the cache, not to the call, so that threads and conversations have separate states. It is forgotten
     with its cache. `router` is the router's name for messages.
     """
 
@@ -50,9 +50,10 @@ class BesideCache(Generic[S]):
         self._router = router
 
     def of(self, cache: Any) -> S | None:
-        """Return the state beside a cache, of as many tokens as the cache; None for an empty cache.
+        """Return the state beside a cache, with as many tokens as the cache; None for an empty cache.
 
-        Raises ScopeError for a kind of cache that cannot be followed, and for one that took tokens without this router.
+        Raises ScopeError for a kind of cache that cannot be followed, and for a cache with tokens that the router has not
+        seen.
         """
         state = self.known(cache)
         num_tokens = int(cache.get_seq_length())
@@ -78,7 +79,7 @@ class BesideCache(Generic[S]):
         return state
 
     def keep(self, cache: Any | None, state: S) -> None:
-        """Keep the state beside the cache from now on; None is the cache that the running call returns, if any."""
+        """Keep the state beside the cache from now on; for None, beside the cache that the running call returns, if any."""
         if cache is not None:
             follow(cache, self, state)
         elif (current := _CURRENT.get()) is not None:
@@ -134,7 +135,7 @@ class RowsAndTokens(ABC):
 
 METHODS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
 
-# by cache and by owner
+# {cache: {owner: its state}}
 _FOLLOWERS: WeakKeyDictionary[Any, WeakKeyDictionary[object, Any]] = WeakKeyDictionary()
 
 # {class of a cache: its followed twin}
@@ -149,7 +150,7 @@ class FollowedCaches:
 
     def __init__(self) -> None:
         self._caches: WeakSet[Any] = WeakSet()
-        # for the cache that a call makes
+        # (owner, state) pairs for the cache that the running call makes
         self._waiting: list[tuple[object, Any]] = []
 
     def entered(self) -> AbstractContextManager[None]:
@@ -164,7 +165,7 @@ class FollowedCaches:
         self._waiting.append((owner, state))
 
     def returned(self, output: Any) -> None:
-        """Follow the new cache in `output`, what a call of the model returned, if a state waits for one."""
+        """Follow the new cache in `output`, the result of a call of the model, if a state waits for one."""
         if not self._waiting:
             return
         from transformers import DynamicCache
@@ -184,7 +185,7 @@ class FollowedCaches:
         self._waiting.clear()
 
     def release(self) -> None:
-        """Stop following the caches. One that stays unchanged can be followed again."""
+        """Stop following the caches. A cache that stays unchanged can be followed again."""
         for cache in list(self._caches):
             self._caches.discard(cache)
             _release(cache)
@@ -194,7 +195,7 @@ _CURRENT: ContextVar[FollowedCaches | None] = ContextVar("loraweave_followed_cac
 
 
 def follower(cache: Any, owner: object) -> Any:
-    """Return the owner's follower of a cache; None if it has none, or the cache was changed while it was not followed."""
+    """Return the owner's state beside a cache; None if there is none, or if the cache changed while it was not followed."""
     if cache not in _FOLLOWERS:
         return None
     if not _is_followed(cache):
@@ -206,7 +207,7 @@ def follower(cache: Any, owner: object) -> Any:
 
 
 def follow(cache: Any, owner: object, state: Follower) -> None:
-    """Change `state`, the owner's, as the cache is changed, from now on until the activation ends."""
+    """Keep the owner's `state` beside the cache, changing as the cache does until the activation ends."""
     _FOLLOWERS.setdefault(cache, WeakKeyDictionary())[owner] = state
     if not _is_followed(cache):
         kind = type(cache)

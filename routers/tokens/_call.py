@@ -1,7 +1,8 @@
-"""What routers know of a call and of the running model.
+"""Context variables that tell routers about the running call and the running model.
 
-Of a call: prompts of its rows, tokens in its cache, and the tokenizer. A call alone does not tell prompt from answer; code
-that generates or scores says so by `prompted`. Of the model: its last hidden states, and the input of the running block.
+About the call: the prompts of its rows, the tokens in its cache, and the tokenizer. A call alone does not tell prompt from
+answer, so code that generates or scores announces prompts by `prompted`. About the model: its last hidden states, and the
+input of the running block.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-# what models call the argument with a cache
+# the names that models give the argument with a cache
 CACHE_NAMES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """The prompts' token ids, a mask that is 0 for padding and after the prompt, and `weights`, {router: what it made}."""
+    """The prompts' token ids, a mask that is 0 for padding and after the prompt, and {router: kept weights}."""
 
     ids_BT: Tensor
     mask_BT: Tensor
@@ -48,7 +49,7 @@ _PROMPTS: ContextVar[Prompts | None] = ContextVar("loraweave_prompts", default=N
 
 
 def prompted(ids_BT: Tensor, mask_BT: Tensor) -> AbstractContextManager[None]:
-    """Tell calls inside the context the prompts with which their rows begin; an outer context's prompts stay in force.
+    """Announce the prompts that rows of calls inside the context begin with; an outer context's prompts win.
 
     In a batch of k times as many rows each prompt serves k consecutive rows.
     """
@@ -76,19 +77,19 @@ def count_copies(router: str, prompts: Prompts, num_rows: int) -> int:
 
 
 def real_tokens(ids_BT: Tensor, mask_BT: Tensor) -> list[list[int]]:
-    """List the ids of each row whose mask is not 0."""
+    """Return the ids of each row where its mask is not 0."""
     pairs = zip(ids_BT.tolist(), mask_BT.tolist(), strict=True)
     return [[token for token, real in zip(*row, strict=True) if real] for row in pairs]
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any | None:
-    """Return the key-value cache that a call of the model is given, or None."""
+    """Return the key-value cache among the arguments of a call of the model, or None."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 @dataclass(frozen=True, eq=False)
 class CallText:
-    """The token ids so far and their mask; the first `num_first` began the cache, the last `num_new` are the call's own."""
+    """The ids and mask of all tokens so far; the first `num_first` began the cache, the last `num_new` are new."""
 
     ids_BT: Tensor
     mask_BT: Tensor
@@ -118,7 +119,7 @@ class CallText:
         return cls(state.ids_BT, mask_BT, state.num_first, new_BT.shape[1])
 
     def rows(self) -> list[list[int]]:
-        """List the real tokens with which each row began."""
+        """Return the real tokens among the first `num_first` of each row."""
         return real_tokens(self.ids_BT[:, : self.num_first], self.mask_BT[:, : self.num_first])
 
     def contexts(self, router: str, refresh: int) -> tuple[list[list[int]], Tensor]:
@@ -147,7 +148,7 @@ def context_length(number: int, num_prompt: int | None, refresh: int) -> int:
 
 
 def _find_seen(beside: BesideCache[SeenTokens], cache: Any, num_rows: int) -> SeenTokens | None:
-    """Return the tokens that a cache has seen: those kept beside it, or the prompts if it has as many tokens."""
+    """Return the tokens that a cache holds: those noted beside it, or else the prompts if they have as many tokens."""
     prompts = current_prompts()
     try:
         return beside.of(cache)
@@ -180,7 +181,7 @@ def _prompt_lengths(router: str, num_rows: int) -> Sequence[int | None]:
 
 
 def count_rows(arguments: Mapping[str, Any]) -> int:
-    """Return how many rows a call of the model has by its arguments; 0 if unknown."""
+    """Return the number of rows in the arguments of a call of the model; 0 if unknown."""
     tensors = (arguments.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "decoder_inputs_embeds"))
     return next((len(tensor) for tensor in tensors if tensor is not None), 0)
 
@@ -212,7 +213,7 @@ class CachedIds(RowsAndTokens):
 
 
 class SeenTokens(CachedIds):
-    """The ids_BT of the tokens in a cache; the first `num_first` are those of the call that began it."""
+    """The ids_BT of the tokens in a cache; the first `num_first` came in the call that began the cache."""
 
     def __init__(self, ids_BT: Tensor) -> None:
         super().__init__(ids_BT)
@@ -237,11 +238,11 @@ def current_tokenizer() -> Any:
 
 
 def has_two_sequences(model: Any) -> bool:
-    """Return whether the model has an encoder and a decoder, whose tokens differ."""
+    """Return True if the model has an encoder and a decoder, whose tokens differ."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-# arguments for the whole model that its decoder does not take, or that ask for more than is read here
+# arguments for the whole model that its decoder does not take, or that ask for outputs not needed here
 OF_THE_MODEL = (
     "labels",
     "logits_to_keep",
@@ -257,9 +258,9 @@ OF_THE_MODEL = (
 def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: BesideCache[DynamicCache]) -> Tensor:
     """Return hidden_BTD after the last layer and its norm, for a call of the model with these arguments; no gradient.
 
-    With the caller's cache only the new tokens run: earlier ones are in a cache of the router's own, which lies `beside` it.
-    `router` is a name for messages. Raises ScopeError for an encoder-decoder and for a model that gives no last hidden
-    state, and what `BesideCache.of` raises.
+    With the caller's cache only the new tokens run: the router's own cache, kept `beside` the caller's, has the earlier
+    tokens. `router` is a name for messages. Raises ScopeError for an encoder-decoder and for a model without a last hidden
+    state, and the errors of `BesideCache.of`.
     """
     if has_two_sequences(model):
         raise ScopeError(
@@ -293,7 +294,7 @@ def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: B
 
 
 def _makes_cache(model: Any, arguments: Mapping[str, Any]) -> bool:
-    """Return whether a call that is given no cache returns one."""
+    """Return True if a call without a cache among its arguments returns one."""
     wanted = arguments.get("use_cache")
     if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
         return False
@@ -301,7 +302,7 @@ def _makes_cache(model: Any, arguments: Mapping[str, Any]) -> bool:
 
 
 def _cache_like(cache: Any | None, model: Any) -> DynamicCache:
-    """Make an empty cache for the model, which records tokens for taking back if `cache` does."""
+    """Return an empty cache for the model, which records past tokens for cropping if `cache` does."""
     from transformers import DynamicCache
 
     empty: Any = DynamicCache(config=model.config)
@@ -318,9 +319,9 @@ def block_of(layer: str) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class BlockInput:
-    """The hidden states x_BTI that a running block was given, and `kept`, {router: what it keeps until the block has run}.
+    """The hidden states x_BTI given to a running block, and `kept`, {router: its data until the block has run}.
 
-    `block` is the block's path. `beside` are the addresses of other tensors that it was given, such as an encoder's states;
+    `block` is the block's path. `beside` are the addresses of other tensors given to the block, such as an encoder's states;
     `outer` is the input of the nearest watched module around the block, if any.
     """
 
@@ -331,7 +332,7 @@ class BlockInput:
     outer: BlockInput | None = None
 
 
-# of the running call, in each thread; autograd's own has it while it runs a block again
+# per thread, the input of the running block, also in autograd's thread when a block runs again
 _RUNNING: ContextVar[BlockInput | None] = ContextVar("loraweave_block_input", default=None)
 
 

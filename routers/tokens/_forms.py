@@ -1,4 +1,4 @@
-"""Base classes of token routers: by scores, by the experts' own outputs, and by a learned matrix of each layer."""
+"""Base classes of token routers: by scores, by the experts' own outputs, and by a learned matrix for each layer."""
 
 from __future__ import annotations
 
@@ -42,18 +42,17 @@ class ScoredRouter(TokenRouter):
 
 
 class OutputRouter(LearnedRouter):
-    """A router that knows each layer's E_e(x) = b_e a_e x as S numbers a token: with b = q r, E_e(x) = q z and z = r a x.
+    """A router that knows each expert's output E_e(x) = b_e a_e x by few numbers: with b = q r, E_e(x) = q z and z = r a x.
 
-    The columns of q of one expert are orthonormal, so that its z is as long as E_e(x). Gains and biases of experts take no
-    part: E_e(x) is the update of low rank alone. The router keeps a copy of its experts' factors, and is as large as they
-    are when it is saved. A subclass has parameters for the `informed` layers; made of `Members`, for those in its file.
-
-    Raises AdapterUnsupported for experts that need their base layer first (DoRA): Composer.bound_pool has them resolved.
+    The columns of q of one expert are orthonormal, so that its z is as long as E_e(x). Gains and biases of experts are
+    ignored: E_e(x) is the update of low rank alone. The router keeps a copy of its experts' factors, so it is saved with as
+    many bytes. A subclass has parameters for the `informed` layers; made of `Members`, for the layers in its file. Raises
+    AdapterUnsupported for experts that need their base layer first (DoRA): Composer.bound_pool has them resolved.
     """
 
     def __init__(self, pool: ExpertPool | Members) -> None:
         super().__init__(pool)
-        # rows of experts: r a, the columns of q, and whose each row is
+        # by layer, a row for each row of z: of r a, of q^T, and the owner's index
         self.cores_ = LayerTensors({})
         self.bases_ = LayerTensors({})
         self.owners_ = LayerTensors({})
@@ -63,7 +62,7 @@ class OutputRouter(LearnedRouter):
 
     @property
     def informed(self) -> dict[str, RoutedLayer]:
-        """The layers with outputs to look at: all but those whose experts have gains or biases alone."""
+        """The layers with outputs to score, which excludes layers whose experts have only gains or biases."""
         return {layer: self.members.layers[layer] for layer in self.cores_ if len(self.cores_[layer])}
 
     def latents(self, x_BTI: Tensor, layer: str) -> Tensor:
@@ -118,7 +117,7 @@ class InputGates(LearnedRouter):
                 self.gates_[self.gate_of(layer)] = start(len(self.experts), routed.num_inputs)
 
     def gate_of(self, layer: str) -> str:
-        """Return the layer whose matrix this one uses: where matrices are shared, the first layer with as many inputs."""
+        """Return the layer whose matrix this layer uses: itself, or if `shared` the first layer with as many inputs."""
         if not self.shared:
             return layer
         layers, num_inputs = self.members.layers, self.members.layers[layer].num_inputs

@@ -14,14 +14,14 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._router import TokenRouter
 
-# the place of the expert, or of the task, of a row that names none
+# the index of the expert or task of a row that names none
 UNKNOWN = -1
 
 
 class LearnedRouter(TokenRouter):
     """A router whose parameters `fit` trains; adapters and base stay unchanged.
 
-    `weights` calls `note` with what it made. `losses` may add terms to the model's loss, each under a name.
+    `weights` calls `note` with its scores and weights. `losses` may add terms to the model's loss, each under a name.
     """
 
     learned: ClassVar[bool] = True
@@ -73,14 +73,13 @@ class LearnedRouter(TokenRouter):
 
 @dataclass(eq=False)
 class Step:
-    """A pass of a training step: which tokens are real, whose data each row is, and what each layer made of it.
+    """A pass of a training step: its real tokens, the owner of each row, and each layer's scores and weights.
 
-    `expert_B` is the place of the expert whose task a row belongs to, UNKNOWN where that is not known. `rows_B` are the
-    rows' numbers in the training data, and `kept` is the same mapping in all passes of one training: what does not change
-    for a row may be kept there, without its padding. `scores` are before, and `weights` after, softmax and top-k; `beside`
-    is what a router's own losses need besides. `decoder_BT` are the real tokens of a decoder beside an encoder, told apart
-    from the encoder's by their number. `seeds_B` are what a row's random numbers in this step follow from, whatever pass it
-    is in.
+    `expert_B` is the index of the expert whose task a row belongs to, UNKNOWN if not known. `rows_B` are the rows' numbers
+    in the training data, and `kept` is one mapping for all passes of a training, for tensors that do not change for a row,
+    stored without padding. `scores` are before, and `weights` after, softmax and top-k; `beside` has other tensors for the
+    router's own losses. `decoder_BT` are the real tokens of a decoder beside an encoder, told apart from the encoder's by
+    their number. `seeds_B` seed a row's random numbers in this step, in whatever pass the row is.
     """
 
     mask_BT: Tensor
@@ -104,7 +103,7 @@ class Step:
         return next((mask_BT.bool() for mask_BT in known if num_tokens in (1, mask_BT.shape[1])), None)
 
     def real(self, values_BTE: Tensor) -> Tensor:
-        """Return values_NE of the N real tokens; of all tokens in a layer whose tokens are not the call's."""
+        """Return values_NE of the N real tokens; of all tokens in a layer whose tokens are not those of the call."""
         mask_BT = self.mask_of(values_BTE.shape[1])
         if mask_BT is None or mask_BT.shape[0] % values_BTE.shape[0]:
             return values_BTE.flatten(0, 1)
@@ -112,7 +111,7 @@ class Step:
         return values_BTE.expand(*mask_BT.shape, -1)[mask_BT]
 
     def row_means(self, values_BTE: Tensor) -> Tensor:
-        """Return values_BE, the mean over each row's real tokens; over all in a layer whose tokens are not the call's."""
+        """Return values_BE, means over each row's real tokens, or over all in a layer whose tokens are not the call's."""
         mask_BT = self.mask_of(values_BTE.shape[1])
         if mask_BT is None or mask_BT.shape != values_BTE.shape[:2]:
             return values_BTE.mean(dim=1)

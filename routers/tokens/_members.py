@@ -1,4 +1,4 @@
-"""The experts that a router is for, without their tensors; their indices in a pool; and tensors by layer."""
+"""The experts of a router without their tensors, their indices in a pool, and tensors by layer."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.types import BaseKey, Fingerprint, Kind
 
-# names that a message lists
+# the most names that a message lists
 NUM_SHOWN = 6
 
-# a pool never changes
+# members by pool; a pool never changes
 _KNOWN: WeakKeyDictionary[ExpertPool, Members] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """A layer of a pool: its inputs and outputs, and the indices of the experts that update it."""
+    """A layer of a pool: its numbers of inputs and outputs, and the indices of the experts that update it."""
 
     num_inputs: int
     num_outputs: int
@@ -60,7 +60,7 @@ class Members:
 
     @staticmethod
     def pool_of(experts: ExpertPool | Members) -> ExpertPool | None:
-        """Return the pool that a router is made for; None for members alone, whose tensors a file fills in."""
+        """Return the pool that a router is made for; None for `Members`, whose tensors are then loaded from a file."""
         return None if isinstance(experts, Members) else experts
 
     @classmethod
@@ -79,7 +79,7 @@ class Members:
         return cls(pool.names, tuple(a.hash for a in adapters), pool.base_model, known, MappingProxyType(layers))
 
     def same_experts(self, pool: ExpertPool) -> bool:
-        """Return whether a pool has these experts, with this content, under these names and in this order."""
+        """Return True if a pool has these experts, with the same contents and names in the same order."""
         other = Members.of(pool)
         return (self.names, self.hashes) == (other.names, other.hashes)
 
@@ -106,7 +106,7 @@ class Members:
 
     @property
     def most_frequent_size(self) -> int:
-        """The size that the layers' inputs and outputs have most often, the smallest of several."""
+        """The most frequent number among the layers' inputs and outputs; the smallest if several are."""
         counts = Counter(size for layer in self.layers.values() for size in (layer.num_inputs, layer.num_outputs))
         return min(size for size, count in counts.items() if count == max(counts.values()))
 
@@ -125,10 +125,10 @@ class Members:
         return replace(self, names=_omit(self.names, gone), hashes=_omit(self.hashes, gone), layers=MappingProxyType(left))
 
     def including(self, name: str, adapter: Adapter) -> Members:
-        """Return the members and one more at the end.
+        """Return the members with one more at the end.
 
-        Raises WeightingError for a name that is taken, BaseModelMismatch for an adapter of another base,
-        LayerMismatch if it gives a layer another shape.
+        Raises WeightingError for a name that is taken, BaseModelMismatch for an adapter of another base, LayerMismatch if
+        the adapter gives a layer another shape.
         """
         if name in self.places:
             raise WeightingError(f"the router has an expert {name!r} already: remove it first, or give another name")
@@ -207,7 +207,7 @@ def find_names(members: Members, pool: ExpertPool, router: str) -> list[str]:
 
 
 def _match_experts(members: Members, other: Members) -> list[str | None]:
-    """Match each expert to one of the same content: of its own name if there is one, else the first free one; else None."""
+    """Return each expert's match by content in `other`: of the same name, else the first unused; None if none."""
     by_hash: dict[str, list[str]] = {}
     for name, digest in zip(other.names, other.hashes, strict=True):
         by_hash.setdefault(digest, []).append(name)

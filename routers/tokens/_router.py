@@ -23,13 +23,12 @@ from loraweave.types import Router
 
 
 class TokenRouter(Declared, nn.Module):
-    """A router that makes w_BTE of each layer's input x_BTI. Its experts are a pool's, in the pool's order.
+    """A router that computes w_BTE from each layer's input x_BTI. Its experts are a pool's, in the pool's order.
 
     A subclass takes the pool, and its own options as keywords. It keeps each option as an attribute of the same name, and
     all its tensors as parameters and buffers (`LayerTensors` for one tensor per layer). Made from `Members` alone it has no
-    tensors of experts yet; a file fills them in. Raises WeightingError for an option outside its annotated kind.
-
-    A layer's weights count only for the experts that update it (`self.members.layers[layer].experts`).
+    tensors of experts; loading a file adds them. Raises WeightingError for an option outside its annotated kind. A layer's
+    weights count only for the experts that update it (`self.members.layers[layer].experts`).
     """
 
     noun: ClassVar[str] = "router"
@@ -43,9 +42,9 @@ class TokenRouter(Declared, nn.Module):
     # options that cannot exceed the number of experts
     counts: ClassVar[tuple[str, ...]] = ()
 
-    # how it was trained, as JSON
+    # the report of its training, as JSON
     report: Mapping[str, Any] | None = None
-    # the adapters that lay in its folder
+    # the adapters saved in its folder, if any
     pool: ExpertPool | None = None
 
     def __new__(cls, pool: Any = None, *rest: Any, **options: Any) -> Self:
@@ -83,7 +82,7 @@ class TokenRouter(Declared, nn.Module):
 
     @property
     def needs_call(self) -> bool:
-        """True if `begin` has to show the router each call of the model, so that it weighs inputs in such calls alone."""
+        """True if `begin` must show the router each call of the model before the router can weigh inputs."""
         return type(self).begin is not TokenRouter.begin
 
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
@@ -95,7 +94,7 @@ class TokenRouter(Declared, nn.Module):
         raise NotImplementedError
 
     def require_pool(self, pool: ExpertPool) -> None:
-        """Raise WeightingError for other experts, contents or order than its own, BaseModelMismatch for another base."""
+        """Raise WeightingError unless the pool's names, contents and order match, BaseModelMismatch for another base."""
         members = self.members
         if pool.names != members.names:
             raise WeightingError(
@@ -112,15 +111,15 @@ class TokenRouter(Declared, nn.Module):
             raise BaseModelMismatch(f"router {self.name!r} was made for another base model than the pool's: {why}")
 
     def require_engine(self, engine: Any) -> None:
-        """Raise what `require_pool` raises unless a Composer's experts, as given or bound, are this router's."""
+        """Raise as `require_pool` does unless a Composer's experts, as given or bound to the base, are this router's."""
         bound: ExpertPool = engine.bound_pool
         self.require_pool(bound if self.members.same_experts(bound) else engine.pool)
 
     def onto(self, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> TokenRouter:
-        """Return the same router for a pool that has its experts in another order, under other names, or among more.
+        """Return this router for a pool that has its experts in another order, under other names, or among other experts.
 
-        Experts are recognised by content; those it does not know get weight 0. Raises WeightingError, listing the
-        differences, if the pool lacks some of its experts, and BaseModelMismatch for a pool of another base.
+        Experts are recognised by content; experts that the router does not know get weight 0. Raises WeightingError, listing
+        the differences, if the pool lacks some of its experts, and BaseModelMismatch for a pool of another base.
         """
         expert_pool = ExpertPool.of(pool)
         names = tuple(find_names(self.members, expert_pool, self.name))
@@ -128,7 +127,7 @@ class TokenRouter(Declared, nn.Module):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """The paths of the blocks whose input the router looks at (`running_block` returns that input)."""
+        """The paths of the blocks whose input the router reads (`running_block` returns that input)."""
         return ()
 
     @property
@@ -137,16 +136,15 @@ class TokenRouter(Declared, nn.Module):
         return [part for part in self.modules() if isinstance(part, TokenRouter)]
 
     def alone(self, pool: ExpertPool) -> Self:
-        """Make a router with the same options for a pool of one expert; `add_expert` takes its `per_expert` tensors."""
+        """Return a router with these options for a pool of one expert, whose tensors `add_expert` takes over."""
         options = {name: value for name, value in self.options.items() if name not in self.counts}
         return type(self)(pool, **options)
 
     def add_expert(self, name: str, adapter: Adapter) -> Self:
-        """Return a router with one more expert at the end, if the other experts need no new training.
+        """Return a router with one more expert at the end; this router is unchanged.
 
-        They keep their rows of the `per_expert` tensors; this router is unchanged. Raises ScopeError if they would have to
-        be trained again, WeightingError for a name it has already, BaseModelMismatch or LayerMismatch for an adapter that
-        does not fit.
+        The other experts keep their rows of the `per_expert` tensors. Raises ScopeError if they would have to be trained
+        again, WeightingError for a name that is taken, BaseModelMismatch or LayerMismatch for an adapter that does not fit.
         """
         if any(part.per_expert is None for part in self.parts):
             raise ScopeError(
@@ -156,10 +154,10 @@ class TokenRouter(Declared, nn.Module):
         return with_rows(self, name, adapter)
 
     def remove_expert(self, name: str) -> Self:
-        """Return a router without one expert, the rest as before; this router is unchanged.
+        """Return a router without one expert and otherwise the same; this router is unchanged.
 
-        Raises ScopeError if the rest means nothing without it, UnknownExpert for an unknown name, WeightingError for the
-        last expert.
+        Raises ScopeError if the weights of the other experts depend on it, UnknownExpert for an unknown name, WeightingError
+        for the last expert.
         """
         if any(part.per_expert is None for part in self.parts):
             raise ScopeError(
@@ -169,13 +167,13 @@ class TokenRouter(Declared, nn.Module):
         return without_rows(self, name)
 
     def fit(self, *arguments: Any, **settings: Any) -> Self:
-        """Train a router that learns. Raises TrainingError for one that reads all it knows off the adapters."""
+        """Train a router that learns. Raises TrainingError for a router that computes everything from the adapters."""
         raise TrainingError(f"router {self.name!r} learns nothing, so there is nothing to fit: activate() it as it is")
 
     def save_pretrained(self, folder: str | Path, *, pool: ExpertPool | None = None) -> Path:
         """Write router.json and router.safetensors, and with `pool` its experts' adapters as PEFT folders.
 
-        `lw.router(folder)` reads it back. The folder appears whole or not at all. Raises WeightingError if the folder holds
+        `lw.router(folder)` reads the folder, which appears whole or not at all. Raises WeightingError if the folder holds
         something else or the pool lacks its experts, ScopeError for a class outside routers/, which lw.router() could not
         find.
         """
@@ -223,19 +221,19 @@ class TokenRouter(Declared, nn.Module):
 
 
 def option_names(router: type[TokenRouter]) -> list[str]:
-    """List the names of the options that a router takes."""
+    """Return the names of a router's options."""
     return list(options_of(router, after=1))
 
 
 class _Placed(TokenRouter):
-    """A router spread over a larger or reordered pool; saving, training and growing it change the router inside."""
+    """A router spread over a larger or reordered pool; it is saved as the router inside."""
 
     place_P: Tensor
 
     def __init__(self, router: TokenRouter, pool: ExpertPool, names: tuple[str, ...]) -> None:
         super().__init__(pool)
         self.router = router
-        # in layers unknown to it all weights are 0
+        # in layers that the router does not know all weights are 0
         self.simplex = router.simplex and set(self.layers) <= set(router.layers)
         self._names_of_own = dict(zip(router.experts, names, strict=True))
         self._own = ExpertPool({expert: pool.adapters[name] for expert, name in zip(router.experts, names, strict=True)})
@@ -262,7 +260,7 @@ class _Placed(TokenRouter):
         return self._spread(self.router, x_BTI, layer)
 
     def _spread(self, router: Router, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return w_BTE over the pool's experts, from the weights that `router` gives to its own."""
+        """Return w_BTE over the pool's experts, from `router`'s weights for its own experts."""
         if layer not in self.router.members.layers:
             return x_BTI.new_zeros(1, 1, len(self.experts), dtype=torch.float32)
         w_BTP = router.weights(x_BTI, layer)

@@ -1,4 +1,4 @@
-"""Routers by name, and routers read back from a folder of `save_pretrained` or a repository of the model hub."""
+"""Routers by name, and saved routers read from a folder or from a repository of the model hub."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Saved:
 
 
 def is_saved_router(folder: Path) -> bool:
-    """Return whether a router of ours, or one that an extension opens, was saved there; says nothing about its state."""
+    """Return True if the folder has a saved router of ours or of a layout that an extension reads; it may be damaged."""
     return present(folder, FILE) or layout_of(folder) is not None
 
 
@@ -172,7 +172,7 @@ def router(
     if experts is None:
         raise WeightingError(f"router {name!r} is made for the experts of a pool: pass one, or the folder of a saved router")
     require_known(f"router {name!r}", options, option_names(made_of))
-    # outside training it gives the same answer every time
+    # evaluation mode, without dropout
     return made_of(experts, **options).eval()
 
 
@@ -191,7 +191,7 @@ def router_class(name: str) -> type[TokenRouter]:
 
 
 def router_names() -> list[str]:
-    """List the names of the routers that look at the input; each file of the registry is imported."""
+    """Return the names of the routers that weigh by a layer's input or the text; imports each file of the registry."""
     return [name for name in registry.names("routers") if _is_router(_look_up(name))]
 
 

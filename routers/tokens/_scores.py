@@ -25,9 +25,9 @@ MOST_COMPARED = 256
 
 
 def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: float = 1.0) -> Tensor:
-    """Return w_BTE: softmax(score / temperature) over each token's `top_k` highest scores, else 0; sums to 1.
+    """Return w_BTE: softmax(score / temperature) over each token's `top_k` highest scores (None: all), else 0; sums to 1.
 
-    A score of -inf takes no part. None is all experts.
+    A score of -inf gets weight 0.
     """
     scores_BTE = scores_BTE / temperature if temperature != 1.0 else scores_BTE
     if top_k is None or top_k >= scores_BTE.shape[-1]:
@@ -40,9 +40,9 @@ def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: flo
 
 
 def top_k_native(scores_BTE: Tensor, top_k: int) -> Tensor | None:
-    """Return w_BTE as `top_k_softmax` does, whatever the number of tokens; None where the library or gradients forbid it.
+    """Return w_BTE by compiled code, as `top_k_softmax` does; None if the library or gradients do not allow it.
 
-    What decides depends on neither B nor T, so that a token's weights have the same bits in every batch.
+    The decision depends on neither B nor T, so that a token's weights have the same bits in every batch.
     """
     if (
         scores_BTE.dtype is not torch.float32
@@ -63,7 +63,7 @@ def top_k_native(scores_BTE: Tensor, top_k: int) -> Tensor | None:
 
 
 def _is_traced() -> bool:
-    """Return whether torch records or transforms its operations, which it cannot do to a call of the library."""
+    """Return True if torch records or transforms operations, which is impossible for a call of the library."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return torch._C._are_functorch_transforms_active() or compute.is_watched() > 0
@@ -82,13 +82,13 @@ def _library() -> Any:
 def top_p_of_softmax(scores_BTE: Tensor, top_p: float) -> Tensor:
     """Return w_BTE: softmax over all experts, kept for the fewest that sum to at least `top_p` (above 0, up to 1), else 0.
 
-    Each token has as many experts as that takes, at least one (Huang et al. 2024, arXiv 2403.07652).
+    The number of experts varies by token and is at least one (Huang et al. 2024, arXiv 2403.07652).
     """
     p_BTE = scores_BTE.softmax(dim=-1)
     if top_p >= 1:
         return p_BTE
     falling_BTE, order_BTE = p_BTE.detach().sort(dim=-1, descending=True, stable=True)
-    # what stands before an expert does not suffice without it
+    # an expert is kept if the likelier experts do not reach top_p without it
     kept_BTE = functional.pad(falling_BTE.cumsum(dim=-1)[..., :-1], (1, 0)) < top_p
     return p_BTE * torch.zeros_like(kept_BTE).scatter(-1, order_BTE, kept_BTE)
 

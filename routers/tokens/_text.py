@@ -1,4 +1,4 @@
-"""The base class of routers that choose by the text of a row, and the reading of their examples."""
+"""The base class of routers that choose by the text of a row, and readers of example texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from loraweave.routers.tokens._router import TokenRouter, option_names
 from loraweave.routers.tokens._scores import without
 from loraweave.types import Task
 
-# texts whose vectors are kept: each token that is generated asks for those of its prompt again
+# the most texts whose vectors are kept, since each generated token needs its prompt's vector again
 NUM_KEPT = 4096
 
 
@@ -43,10 +43,9 @@ class TextRouter(TokenRouter):
     """A router that weighs experts by the embedding of a text; each row of a batch has the weights of its own text.
 
     A row's text is its prompt where that is known: in `generate`, and where losses and labels are scored. In any other call
-    it is the whole row, and under a cache the row of the call that began it. The model's Composer needs a tokenizer.
-
-    Weights sum to 1 over the experts. In a layer that an expert leaves alone its weight is 0 and the others' are as they
-    are, so that a router that chooses one adapter gives that adapter. A subclass says how vectors become weights.
+    it is the whole row, and under a cache the row of the call that began it. The model's Composer needs a tokenizer. Weights
+    sum to 1 over the experts. In a layer that an expert does not update its weight is 0 and the other weights are not
+    rescaled, so that a router that chooses one adapter acts as that adapter alone. A subclass computes weights from vectors.
     """
 
     simplex: bool = False
@@ -81,7 +80,7 @@ class TextRouter(TokenRouter):
         raise NotImplementedError
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return w_NE in fp32 for texts. Raises what `require_embedder` raises."""
+        """Return w_NE in fp32 for texts. Raises as `require_embedder` does."""
         self.require_embedder()
         return self.weights_of(self.vectors(texts))
 
@@ -97,11 +96,11 @@ class TextRouter(TokenRouter):
         return torch.stack([known[text] for text in texts]).to(self.embedder_id_.device)
 
     def remember_embedder(self) -> None:
-        """Note the id of the embedder that all kept vectors were made by."""
+        """Store the id of the embedder that made all kept vectors."""
         self.embedder_id_ = torch.tensor(list(self._embedder.id.encode()), dtype=torch.uint8)
 
     def require_embedder(self) -> None:
-        """Raise WeightingError if no texts were learned from yet, or if the embedder has changed since they were."""
+        """Raise WeightingError if the router has no texts yet, or if the embedder has changed since it read them."""
         made_by = bytes(self.embedder_id_.tolist()).decode()
         if not made_by:
             raise WeightingError(f"router {self.name!r} knows no text of its experts yet: fit() it first")
@@ -112,9 +111,10 @@ class TextRouter(TokenRouter):
             )
 
     def require_of_each(self, by_name: Mapping[str, Any], what: str, names: tuple[str, ...] | None = None) -> None:
-        """Raise UnknownExpert for a name in `by_name` that is no expert's, WeightingError for experts without an entry.
+        """Raise UnknownExpert for a key of `by_name` that is not an expert, WeightingError for experts without an entry.
 
-        `by_name` is {expert: entries} and `what` says what these are. `names` replaces the router's experts.
+        `by_name` is {expert: entries}, and `what` is a noun for the entries in messages. `names` replaces the router's
+        experts.
         """
         names = names or self.experts
         for name in by_name:
@@ -133,7 +133,7 @@ class TextRouter(TokenRouter):
         )
 
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> TextWeights:
-        """Return a call's weights. ScopeError if its text is unknown: embeddings alone, or a cache filled elsewhere."""
+        """Return a call's weights. Raises ScopeError for unknown text: embeddings alone, or a cache filled elsewhere."""
         self.require_embedder()
         with torch.inference_mode(False), torch.no_grad():
             per_row = self.per == "row"
@@ -193,7 +193,7 @@ class TextRouter(TokenRouter):
 
 
 class TextWeights:
-    """The weights w_BTE of a call with the argument `logits_to_keep`; 0 for an expert in the layers that it leaves alone."""
+    """The weights w_BTE of a call with the argument `logits_to_keep`; 0 for an expert in layers that it does not update."""
 
     def __init__(self, w_BTE: Tensor, members: Members, logits_to_keep: int | Tensor | None) -> None:
         self._w_BTE = w_BTE
@@ -244,7 +244,7 @@ def _require_texts(router: str, name: str, texts: Any) -> list[str]:
 
 
 def read_prompts(dataset: Any) -> dict[str, list[Prompt]]:
-    """Return {name: prompts} of {name: texts}, or of what `labelled_tasks` takes; raises what that raises."""
+    """Return {name: prompts} of {name: texts}, or of data for `labelled_tasks`, whose errors are raised."""
     if isinstance(dataset, Mapping) and dataset and all(is_list(texts, of=str) for texts in dataset.values()):
         return {name: list(texts) for name, texts in dataset.items()}
     return {name: [task.prompt(text) for text, _ in task.examples] for name, task in labelled_tasks(dataset).items()}

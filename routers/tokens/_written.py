@@ -1,4 +1,4 @@
-"""A router written as a folder: router.json with options and experts, router.safetensors with its tensors."""
+"""A router saved as a folder: router.json with options and experts, router.safetensors with its tensors."""
 
 from __future__ import annotations
 

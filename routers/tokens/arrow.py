@@ -14,7 +14,7 @@ from loraweave.routers.tokens._members import LayerTensors, Members
 from loraweave.routers.tokens._scores import parts, power_iteration, top_direction, without
 
 TOP_K = 4
-# of PEFT's power iteration
+# steps of PEFT's power iteration
 STEPS = 15
 
 
@@ -64,7 +64,7 @@ class Arrow(ScoredRouter):
         return self.directions_[layer]
 
     def weights_along(self, z_BTP: Tensor, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return w_BTE for the projections z = x v^T, (B, T, E), of a layer's input x_BTI."""
+        """Return w_BTE, given the projections z = x v^T, (B, T, E), of a layer's input x_BTI."""
         return self.chosen(self._scores(z_BTP, x_BTI, layer))
 
     def _scores(self, z_BTE: Tensor, x_BTI: Tensor, layer: str) -> Tensor:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Softmax = Literal["top_k", "all", "twice", "none"]
 
-# of hidden states that one training keeps
+# the most bytes of hidden states kept in one training
 KEPT_BYTES = 2**29
 
 
@@ -100,7 +100,7 @@ class Xlora(LearnedRouter):
         )
 
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> _OfCall:
-        """Return the weights of one call. Raises WeightingError for another hidden size, and what `last_hidden` raises."""
+        """Return the weights of one call. Raises WeightingError for another hidden size, and the errors of `last_hidden`."""
         hidden_BTD = self._hidden(model, arguments)
         if hidden_BTD.shape[2] != self.hidden_size:
             raise WeightingError(
@@ -166,7 +166,7 @@ class Xlora(LearnedRouter):
             return last_hidden(self.name, model, arguments, self._beside)
 
     def _of_scaling_pass(self, device: torch.device) -> dict[str, float]:
-        """Return {expert: weight} for the pass that gives the hidden states."""
+        """Return {expert: weight} for the extra pass that computes the hidden states."""
         value, num_experts = self.scaling_pass_value, len(self.experts)
         chosen = set(range(num_experts))
         if self.as_peft and value:
@@ -196,7 +196,7 @@ class _OfCall:
         self._router = router
         self._scores_BTGE = scores_BTGE
         self._w_BTGE = w_BTGE
-        # as they come, and scaled
+        # {group: (weights, weights times the global scaling)}
         self._of_group: dict[int, tuple[Tensor, Tensor]] = {}
         self._logits_to_keep = logits_to_keep
 
