@@ -208,10 +208,10 @@ class LiveLimits:
     def require(self, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter], *, by_token: bool = False) -> None:
         """Raise LayerMismatch or ScopeError if these weights cannot be mixed live in one of the layers.
 
-        LayerMismatch: a layer that never runs has weights that are not zero, or a router's. ScopeError: weights vary by row
-        or token in a layer whose first axis need not be the batch, or a router looks beyond the input of a fused parameter's
-        expert. A router for all rows computes its weights from the layer's own input, whatever the order of that is, unless
-        they vary `by_token`: by a position in each row.
+        LayerMismatch: a layer that never runs has a weight other than 0, or a router. ScopeError: weights vary by row or
+        token in a layer whose first axis need not be the batch, or a router needs more than the input of a fused parameter's
+        expert. One router for all rows is allowed, since it weighs each input by itself, unless weights vary `by_token`,
+        with the position in a row.
         """
         if not (self._never_called or self._experts or self._out_of_order):
             return

@@ -180,7 +180,7 @@ def training_rows(
 def _groups(hub: Hub | None, n_jobs: int | None) -> Any:
     """Return the extension that trains in groups, by workers or into a hub; None without `hub` and `n_jobs`.
 
-    Raises TrainingError for no Hub and for arguments that exclude each other, PackageMissing without such an extension.
+    Raises TrainingError if `hub` is not a Hub or arguments exclude each other, PackageMissing without such an extension.
     """
     if not isinstance(hub, Hub | None):
         raise TrainingError(f"hub is {hub!r:.60}; pass a Hub that takes the adapters, or None")
