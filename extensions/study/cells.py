@@ -16,13 +16,16 @@ from loraweave.extend import encode_pairs, text_digest, whole_file
 from loraweave.extensions.study.methods import Method
 from loraweave.extensions.study.study_file import Study, StudyTask
 
-# changes when the same cell would give other answers
+# to be changed whenever the same cell would give other answers
 FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """`key` is the hash; cells whose answers cannot differ have one key, such as the base model's for every seed."""
+    """One run of a study: a task, a method, a number of examples (`shots`) and a seed.
+
+    `key` is a hash; cells whose answers cannot differ, such as the base model's for every seed, share one key.
+    """
 
     task: StudyTask
     method: Method
@@ -32,7 +35,7 @@ class Cell:
 
     @property
     def named(self) -> dict[str, Any]:
-        """The names of the task and the method, the number of examples and the seed, as files of the study have them."""
+        """The names of the task and the method, the number of examples and the seed, as the study's files have them."""
         return {"task": self.task.name, "method": self.method.name, "shots": self.shots, "seed": self.seed}
 
     def __str__(self) -> str:
@@ -41,9 +44,9 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """The answers of a cell: a text, a loss and its number of tokens for each test row, in their order.
+    """The answers of a cell: a text, a mean loss and a number of target tokens for each test row, in the order of the rows.
 
-    `seconds` and `cpu_seconds` (of the process) are what it took to make the method's composition, and not to answer.
+    `seconds` and `cpu_seconds` (of the process) are what making the method's composition took, without answering.
     """
 
     answers: tuple[str, ...]
@@ -56,7 +59,7 @@ class Answers:
 
 
 def cells(study: Study, hub: Hub) -> list[Cell]:
-    """Return all cells in the order in which they run: every method on every task with one seed, before the next seed."""
+    """Return all cells in the order in which they run: all tasks and methods for one seed, then the next seed."""
     listed = [
         (shots, seed, task, method)
         for shots in study.shots
@@ -91,13 +94,13 @@ def _key(study: Study, hub: Hub, task: StudyTask, method: Method, shots: int, se
 
 @cache
 def _digest(folder: Path | None) -> list[tuple[str, str]]:
-    """Return the names and hashes of a folder's files of rows."""
+    """Return the name and sha256 of each .jsonl file in the folder."""
     files = sorted(folder.glob("*.jsonl")) if folder is not None else []
     return [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
 
 
 class Store:
-    """The answers of cells in a folder, a file each, which is complete or not there."""
+    """A folder with one file for the answers of each cell; a file is written whole or not at all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -114,7 +117,7 @@ class Store:
         write_whole(self._path(cell), json.dumps({**cell.named, **asdict(found)}, ensure_ascii=False))
 
     def require_base(self, model: Any) -> None:
-        """Raise BaseModelMismatch if the folder has answers of another base model, whatever both are called."""
+        """Raise BaseModelMismatch if the folder has answers of a base model with other weights, even under the same name."""
         path, fingerprint = self.folder.parent / "base.json", base_key(model).fingerprint
         assert fingerprint is not None
         if path.is_file():
@@ -130,7 +133,7 @@ class Store:
 
 
 def answered(cell: Cell, study: Study, composition: Composition, spent: tuple[float, float]) -> Answers:
-    """Return what the composition answers to the test rows."""
+    """Return the composition's answers to the task's test rows; `spent` is (seconds, cpu_seconds) of making it."""
     pairs = list(cell.task.test)
     score = composition.score(pairs, max_new_tokens=study.max_new_tokens)
     rows = encode_pairs(composition.model, composition.tokenizer, composition.task, pairs)
@@ -147,7 +150,7 @@ def answered(cell: Cell, study: Study, composition: Composition, spent: tuple[fl
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, of which nobody ever sees a half."""
+    """Write a file atomically, so that no reader ever sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`loraweave study`: what is missing of a study, and its tables."""
+"""`loraweave study`: run the missing cells of a study and print its tables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def study(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run what is missing of a study, and write its tables, plots and report; exit status 1 where a cell failed."""
+    """Run the missing cells of a study, and write its tables, plots and report; exit status 1 if a cell failed."""
     functions = _read_functions(metric or ())
     from loraweave.extensions.study.running import study as run
 
@@ -52,7 +52,7 @@ def study(
 
 
 def _read_functions(given: Sequence[str]) -> dict[str, Callable[..., Any]]:
-    """Return functions by name. A file cannot name one, since importing a module runs it: only the command can."""
+    """Import the functions of `--metric`; a study's file cannot name any, since importing a module runs its code."""
     functions: dict[str, Callable[..., Any]] = {}
     for text in given:
         module, _, name = text.partition(":")

@@ -88,14 +88,14 @@ def evaluate_harness(
     elif mixed is not None:
         mixing = Composer(model, mixed[1], tokenizer=tokenizer).activate(mixed[0])
     with caller_randomness(), untouched(model), mixing:
-        # it asks for nothing but what a plain model has
+        # lm_eval asks for nothing but what a plain model has
         language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=rows)
         scores: dict[str, Any] = simple_evaluate(model=language_model, **arguments, **seeds, **settings)
     return scores
 
 
 def _mixture_and_pool(what: Any, hub_or_pool: Any) -> tuple[Any, Any] | None:
-    """Return the mixture and pool of a Composer that answers for `what`; None if the model answers by itself."""
+    """Return the (mixture, pool) for a Composer that answers as `what` does; None if no mixture is needed."""
     match what:
         case None | Composition() | ExpertModel():
             return None

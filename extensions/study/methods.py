@@ -51,15 +51,15 @@ from loraweave.extend import (
 OWN = ("lora", "oracle", "ensemble")
 # the arguments of compose() that a method may set for itself
 LIMITS = ("k", "budget", "seconds", "weights")
-# the keys of a method, in `said`, that are not its options
+# the keys of a method in the study's file that are not the method's own options
 SAID = ("adapters", *LIMITS, "fit", "shown", "calibrated")
 KEYS = ("name", "method", "formula", "members", *SAID)
-# of a LoRA on the examples alone: about the processor time of a search of 40 evaluations
+# training steps of a LoRA on the examples alone: about the processor time of a search of 40 evaluations
 LORA = {"steps": 20, "lr": 1e-3, "warmup": 3}
-# of a router on the pool's own rows, and what of its options is for its training
+# training steps of a router on the pool's rows, and the options that are for its training
 FIT_STEPS = 20
 TRAINING = {"steps": Count, "lr": Positive}
-# the parameters of a merge method that merge() fills in, or takes itself
+# the parameters of a merge method that merge() fills in, or that are merge()'s own
 SUPPLIED = ("seeds", "statistics", "survey", "rank")
 # the arguments of compose() and of trainings that the study itself sets
 FIXED = ("model", "tokenizer", "hub_or_pool", "task", "tasks", "seed", "progress", "checkpoint", "inputs", "allow_licenses")
@@ -67,7 +67,7 @@ FIXED = ("model", "tokenizer", "hub_or_pool", "task", "tasks", "seed", "progress
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A method with its options. `said` has the keys of `SAID` that were given, `options` the method's own."""
+    """A method with its options: `said` has the settings of `SAID` in the study's file, `options` the method's own."""
 
     name: str
     method: str
@@ -103,7 +103,7 @@ class Method:
         try:
             formula = parse(text)
         except FormulaError as error:
-            # what has brackets or signs was meant as a formula
+            # a text with brackets or signs was meant as a formula
             if "formula" in said or set(text) & set("()*+"):
                 raise
             raise _unknown(text) from error
@@ -111,13 +111,13 @@ class Method:
 
     @property
     def reads_hub(self) -> bool:
-        """True if retrieval finds its adapters."""
+        """True if the method's adapters are retrieved from the hub."""
         alone = self.method in ("base", "in_context", "lora", "oracle") or self.formula is not None
         return not (alone or "adapters" in self.said or self.members) or (self.formula is not None and self.formula.is_auto)
 
     @property
     def reads_examples(self) -> bool:
-        """True if its answers depend on the examples, so that each draw of them has answers of its own."""
+        """True if the method's answers depend on the task's examples, so that each draw of examples needs a run."""
         if self.members:
             return any(member.reads_examples for member in self.members)
         if self.said.get("shown") or self.reads_hub:
@@ -132,7 +132,7 @@ class Method:
 
     @property
     def reads_seed(self) -> bool:
-        """True if it draws at random, or has examples that are drawn."""
+        """True if the method draws at random, or depends on examples, which are drawn by the seed."""
         return self.reads_examples or self.said.get("fit") == "pool" or (self.is_merge and _takes(self.method, "seeds"))
 
     @property
@@ -140,11 +140,11 @@ class Method:
         return self.formula is None and self.method in names("methods")
 
     def applies(self, oracle: str | None) -> bool:
-        """Return True if it can answer a task with this oracle: the method `oracle` needs the name of an adapter."""
+        """Return True if the method can answer a task whose best adapter is `oracle`: only the method "oracle" needs one."""
         return oracle is not None or "oracle" not in (self.method, *(member.method for member in self.members))
 
     def adapters(self, hub: Hub, oracle: str | None) -> dict[str, str]:
-        """Return {name: hash} of all adapters that it may look at. Raises AdapterNotFound for a name that the hub lacks."""
+        """Return {name: hash} of all adapters that the method may use. Raises AdapterNotFound for an unknown name."""
         if self.reads_hub:
             return {record.name: record.hash for record in hub}
         if self.formula is not None:
@@ -156,13 +156,13 @@ class Method:
         return hashes
 
     def identity(self) -> dict[str, Any]:
-        """Return what sets it apart from other methods, its name left out."""
+        """Return all settings of the method but its name: equal identities give equal answers."""
         members = [member.identity() for member in self.members]
         text = self.method if self.formula is None else self.formula.canonical
         return {"method": text, "said": dict(self.said), "options": dict(self.options), "members": members}
 
     def check(self, hub: Hub, task: Task, limits: Mapping[str, Any]) -> None:
-        """Raise the errors of its options and names, before a model is loaded."""
+        """Raise the errors of the method's options and adapter names, before a model is loaded."""
         if self.formula is not None:
             try:
                 self.formula.adapters(hub)
@@ -179,7 +179,7 @@ class Method:
             member.check(hub, task, limits)
 
     def arguments(self, limits: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
-        """Return the arguments of compose(). Nothing is held out (`folds`): a row of a table is the method, no stand-in."""
+        """Return the arguments of compose() for the method; no examples are held out, which would score a substitute."""
         kept = {key: self.said[key] for key in LIMITS if key in self.said}
         shared = {key: value for key, value in limits.items() if key != "seconds" or not _routes(self.method)}
         return {"method": self.method, "folds": 0, **shared, **kept, **self.options, "seed": seed}
@@ -217,17 +217,17 @@ class Method:
 
 
 def known_methods() -> list[str]:
-    """Return the names that a study's methods may have, beside formulas."""
+    """Return the names that a study's methods may have, without formulas."""
     return sorted({*ComposeCall.methods(), *OWN, *names("methods")})
 
 
 def _takes(method: str, parameter: str) -> bool:
-    """Return True if a merge method takes an argument that the caller supplies, and not the user."""
+    """Return True if a merge method has the parameter, which the caller of the method fills in and users cannot set."""
     return parameter in signature(get("methods", method)).parameters
 
 
 def _routes(method: str) -> bool:
-    """Return True if a router weighs, which has no search to bound."""
+    """Return True if the method is a router, whose weights no search finds, so that a time limit has no meaning."""
     router_type = get("routers", method) if method in names("routers") else None
     return isinstance(router_type, type) and issubclass(router_type, TokenRouter)
 
@@ -259,7 +259,7 @@ class Case:
 
 
 def made(method: Method, case: Case) -> Composition:
-    """Return the composition that answers for the method. Raises what making it raises."""
+    """Return the composition with which the method answers the case's task. Raises the errors of making it."""
     shown = method.said.get("shown") or (method.method == "in_context" and method.formula is None)
     form: dict[str, Any] = {"demonstrations": True} if shown else {}
     if method.said.get("calibrated"):
@@ -290,8 +290,8 @@ def _source(method: Method, hub: Hub) -> Hub | ExpertPool:
 
 
 def _pool(method: Method, case: Case) -> ExpertPool:
-    """Return the adapters that the method names, or the k that retrieval finds, as experts of the model."""
-    # of the base nothing is checked but the number of adapters
+    """Return the adapters that the method names, or else the k that retrieval finds, as experts of the model."""
+    # the base model alone has no options: only the number of adapters is checked
     call = ComposeCall(_source(method, case.hub), case.task, {"method": "base", "k": method.said.get("k", case.limits["k"])})
     return call.engine(case.model, case.tokenizer).bound_pool
 
@@ -341,7 +341,7 @@ def _merged(method: Method, case: Case) -> Adapter:
 
 
 def _collector() -> Callable[..., Any]:
-    """Return `collect_statistics` of the extension, or another package, that has a file `collecting`."""
+    """Return `collect_statistics` of an installed extension with a file `collecting`. Raises PackageMissing without one."""
     modules = brought("collecting")
     if not modules:
         raise PackageMissing("no extension that is installed collects statistics; loraweave comes with one, `statistics`")
@@ -350,7 +350,7 @@ def _collector() -> Callable[..., Any]:
 
 
 def _weights(method: Method, experts: Sequence[str]) -> list[float] | None:
-    """Return a weight for each adapter, of one number for all, a list or a mapping; None for equal shares."""
+    """Return a weight for each adapter, from the number, list or mapping `weights` of the method; None for equal shares."""
     match weights := method.said.get("weights"):
         case None:
             return None
@@ -382,12 +382,12 @@ def _ensemble(method: Method, case: Case) -> Composition:
 
 
 def _fitted(method: Method, case: Case) -> Composition:
-    """Return the composition of a router that learned, once for each pool and seed, from the pool's own training rows."""
+    """Return the composition of a router trained on its pool's training rows; each pool and seed is trained once."""
     pool = _pool(method, case)
     key = (str(method.identity()), case.seed, tuple(pool.names))
     if key not in case.fitted:
         options = {name: value for name, value in method.options.items() if name not in TRAINING}
-        # its first values are random
+        # the router's first values are random
         new: Any = with_seed(case.seed, lambda: router(method.method, pool, **options))
         training: dict[str, Any] = {name: method.options[name] for name in TRAINING if name in method.options}
         if isinstance(new, LearnedRouter):

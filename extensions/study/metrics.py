@@ -1,4 +1,4 @@
-"""Metrics of answers: the numbers of each item, and the value of their sums, so that any sample of items has a value."""
+"""Metrics of answers: each item of a test set gives numbers whose sums decide the value, so that any sample has one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Parts = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[float], Seque
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """`parts` gives K numbers for each item, and `value` of sums (.., K + 1), the last being the number of items."""
+    """A metric: `parts` gives K numbers for each item; `value` maps their sums, then the number of items, to a value."""
 
     name: str
     parts: Parts
@@ -38,11 +38,7 @@ class Metric:
 
 
 def metric_of(name: str, normalise: Sequence[str] | None, functions: Mapping[str, Function]) -> Metric:
-    """Return the metric of that name. `normalise` has names of `STEPS`, which answers and targets go through first.
-
-    Without it `exact_match` trims white space and `f1` normalises as SQuAD's script does. Raises InvalidTask for unknown
-    names and PackageMissing where the metric's package is not installed.
-    """
+    """Return the metric of that name; answers and targets first pass the steps named by `normalise` (keys of `STEPS`)."""
     if unknown := [step for step in normalise or () if step not in STEPS]:
         raise InvalidTask(f"normalise has {unknown[0]!r}{nearest(unknown[0], STEPS)}; there are {', '.join(STEPS)}")
     clean = partial(_normalised, steps=normalise or ())

@@ -17,7 +17,7 @@ from loraweave.extend import ShownTable, blank_figure
 from loraweave.extensions.study.cells import write_whole
 from loraweave.extensions.study.results import ALL, Figure, StudyResults
 
-# as many answers of a cell as the page shows; all are in answers.jsonl
+# the number of answers of a cell that the page shows; all are in answers.jsonl
 NUM_SHOWN = 20
 PLOTS = ("plot.png", "plot.svg")
 NOTE = (
@@ -29,7 +29,7 @@ NOTE = (
 
 
 def write_report(results: StudyResults) -> None:
-    """Write all files of the study's folder; the plots only where matplotlib is installed."""
+    """Write all files of the study's folder; the plots only if matplotlib is installed."""
     folder = results.folder
     columns = [column.name for column in fields(Figure)]
     rows = ([getattr(figure, name) for name in columns] for figure in results.figures)
@@ -47,7 +47,7 @@ def write_report(results: StudyResults) -> None:
 
 
 def markdown(results: StudyResults) -> str:
-    """Return a table for each metric and number of examples."""
+    """Return the results as Markdown tables, one for each metric and number of examples."""
     parts = []
     for title, columns, rows in results.tables():
         lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
@@ -57,7 +57,7 @@ def markdown(results: StudyResults) -> str:
 
 
 def latex(results: StudyResults) -> str:
-    """Return the same as LaTeX tables for booktabs; the best value of each column is bold."""
+    """Return the results as LaTeX tables for booktabs; the best value of each column is bold."""
     parts = ["% \\usepackage{booktabs}"]
     for title, columns, rows in results.tables():
         best = _best(columns, rows, lower=title.startswith("perplexity"))
@@ -77,9 +77,9 @@ def latex(results: StudyResults) -> str:
 
 
 def draw(results: StudyResults, folder: Path) -> str:
-    """Draw plot.png and plot.svg, a panel for each task and one for their mean, and return the second as text.
+    """Draw plot.png and plot.svg, with a panel for each task and one for the mean of all; return the SVG as text.
 
-    One number of examples is drawn as a point and a line for each method, several as a curve over them.
+    With one number of examples a method is a point and an interval, with several a curve over them.
     """
     metric = results.study.used_metrics[0]
     figures = [figure for figure in results.figures if figure.metric == metric.name]
@@ -118,7 +118,7 @@ def draw(results: StudyResults, folder: Path) -> str:
 def _draw_panel(panel: Any, figures: Sequence[Figure], methods: Sequence[str], shots: Sequence[int], percent: bool) -> None:
     scale = 100 if percent else 1
     panel.grid(axis="y" if len(shots) > 1 else "x", linewidth=0.4, alpha=0.6)
-    # also above an empty place
+    # also above an empty panel
     panel.tick_params(labelsize=8, labelbottom=True)
     for place, method in enumerate(methods):
         shown = [figure for figure in figures if figure.method == method]
@@ -170,7 +170,7 @@ $answers
 
 
 def page(results: StudyResults, plot: str) -> str:
-    """Return a page that loads nothing else, and whose names and answers are only ever text."""
+    """Return an HTML page that loads no other file, with all names and answers escaped."""
     study = results.study
     summary = (
         f"{len(study.methods)} methods on {len(study.tasks)} tasks, {', '.join(map(str, study.shots))} examples, seeds "
@@ -193,7 +193,7 @@ def page(results: StudyResults, plot: str) -> str:
 
 
 def _shown_answers(results: StudyResults) -> list[str]:
-    """Return the answers of each task and method, for the first number of examples and seed."""
+    """Return an HTML table of the first answers of each task and method, for the first number of examples and seed."""
     seen, parts = set(), []
     for cell, answers in results.answers.items():
         if (cell.task.name, cell.method.name) in seen:
@@ -210,7 +210,7 @@ def _shown_answers(results: StudyResults) -> list[str]:
 
 
 def _best(columns: Sequence[str], rows: Sequence[Sequence[str]], *, lower: bool) -> dict[int, int]:
-    """Return {column: row} of the best value, for the columns of values."""
+    """Return {column: row} of the best value in each column of values; `lower` says that less is better."""
     best = {}
     for place in range(1, len(columns) - 2):
         numbers = {number: float(row[place].split()[0]) for number, row in enumerate(rows) if row[place] != "-"}

@@ -49,9 +49,9 @@ class Figure:
 
 
 class Draws(NamedTuple):
-    """A value and the value of each bootstrap draw.
+    """A value, followed in `values_R` by its value on each bootstrap draw.
 
-    `share_of` counts the items whose share it is, and is None for other values. `are_independent` says whether each of these
+    `share_of` is the number of items if the value is a share of them, else None; `are_independent` is True if each of these
     items was answered once, with one task and one seed.
     """
 
@@ -60,7 +60,7 @@ class Draws(NamedTuple):
     are_independent: bool
 
     def summed(self) -> tuple[float, float, float]:
-        """Return (value, low, high)."""
+        """Return (value, low, high), the value with its 95 % interval."""
         value, drawn_R = float(self.values_R[0]), self.values_R[1:]
         if self.share_of is None:
             low, high = (float(limit) for limit in np.percentile(drawn_R, [2.5, 97.5]))
@@ -70,7 +70,7 @@ class Draws(NamedTuple):
 
     @classmethod
     def mean(cls, parts: Sequence[Draws]) -> Draws:
-        """Return the mean of values that are drawn apart."""
+        """Return the mean of values that were drawn independently of each other."""
         counts = [part.share_of for part in parts]
         share_of = None if None in counts else sum(count or 0 for count in counts)
         values_R = np.mean([part.values_R for part in parts], axis=0)
@@ -79,7 +79,7 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True)
 class StudyResults:
-    """The results of a study so far: figures, the answers of its cells, and {cell: why} of those that failed."""
+    """The results of a study so far: its figures, the answers of its cells, and {cell: reason} of those that failed."""
 
     study: Study
     figures: tuple[Figure, ...]
@@ -95,7 +95,7 @@ class StudyResults:
         return self.table()._repr_html_()
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """Return (title, columns, rows) for each metric and number of examples that has figures."""
+        """Return (title, column names, rows) of the table of each metric and number of examples that has figures."""
         having = {(figure.metric, figure.shots) for figure in self.figures}
         return [
             (f"{metric.name}{' (%)' if metric.percent else ''}, {shots} examples", *self.cells(metric.name, shots))
@@ -105,14 +105,14 @@ class StudyResults:
         ]
 
     def table(self, metric: str | None = None, shots: int | None = None) -> ShownTable:
-        """Return methods by tasks under one metric and for one number of examples, by default the first of each."""
+        """Return a table of methods by tasks for a metric and a number of examples, by default the study's first ones."""
         columns, rows = self.cells(
             metric or self.study.used_metrics[0].name, self.study.shots[0] if shots is None else shots
         )
         return ShownTable.of(columns, rows)
 
     def cells(self, metric: str, shots: int) -> tuple[list[str], list[list[str]]]:
-        """Return (columns, rows of texts) of that table."""
+        """Return (column names, rows of texts) of the table of methods by tasks for a metric and a number of examples."""
         figures = {(row.task, row.method): row for row in self.figures if (row.metric, row.shots) == (metric, shots)}
         shown = next(used for used in self.study.used_metrics if used.name == metric)
         tasks = [
@@ -136,7 +136,7 @@ def interval(figure: Figure | None, metric: Metric) -> str:
 
 
 def difference(figure: Figure | None, metric: Metric) -> str:
-    """Return the same for the difference from the reference, with signs."""
+    """Return the difference from the reference as "+value [low, high]", or "-" if there is none."""
     if figure is None or np.isnan(figure.difference):
         return "-"
     return _with_bounds((figure.difference, figure.difference_low, figure.difference_high), metric, sign="+")
@@ -149,7 +149,7 @@ def _with_bounds(numbers: Sequence[float], metric: Metric, sign: str = "") -> st
 
 
 def results_of(study: Study, cells: Sequence[Cell], store: Store, failures: Mapping[str, str], folder: Path) -> StudyResults:
-    """Return the figures of all cells that have answers."""
+    """Return the results of the study, with the figures of all cells that have answers in the store."""
     read = {cell.key: store.read(cell) for cell in {cell.key: cell for cell in cells}.values() if store.has(cell)}
     answers = {cell: read[cell.key] for cell in cells if cell.key in read}
     failed = {str(cell): failures[cell.key] for cell in cells if cell.key in failures}
@@ -215,7 +215,7 @@ def _figure(
 
 
 def _draws(task: StudyTask, metric: Metric, answers: Mapping[int, Answers], seeds: Sequence[int]) -> Draws:
-    """Return the value, and that of every resample: the mean over seeds of the value over items."""
+    """Return the metric's value on a task and on every resample: the mean over seeds of the value over items."""
     targets = [accepted for _, accepted in task.test]
     # cells that share a key share their answers
     parts: dict[Answers, np.ndarray] = {}
@@ -233,7 +233,7 @@ def _draws(task: StudyTask, metric: Metric, answers: Mapping[int, Answers], seed
 
 
 def _values(task: StudyTask, metric: Metric, counts_NK: np.ndarray) -> np.ndarray:
-    """Return the metric over all items, then over each resample of them."""
+    """Return the metric's value over all items, then over each resample of the items."""
     num_items = len(counts_NK)
     with_count_NK = np.concatenate([counts_NK, np.ones((num_items, 1))], axis=1)
     generator = np.random.default_rng(zlib.crc32(task.name.encode()))

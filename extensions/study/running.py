@@ -1,4 +1,4 @@
-"""`study`: runs the cells that are missing, and writes the tables of all."""
+"""The function `study`: run the missing cells of a study, and write tables of all its cells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loraweave.extensions.study.report import write_report
 from loraweave.extensions.study.results import StudyResults, results_of
 from loraweave.extensions.study.study_file import Study, shared_instruction
 
-# what every folder of an adapter has
+# the file that every adapter folder has
 CONFIG = "adapter_config.json"
 
 
@@ -77,9 +77,9 @@ def _run(
     n_jobs: int | None,
     progress: bool,
 ) -> dict[str, str]:
-    """Run the cells, each a piece of work for some worker, keep the answers, and return {key: why} of those that failed."""
+    """Answer the missing cells by workers and store the answers; return {key: error text} of cells that failed."""
     load = base_loader(model, tokenizer, n_jobs)
-    # a function of a metric need not travel
+    # metrics are not sent to workers, as their functions may not pickle
     settings = replace(read, tasks=(), methods=(), metrics=())
     pieces = {str(cell): replace(cell, task=replace(cell.task, metrics=())) for cell in missing}
     work = partial(_answer, load, settings, hub, token_hex(8))
@@ -96,7 +96,7 @@ def _run(
 
 @lru_cache(maxsize=1)
 def _fitted(study: str) -> dict[Any, Any]:
-    """Return the routers that this process keeps while it answers cells of one call of `study`."""
+    """Return a dict, kept by this process while it answers the cells of one call of `study`, for trained routers."""
     return {}
 
 
@@ -126,7 +126,7 @@ def _limits(read: Study) -> dict[str, Any]:
 
 
 def _rows_of(read: Study, name: str) -> Task:
-    """Return the training rows of an adapter of the pool. Raises InvalidTask without any."""
+    """Return the training rows of an adapter of the pool as a task. Raises InvalidTask if there are none."""
     path = None if read.pool_data is None else read.pool_data / f"{name}.jsonl"
     if path is None or not path.is_file():
         where = "names no pool_data" if path is None else f"has no {path}"
@@ -139,7 +139,7 @@ def _rows_of(read: Study, name: str) -> Task:
 
 
 def _check(read: Study, hub: Hub) -> None:
-    """Raise the first error that a method's names and options have on every task."""
+    """Raise the first error in the oracles' names, or in a method's names and options if every task raises one."""
     for task in read.tasks:
         if task.oracle is not None:
             hub.record(task.oracle)
@@ -156,7 +156,7 @@ def _check(read: Study, hub: Hub) -> None:
 
 @contextmanager
 def _opened(read: Study, given: Hub | Iterable[Adapter] | None, progress: bool) -> Iterator[Hub]:
-    """Open the hub that is given or named, or one for the length of the study, with the given adapters or the pool's."""
+    """Open the hub passed by the caller or named by the study; else a temporary one of the adapters passed or the pool's."""
     if isinstance(given, Hub):
         yield given
         return
@@ -172,7 +172,7 @@ def _opened(read: Study, given: Hub | Iterable[Adapter] | None, progress: bool) 
 
 
 def _folders(read: Study) -> list[Path]:
-    """Return the adapter folders in the pool's folders, or these themselves. Raises AdapterNotFound for one without any."""
+    """Return the adapter folders that the pool names or has inside. Raises AdapterNotFound for a folder without any."""
     folders: list[Path] = []
     for folder in read.pool:
         inside = [folder] if (folder / CONFIG).is_file() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))

@@ -1,4 +1,4 @@
-"""The file of a study, read strictly: base, adapters, tasks and methods, and how answers are asked for and scored."""
+"""The strict reader of a study's file: base, adapters, tasks and methods, and the settings of answering and scoring."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loraweave.extensions.study.metrics import Metric, metric_of
 
 NUM_TEST = 100
 DTYPES = ("float32", "bfloat16", "float16")
-# fields of a Task that a task of the file may have
+# the fields of a Task that a task of the study's file may set
 TASK_FIELDS = ("instruction", "labels", "template", "stop", "chat", "system")
 TASK_KEYS = ("name", "file", "test", "dataset", "columns", "oracle", "metrics", *TASK_FIELDS)
 DATASET_KEYS = ("path", "name", "train", "test")
@@ -24,7 +24,7 @@ DATASET_KEYS = ("path", "name", "train", "test")
 
 @dataclass(frozen=True, eq=False)
 class StudyTask:
-    """A task with rows to draw examples from and rows to answer, which are the same for every seed and method."""
+    """A task with rows to draw examples from (`train`) and rows to answer (`test`), the same for every seed and method."""
 
     name: str
     train: tuple[tuple[Prompt, str], ...]
@@ -34,7 +34,7 @@ class StudyTask:
     metrics: tuple[Metric, ...]
 
     def drawn(self, shots: int, seed: int) -> Task:
-        """Return the task with `shots` examples drawn by the seed; fewer are the first of more."""
+        """Return the task with `shots` examples drawn by the seed; a smaller draw is the beginning of a larger one."""
         if shots > len(self.train):
             raise InvalidTask(f"task {self.name!r} has {len(self.train)} rows to draw {shots} examples from; ask for fewer")
         order = np.random.default_rng(seed).permutation(len(self.train))[:shots]
@@ -43,7 +43,7 @@ class StudyTask:
 
 @dataclass(frozen=True)
 class Study:
-    """A study; the names of the fields are the keys of its file."""
+    """The settings of a study; the names of the fields are the keys of its file."""
 
     tasks: tuple[StudyTask, ...]
     methods: tuple[Method, ...]
@@ -74,9 +74,10 @@ class Study:
 
     @classmethod
     def read(cls, given: str | Path | Mapping[str, Any], metrics: Mapping[str, Callable[..., float]]) -> Study:
-        """Read a YAML file, or the same as a mapping; paths are relative to the file. `metrics` are functions by name.
+        """Read a study from a YAML file, with paths relative to it, or from a mapping with the same keys.
 
-        Raises InvalidTask, or what a method's own check raises, for what cannot be followed, with near misses of names.
+        `metrics` is {name: function} of additional metrics. Raises InvalidTask, or the error of a method's own check, for a
+        study that cannot be run; unknown names come with their nearest match.
         """
         match given:
             case Mapping():
@@ -171,7 +172,7 @@ class _Reader:
             )
         metrics = self._metrics(said["metrics"], settings["normalise"]) if "metrics" in said else settings["metrics"]
         task_fields: dict[str, Any] = {key: said[key] for key in ("template", "chat", "system") if key in said}
-        # what messages have as the system's turn stands in them
+        # rows of messages have their system turn in the messages themselves
         task_fields["instruction"] = said.get("instruction") or shared_instruction(
             [row for row in (*train, *test) if row.chat is None]
         )
@@ -188,15 +189,15 @@ class _Reader:
             said.get("oracle"),
             metrics,
         )
-        # what a Task refuses is refused before anything runs
+        # a bad field is refused here, before anything runs
         for shots in settings["shots"]:
             task.drawn(shots, 0)
         return task
 
     def _rows(self, said: Mapping[str, Any], name: str, num_test: int) -> tuple[list[Row], list[Row]]:
-        """Return (train, test): by another file or split, by the column `split`, or else drawn once from all rows.
+        """Return (train, test) rows: from two files or splits, from the column `split`, or drawn once from all rows.
 
-        Raises InvalidTask where either has none.
+        Raises InvalidTask if either is empty.
         """
         if "dataset" in said:
             train, test = self._of_dataset(said, name)
@@ -204,7 +205,7 @@ class _Reader:
             train = _read(said, name, self.folder / str(said["file"]), "file")
             test = _read(said, name, self.folder / str(said["test"]), "test") if "test" in said else []
         if not test:
-            # of rows with a split column those of the test split are answered
+            # if rows have a split column, those of the test split are answered
             test = [row for row in train if row.split == "test"]
             if test:
                 train = [row for row in train if row.split in ("", "train")]
@@ -227,7 +228,7 @@ class _Reader:
             from datasets import load_dataset
         except ImportError as error:
             raise PackageMissing(f"task {name!r} is a data set: pip install 'loraweave[study]'") from error
-        # a folder or file of the user's is named relative to the study, like every path
+        # like every path, it is relative to the study's file
         path = str(self.folder / said["path"]) if (self.folder / said["path"]).exists() else said["path"]
         read = [
             _read(task, name, load_dataset(path, said.get("name"), split=said[split]), split) if split in said else []
@@ -271,13 +272,13 @@ class _Reader:
 
 
 def shared_instruction(rows: Sequence[Row]) -> str:
-    """Return the instruction of a task of these rows. Raises InvalidTask where theirs differ."""
+    """Return the instruction that all rows share. Raises InvalidTask if they differ."""
     plain = [{"input": row.input, "target": row.targets[0], "instruction": row.instruction} for row in rows]
     return Task(plain).instruction  # type: ignore[arg-type]
 
 
 def _require_known(whose: str, given: Iterable[str], known: Sequence[str], *, noun: str = "key") -> None:
-    """Raise InvalidTask for an unknown name, with the nearest and all of them."""
+    """Raise InvalidTask for an unknown name, with the nearest known name and a list of all."""
     check_options(whose, dict.fromkeys(given), dict.fromkeys(known, Any), noun=noun, error=InvalidTask)
 
 

@@ -1,4 +1,4 @@
-"""`loraweave demo` and `loraweave doctor`: what is installed, what that leaves out, what this machine runs fast."""
+"""`loraweave demo` and `loraweave doctor`: a demo, and a report of what is installed and what runs fast here."""
 
 from __future__ import annotations
 
@@ -68,10 +68,7 @@ def demo(
 
 @app.command(epilog="Example: loraweave doctor --json")
 def doctor(as_json: JsonOption = False) -> None:
-    """Say what is installed, which extras lack a package and what for, and which kernels this machine gets.
-
-    The exit status is 1 if the demo cannot run: a package or the weights of its models are missing.
-    """
+    """Say what is installed, which extras lack a package, and which kernels this machine gets."""
     lacking = {extra: missing for extra in EXTRAS if (missing := list(_missing(extra)))}
     weights = [package for module, package in WEIGHTS.items() if importlib.util.find_spec(module) is None]
     machine = _machine()

@@ -57,7 +57,7 @@ def run(
     as_json: bool,
     chat: bool = False,
 ) -> None:
-    """Print the tour, or its figures as JSON. AdapterNotFound or InvalidTask when pool or data are not there."""
+    """Print the tour, or its figures as JSON. Raises AdapterNotFound or InvalidTask if pool or data are missing."""
     console = Console(stderr=as_json)
     reader = [_shipped("in_context", "--pool")] if pool is None else []
     pool = pool or _shipped("pool", "--pool")
@@ -105,7 +105,7 @@ def run(
 
 
 def load_task(data: Path, name: str, seed: int, num_test: int, *, num_examples: int = NUM_EXAMPLES) -> DemoTask:
-    """Load a task of data/unseen with training rows drawn by the seed; fewer rows are the first of more."""
+    """Load a task of data/unseen with training rows drawn by the seed; a smaller draw is the beginning of a larger one."""
     manifest = json.loads((data / "MANIFEST.json").read_text())
     entries = {entry["task"]: entry for entry in manifest["groups"]["unseen"] if (data / entry["file"]).is_file()}
     if name not in entries:
@@ -122,7 +122,7 @@ def load_task(data: Path, name: str, seed: int, num_test: int, *, num_examples: 
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a .jsonl file, with all their fields."""
+    """Return the rows of a .jsonl file as dicts with all their fields."""
     return [row for _, row in located(path, one_split=False)]
 
 
@@ -135,7 +135,7 @@ def _print_answers(answers: Sequence[str], shown: Sequence[tuple[str, list[str]]
 def _scores(
     composition: lw.Composition, unseen: DemoTask, reader: lw.Adapter | None, console: Console
 ) -> dict[str, dict[str, float]]:
-    """Score every way that was run on all examples."""
+    """Answer the test rows by each composition that was compared, and return its scores by name."""
     # of a program that was left out nothing but its loss is kept
     left_out = {"program"} - composition.members.keys()
     rows = [row for row in composition.report.rows if row.loss is not None and row.name not in left_out]

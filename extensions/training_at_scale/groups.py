@@ -1,4 +1,4 @@
-"""Trainings in groups of tasks, each by a call of its own: by workers, and into a hub."""
+"""Training in groups of tasks: one call for each group, by workers, with the adapters stored in a hub."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from loraweave import Hub, train_adapters
 from loraweave.extend import Apart, Judging, SharedReport, TrainedAdapters, base_loader, processes_here, require_all, spread
 
-# the arguments of a group's training by task, and the keys of what its adapters depend on
+# a group: its arguments of train_adapters by task, and for each adapter the key of all that it depends on
 Group = tuple[Mapping[str, Mapping[str, Any]], Mapping[str, str]]
 
 
 def train_in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int | None) -> TrainedAdapters:
-    """Train the jobs in groups, each by a call of its own, here or by workers, to the same bits for any number of these.
+    """Train the jobs in groups, one call for each, here or by workers; the number of workers never changes a bit.
 
-    With a hub the worker adds a group's adapters as one batch, which is there whole or not at all, and a group that is there
-    under the same keys is not trained again. When all others have ended, raises what the first group that failed has raised.
+    With a hub, the worker adds all adapters of a group as one batch or none, and a group whose adapters are already there
+    under the same keys is not trained again. Once all groups have ended, raises the error of the first that failed.
     """
     shared, keys = apart.shared, {name: apart.key(name) for name in apart.tasks}
-    # as many processes of this machine share what is free
+    # the number of processes that share this machine's free memory
     together, budget = apart.groups(processes_here(n_jobs) or 1)
     by_name: dict[str, Mapping[str, Any]] = {"tasks": apart.tasks, "start": apart.begins}
     options = {
@@ -55,7 +55,7 @@ def train_in_groups(apart: Apart, judging: Judging, hub: Hub | None, n_jobs: int
 def _train_group(
     load: Callable[[], tuple[Any, Any]], options: Mapping[str, Any], hub: Hub | None, group: Group
 ) -> TrainedAdapters:
-    """Train a group; return its adapters, or none if the hub has them: they travel as its names."""
+    """Train a group and return its adapters; return none if they are in the hub, where the caller reads them by name."""
     by_name, keys = group
     if hub is not None and all(_is_there(hub, name, key) for name, key in keys.items()):
         return TrainedAdapters({}, SharedReport())
@@ -72,13 +72,13 @@ def _train_group(
 
 
 def _is_there(hub: Hub, name: str, key: str) -> bool:
-    """Return whether the hub has the adapter of that name, trained from the very same."""
+    """Return whether the hub has an adapter of that name that was trained with the same key."""
     recipe = hub.record(name).card.get("recipe") if name in hub else None
     return isinstance(recipe, Mapping) and recipe.get("key") == key
 
 
 def _sum(reports: Sequence[SharedReport]) -> SharedReport:
-    """Return the sums of reports, and the largest of their bytes; no job is among them."""
+    """Return a report with the sums of the reports' counts and the largest of their bytes; it lists no jobs."""
     total = SharedReport()
     for report in reports:
         for count in ("num_tokens", "num_computed", "num_steps", "seconds"):

@@ -29,15 +29,15 @@ from loraweave.extend import (
 PROBED_TOKENS = 16
 PROBED_TARGETS = 4
 FACTOR_BYTES = 4
-# beside the ones that are kept for the gradient: the float copy of the logits, and their gradient
+# copies of the logits beside those that autograd keeps: one in fp32, and their gradient
 LOGIT_COPIES = 2
-# of what is kept; measured on the default base: without it, three sizes were estimated at 0.90 of what training took
+# the backward pass's share of what is kept, measured on the default base: without it, estimates were 0.90 of the true peak
 BACKWARD_SHARE = 0.15
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """An estimate of a step's peak, from what autograd keeps of one row.
+    """An estimate of a training step's peak memory in bytes, from what autograd keeps for one row.
 
     peak = weights + sum over jobs of 4 n c + 1.15 B (token_bytes T + pair_bytes T^2 + target_bytes K) + 2 * 4 B K V
 
@@ -54,7 +54,7 @@ class MemoryModel:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, job: TrainingJob) -> MemoryModel:
-        """Count, in three forwards of two short rows with this job in the model, what autograd keeps."""
+        """Fit the model to what autograd keeps in three forwards of two short rows with this job in the model."""
         long = min(2 * PROBED_TOKENS, context_length(model) or 2 * PROBED_TOKENS)
         short = long // 2
         # a decoder's targets are among its tokens
@@ -73,7 +73,7 @@ class MemoryModel:
         return cls(weights, token_bytes, pair_bytes, target_bytes, vocabulary)
 
     def peak(self, jobs: Sequence[JobSize]) -> int:
-        """Return the bytes of a step in which these jobs are together, the base's weights among them."""
+        """Return the bytes of a step that trains these jobs together, including the base's weights."""
         rows = sum(job.num_rows for job in jobs)
         tokens, targets = max(job.longest for job in jobs), max(job.longest_target for job in jobs)
         trained = sum(FACTOR_BYTES * job.num_parameters * job.num_copies for job in jobs)
@@ -83,7 +83,7 @@ class MemoryModel:
 
 
 def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, prompt: int, target: int) -> float:
-    """Return the bytes that autograd keeps of a row of so many tokens, beside the model's and the job's own tensors."""
+    """Return the bytes that autograd keeps per row of these lengths, without the tensors of the model and the job."""
     token = pad_id(tokenizer)
     # the second row is shorter, so that there is padding and its mask
     rows = [EncodedRow((token,) * length, (token,) * target) for length in (prompt, max(1, prompt - 1))]
@@ -107,7 +107,7 @@ def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, prompt: int, targe
 
 
 def _storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of a tensor's values: those of its parts if it is made of others, as torchao's and FSDP's are."""
+    """Yield the storages of a tensor's values: those of its parts for a composite tensor such as torchao's and FSDP's."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _storages(getattr(tensor, name))
@@ -119,7 +119,7 @@ STATUS = Path("/proc/self/status")
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes a process may still take on a device, with torch's unused ones; None if the system does not say."""
+    """Return the bytes that a process can still allocate on a device, including torch's cache; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -127,13 +127,13 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def step_budget(memory: MemoryModel, device: torch.device) -> int | None:
-    """Return the bytes a step may take of the device, the base's weights among them; None if the system does not say."""
+    """Return the bytes that a step may take on the device, including the base's weights; None if unknown."""
     free = free_bytes(device)
     return None if free is None else free + memory.weight_bytes
 
 
 class MemoryUse:
-    """A measure of memory growth from now on: on a CUDA device what torch allocates, else the whole process."""
+    """A measure of memory growth since its creation: torch's allocations on a CUDA device, else the whole process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -146,7 +146,7 @@ class MemoryUse:
             self._begun = 1024 * int(fields["VmRSS"].split()[0])
 
     def grown(self) -> int | None:
-        """Return the growth in bytes; None if more had been in use before, or the system does not say."""
+        """Return the growth of the peak in bytes; None if an earlier peak was higher, or the system reports none."""
         highest = self._highest()
         return None if highest is None or self._begun is None or highest == self._peak else highest - self._begun
 
@@ -161,9 +161,9 @@ class MemoryUse:
 
 
 class EstimatedMemory(StepMemory):
-    """The memory of steps of a model, by a `MemoryModel` that is made with one job.
+    """An estimator of the memory of training steps of a model, by a `MemoryModel` that is measured with one job.
 
-    The budget is `allowed`, or else the share of what the model's device has free that `share` returns.
+    The budget in bytes is `allowed`, or else the share (from `share()`) of the free memory of the model's device.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class EstimatedMemory(StepMemory):
         return self._estimate.peak(jobs)
 
     def require(self, jobs: Mapping[str, JobSize]) -> None:
-        """Raise BudgetExceeded, with the rows that would fit, for a job that does not fit alone; measure from now on."""
+        """Raise BudgetExceeded, with the rows that would fit, for a job too large alone; begin to measure memory."""
         limit, way_out = "allowed", "or raise memory_bytes"
         if not self._is_allowed:
             limit = f"free on {self._device}, the base's included"
