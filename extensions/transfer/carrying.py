@@ -42,12 +42,12 @@ from loraweave.extensions.transfer.drawn_regression import choose_ridge, drawn
 from loraweave.extensions.transfer.old_answers import LR, Learning, agreement, answers, learned, split
 
 Way = Literal["auto", "same", "activations", "restore"]
-# sums of products that are held at once; an adapter of more layers takes several passes over the samples
+# the bytes of moments in memory at once; an adapter with more takes several passes over the samples
 MAX_BYTES = 4 * 2**30
 FIT, HELD_OUT = 0, 1
-# the relative error that rounding may leave where a fused adapter was restored
+# the relative error up to which rounding explains the difference to a restored adapter
 ROUNDING = 1e-3
-# ways for equal layers alone
+# ways that need layers of equal sizes
 EQUAL = ("same", "restore")
 OTHER_WAYS = "way='same' and 'restore' need equal layers; 'activations' carries linear ones to another size or depth"
 
@@ -128,7 +128,7 @@ def transfer(
             f"{share:.2f} of its {'answers' if prompts else 'effect'}, below least={least:g}: try another way, "
             f"{'more steps' if lessons else 'prompts and steps'}, train on the new base, or lower least"
         )
-    # what is said of the old base does not hold for the new one
+    # card entries about the old base do not hold for the new one
     card = {name: value for name, value in adapter.card.items() if name not in ("report", "peft", "scores")}
     parents = [{"hash": adapter.hash, "name": adapter.name}]
     card["recipe"] = {"method": "transfer", "options": settings, "parents": parents}
@@ -145,7 +145,7 @@ def _carried_layers(
     given: Mapping[str, Any],
     progress: bool,
 ) -> tuple[dict[str, Factors], dict[str, dict[str, Any]]]:
-    """Return the layers in the new base, those `restored` as they are; and where each of the old went and what it keeps."""
+    """Return the carried layers by new name (those `restored` as they are), and each old layer's new name and kept share."""
     way, ridge = given["way"], given["ridge"]
     layers: dict[str, Factors] = {}
     fates: dict[str, dict[str, Any]] = {name: {"to": None, "kept": 0.0} for name in adapter.layers}
@@ -165,9 +165,9 @@ def _carried_layers(
 
 
 def _restored_layers(adapter: Adapter, old: nn.Module, new: nn.Module, rank: int) -> dict[str, Factors]:
-    """Return what "restore" makes of the layers that differ, by the old names, if exact at a low `rank` but for rounding.
+    """Return the factors that way "restore" gives each layer that differs, by old name, if a low `rank` makes all exact.
 
-    Empty where it is not, or where the bases' layers are not equal.
+    Exact means up to rounding. Empty if one is not exact, or if the layers of the bases do not correspond.
     """
     try:
         pairs = matched(adapter, old, new, "restore")
@@ -186,7 +186,7 @@ def _restored_layers(adapter: Adapter, old: nn.Module, new: nn.Module, rank: int
 
 
 def _restored(factors: Factors, pair: Pair, rank: int) -> tuple[Factors, float]:
-    """Return what "restore" makes of a layer, and its relative error."""
+    """Return the factors that way "restore" gives a layer, and their relative error."""
     a_RI, b_OR, error = factorise(_wanted(factors, pair).float(), rank=rank)
     return replace(factors, a_RI=a_RI, b_OR=b_OR), error
 
@@ -199,9 +199,9 @@ class Pair(NamedTuple):
 
 
 class Moments:
-    """Mean products of the old base's and the new base's vectors on the same tokens: oo, nn and no, new by old; float64.
+    """Mean products of the bases' vectors on the same tokens, float64: oo (old by old), nn (new by new), no (new by old).
 
-    Each is (2, rows, columns): of the samples that fit, and of those that are held out.
+    Each is (2, rows, columns), over the samples of the fit and over those held out.
     """
 
     def __init__(self, num_old: int, num_new: int, device: torch.device) -> None:
@@ -209,18 +209,18 @@ class Moments:
         self.oo, self.nn, self.no = zeros(2, num_old, num_old), zeros(2, num_new, num_new), zeros(2, num_new, num_old)
 
     def add(self, half: int, old_TF: Tensor, new_TF: Tensor, num_tokens: int) -> None:
-        """Add one sample's vectors, divided by the number of all tokens of its half."""
+        """Add one sample's vectors to half 0 (fit) or 1 (held out), divided by the number of tokens of that half."""
         old_TF, new_TF = (x.reshape(-1, x.shape[-1]).to(self.oo) for x in (old_TF, new_TF))
         for total, left, right in ((self.oo, old_TF, old_TF), (self.nn, new_TF, new_TF), (self.no, new_TF, old_TF)):
             total[half].addmm_(left.T, right, alpha=1 / num_tokens)
 
 
-# of what a pair's layers have read, and of what they have written
+# the moments of a pair's inputs, and of its outputs
 Seen = tuple[Moments, Moments]
 
 
 def matched(adapter: Adapter, old: nn.Module, new: nn.Module, way: Way) -> list[Pair]:
-    """Return the adapter's layers with their counterparts, without those of blocks that have none."""
+    """Return the adapter's layers paired with their counterparts, without layers of blocks that have none."""
     asker = f"adapter {adapter.name!r}"
     require_same_base(asker, adapter.base, base_key(old))
     if adapter.heads:
@@ -257,7 +257,7 @@ def matched(adapter: Adapter, old: nn.Module, new: nn.Module, way: Way) -> list[
 
 
 def _changed(old: Mapping[str, nn.Module], new: Mapping[str, nn.Module], known: Collection[str]) -> list[Pair]:
-    """Return the linear layers, but those known, whose weights differ in the two bases."""
+    """Return the linear layers whose weights differ in the two bases, without the layers named `known`."""
     both = ((as_base_layer(name, old[name]), as_base_layer(name, new[name])) for name in old if name in new)
     return [
         Pair(one, other)
@@ -282,7 +282,7 @@ def _sizes(layer: BaseLayer) -> tuple[int, int]:
 
 
 def _counterpart(name: str, old: Mapping[str, nn.Module], new: Mapping[str, nn.Module]) -> str | None:
-    """Return the new base's name of a layer; None where its block, the first number in its path, has no match."""
+    """Return the name of a layer's counterpart in the new base; None if its block (first number in its path) has none."""
     parts = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
     if parts is None:
         return name
@@ -293,7 +293,7 @@ def _counterpart(name: str, old: Mapping[str, nn.Module], new: Mapping[str, nn.M
     if not depth_new:
         return name
     ratio = (depth_new - 1) / max(depth_old - 1, 1)
-    # nearest first, of two as near the earlier block
+    # nearest first; the earlier of two equally near blocks
     places = {block: round(block * ratio) for block in range(depth_old)}
     rivals = [block for block, place in places.items() if place == places[int(number)]]
     best = min(rivals, key=lambda block: (abs(block * ratio - places[block]), block))
@@ -301,7 +301,7 @@ def _counterpart(name: str, old: Mapping[str, nn.Module], new: Mapping[str, nn.M
 
 
 def _groups(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
-    """Return the pairs in parts whose moments fit into MAX_BYTES."""
+    """Split the pairs into groups whose moments fit into MAX_BYTES."""
     sides = [tuple(zip(_sizes(pair.old), _sizes(pair.new), strict=True)) for pair in pairs]
     largest = max((sum(16 * (a * a + a * b + b * b) for a, b in both) for both in sides), default=1)
     count = max(1, MAX_BYTES // largest)
@@ -311,7 +311,7 @@ def _groups(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
 def see(
     old: Any, new: Any, tokenizer: Any, samples: GivenRows, pairs: Sequence[Pair], *, max_tokens: int, progress: bool
 ) -> dict[str, Seen]:
-    """Return the moments of each pair, by the old layer's name, from both models reading the samples one by one."""
+    """Return each pair's moments, by the old layer's name, from both models reading the samples one at a time."""
     rows = text_rows(old, tokenizer, samples, min(max_tokens, context_length(new) or max_tokens))
     highest = max(max(row.prompt + row.target) for row in rows)
     if highest >= (size := getattr(new.get_input_embeddings(), "num_embeddings", highest + 1)):
@@ -347,7 +347,7 @@ def see(
 
 
 def _vectors(model: Any, tokenizer: Any, row: Any, layers: Sequence[BaseLayer]) -> list[tuple[Tensor, Tensor]]:
-    """Return (x, y) of each layer's last run, for one sample without padding."""
+    """Return (inputs, outputs) of each layer's last call while the model reads one sample without padding."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def saw(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -364,7 +364,7 @@ def _vectors(model: Any, tokenizer: Any, row: Any, layers: Sequence[BaseLayer]) 
 
 
 def carry(factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float | None = None, rank: int = 16) -> Factors:
-    """Return the update of one layer in the new base; a bias goes with the outputs."""
+    """Return the update of one layer in the new base; a bias of the adapter is carried like its outputs."""
     if way == "same":
         return factors
     if way == "restore":
@@ -385,12 +385,12 @@ def carry(factors: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float | 
 
 
 def _wanted(factors: Factors, pair: Pair) -> Tensor:
-    """Return B A - (W_new - W_old), float64 on the CPU: what makes the old layer with its update of the new one."""
+    """Return B A - (W_new - W_old), float64 on the CPU: the update that makes the new layer act as the old one with B A."""
     return factors.b_OR.double() @ factors.a_RI.double() - (pair.new.weight_OI - pair.old.weight_OI)
 
 
 def kept_share(factors: Factors, carried: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float | None = None) -> float:
-    """Return the prediction of one layer, 0 to 1; 1 for an update that is zero."""
+    """Return the predicted share, 0 to 1, of one layer's effect that is kept; 1 for an update of zero."""
     return _left(factors, carried, pair, seen) if way == "restore" else _regressed(factors, carried, seen, ridge)
 
 
@@ -403,7 +403,7 @@ def _left(factors: Factors, carried: Factors, pair: Pair, seen: Seen) -> float:
 
 
 def reading_ridge(seen: Seen) -> float:
-    """Return the ridge that `choose_ridge` gives K, y_old ~ K y_new, fitted to the samples held out."""
+    """Return the ridge for the regression y_old ~ K y_new on the held-out samples, chosen by `choose_ridge`."""
     _, y = seen
     return choose_ridge(y.nn, y.no.mT, y.oo, HELD_OUT)
 

@@ -1,4 +1,4 @@
-"""Ridge regressions from mean products, drawn towards the identity, and the ridge that rows held out of the fit choose.
+"""Ridge regressions from mean products, drawn towards the identity, with the ridge chosen on held-out rows.
 
     N = argmin over N of E|t - N s|^2 + w |N - P|^2,   w = ridge * the mean square of a feature of s
 
@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 RIDGES: tuple[float, ...] = tuple(10.0 ** (power / 2) for power in range(-16, 3))
-# how much above the least an error may be for a larger ridge, as a share of its noise over its signal
+# a larger ridge is taken if its noise over signal is at most this many times the least
 TOLERANCE = 1.1
-# of the size of t: what rounding leaves of an error
+# the smallest error, which rounding leaves, as a share of the size of t
 ROUNDING = 1e-12
 
 
 def drawn(gram_SS: Tensor, cross_TS: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return G and C of N = C G^-1, for E s s^T and E t s^T."""
+    """Return (G, C) such that C G^-1 is the regression N with this ridge, given E s s^T and E t s^T."""
     drawn_SS = ridge * gram_SS.diagonal().mean() * torch.eye(len(gram_SS)).to(gram_SS)
     return gram_SS + drawn_SS, cross_TS + drawn_SS if cross_TS.shape == gram_SS.shape else cross_TS
 
 
 def choose_ridge(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: int) -> float:
-    """Return the largest of RIDGES that the other half does not speak against, for N fitted to the half `fit`.
+    """Return the largest of RIDGES that is about as good on the other half of the rows, for N fitted on the half `fit`.
 
-    An error is e = E|t - N s|^2 / E|t|^2 on the other half, and e / (1 - e) its noise over its signal. What is within
-    TOLERANCE times the least of that is as good, as by the rule of one standard error (Breiman et al. 1984, 3.4.3): what
-    the rows leave open, the larger ridge keeps as it is in P.
+    An error is e = E|t - N s|^2 / E|t|^2 on the other half, and e / (1 - e) is noise over signal. A ridge is about as good
+    if that is at most TOLERANCE times the least, as in the rule of one standard error (Breiman et al. 1984, 3.4.3): where
+    the rows do not decide, the larger ridge keeps N near P.
     """
     errors = _errors(gram_2SS, cross_2TS, target_2TT, fit)
     odds = [error / (1 - error) if error < 1 else math.inf for error in errors]
@@ -40,8 +40,8 @@ def choose_ridge(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: i
 def _errors(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: int) -> list[float]:
     """Return the error of every ridge, at least ROUNDING, from one decomposition.
 
-    With G = V diag(g) V^T of the fit, N = (C + w P) V diag(1 / (g + w)) V^T, so that E|t - N s|^2 needs the products of
-    that with the other half once, and for each ridge only sums over their entries.
+    With G = V diag(g) V^T on the half `fit`, N = (C + w P) V diag(1 / (g + w)) V^T: the products with the other half are
+    made once, and each ridge only needs sums over their entries.
     """
     judge = 1 - fit
     gram_SS, cross_TS = gram_2SS[fit], cross_2TS[fit]

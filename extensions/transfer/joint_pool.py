@@ -62,13 +62,13 @@ from loraweave.extensions.transfer.shared_bases import fit as fit_bases
 logger = logging.getLogger(__name__)
 
 FILE, BASES, MIDDLES, FORMAT = "joint.json", "bases.safetensors", "middles.safetensors", 1
-# numbers that stand for an adapter's layer while adapters are told apart: S x S of them
+# the side S of the S x S sketch of a layer's update, by which adapters are clustered
 SKETCH = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One adapter: its cluster, a middle for each layer, its error, and how many values it had."""
+    """One adapter of a joint pool: its cluster, a middle for each layer, its error, and its number of values before."""
 
     cluster: int
     middles: Mapping[str, Tensor]
@@ -78,7 +78,7 @@ class Member:
 
 @dataclass(frozen=True)
 class JointReport:
-    """`share` is what is kept of the adapters' values; errors are relative, in Frobenius norm."""
+    """A summary of a joint pool: `share` is kept values over the adapters' values; errors are relative Frobenius norms."""
 
     num_adapters: int
     share: float
@@ -87,7 +87,7 @@ class JointReport:
 
     @property
     def pays(self) -> bool:
-        """True if there are enough adapters to share what is shared: as a rule, a hundred of them."""
+        """True if the pool saves memory: at least a hundred adapters, and less than half of their values kept."""
         return self.num_adapters >= 100 and self.share < 0.5
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ class JointReport:
 
 @dataclass(frozen=True, eq=False)
 class JointPool:
-    """Adapters of one base as shared bases and middles; a value, which `including` copies."""
+    """Adapters of one base, stored as shared bases and small middles. Immutable: `including` returns a new pool."""
 
     base_model: str
     fingerprint: Fingerprint | None
@@ -141,7 +141,7 @@ class JointPool:
 
         def jobs() -> Iterator[tuple[list[Adapter], str]]:
             for names in groups:
-                # of a lazy pool, opened once
+                # a lazy pool opens each adapter once
                 members = [pool[name] for name in names]
                 yield from ((members, layer) for layer in first.layers)
 
@@ -159,7 +159,7 @@ class JointPool:
         return made
 
     def including(self, adapter: Adapter, *, max_error: float = 1.0, name: str | None = None) -> JointPool:
-        """Return the pool with one more adapter, in the bases nearest to it; the others, and the bases, are as they were.
+        """Return the pool with one more adapter, in the cluster whose bases fit it best, and with all else unchanged.
 
         Raises WeightingError for a name that is taken and for an error above `max_error`, AdapterUnsupported as `fit`,
         BaseModelMismatch for an adapter of another base.
@@ -185,7 +185,7 @@ class JointPool:
 
     @property
     def errors(self) -> dict[str, float]:
-        """{name: the norm of what is lost over that of the update}, over all its layers."""
+        """The mapping {name: norm of the adapter's approximation error over the norm of its update}, over all layers."""
         return {name: member.error for name, member in self.members.items()}
 
     @property
@@ -197,7 +197,7 @@ class JointPool:
         return JointReport(len(errors), share, sum(errors) / len(errors), max(errors))
 
     def adapter(self, name: str) -> Adapter:
-        """Return what is kept of an adapter as a plain one: b = U M, a = V. Raises UnknownExpert for an unknown name."""
+        """Return the approximation of an adapter as a plain one: b = U M, a = V. Raises UnknownExpert without it."""
         member = self._known(name)
         bases = self.clusters[member.cluster]
         layers = {
@@ -208,18 +208,18 @@ class JointPool:
         return Adapter(name, self.base_model, layers, self.fingerprint, card)
 
     def pool(self) -> ExpertPool:
-        """Return all of them as a lazy pool, whose adapters are made when they are used."""
+        """Return the approximated adapters as a lazy pool, which makes each adapter when it is used."""
         return ExpertPool.on_demand(self.names, self.adapter)
 
     @contextmanager
     def activate(
         self, model: nn.Module, mixture: Mapping[str, float] | Sequence[Mapping[str, float] | None]
     ) -> Iterator[None]:
-        """Mix them live for the length of the block, for calls in any thread: y = W x + U (sum of w M) (V x).
+        """Mix adapters live for the length of the block, for calls in any thread: y = W x + U (sum of w M) (V x).
 
-        `mixture` is {name: weight} for all rows, or a list with one, or None for the base, for each row.
-        In a batch of k times as many rows as the list has, each counts for k in a row. Raises UnknownExpert,
-        WeightingError for weights that are not finite, LayerMismatch and BaseModelMismatch for another model,
+        `mixture` is {name: weight} for all rows of a batch, or a list with one mapping for each row, None for the base
+        alone. In a batch of k times as many rows as the list, each entry counts for k consecutive rows. Raises
+        UnknownExpert, WeightingError for weights that are not finite, LayerMismatch and BaseModelMismatch for another model,
         AlreadyActive where another mixture is active, and ScopeError in a call with another number of rows.
         """
         rows = [mixture] if isinstance(mixture, Mapping) else [row or {} for row in mixture]
@@ -239,9 +239,10 @@ class JointPool:
             yield
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write joint.json, the bases, and the middles, each a file of its own, and return the folder.
+        """Write joint.json, a file of bases and a file of middles, and return the folder.
 
-        A hub that has the bases (of a pool that has grown since) stores only what is new. `Hub.save_composition` keeps it.
+        A hub that already has the bases, of an earlier state of the pool, stores only new files. `Hub.save_composition`
+        saves a pool.
         """
         target = require_replaceable(Path(folder), lambda path: path.name in (FILE, BASES, MIDDLES))
         layers = list(self.clusters[0])
@@ -267,7 +268,7 @@ class JointPool:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> JointPool:
-        """Read what save_pretrained wrote, to the bit.
+        """Read a pool that save_pretrained wrote, bit for bit.
 
         Raises AdapterCorrupt for damage, CompositionError for another format.
         """
@@ -310,7 +311,7 @@ class JointPool:
         return self.members[name]
 
     def _member(self, adapter: Adapter, clusters: Iterable[int]) -> Member:
-        """Return its middles in the nearest of these clusters."""
+        """Return the adapter's middles in the one of these clusters that fits it best."""
         members = []
         size = sum(algebra.norm(factors) ** 2 for factors in adapter.layers.values())
         for number in clusters:
@@ -325,7 +326,7 @@ class JointPool:
         return target_layer(modules, name, Factors(basis.v_RI, basis.u_OR), "of the joint pool")
 
     def _hook(self, name: str, layer: TargetLayer, rows: Sequence[Mapping[str, float]], used: Sequence[int]) -> _JointHook:
-        """Make the hook of a layer: U, V of the clusters in use beside each other, each row's middles on their diagonal."""
+        """Make a layer's hook: U and V of the clusters in use side by side, each row's middles as blocks on a diagonal."""
         weight = layer.parameter("weight")
         device = torch.device("cpu") if weight is None else weight.device
         bases = [self.clusters[number][name] for number in used]
@@ -341,7 +342,7 @@ class JointPool:
 
 
 class _JointHook:
-    """y + ((x V^T) M^T) U^T, in the layer's dtype for the two large products and fp32 for the small one."""
+    """A forward hook that adds ((x V^T) M^T) U^T: two large products in the layer's dtype, the small one in fp32."""
 
     def __init__(self, name: str, v_RI: Tensor, middles_BRR: Tensor, u_OR: Tensor) -> None:
         self._name, self._v_RI, self._middles_BRR, self._u_OR = name, v_RI, middles_BRR, u_OR
@@ -366,7 +367,7 @@ class _JointHook:
 
 
 def _sizes(adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """Return (O, I) of each layer."""
+    """Return {layer: (number of outputs, number of inputs)}."""
     return {layer: (part.b_OR.shape[0], part.a_RI.shape[1]) for layer, part in adapter.layers.items()}
 
 
@@ -385,7 +386,7 @@ def _require_plain(name: str, adapter: Adapter, sizes: Mapping[str, tuple[int, i
 
 
 def _groups(pool: ExpertPool, clusters: int, seed: int) -> list[list[str]]:
-    """Return the names by cluster, in the pool's order. Like adapters have a large inner product, which sketches keep."""
+    """Return the names by cluster, in the pool's order; adapters are alike if their sketches have a large inner product."""
     if clusters == 1:
         return [list(pool.names)]
     from sklearn.cluster import KMeans

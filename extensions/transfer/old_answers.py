@@ -1,4 +1,4 @@
-"""What an adapter answers in its old base, and a carried adapter that learns it in the new one; no label is read.
+"""An adapter's answers in its old base, and the training of a carried adapter on them in the new one, without labels.
 
 The loss is how far the predictions at an answer's tokens are from the old base's (Hinton et al. 2015, arXiv 1503.02531, at
 temperature 1), on the likeliest tokens and one class of all others.
@@ -40,14 +40,14 @@ from loraweave.extend import (
     untouched,
 )
 
-# tokens of an answer that is learned and compared
+# the largest number of tokens of an answer
 MAX_ANSWER = 24
 # prompts that are answered together
 BATCH_SIZE = 16
 LR = 1e-3
-# of so many prompts one judges, and the others teach
+# one of this many prompts judges, the others teach
 JUDGED = 4
-# tokens whose probabilities are kept at each place of an answer
+# the number of likeliest tokens whose probabilities are kept at each place of an answer
 LIKELIEST = 64
 
 
@@ -60,15 +60,15 @@ def answers(
     taught: bool = False,
     progress: bool = False,
 ) -> list[EncodedRow]:
-    """Return the tokens of each prompt and of its greedy answer under the adapter: up to MAX_ANSWER, its end among them.
+    """Return the tokens of each prompt and of its greedy answer under the adapter: at most MAX_ANSWER, with the end token.
 
-    With `taught` they are TaughtRows, with the model's predictions of the answers.
+    With `taught`, returns TaughtRows, which also have the model's predictions at the answer's tokens.
     """
     read_prompts = [read_prompt(prompt, number) for number, prompt in enumerate(prompts)]
     parts = in_chunks(read_prompts, BATCH_SIZE)
     ends = set(end_tokens(model) or ())
     answered: list[EncodedRow] = []
-    # what an encoder-decoder generates begins with the token that starts its decoder
+    # an encoder-decoder's output begins with its decoder's start token
     first = 1 if has_two_sequences(model) else 0
     with untouched(model), Composer(model, [adapter], tokenizer=tokenizer).activate({adapter.name: 1.0}):
         for part in tracked(parts, f"answering in {model.name_or_path}", total=len(parts), shown=progress):
@@ -85,20 +85,20 @@ def answers(
 
 
 def _ended(tokens: Sequence[int], ends: set[int]) -> tuple[int, ...]:
-    """Return the tokens up to the first that ends an answer; after it a batch is filled up."""
+    """Return the tokens up to and including the first end token; later ones are padding of the batch."""
     length = next((place for place, token in enumerate(tokens, start=1) if token in ends), len(tokens))
     return tuple(tokens[:length])
 
 
 def agreement(tokenizer: Any, one: Sequence[EncodedRow], other: Sequence[EncodedRow]) -> float:
-    """Return the share of answers that are the same text."""
+    """Return the share of rows, 0 to 1, whose answers are the same text in both lists."""
     texts = [[tokenizer.decode(row.target, skip_special_tokens=True) for row in rows] for rows in (one, other)]
     same: int = sum(map(eq, *texts))
     return same / len(one)
 
 
 def split(prompts: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
-    """Return (prompts that teach, prompts that judge): the first of each four judges, and nowhere does it teach."""
+    """Return (prompts that teach, prompts that judge): every fourth judges, and its equals never teach."""
     judges = list(prompts[::JUDGED])
     lessons = [prompt for place, prompt in enumerate(prompts) if place % JUDGED and prompt not in judges]
     if not lessons:
@@ -110,7 +110,7 @@ def split(prompts: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
 
 @dataclass(frozen=True)
 class Learning:
-    """`steps` of up to `batch_size` answers each, at a rate that falls from `lr` to 0 as half a cosine."""
+    """The settings of training: `steps` of up to `batch_size` answers, at a rate falling from `lr` to 0 as half a cosine."""
 
     steps: int
     lr: float
@@ -128,12 +128,12 @@ def learned(
     *,
     progress: bool,
 ) -> tuple[Adapter, dict[str, Any]]:
-    """Return the adapter after its steps in the new base, and for its card what it learned from.
+    """Return the adapter trained on the lessons in the new base, and an entry for its card.
 
-    The loss is the mean over the answers' tokens of the divergence of the new base's prediction from the old one's; `loss`
-    has that of the rows that judge, before and after. Where it is not lower after, the adapter is as it was, `rolled_back`.
-    Raises TrainingError for a loss that is not finite, BaseModelMismatch for answers with tokens that the new base does not
-    have, AdapterUnsupported for more than a and b.
+    The loss is the mean over the answers' tokens of the divergence of the new base's prediction from the old one's; the
+    entry's `loss` has the loss of the rows that judge, before and after. If it is not lower after, the carried adapter is
+    returned unchanged, and the entry says `rolled_back`. Raises TrainingError for a loss that is not finite,
+    BaseModelMismatch for answers with tokens that the new base does not have, AdapterUnsupported for more than a and b.
     """
     name, size = carried.name, model.get_input_embeddings().num_embeddings
     if (highest := max(max(row.prompt + row.target) for row in (*lessons, *judges))) >= size:
@@ -194,8 +194,8 @@ def taught_by(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[Ta
 
 
 def _log_shares(logits_NV: Tensor, ids_NM: Tensor) -> Tensor:
-    """Return the log-probabilities of these tokens, and of all others together, in fp32."""
+    """Return the log-probabilities of the tokens `ids_NM`, then of all other tokens together, in fp32 (N, M + 1)."""
     log_p_NM = logits_NV.float().log_softmax(dim=1).gather(1, ids_NM)
-    # below 1, as rounding may not leave it
+    # rounding can make the sum 1 or more, whose log(1 - sum) is undefined
     named_N1 = log_p_NM.exp().sum(dim=1, keepdim=True).clamp(max=1 - torch.finfo(torch.float32).eps)
     return torch.cat([log_p_NM, torch.log1p(-named_N1)], dim=1)

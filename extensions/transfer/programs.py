@@ -45,7 +45,7 @@ from loraweave.extend import (
 
 # an input looks like the task's where the cosine of their forms is at least that of the task's own inputs, less this
 SLACK = 0.05
-# so many times as many texts are drawn as are wanted, since some come out twice
+# texts drawn for each text that is wanted, since some come out twice
 DRAWS = 4
 # inputs that are labelled together
 BATCH_SIZE = 32
@@ -63,7 +63,7 @@ def distil_program(
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> Composition:
-    """Return one adapter, trained by `train_adapters` to answer as the program of `lw.order` does.
+    """Train one adapter by `train_adapters` to answer as the program of `lw.order` does, and return it as a composition.
 
     It is asked by the task's instruction, under the task's examples. The program labels the unlabelled `inputs`; without
     any, at most `num_inputs` like the task's: sample inputs in the hub's cards, those of the first step's adapter before
@@ -99,7 +99,7 @@ def distil_program(
 
 
 def _labels(load: Callable[[], tuple[Any, Any]], program: Program, inputs: Sequence[str]) -> list[str]:
-    """Return a worker's answers by a program that came without model and pool."""
+    """Return the program's answers to inputs, in a worker that loads the model and adapters itself."""
     return program.on(*load()).predict(inputs)
 
 
@@ -154,11 +154,10 @@ def _trained(
 
 
 def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int, seed: int) -> list[str]:
-    """Return at most `count` inputs from the sample inputs in the hub's cards.
+    """Return at most `count` inputs like those given, from the sample inputs in the hub's cards.
 
-    Those of adapter `first` come first; then texts that are `recombined` from these and those given; then the sample inputs
-    of others that look like those given, the nearest first. The look is the form of a text: how long it is, of how many
-    words, with which marks.
+    Those of adapter `first` come first; then texts `recombined` from these and from those given; then the sample inputs of
+    other adapters whose form is like those given, the nearest first. A text's form is its length, number of words and marks.
     """
     first_inputs = list(hub.record(first).examples) if first is not None else []
     others = [text for record in hub for text in record.examples if text.strip()]
@@ -168,7 +167,7 @@ def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int, s
         form = get("embedders", "form")()
         given_ND, others_MD = form.embed(like), form.embed(others)
         similar_MN = others_MD @ given_ND.T
-        # how alike the given ones are among themselves: each beside its nearest other
+        # how alike the given inputs are among themselves: the similarity of each to its nearest other
         among_NN = given_ND @ given_ND.T - 2.0 * np.eye(len(like))
         least = float(among_NN.max(axis=1).min()) - SLACK if len(like) > 1 else 1.0 - SLACK
         nearest_M = similar_MN.max(axis=1)
@@ -178,7 +177,7 @@ def card_inputs(hub: Hub, first: str | None, given: Sequence[str], count: int, s
 
 
 def recombined(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """Return at most `count` new texts, drawn by the seed: each word is in its place in a text of as many words."""
+    """Return at most `count` new texts, drawn by the seed, whose n-th word is the n-th word of a text of the same length."""
     generator = random.Random(seed)
     words = [text.split(" ") for text in texts]
     new_texts: dict[str, None] = {}

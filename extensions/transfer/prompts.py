@@ -24,7 +24,7 @@ from loraweave.extend import (
     spread,
 )
 
-# inputs that are answered together, and tokens of an answer
+# inputs that are answered together, and the most tokens of an answer
 BATCH_SIZE, MAX_NEW_TOKENS = 32, 48
 # the default form of a prompt, without its instruction
 PLAIN = DEFAULT_TEMPLATE.removeprefix("{instruction}\n")
@@ -48,7 +48,7 @@ def distil_prompt(
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> Adapter:
-    """Return an adapter with which the model answers, without the prompt, as it does with the prompt and without adapter.
+    """Return an adapter with which the model answers without a prompt as it does with the prompt and no adapter.
 
     The base answers unlabelled `inputs` as the `teacher` task asks it: with its instruction, demonstrations and system. On
     these answers the adapter is trained under the prompts of `student`, by default the teacher's without all three. The loss
@@ -105,7 +105,7 @@ def _answers(
     n_jobs: int | None,
     progress: bool,
 ) -> list[str]:
-    """Return the base's answers, from pieces of like length, which are the same for any number of workers."""
+    """Return the base's answers, generated in batches of inputs of like length, and the same for any number of workers."""
     lengths = [len(ids) for ids in prompt_ids(tokenizer, [teacher.prompt(text) for text in asked])]
     order = sorted(range(len(asked)), key=lengths.__getitem__)
     parts = in_chunks(order, BATCH_SIZE)

@@ -18,7 +18,7 @@ from loraweave import Factors
 from loraweave.extend import algebra
 
 Middle = Literal["full", "diagonal"]
-# of the alternation, and of the power method in each; more change the error by less than a fiftieth of it
+# rounds of the alternation, and steps of the power method in each; more change the error by less than 2 % of it
 ROUNDS, STEPS = 12, 3
 
 
@@ -31,7 +31,7 @@ class Basis:
 
 
 def fit(updates: list[Factors], rank: int, middle: Middle = "full", seed: int = 0) -> Basis:
-    """Fit the bases for one layer's updates, of `rank` or as many directions as these have."""
+    """Fit the bases for one layer's updates, of `rank`, or of fewer directions if the updates have fewer."""
     num_out, num_in = updates[0].b_OR.shape[0], updates[0].a_RI.shape[1]
     b_EOR, a_ERI = _stacked(updates)
     rank = min(rank, num_out, num_in, max(1, sum(update.rank for update in updates)))
@@ -47,7 +47,7 @@ def fit(updates: list[Factors], rank: int, middle: Middle = "full", seed: int = 
 
 
 def project(update: Factors, basis: Basis, middle: Middle = "full") -> Tensor:
-    """Return the M (R, R), or its diagonal (R,), that is nearest to b a in these bases, fp32."""
+    """Return the middle M (R, R), or its diagonal (R,), for which U M V is nearest to the update b a, fp32."""
     u_OR, v_RI = basis.u_OR.double(), basis.v_RI.double()
     inner_RR = (u_OR.T @ update.b_OR.double()) @ (update.a_RI.double() @ v_RI.T)
     if middle == "diagonal":
@@ -81,7 +81,7 @@ def _stacked(updates: list[Factors]) -> tuple[Tensor, Tensor]:
 
 
 def _turned(parts_EOR: Tensor, columns_OR: Tensor) -> Tensor:
-    """Take a few steps of the power method on the sum of all parts' P P^T, towards its first eigenvectors."""
+    """Take STEPS steps of the power method from `columns_OR` towards the first eigenvectors of the parts' sum of P P^T."""
     wide = parts_EOR.transpose(0, 1).flatten(1)
     for _ in range(STEPS):
         columns_OR = _orthonormal(wide @ (wide.T @ columns_OR))
@@ -94,7 +94,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def _diagonalised(b_EOR: Tensor, a_ERI: Tensor, u_OR: Tensor, v_IR: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit D_e ~ U diag(s_e) V by alternating least squares, one of the three after the other; columns keep norm 1."""
+    """Fit D_e ~ U diag(s_e) V by alternating least squares over s, U and V, whose columns keep norm 1; return (U, V)."""
     for _ in range(ROUNDS):
         inner_ES = torch.einsum("eos,os->es", b_EOR @ (a_ERI @ v_IR), u_OR)
         s_ER = _solved((u_OR.T @ u_OR) * (v_IR.T @ v_IR), inner_ES)
@@ -108,6 +108,6 @@ def _diagonalised(b_EOR: Tensor, a_ERI: Tensor, u_OR: Tensor, v_IR: Tensor) -> t
 
 
 def _solved(gram_RR: Tensor, given: Tensor) -> Tensor:
-    """Return given gram^-1, leaving out what is nearly dependent."""
+    """Return `given` times the pseudo-inverse of the Gram matrix, which leaves out nearly dependent directions."""
     inverse: Tensor = torch.linalg.pinv(gram_RR.double(), hermitian=True, rtol=1e-9)
     return (given.double() @ inverse).float()

@@ -1,4 +1,4 @@
-"""`loraweave hub sign`: vouching for adapters."""
+"""`loraweave hub sign`: sign adapters of a hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of an adapter, which its updates alone decide: the size and dominance of each layer, and a sketch.
+"""Figures of an adapter that depend on its updates alone: the size and dominance of each layer, and a sketch.
 
 All are computed from the factors, in the time it takes to read them a few times, and none depends on how the update is
 factored: (A, B) and (R A, B R^-1) have the same figures.
@@ -28,7 +28,7 @@ CODE_BITS = 128
 _FOLD = 4096
 # the number of entries in one stack of factors: 16 MiB in fp32
 _STACK = 2**22
-# the share of the largest singular value is 1 for rank 1, where its logit would be infinite
+# the largest share of a singular value that is used: for rank 1 it is 1, whose logit is infinite
 _NEARLY_ALL = 1 - 1e-6
 
 # The figures of a hub's adapters are rows, so that a new one is compared with a sample of its kin and its near-duplicates at
@@ -92,7 +92,7 @@ def hamming(left: bytes, right: bytes) -> int:
 
 
 def _stacks(layers: Sequence[Factors]) -> Iterator[Sequence[int]]:
-    """Yield the places of the layers of each shape, in parts that fit a stack, without layers of rank 0."""
+    """Yield lists of indices of layers with the same shape, small enough for one stack; layers of rank 0 are left out."""
     by_shape = defaultdict(list)
     for place, factors in enumerate(layers):
         if factors.rank:
@@ -120,7 +120,7 @@ def _spectra(b_SRO: Tensor, a_SRI: Tensor) -> Array:
 
 
 def _gram(rows_SRN: Tensor) -> tuple[Tensor, Array]:
-    """Return rows rows^T of the rows divided by their largest entry, against overflow, and that entry."""
+    """Return (R R^T, s) of each matrix, whose rows R are divided by the largest absolute entry s against overflow."""
     size_S = rows_SRN.abs().amax(dim=(1, 2))
     scaled_SRN = rows_SRN / torch.where(size_S > 0, size_S, 1)[:, None, None]
     return (scaled_SRN @ scaled_SRN.mT).double(), size_S.double().numpy()
@@ -134,9 +134,9 @@ def _kin(base_model: str, layers: Mapping[str, Factors]) -> str:
 
 
 def _sketch(b_SRO: Tensor, a_SRI: Tensor, names: Sequence[str]) -> Tensor:
-    """Return the sum over layers of +-u^T b a v, for fixed random u and v: products of sketches estimate inner products.
+    """Return the sum over layers of +-u^T b a v for K fixed random pairs u, v; products of sketches estimate inner products.
 
-    Layers of one shape take one matrix product for all, not one each.
+    Layers of one shape share one matrix product.
     """
     left_SRK, right_SRK = (
         _fold(rows_SRN, side) @ _projection(side)[:, : rows_SRN.shape[2]].T for side, rows_SRN in enumerate((b_SRO, a_SRI))
@@ -173,7 +173,7 @@ def _signs(size: int, side: int) -> Array:
 
 
 def reference(connection: Connection, figures: Figures, content_hash: str) -> list[tuple[Array, Array]]:
-    """Return (log norms, dominances) by layer of a sample of the kin, without this content and quarantined adapters."""
+    """Return (log norms, dominances) by layer of a sample of comparable adapters, none quarantined or of this content."""
     samples = connection.execute(
         "SELECT numbers FROM figures WHERE kin = ? AND hash <> ? "
         "AND NOT EXISTS (SELECT 1 FROM quarantine WHERE quarantine.seq = figures.seq) "
@@ -181,13 +181,13 @@ def reference(connection: Connection, figures: Figures, content_hash: str) -> li
         (figures.kin, content_hash),
     ).fetchall()
     expected = 8 * len(figures.layers)
-    # rows of another size come from a damaged page, and are no reason to fail
+    # rows of another size come from a damaged page: they are skipped
     arrays = [np.frombuffer(bytes(data), "<f4").reshape(2, -1).astype(float) for (data,) in samples if len(data) == expected]
     return [(array[0], array[1]) for array in arrays]
 
 
 def alike(connection: Connection, figures: Figures, name: str) -> list[str]:
-    """Return the names of other adapters whose sketches are near this one's, the nearest first."""
+    """Return the names of other adapters whose sketches are near the given figures', nearest first."""
     distances: dict[str, int] = {}
     for piece, key in zip(_PIECES, _keys(figures), strict=True):
         neighbours = connection.execute(
@@ -201,7 +201,7 @@ def alike(connection: Connection, figures: Figures, name: str) -> list[str]:
 
 
 def _keys(figures: Figures) -> list[int]:
-    """Return a signed 64-bit number, as databases have them, for each piece of the code; it differs between kins."""
+    """Return a hash of each piece of the code together with the kin, as a signed 64-bit number for the database."""
     keys = []
     for number in range(NUM_PIECES):
         piece = figures.code[number * _PIECE_BYTES : (number + 1) * _PIECE_BYTES]

@@ -28,7 +28,7 @@ Key: TypeAlias = str | PathLike[str]
 
 
 def statement(record: Record) -> bytes:
-    """Return the bytes of an adapter that are signed."""
+    """Return the statement about an adapter, as the bytes that are signed."""
     said = {
         "statement": "loraweave adapter 1",
         "hash": record.hash,
@@ -93,7 +93,7 @@ def hex_of(key: Ed25519PublicKey) -> str:
 
 
 def is_valid(key: Ed25519PublicKey, signature: object, record: Record) -> bool:
-    """Return whether a signature in hexadecimal is the key's of the adapter as it is now."""
+    """Return whether a signature, in hexadecimal, was made by the key for the adapter as it is now."""
     from cryptography.exceptions import InvalidSignature
 
     try:

@@ -1,4 +1,4 @@
-"""The page's server: its files, its questions as JSON, and guards against other pages in the browser.
+"""The page's server: its files, JSON routes, and guards against other pages in the browser.
 
 It answers on loopback and only under a loopback name, so that no other page's name can be bent to this machine (DNS
 rebinding); a question that changes something is JSON from this page alone; and the page's own policy lets nothing in or out
@@ -100,7 +100,7 @@ def make_ui_server(
 
 
 def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]]) -> Starlette:
-    """Make an ASGI application: the page, and the routes of its questions."""
+    """Make an ASGI application that serves the page and its JSON routes."""
     overview = Overview(hub)
     catalogue, bench, threads = Catalogue(hub, overview), Workbench(hub, load), Threads()
 
@@ -141,7 +141,7 @@ def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]]) -> Starlette:
 
 
 class Threads:
-    """A maker of routes whose work runs in threads: those that read the hub, and the one that has the model."""
+    """A maker of routes whose work runs in threads: several that read the hub, and one that owns the model."""
 
     def __init__(self) -> None:
         self._limits = Limits()
@@ -155,18 +155,18 @@ class Threads:
     def question(
         self, path: str, kind: type[Asked], answer: Callable[[Asked], dict[str, Any]], method: str = "GET"
     ) -> Route:
-        """Make the route of a question about the hub, whose fields are in the address, or in the body of a POST."""
+        """Make the route of a question about the hub, whose fields are in the query string, or in the body of a POST."""
 
         async def handle(request: Request) -> Response:
             fields = read_request(kind, request.query_params) if method == "GET" else await self._read(kind, request)
-            # one whose client has gone before its turn, as with every letter that is typed, is not answered
+            # a question whose client has gone before its turn, as after each typed letter, is not answered
             running = asyncio.get_running_loop().run_in_executor(self._readers, answer, fields)
             return JSONResponse(await unless_gone(request.receive, running))
 
         return Route(f"/api/{path}", _telling(handle), methods=[method])
 
     def act(self, path: str, kind: type[Asked], work: Callable[[Asked, Tell], None]) -> Route:
-        """Make the route of a long act on the model, which tells as it goes on."""
+        """Make the route of long work on the model, which streams events while it runs."""
 
         async def handle(request: Request) -> Response:
             fields = await self._read(kind, request)
@@ -175,7 +175,7 @@ class Threads:
         return Route(f"/api/{path}", _telling(handle), methods=["POST"])
 
     def download(self, path: str, kind: type[Asked], make: Callable[[Asked], Path]) -> Route:
-        """Make the route of a zip, which is deleted when it is sent."""
+        """Make the route of a zip file, which is deleted once it is sent."""
 
         async def handle(request: Request) -> Response:
             fields = await self._read(kind, request)
@@ -189,14 +189,14 @@ class Threads:
 
 
 class Left(BaseException):
-    """The end of work that nobody listens to any longer. No `except Exception` on the way takes it for a failure."""
+    """Raised in work whose client has gone. A BaseException, so that no `except Exception` takes it for a failure."""
 
 
 def act(thread: Executor, work: Callable[[Tell], None]) -> EventStream:
-    """Return a stream of what `work(tell)` tells; if the client goes first, the next `tell` raises Left in the work.
+    """Return a stream of the events that `work(tell)` tells; once the client has gone, `tell` raises Left in the work.
 
-    What the work raises is told last, as a `refusal`. Acts of one thread run one after another; one whose client has
-    gone before its turn does nothing.
+    An error of the work is the last event, a `refusal`. The work of one thread runs in order; work whose client has gone
+    before its turn does nothing.
     """
     loop = asyncio.get_running_loop()
     heard: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
@@ -232,7 +232,7 @@ def act(thread: Executor, work: Callable[[Tell], None]) -> EventStream:
 
 
 class Guard:
-    """A middleware that refuses what another page sends, and gives every answer the page's policy."""
+    """A middleware that refuses requests from other pages, and sets the page's content policy on every answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -259,14 +259,14 @@ class Guard:
 
 
 def refusal(error: BaseException) -> Refusal:
-    """Return what the person at the page reads: a library error whole, any other by its kind, with its cause in the log."""
+    """Return the error as the page shows it: a library error with its text, any other generic, with the cause in the log."""
     if not isinstance(error, LoraweaveError):
         return refusal_of(error)
     return Refusal(404 if isinstance(error, AdapterNotFound) else 400, str(error), code=type(error).__name__)
 
 
 def _telling(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """Return the handler with its errors turned into answers."""
+    """Return the handler wrapped so that its errors become HTTP answers."""
 
     async def answer(request: Request) -> Response:
         try:

@@ -15,28 +15,28 @@ from loraweave import AdapterNotFound, Candidate, Hub, Record, Retriever
 from loraweave.extend import Filters, algebra, block_of, by_number, entry
 from loraweave.extensions.ui.overview import Overview, in_order
 
-# adapters whose name has the query in it, before those that a search finds
+# the most adapters with the query in their name that are listed before the hits of a search
 NUM_NAMED = 5
 NUM_ALIKE = 8
-# points of the map that take the colour of their score
+# the most points of the map that are coloured by their score
 NUM_SCORED = 500
-# a first comparison of weights opens every adapter: of larger hubs only when asked
+# a first comparison of weights opens every adapter; larger hubs do so only when the user asks
 MAX_COMPARED_UNASKED = 500
 NUM_EXAMPLES, CARD_CHARACTERS = 20, 20_000
-# of a family tree
+# the limits of a family tree
 MAX_GENERATIONS, MAX_RELATIVES = 5, 60
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class Query(BaseModel):
-    """A question; without fields of its own, one that has no parameters."""
+    """The base of all questions; itself a question without parameters."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
 class Filtered(Query):
-    """The filters that table and search share; an empty one filters nothing."""
+    """The filters that table and search share; an empty filter lets all adapters through."""
 
     base: str = ""
     license: str = ""
@@ -62,7 +62,7 @@ class Listed(Filtered):
 class Searched(Filtered):
     q: Annotated[str, Field(max_length=4000)]
     count: Annotated[int, Field(ge=1, le=200)] = 20
-    # embeds the texts of adapters that were not found lately, which takes longer than the search
+    # evidence embeds the texts of adapters not found lately, which takes longer than the search
     evidence: bool = True
 
 
@@ -80,7 +80,7 @@ class Placed(Query):
 
 
 class Catalogue:
-    """A reader of a hub for the page. Several threads may ask."""
+    """A reader of a hub for the page, safe for several threads."""
 
     def __init__(self, hub: Hub, overview: Overview) -> None:
         self._hub = hub
@@ -88,12 +88,12 @@ class Catalogue:
         self._retriever = Retriever(hub, keys=())
 
     def summary(self) -> dict[str, Any]:
-        """Summarise the hub, and list what its table can be filtered by."""
+        """Return the hub's place and counts, and the values by which the page's table can be filtered."""
         snapshot = self._overview.newest
         bases = [{"name": first.base_model, "count": count} for first, count in self._hub.bases()]
         licenses = {} if snapshot is None else snapshot.licenses
         return {
-            # as Hub(place) shows it, which has no password
+            # as repr(hub) shows it, without a password
             "place": repr(self._hub)[len("Hub(") : -1].strip("'\""),
             "count": len(self._hub),
             "quarantined": len(self._hub.records(quarantined=True)),
@@ -103,7 +103,7 @@ class Catalogue:
         }
 
     def listed(self, asked: Listed) -> dict[str, Any]:
-        """Return a page of the table."""
+        """Return one page of the table of adapters, with the total number."""
         if asked.quarantined:
             records = self._hub.records(**asked.options, quarantined=True)
             total, page = len(records), records[asked.start : asked.start + asked.count]
@@ -146,13 +146,13 @@ class Catalogue:
         return {"seqs": [seq for seq, _ in shown], "scores": [score for _, score in shown]}
 
     def points(self) -> dict[str, Any]:
-        """Return the map, or how far it is."""
+        """Return the map's points, or only the progress and error of making the map while there is none."""
         snapshot = self._overview.newest
         state = {"busy": self._overview.busy, "error": self._overview.error}
         return state if snapshot is None else {**state, **snapshot.points()}
 
     def point(self, asked: Placed) -> dict[str, Any]:
-        """Return the adapter of a point. Raises AdapterNotFound if it is gone."""
+        """Return the adapter of a point as a row. Raises AdapterNotFound if it was removed."""
         record = self._hub.records_at([asked.seq]).get(asked.seq)
         if record is None:
             raise AdapterNotFound("the adapter of this point is gone; reload the page for the map as it is now")
@@ -195,7 +195,7 @@ class Catalogue:
         return {**grid(norms), "unbound": unbound, "heads": sorted(adapter.heads)}
 
     def alike(self, asked: Alike) -> dict[str, Any]:
-        """Return the adapters that resemble one: by its texts, or by its weights, which reads every adapter once."""
+        """Return the adapters most similar to one, by its texts, or by its weights, which first reads every adapter once."""
         record = self._hub.record(asked.name)
         if asked.by == "weights":
             if not asked.asked and len(self._hub) > MAX_COMPARED_UNASKED:
@@ -208,7 +208,7 @@ class Catalogue:
         return {"rows": [hit_of(hit) for hit in hits if hit.name != record.name][:NUM_ALIKE]}
 
     def _family(self, record: Record) -> list[dict[str, Any]]:
-        """Return what the adapter was merged from, generation by generation; the adapter itself comes first."""
+        """Return the ancestors of a merged adapter, by generation; the adapter itself comes first."""
         relatives: list[dict[str, Any]] = [
             {"name": record.name, "weight": None, "child": None, "generation": 0, "known": True}
         ]
@@ -234,7 +234,7 @@ class Catalogue:
         try:
             return self._hub.record(name) if name in self._hub else None
         except AdapterNotFound:
-            # removed in between
+            # an adapter removed in between has no row
             return None
 
 
@@ -255,7 +255,7 @@ def row_of(record: Record) -> dict[str, Any]:
 
 
 def hit_of(hit: Candidate) -> dict[str, Any]:
-    """Return a row with the score and the reason why it was found."""
+    """Return a hit as a row of a table, with its score and the reason why it was found."""
     return {**row_of(hit.record), "score": hit.score, "evidence": hit.evidence}
 
 

@@ -1,7 +1,7 @@
-"""Every adapter of a hub as a point on a map and as an entry that a table sorts, made in the background as the hub changes.
+"""A map and a sortable table of all adapters of a hub, made in the background as the hub changes.
 
-Points are the first two principal components of the embeddings that the hub's search keeps. They are fitted once; what is
-added later is projected onto the same plane, until it is a tenth of all.
+Points are the first two principal components of the embeddings that the hub's search keeps. They are fitted once; later
+adapters are projected onto the same plane, until a tenth of all has changed.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from loraweave.extend import embedder_of
 
 Array = NDArray[Any]
 
-# points that a browser draws; of more adapters a sample
+# the most points that a browser draws; more adapters are sampled
 MAX_POINTS = 50_000
 # the number of colours that people with any kind of colour vision tell apart
 MAX_CLUSTERS = 7
-# adapters up to which clusters are found on all of them at each step
+# up to this many adapters, each step of k-means uses all of them
 MAX_EXACT = 5000
-# the share of adapters that changed from which on the plane is fitted again
+# the share of changed adapters from which the plane is fitted again
 REFIT_SHARE = 0.1
-# where a point lies on the plane, 0 to this
+# the largest x and y of a point
 SIDE = 2**16 - 1
-# an adapter whose embedding is not stored, as in a hub that cannot be written
+# the place of an adapter without a stored embedding, as in a hub that cannot be written
 NOWHERE = (-1, -1, -1)
 
 _logger = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
-    """The facts of an adapter without its record; `x`, `y` and `cluster` are -1 where it has no embedding."""
+    """An adapter's row in the table and point on the map; `x`, `y` and `cluster` are -1 if it has no embedding."""
 
     name: str
     license: str | None
@@ -56,7 +56,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """The fitted plane: components, the corner and the size of what lies on it, and the middles of the clusters."""
+    """The fitted plane: principal components, the corner and size of the area with points, and the clusters."""
 
     pca: PCA
     clusters: KMeans | MiniBatchKMeans
@@ -67,7 +67,7 @@ class Plane:
     def of(cls, vectors_ND: Array) -> Plane:
         num_axes = min(2, *vectors_ND.shape)
         pca = PCA(num_axes, random_state=0).fit(vectors_ND)
-        # no more than there are different ones among the first
+        # k-means needs at least as many different points as clusters
         most = min(MAX_CLUSTERS, max(1, round((len(vectors_ND) / 2) ** 0.5)), len(np.unique(vectors_ND[:1000], axis=0)))
         kind = KMeans if len(vectors_ND) <= MAX_EXACT else MiniBatchKMeans
         clusters = kind(most, n_init=10, random_state=0).fit(vectors_ND)
@@ -76,7 +76,7 @@ class Plane:
         return cls(pca, clusters, low_2, np.where(high_2 > low_2, high_2 - low_2, 1.0))
 
     def places(self, vectors_ND: Array) -> list[tuple[int, int, int]]:
-        """Return (x, y, cluster) of each vector."""
+        """Return (x, y, cluster) of each vector; x and y are whole numbers from 0 to SIDE."""
         xy_N2 = (_two_columns(self.pca.transform(vectors_ND)) - self.low_2) / self.span_2
         xy_N2 = np.rint(xy_N2.clip(0, 1) * SIDE).astype(int)
         of_cluster_N = self.clusters.predict(vectors_ND)
@@ -84,13 +84,13 @@ class Plane:
 
 
 def _two_columns(xy_NA: Array) -> Array:
-    """Add a second axis of zeros to points on a line, or to one point."""
+    """Add a second axis of zeros to points that have only one."""
     return np.pad(xy_NA, ((0, 0), (0, 2 - xy_NA.shape[1])))
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """All adapters outside quarantine at one generation, by their place in the order of addition."""
+    """All adapters outside quarantine at one generation of the hub, keyed by their number in the order of addition."""
 
     identity: str = ""
     generation: int = 0
@@ -99,11 +99,11 @@ class Snapshot:
     _orders: dict[tuple[str, bool], Sequence[int]] = field(default_factory=dict)
 
     def order(self, key: str, descending: bool) -> Sequence[int]:
-        """Return the places sorted by a field of `Entry`; ties in order of addition."""
+        """Return the adapters' numbers sorted by a field of `Entry`; ties are in order of addition."""
         ordering = key, descending
         if ordering not in self._orders:
             values = {seq: getattr(entry, key) for seq, entry in self.entries.items()}
-            # what an adapter lacks comes before all that others have
+            # missing values (None) sort before all others
             self._orders[ordering] = sorted(
                 values, key=lambda seq: (values[seq] is not None, values[seq]), reverse=descending
             )
@@ -111,7 +111,7 @@ class Snapshot:
 
     @cached_property
     def seqs(self) -> dict[str, int]:
-        """The mapping {name: place in the order of addition}."""
+        """The mapping {name: number in the order of addition}."""
         return {entry.name: seq for seq, entry in self.entries.items()}
 
     @cached_property
@@ -133,7 +133,7 @@ class Snapshot:
         """Return what a browser draws: little-endian arrays in base64, x and y from 0 to 65535, and the colours' names."""
         seqs = shown = [seq for seq, entry in self.entries.items() if entry.cluster >= 0]
         if len(seqs) > MAX_POINTS:
-            # at random: every n-th could miss what was added in turns
+            # at random: every n-th could miss kinds that were added in turns
             shown = sorted(np.random.default_rng(0).choice(seqs, MAX_POINTS, replace=False).tolist())
         entries = [self.entries[seq] for seq in shown]
         known = list(self.licenses)[:MAX_CLUSTERS]
@@ -172,12 +172,12 @@ class Snapshot:
 
 # seconds
 CLOSING_S = 2.0
-# points with names in the answer
+# up to this many points, the answer has their names
 MAX_NAMED = 200
 
 
 class Overview:
-    """The newest snapshot of a hub. Asking for it starts a thread where the hub has changed since."""
+    """A holder of the newest snapshot of a hub, which a thread renews when it is asked for after the hub has changed."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
@@ -192,7 +192,7 @@ class Overview:
 
     @property
     def newest(self) -> Snapshot | None:
-        """The snapshot as it is, perhaps of an older generation; None before the first. `busy` says if one is being made."""
+        """The last snapshot, perhaps of an older generation; None before the first. `busy` is True while one is made."""
         with self._lock:
             generation = self._hub.generation
             stale = (self._snapshot is None or self._snapshot.generation != generation) and self._failed_at != generation
@@ -206,14 +206,14 @@ class Overview:
         return self._thread is not None
 
     def require_search(self) -> None:
-        """Make the first search of the hub, which reads and may embed all of it, or wait for the one that does."""
+        """Make the hub's first search, which may embed every adapter, or wait for the thread that is making it."""
         with self._searching:
             if not self._searched:
                 self._hub.search("an adapter", k=1)
                 self._searched = True
 
     def close(self) -> None:
-        """Begin no further snapshot, and wait a moment for one that is being made, whose thread ends with the process."""
+        """Begin no further snapshot, and wait up to CLOSING_S seconds for the one that is being made."""
         with self._lock:
             self._closed, thread = True, self._thread
         if thread is not None:
@@ -224,13 +224,13 @@ class Overview:
         try:
             if len(self._hub):
                 self.require_search()
-                # makes and stores the embeddings that are missing by now
+                # the first search makes and stores missing embeddings
                 self._hub.search("an adapter", k=1)
             made = followed(self._hub, self._snapshot or Snapshot())
             with self._lock:
                 self._snapshot = made
         except Exception as error:
-            # once closed, what the thread uses goes away beneath it
+            # after close(), the hub may be closed while the thread reads it
             if not self._closed and not isinstance(error, LoraweaveError):
                 _logger.error("the map was not made", exc_info=error)
             self.error, self._failed_at = f"{type(error).__name__}: {error}", generation
@@ -246,7 +246,7 @@ def followed(hub: Hub, old: Snapshot) -> Snapshot:
     first, after = None, 0
     while True:
         page = hub.changes(embedder, since=old.generation, after=after)
-        # what is written meanwhile belongs to the next snapshot
+        # changes made meanwhile belong to the next snapshot
         first = first or page
         if old.generation and page.identity != old.identity:
             return followed(hub, Snapshot())
@@ -271,7 +271,10 @@ def followed(hub: Hub, old: Snapshot) -> Snapshot:
 
 
 def in_order(snapshot: Snapshot | None, seqs: Collection[int], key: str, descending: bool) -> list[int]:
-    """Sort the places by a field of `Entry`, or by "added", which needs no snapshot. Places that it lacks come last."""
+    """Sort the adapters' numbers by a field of `Entry` or by "added"; numbers that the snapshot lacks come last.
+
+    "added" needs no snapshot.
+    """
     if key == "added" or snapshot is None:
         return sorted(seqs, reverse=descending)
     wanted = set(seqs)

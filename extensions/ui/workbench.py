@@ -1,4 +1,4 @@
-"""The page's experiments on the base model: mixtures by sliders, weights found from examples, a router's view of a text.
+"""The page's experiments on the base model: mixtures set by sliders, weights searched on examples, routers on a text.
 
 The model is loaded when it is first needed and belongs to one thread. Numbers are those of the library's public calls.
 """
@@ -50,9 +50,9 @@ from loraweave.extend import (
 from loraweave.extensions.ui.catalogue import Name, Query, block_and_kind, grid
 
 MAX_PICKED = 8
-# the part by which extensions bring what shows the weights of tokens
+# the name of the file and function by which an extension shows the weights of tokens
 PANEL = "panel"
-# explanations that stay to be looked at
+# the number of explanations that are kept
 MAX_KEPT = 8
 Text = Annotated[str, Field(max_length=20_000)]
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-100, le=100)]
@@ -60,7 +60,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 class Part(Query):
-    """An adapter's weight, and its weights in blocks where these differ from it."""
+    """An adapter's weight, and its weights in those blocks where they differ."""
 
     name: Name
     weight: Finite
@@ -72,7 +72,7 @@ class Picked(Query):
 
 
 class Mixed(Query):
-    """A mixture as the sliders stand."""
+    """A mixture as the page's sliders are set."""
 
     parts: Annotated[list[Part], Field(min_length=1, max_length=MAX_PICKED)]
 
@@ -112,7 +112,7 @@ class Asked(Query):
 
     @property
     def prompt(self) -> str:
-        """The prompt in a task's form if there is an instruction; else the text as it is."""
+        """The prompt in a task's form if there is an instruction; else the bare text."""
         return str(Task([], instruction=self.instruction).prompt(self.text)) if self.instruction.strip() else self.text
 
 
@@ -121,7 +121,7 @@ class Answered(Mixed, Asked):
 
     @property
     def question(self) -> Prompt:
-        """The prompt, or the user's turn in a chat."""
+        """The prompt, or in chat mode the user's turn."""
         return Task([], instruction=self.instruction, chat=True).prompt(self.text) if self.chat else self.prompt
 
 
@@ -155,7 +155,10 @@ class Routed(Asked):
 
 
 class Workbench:
-    """One hub and one base. `load` returns (model, tokenizer); all but `picked`, `mixed`, `explanation` needs one thread."""
+    """The experiments on one hub and one base; `load` returns (model, tokenizer). Only some methods may run in any thread.
+
+    These are `picked`, `mixed` and `explanation`; all others need one thread.
+    """
 
     def __init__(self, hub: Hub, load: Callable[[], tuple[Any, Any]]) -> None:
         self._hub = hub
@@ -166,13 +169,13 @@ class Workbench:
         self._pages: OrderedDict[str, str] = OrderedDict()
 
     def choices(self) -> dict[str, Any]:
-        """List names that a page lets choose from: targets of exports, and routers that need no training and no data."""
+        """Return the names that the page offers: targets of exports, and routers that need neither training nor data."""
         kinds = {name: router_class(name) for name in router_names()}
         ready = [name for name, kind in kinds.items() if not kind.learned and kind.fit is TokenRouter.fit]
         return {"targets": names("targets"), "routers": ready if brought(PANEL) else []}
 
     def picked(self, asked: Picked) -> dict[str, Any]:
-        """Return what the sliders need to know of adapters: their blocks, and a text to try them on."""
+        """Return the blocks of the picked adapters, for their sliders, and a text to try them on."""
         pool = self._hub.pool(asked.names)
         records = [self._hub.record(name) for name in asked.names]
         first = next((record for record in records if record.examples), records[0])
@@ -184,7 +187,7 @@ class Workbench:
         }
 
     def mixed(self, asked: Mixed) -> dict[str, Any]:
-        """Measure how far the weighted updates pull the same way; no model is needed."""
+        """Measure how far the weighted updates point the same way (cosines and norms); needs no model."""
         pool = self._hub.pool(asked.names)
         by_layer = {layer: list(row.values()) for layer, row in asked.by_layer(pool.layer_names).items()}
         report = mixture_interference({name: pool[name].layers for name in pool.names}, by_layer)
@@ -199,19 +202,19 @@ class Workbench:
         }
 
     def answer(self, asked: Answered, tell: Tell) -> None:
-        """Tell pieces of two answers to one prompt, in one batch: the base's and the mixture's."""
+        """Stream two answers to one prompt, generated as one batch: the base's and the mixture's."""
         engine = self._composer(asked.names, tell)
         experts, layers = engine.pool.names, engine.pool.layer_names
         rows = MixtureWeights.of_layers(asked.by_layer(layers), experts).values_BTLE
         mixture = MixtureWeights(torch.cat([torch.zeros_like(rows), rows]), experts, layers)
         stream = engine.stream([asked.question] * 2, mixture=mixture, max_new_tokens=asked.max_new_tokens, do_sample=False)
-        # closed where nobody listens any longer, which ends the generation at its next token
+        # closing the stream when the client has gone ends the generation at its next token
         with closing(stream) as pieces:  # type: ignore[type-var]
             for base, composition in pieces:
                 tell({"base": base, "composition": composition})
 
     def find(self, asked: Found, tell: Tell) -> None:
-        """Tell how far a search of weights is, and then the weights and what was compared."""
+        """Stream the progress of a search of weights, and then the weights and the candidates that were compared."""
         engine = self._composer(asked.names, tell)
         options: dict[str, Any] = {"by_layer": False}
         if asked.per == "block":
@@ -227,7 +230,7 @@ class Workbench:
             method="gradient" if len(engine.pool) > 1 else "grid",
             budget=asked.budget,
             folds=3 if asked.held_out else 0,
-            # weights are only looked at: what is saved or exported asks again
+            # licenses are not checked for a look at weights: saving and exporting check them
             allow_licenses=True,
             progress=ToldProgress(tell),
             **(options if len(engine.pool) > 1 else {}),
@@ -241,14 +244,14 @@ class Workbench:
         tell({"parts": parts, "rows": rows, "reason": composition.report.reason})
 
     def save(self, asked: Saved, tell: Tell) -> None:
-        """Keep the mixture in the hub: as a formula, or with weights by block as a composition."""
+        """Save the mixture in the hub: as a formula, or with weights by block as a composition."""
         asked.require_some()
         kept = parse(asked.formula) if asked.formula else self._composition(asked, tell)
         stored = self._hub.save_composition(asked.name, kept, replace=asked.replace)
         tell({"name": stored.name, "hash": stored.hash, "formula": str(Stored(stored.name))})
 
     def export(self, asked: Exported) -> Path:
-        """Write a zip of the mixture as one adapter for a program, into a temporary file that is the caller's to delete."""
+        """Export the mixture as one adapter for a target program to a temporary zip file, which the caller deletes."""
         composition = self._composition(asked)
         with tempfile.TemporaryDirectory(prefix="loraweave-") as temporary:
             folder = Path(temporary) / "export"
@@ -260,7 +263,7 @@ class Workbench:
         return place
 
     def route(self, asked: Routed, tell: Tell) -> None:
-        """Tell the number of a page that shows which adapter counts for which token, to be got from `explanation`."""
+        """Make a page that shows which adapter counts for which token, and tell its number, which `explanation` takes."""
         names = asked.names or [hit.name for hit in self._hub.search(asked.prompt, k=MAX_PICKED)]
         engine = self._composer(names, tell)
         made = router(asked.router, engine.bound_pool)
@@ -274,14 +277,14 @@ class Workbench:
         tell({"page": number, "shares": told, "entropy": entropy})
 
     def explanation(self, number: str) -> str:
-        """Return the page of that number. Raises AdapterNotFound for one that is gone."""
+        """Return the page of that number. Raises AdapterNotFound for an unknown or dropped number."""
         try:
             return self._pages[number]
         except KeyError:
             raise AdapterNotFound(f"the page {number!r:.40} is gone: only the last {MAX_KEPT} stay; ask again") from None
 
     def _composer(self, names: Sequence[str], tell: Tell = lambda event: None) -> Composer:
-        """Return the engine of these adapters as they are now; the last one is kept."""
+        """Return the composer of the named adapters in their present versions; the last composer is cached."""
         if self._loaded is None:
             tell({"what": "Loading the base model"})
             self._loaded = self._load()
@@ -289,7 +292,7 @@ class Workbench:
         if self._engine is None or wanted != self._engine_of:
             tell({"what": "Reading the adapters"})
             model, tokenizer = self._loaded
-            # under the names of the hub, whatever files call them
+            # names are the hub's, not those in the files
             self._engine = Composer(model, ExpertPool({n: self._hub[n] for n in names}), tokenizer=tokenizer)
             self._engine_of = wanted
         return self._engine
@@ -311,7 +314,7 @@ class Workbench:
 
 
 class ToldProgress(Progress):
-    """A bar that is not drawn but told: what is done, how much, of how much, and the seconds left."""
+    """A progress bar that sends events: the label, the steps done, the total, and the seconds left."""
 
     def __init__(self, tell: Tell) -> None:
         super().__init__(disable=True)
@@ -325,7 +328,7 @@ class ToldProgress(Progress):
 
 
 def _panel() -> Callable[..., tuple[str, dict[str, float], float]]:
-    """Return what shows weights by token: the function `panel` of an extension's or another package's file of that name."""
+    """Return the function `panel`, which shows weights by token, from an installed package with a file `panel`."""
     modules = brought(PANEL)
     if not modules:
         raise PackageMissing("no extension that is installed shows the weights of tokens; loraweave comes with one")
@@ -334,6 +337,6 @@ def _panel() -> Callable[..., tuple[str, dict[str, float], float]]:
 
 
 def _part(name: str, weights: Mapping[str, float], by_layer: Mapping[str, Mapping[str, float]] | None) -> dict[str, Any]:
-    """Return what the sliders of an adapter are set to."""
+    """Return the slider settings of an adapter: its weight, and its weight in each block."""
     blocks = {block_and_kind(layer)[0]: float(row.get(name, 0.0)) for layer, row in (by_layer or {}).items()}
     return {"name": name, "weight": float(weights.get(name, 0.0)), "blocks": blocks}

@@ -1,4 +1,4 @@
-"""`loraweave hub history`, `rollback`, `prune`: versions; `quarantine`, `release`: put aside; `compositions`: those kept."""
+"""`loraweave hub history`, `rollback`, `prune` (versions), `quarantine`, `release` (adapters put aside), `compositions`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rollback(
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring an earlier version back, as a new one: nothing of the history is lost."""
+    """Bring an earlier version back as a new version; the history is kept."""
     with open_hub(hub) as opened:
         record = opened.rollback(name, version)
     told = f"{record.name!r} is at version {record.version}, with the content of version {record.restored or version}"
@@ -71,9 +71,9 @@ def quarantine(
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Put adapters aside, so that nothing finds or reads them; without a name, list those that are."""
+    """Put adapters aside, so that no search finds and no call reads them; without a name, list those put aside."""
     with open_hub(hub) as opened:
-        # all or none: a misspelt name is told before anything changes
+        # all or none: a misspelt name is an error before anything changes
         for name in names or ():
             opened.record(name)
         for name in names or ():

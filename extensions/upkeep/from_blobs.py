@@ -1,4 +1,4 @@
-"""Rebuilding a catalogue from the blobs and the readable rows of the old one."""
+"""The rebuilding of a hub's catalogue from its blobs and the readable rows of the old catalogue."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _SIDE_FILES = ("", "-wal", "-shm")
 # an adapter's records, the newest version last
 History = list[Record]
 
-# content hash -> the blob's row, and the adapter's record when it was written
+# content hash -> the blob's row, and the record that the adapter had when the blob was written
 Blobs = Mapping[str, tuple[rows.BlobRow, Record]]
 
 
 def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
-    """Give a hub whose catalogue is damaged or lost a new one, and return the names in it.
+    """Replace the damaged or lost catalogue of a hub by a new one, and return the names in it.
 
     Intact rows of the old catalogue are kept, in their order, with their versions, and so are compositions whose files are
     there. A sound blob without a row comes back under the name it was first added with, even if that adapter had been
-    removed and not collected: several blobs of one name are its versions if their numbers differ, and else get a part of
-    their hash into the name. The old catalogue is kept as `catalogue.sqlite.corrupt-<n>`. No other program may have the hub
+    removed and not collected: several blobs of one name are its versions if their numbers differ; else a part of their hash
+    is added to the name. The old catalogue is kept as `catalogue.sqlite.corrupt-<n>`. No other program may have the hub
     open. The next rebuild finishes an interrupted one. Raises HubLocked after `timeout_s`.
     """
     folder = Path(folder)
@@ -50,7 +50,7 @@ def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
     with storage_errors(folder, "rebuilding the catalogue"):
         try:
             with FileLock(folder / "write.lock", timeout=timeout_s):
-                # otherwise a killed rebuild had set the old catalogue aside already, and the new one has its rows
+                # otherwise a killed rebuild has already set the old catalogue aside, and the new one has its rows
                 if path.exists() or not new.exists():
                     _make(folder, path, new)
                 _set_aside(path)
@@ -62,7 +62,7 @@ def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
 
 
 def _make(folder: Path, path: Path, new: Path) -> None:
-    """Write the new catalogue beside the old one; it gets its name when it is complete."""
+    """Write the new catalogue under a temporary name, and rename it to `new` once it is complete."""
     unfinished = new.with_name(f"{new.name}.unfinished")
     for stale in (new, *(unfinished.with_name(f"{unfinished.name}{side}") for side in _SIDE_FILES)):
         stale.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def _read_listed(path: Path, blobs: Blobs) -> Iterator[History]:
 
 
 def _read_unlisted(blobs: Blobs, listed: Sequence[History]) -> Iterator[History]:
-    """Yield the histories of blobs that no listed history has, by the record of when each was written."""
+    """Yield the histories of blobs that no listed history has, from the record that each blob was written with."""
     used = {record.hash for history in listed for record in history}
     taken = {history[-1].name for history in listed}
     lost: dict[str, list[Record]] = {}
@@ -150,7 +150,7 @@ def _intact_compositions(path: Path) -> list[compositions.CompositionRow]:
     intact: list[compositions.CompositionRow] = []
     names: list[str] = []
     with _reading(path) as connection:
-        # a catalogue of schema 5 has none
+        # a catalogue of schema 5 has no compositions
         with _damage_ignored():
             names = compositions.names(connection)
         for name in names:
@@ -161,7 +161,7 @@ def _intact_compositions(path: Path) -> list[compositions.CompositionRow]:
 
 @contextmanager
 def _damage_ignored() -> Iterator[None]:
-    """Ignore damage of the old catalogue, but raise for a disk that fails now: intact rows must not be lost."""
+    """Ignore damage of the old catalogue in the block, but raise for a disk that fails now: intact rows must not be lost."""
     try:
         yield
     except sqlite3.Error as error:
@@ -188,7 +188,7 @@ def _write(new: Path, histories: Sequence[History], blobs: Blobs, kept: Sequence
             compositions.put(connection, composition)
         connection.execute("UPDATE state SET generation = 1")
         connection.execute("COMMIT")
-        # the file must be complete without its log; closing moves the log into it, too, but ignores a failure
+        # the file must be complete without its log; closing would move the log too, but ignores a failure
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     finally:
         connection.close()

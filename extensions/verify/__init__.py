@@ -1,7 +1,8 @@
-"""Which weights answered? What a server says beside the model at hand, and beside it with everything that may go wrong.
+"""Which weights answered? A server's answers compared with the model at hand, under every known fault of serving.
 
-`verify_server` asks ours, vLLM's, llama.cpp's or one like them; `loraweave verify URL` does so in a shell. It needs no other
-package, the base model where it has not kept what that answers, and six to nine requests for each name.
+`verify_server` asks a server of this package, of vLLM, of llama.cpp or one like them; `loraweave verify URL` does so in a
+shell. It needs no other package, the base model unless its answers are already in the cache, and six to nine requests for
+each name.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The greedy answer to one prompt, how far two of them lie apart, and the report on the weights that answered."""
+"""Greedy answers to one prompt, the distance between two of them, and the report on which weights answered."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Top = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, with the text of each of its tokens and the log-probabilities of the likeliest tokens at its place.
+    """A text, with its tokens' texts (`words`) and the log-probabilities of the likeliest tokens at each place (`tops`).
 
-    Without `words` and `tops`, the engine gives texts alone. Keys of `tops` are those of `key`. `end` is the token that ends
+    Without `words` and `tops`, the engine gives texts alone. Keys of `tops` are made by `key`. `end` is the token that ends
     a text, where known, and `ended` says that the text came to its end.
     """
 
@@ -28,18 +28,18 @@ class Answer:
 
     @classmethod
     def from_json(cls, value: Any) -> Answer:
-        """Return the answer whose `vars` are this JSON. Raises KeyError, TypeError or AttributeError for anything else."""
+        """Return the answer from the JSON of its `vars`. Raises KeyError, TypeError or AttributeError for anything else."""
         tops = tuple({str(word): float(logprob) for word, logprob in top.items()} for top in value["tops"])
         return cls(str(value["text"]), tuple(map(str, value["words"])), tops, str(value["end"]), bool(value["ended"]))
 
 
 def key(word: str) -> str:
-    """Return a token's text as all engines write it: without the space at its beginning, which some leave out."""
+    """Return a token's text without the space at its beginning, which only some engines write."""
     return word.lstrip(" ")
 
 
 def top_of(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return {key: log-probability}, likeliest first.
+    """Return {key of a token: its log-probability}, likeliest first.
 
     Of tokens with the same text, the likeliest counts. Tokens without text are left out.
     """
@@ -51,10 +51,11 @@ def top_of(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def distance(served: Answer, known: Answer) -> float:
-    """Return how far a server's answer is from a known one, in nats; 0 for answers that cannot be told apart.
+    """Return the distance in nats between a server's answer and a known one; 0 for answers that cannot be told apart.
 
-    With log-probabilities it is their root mean square difference, over the tokens that the server lists, as far as both
-    texts agree. From a text alone, it is by how much the known model prefers its own word to the first that differs.
+    With log-probabilities it is their root mean square difference, over the tokens that the server lists, up to the first
+    place where the texts differ. For texts alone, it is the log-probability of the known word less that of the server's word
+    at that place.
     """
     if served.tops:
         values = _differences(served, known)
@@ -65,7 +66,7 @@ def distance(served: Answer, known: Answer) -> float:
 def _differences(served: Answer, known: Answer) -> list[float]:
     values = []
     for word, top, own_word, own_top in zip(served.words, served.tops, known.words, known.tops, strict=False):
-        # what is not listed has at most the least that is
+        # a token that is not listed has at most the least log-probability that is listed
         least = min(own_top.values())
         values += [logprob - own_top.get(text, least) for text, logprob in top.items() if logprob > least or text in own_top]
         if key(word) != key(own_word):
@@ -95,7 +96,7 @@ AS_ASKED = "as asked"
 
 @dataclass(frozen=True)
 class Finding:
-    """The verdict on one name at one time ("alone", "mixed", "after a reload").
+    """The verdict on one name in one situation, `when` ("alone", "mixed", "after a reload").
 
     `distance` is the largest between an answer and what was asked, in nats, `separation` the least between what was asked
     and a likely fault on the best of the probes: a `weak` finding could not tell these two apart.
@@ -119,7 +120,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ServerReport:
-    """Findings for each name, the base's rounding and the tolerance that follows (nats), and what could not be verified.
+    """Findings for each name, the base's rounding and the resulting tolerance (nats), and notes on what was not verified.
 
     `basis` is "log-probabilities" or "texts"; `requests` counts all of them.
     """
@@ -134,7 +135,7 @@ class ServerReport:
 
     @property
     def faults(self) -> tuple[Finding, ...]:
-        """The findings that are not as asked."""
+        """The findings that are faults."""
         return tuple(finding for finding in self.findings if not finding.ok)
 
     @property

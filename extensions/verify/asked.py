@@ -1,4 +1,4 @@
-"""The names of a server as the hub has them: what each stands for, and the probes by which it is known."""
+"""The names that a server serves, each with the adapter that the hub has for it and the probes to recognise it by."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loraweave.extensions.verify.client import Listed
 from loraweave.extensions.verify.hypotheses import BASE, Hypothesis, likely
 from loraweave.extensions.verify.references import Probe, References
 
-# prompts of which the best become probes, and names whose first probe the base is asked too
+# the number of prompts from which the best become probes, and of names whose first probe the base gets too
 NUM_CANDIDATES, NUM_OF_BASE = 6, 8
 GENERAL = (
     "The capital of France is",
@@ -23,7 +23,7 @@ GENERAL = (
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A name of the server, the adapter that it stands for, and its probes; the base has neither adapter nor parts.
+    """A name of the server, its adapter and its probes; the base has neither adapter nor parts.
 
     `parts` are the weights of the adapters of the hub that it is the sum of; a merge by a method has none.
     """
@@ -44,7 +44,7 @@ class Asked:
 
 
 def formula_of(hub: Hub, name: str) -> Formula:
-    """Return the formula of a server's name: an adapter of the hub, whatever it is called, or a formula of its adapters.
+    """Return the formula of a server's name: the hub's adapter of that name, or the name parsed as a formula of adapters.
 
     Raises FormulaError for a name that is neither.
     """
@@ -62,7 +62,7 @@ def asked_of(
     num_probes: int,
     num_tokens: int,
 ) -> Asked:
-    """Return a name with its best prompts as probes, of those given or of the sample inputs of its adapters.
+    """Return a server's name with its probes: the best of the given prompts, or else of its adapters' sample inputs.
 
     Raises ScopeError for routers and `auto`, CompositionError for adapters that are not for this base model.
     """
@@ -71,7 +71,7 @@ def asked_of(
         case Sum(terms=terms) if all(isinstance(term, Named) for _, term in terms):
             parts = {term: weight for weight, term in terms if isinstance(term, Named)}
     if list(parts.values()) == [1.0]:
-        # with its card, which a merge does not keep
+        # from the hub, with its card, which a merge does not keep
         (leaf,) = parts
         adapter = hub.get(leaf.name, version=leaf.version)
     else:
@@ -82,7 +82,7 @@ def asked_of(
 
 
 def base_of(listed: Listed, asked: Sequence[Asked], references: References, num_probes: int, num_tokens: int) -> Asked:
-    """Return the base with probes of the other names, so that anything a server kept of their prompts shows."""
+    """Return the base with probes of the other names, to show if the server kept state of their prompts."""
     probes = [
         Probe(probe.ids, {AS_ASKED: probe.answers[BASE.verdict], f"got {name.name}": probe.asked})
         for name in asked[:NUM_OF_BASE]
@@ -116,7 +116,7 @@ def _is_formula(hub: Hub, name: str) -> bool:
 
 
 def _prompts(hub: Hub, names: Sequence[str]) -> list[str]:
-    """Return sample inputs of these adapters below their descriptions, as many of each: the shortest, which cost least."""
+    """Return prompts made of the adapters' descriptions and shortest sample inputs, as many for each adapter."""
     prompts = []
     for name in names:
         record = hub.record(name)

@@ -1,4 +1,4 @@
-"""A server as a client sees it: OpenAI's completions, with vLLM's loading of adapters and llama.cpp's scales where they are.
+"""A client of a model server: OpenAI's completions, vLLM's loading of adapters, and llama.cpp's scales of adapters.
 
 Nothing but JSON is read, at most `MAX_BYTES` of it; no redirect is followed.
 """
@@ -20,13 +20,13 @@ from loraweave.extend import entry
 from loraweave.extensions.verify.answers import Answer, top_of
 
 MAX_BYTES = 8 << 20
-# alternatives of each token that are asked for, until the server takes it; None is a text alone
+# numbers of alternatives for each token, tried in order until the server takes one; None asks for text alone
 ALTERNATIVES = (20, 5, None)
 NUM_TRIES, MAX_WAIT_S = 5, 10.0
 
 
 class Refused(Exception):
-    """The server answered a request with an error: its status, and what it said."""
+    """The error that a server answers a request with: its status and its text."""
 
     def __init__(self, status: int, said: str) -> None:
         super().__init__(f"{status}: {said}")
@@ -35,7 +35,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Listed:
-    """A name that a server lists, with its folder or file and its base, where the server names them."""
+    """A name that a server lists, with its folder or file (`root`) and its base (`parent`), "" where not told."""
 
     name: str
     root: str = ""
@@ -43,7 +43,7 @@ class Listed:
 
 
 class Server:
-    """One server. Threads may share it. Raises SourceUnavailable where it cannot be reached, or speaks another language."""
+    """A client of one server, safe for several threads. Raises SourceUnavailable if it is unreachable or no such server."""
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -72,9 +72,9 @@ class Server:
     def complete(
         self, name: str, scales: Mapping[str, float], ids: Sequence[int], num_tokens: int, *, cached: bool = True
     ) -> Answer:
-        """Return the greedy answer of that name to a prompt of token ids; llama.cpp gets `scales` instead. Raises Refused.
+        """Return the greedy answer of the named model to a prompt of token ids. Raises Refused.
 
-        Without `cached`, llama.cpp reads the whole prompt again; other servers have no such switch.
+        llama.cpp has no names: it gets the adapters' `scales`, and without `cached` reads the whole prompt again.
         """
         body: dict[str, Any] = {"prompt": list(ids), "max_tokens": num_tokens, "temperature": 0}
         if self.llama_adapters:
@@ -88,14 +88,14 @@ class Server:
             try:
                 return _answer(self._call("POST", "/v1/completions", request))
             except Refused as error:
-                # some give fewer alternatives, or none; a name that is not there is another matter
+                # some servers give fewer alternatives or none; an unknown name (404) is an error of its own
                 if error.status not in (400, 422) or ALTERNATIVES[level] is None:
                     raise
                 with self._lock:
                     self._alternatives = max(self._alternatives, level + 1)
 
     def reload(self, listed: Listed) -> bool:
-        """Unload an adapter and load it again, as vLLM does; return False where the server cannot."""
+        """Unload an adapter and load it again by vLLM's routes; return False if the server does not have them."""
         if not listed.root or not listed.parent:
             return False
         try:
@@ -117,9 +117,10 @@ class Server:
         return {name: int(row.get("id", 0)) for name, row in zip(names, rows, strict=True)}
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the JSON of one call, with a list, or text that is not JSON, under "". Wait while the server is busy.
+        """Send one request and return its JSON object; wait and try again while the server is busy.
 
-        Raises Refused for an error status, SourceUnavailable for a server that cannot be reached.
+        A list, or text that is not JSON, is under the key "". Raises Refused for an error status, SourceUnavailable for a
+        server that cannot be reached.
         """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self._headers, method=method)
@@ -153,7 +154,7 @@ def _answer(body: Mapping[str, Any]) -> Answer:
 
 
 def _words(logprobs: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[dict[str, float], ...]]:
-    """Return the texts and the alternatives of the tokens, from OpenAI's completions, or from its chats and llama.cpp."""
+    """Return each token's text and its alternatives' log-probabilities, in either of the forms that servers use."""
     if "content" in logprobs:
         entries = logprobs["content"]
         words = tuple(str(entry["token"]) for entry in entries)

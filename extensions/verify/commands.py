@@ -1,4 +1,4 @@
-"""`loraweave verify`: which weights answer at a server."""
+"""`loraweave verify`: tell which weights answer at a server."""
 
 from __future__ import annotations
 

@@ -16,16 +16,16 @@ from loraweave.extend import entry, head_size
 
 Layers = Mapping[str, Factors]
 
-# parts of layers that engines compute as one, which may be left out together
+# parts of layers' names that engines compute together, and may leave out together
 PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# and which may be taken for each other
+# layers that engines may take for each other
 EXCHANGED = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, eq=False)
 class Hypothesis:
-    """A verdict, and the adapters with their weights that would answer if it is true; none for the base."""
+    """A verdict, and the weighted adapters that answer if it is true; no adapters for the base."""
 
     verdict: str
     parts: tuple[tuple[Adapter, float], ...] = ()
@@ -40,7 +40,7 @@ class Hypothesis:
 
     @cached_property
     def sign(self) -> frozenset[tuple[str, float]]:
-        """The mixture to six digits: equal ones have one effect."""
+        """The mixture rounded to six digits: hypotheses with equal signs have the same effect."""
         return frozenset((content, round(weight, 6)) for content, weight in (self.mixture or {}).items())
 
 
@@ -48,7 +48,7 @@ BASE = Hypothesis("got the base")
 
 
 def likely(asked: Adapter) -> list[Hypothesis]:
-    """Return the faults by which probes are chosen: the base, half the scale, and each kind of layer left out."""
+    """Return the faults that a probe must tell apart: the base alone, half the scale, and each kind of layer left out."""
     return [BASE, Hypothesis("scale halved", ((asked, 0.5),)), *_without_sites(asked)]
 
 
@@ -59,10 +59,10 @@ def possible(
     parts: Sequence[tuple[Adapter, float]] = (),
     config: Any = None,
 ) -> list[Hypothesis]:
-    """Return every known fault, the plainest first and none twice.
+    """Return every known fault, the plainest first, without duplicates.
 
-    `others` and `older` have names; `parts` are the adapters of a weighted sum with their weights, `config` is the base
-    model's configuration, which says how many heads it has.
+    `others` and `older` are (name, adapter) of other adapters and older versions; `parts` are the adapters of a weighted sum
+    with their weights; `config` is the base model's configuration, which has the number of heads.
     """
     others, faults = list(others), likely(asked)
     faults += [Hypothesis(f"got {name}", ((other, 1.0),)) for name, other in others]
@@ -88,7 +88,7 @@ def _changed(verdict: str, asked: Adapter, layers: Layers) -> Hypothesis:
 
 
 def _scales(asked: Adapter) -> dict[float, str]:
-    """Return {factor: the verdict on an adapter whose scale is off by it}."""
+    """Return {wrong factor of the scale: verdict} for the adapter."""
     root = asked.rank**0.5
     verdicts = {
         2.0: "scale doubled, or added twice",
@@ -118,7 +118,7 @@ def _without_sites(asked: Adapter) -> list[Hypothesis]:
 
 
 def _damaged(asked: Adapter, config: Any) -> Iterator[tuple[str, Layers]]:
-    """Yield (verdict, layers) of the adapter, damaged in each way in which engines have been seen to load one."""
+    """Yield (verdict, damaged layers) for each way in which engines are known to load an adapter wrongly."""
     layers = asked.layers
     yield from _in_other_blocks(layers)
     for order, permute in (("as for a GGUF of llama's", _interleaved), ("as if taken from a GGUF", _parted)):
@@ -183,7 +183,7 @@ def _interleaved(b_OR: Tensor, width: int) -> Tensor:
 
 
 def _parted(b_OR: Tensor, width: int) -> Tensor:
-    """Return b with the rotary pairs of each head parted into two halves, the inverse of `_interleaved`."""
+    """Return b with the rotary pairs of each head split into two halves, the inverse of `_interleaved`."""
     return b_OR.reshape(-1, width // 2, 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
 
 

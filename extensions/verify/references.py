@@ -1,4 +1,4 @@
-"""The answers of the model at hand: the probes by which an adapter is known, and answers under any hypothesis.
+"""The model at hand as reference: the probes that recognise an adapter, and the answers under any hypothesis.
 
 Probes are kept in a folder by the content of what they are for, so that a server is watched without loading a model.
 """
@@ -28,7 +28,7 @@ MAX_PROMPT_TOKENS = 192
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt's token ids with its answer under each likely hypothesis, the first being the adapter that was asked."""
+    """A prompt's token ids with its answer under each likely hypothesis, the first being that the right adapter answers."""
 
     ids: tuple[int, ...]
     answers: dict[str, Answer]
@@ -39,12 +39,12 @@ class Probe:
 
     @property
     def separation(self) -> float:
-        """The least distance between what is asked and any other answer; infinite where there is no other."""
+        """The least distance in nats between the right answer and any other; infinite if there is no other."""
         return min((distance(other, self.asked) for other in list(self.answers.values())[1:]), default=float("inf"))
 
 
 class References:
-    """The model, loaded by `load` when it is first needed, and a folder of probes; None keeps none."""
+    """A source of reference answers. `load` returns the model when first needed; the folder, or None, keeps probes."""
 
     def __init__(self, load: Callable[[], tuple[Any, Any]], base: str, folder: Path | None) -> None:
         self._load = load
@@ -62,7 +62,7 @@ class References:
         return self._loaded[0].config
 
     def probes(self, rows: Sequence[Hypothesis], prompts: Sequence[str], count: int, num_tokens: int) -> list[Probe]:
-        """Return the `count` prompts whose first hypothesis lies farthest from the nearest of the others, best first."""
+        """Return the `count` prompts that best tell the first hypothesis from the nearest of the others, best first."""
         said = [(row.verdict, sorted(row.sign)) for row in rows]
         path = self._path([FORMAT, self._base, said, list(prompts), count, num_tokens])
         kept = None if path is None else _read(path)
@@ -82,7 +82,7 @@ class References:
         return chosen
 
     def fits(self, adapter: Adapter) -> bool:
-        """Return whether the adapter is for this model."""
+        """Return whether the adapter can be used with this model."""
         try:
             Composer(self._loaded[0], [adapter])
         except (CompositionError, AdapterUnsupported):
@@ -91,7 +91,7 @@ class References:
 
     @torch.no_grad()
     def answers(self, rows: Sequence[Hypothesis], prompts: Sequence[tuple[int, ...]], num_tokens: int) -> list[list[Answer]]:
-        """Return for each prompt the greedy answer under each hypothesis; hypotheses are the rows of a batch.
+        """Return, for each prompt, the greedy answer under each hypothesis; the hypotheses are computed as rows of a batch.
 
         Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that is not for this model.
         """

@@ -33,7 +33,7 @@ from loraweave.extensions.verify.client import Listed, Refused, Server
 from loraweave.extensions.verify.hypotheses import BASE, Hypothesis, possible
 from loraweave.extensions.verify.references import Probe, References
 
-# nats: what engines in fp32 differ by, what texts do not show, and what a base that is not quantised stays below
+# nats: the least tolerance for engines in fp32, the same for texts alone, and the limit of a base that is not quantised
 FLOOR, TEXT, ROUGH = 2e-3, 0.25, 0.2
 # an adapter may add to the base's rounding; what is not that part of the tolerance away cannot be told apart
 FACTOR, APART = 4.0, 0.75
@@ -65,15 +65,15 @@ def verify_server(
 ) -> ServerReport:
     """Report which weights answer at an OpenAI-compatible server, for `names`, or all of its names that the hub has.
 
-    The model at hand, else `load_base(base)`, says what is right; it is loaded when first needed, and what it says of
-    probes is kept in the cache folder (`keep`). Prompts are the sample inputs of the adapters, or `prompts`; the
-    `num_probes` (1 to 6) that tell likely faults best are asked, for `num_tokens` greedy tokens. Each name is asked alone,
-    then among `width` requests at once, and with `reload`, which changes the server, after it was loaded again.
-    `base_name` is what the server calls the base, where it does not say so itself.
+    The model at hand, else `load_base(base)`, gives the right answers; it is loaded when first needed, and its answers to
+    probes are kept in the cache folder (`keep`). Prompts are the sample inputs of the adapters, or `prompts`; of these the
+    `num_probes` (1 to 6) that best tell likely faults are sent, for `num_tokens` greedy tokens. Each name is asked alone,
+    then among `width` requests at once, and with `reload`, which changes the server, after it was loaded again. `base_name`
+    is the server's name for the base, if the server does not tell.
 
-    An answer is a fault beyond the tolerance, 4 times what the base itself differs by. Raises SourceUnavailable for a server
+    An answer is a fault beyond the tolerance, 4 times the distance of the base itself. Raises SourceUnavailable for a server
     that does not answer, FormulaError for names that the hub does not have, ScopeError for routers and `auto`,
-    CompositionError for adapters of another base, WeightingError where there is nothing to ask.
+    CompositionError for adapters of another base, WeightingError if there is nothing to ask.
     """
     require_whole("num_probes", num_probes, 1, WeightingError)
     server = Server(url, api_key=api_key)
@@ -143,7 +143,7 @@ class Visit:
         return FLOOR if self._server.has_logprobs else TEXT
 
     def alone(self) -> Iterator[Finding]:
-        """Send one request at a time: for the base, then for each name and the base again."""
+        """Send one request at a time, for the base, then for each name followed by the base again; yield the findings."""
         base, between = self._base, []
         if base is not None:
             replies = [(probe, self._reply(base, probe)) for probe in base.probes]
@@ -158,7 +158,7 @@ class Visit:
             yield self._judged(base, "between others", between)
 
     def mixed(self) -> Iterator[Finding]:
-        """Ask for all names, the base among them, with `width` requests at once."""
+        """Ask for all names, the base among them, with `width` requests at once; yield the findings."""
         most = max((len(target.probes) for target in self._asked), default=0)
         turns: list[tuple[Asked, Probe]] = []
         for target, number in ((target, n) for n in range(most) for target in self._asked if n < len(target.probes)):
@@ -171,12 +171,12 @@ class Visit:
             answered = [(probe, reply) for (of, probe), reply in zip(turns, replies, strict=True) if of is target]
             if answered:
                 finding = self._judged(target, "mixed", answered)
-                # no adapter explains it where each of its tokens may have another one
+                # no single adapter explains an answer each of whose tokens may come from another
                 beside = target.name in self._sound and finding.verdict.startswith(BEYOND)
                 yield replace(finding, verdict=BESIDE) if beside else finding
 
     def reloaded(self) -> Iterator[Finding]:
-        """Ask for each name after it was loaded again, where the server can load."""
+        """Reload each name on the server, if it can, and ask for it again; yield the findings."""
         for target in self._tracked(self._asked, "reloaded"):
             try:
                 done = self._server.reload(target.listed)
@@ -197,7 +197,7 @@ class Visit:
             return error
 
     def _measure(self, base: Asked, replies: Sequence[tuple[Probe, Reply]]) -> None:
-        """Set the rounding: what the base, or the adapter that answers in its place, differs by; the tolerance follows."""
+        """Set the rounding, and so the tolerance: the base's distance, or that of the adapter that answers in its place."""
         answers = [(probe, reply) for probe, reply in replies if isinstance(reply, Answer)]
         if not answers:
             return
@@ -208,7 +208,7 @@ class Visit:
                 self.rounding = score
 
     def _judged(self, asked: Asked, when: str, replies: Sequence[tuple[Probe, Reply]]) -> Finding:
-        """Return the finding on these replies: as asked if all of them are, else what answered."""
+        """Return the finding on these replies: as asked if all of them fit, else the most likely fault."""
         separation = max(probe.separation for probe in asked.probes)
         answers = []
         for probe, reply in replies:
@@ -218,7 +218,7 @@ class Visit:
         worst = max(distance(reply, probe.asked) for probe, reply in answers)
         wrong = [(probe, reply) for probe, reply in answers if not self._fits(probe, reply)]
         if wrong and self._server.llama_adapters:
-            # what llama.cpp keeps of prompts it finds by their tokens alone (its issue 26207)
+            # llama.cpp finds cached prompts by their tokens alone, without the adapter (its issue 26207)
             uncached = [(probe, self._reply(asked, probe, cached=False)) for probe, _ in wrong]
             again = [
                 (probe, reply) for probe, reply in uncached if isinstance(reply, Answer) and not self._fits(probe, reply)
@@ -233,7 +233,7 @@ class Visit:
         return Finding(asked.name, when, verdict, worst, separation, len(replies), separation < APART * self.tolerance)
 
     def _fits(self, probe: Probe, reply: Answer) -> bool:
-        """Return whether an answer is within the tolerance and no likely fault that can be told apart is clearly nearer."""
+        """Return whether an answer is within the tolerance and not clearly nearer to a likely fault."""
         error = distance(reply, probe.asked)
         others = [
             distance(reply, answer)
@@ -243,10 +243,10 @@ class Visit:
         return error <= self.tolerance and (error <= self._least or error <= 2 * min(others, default=error))
 
     def _named(self, asked: Asked, wrong: Replies) -> str:
-        """Return the verdict that explains these answers, together or else each by itself."""
+        """Return the verdict that explains these answers: one for all, or else one for each."""
         best, score = self._culprits.nearest(asked, wrong, self._least)
         error = max(distance(reply, probe.asked) for probe, reply in wrong)
-        # far better than what was asked, and an explanation by itself
+        # far better than the adapter that was asked, and close enough by itself
         if score <= max(self._least, min(error / 3, 2 * self.tolerance)):
             return best.verdict
         if len(wrong) > 1:
@@ -257,16 +257,16 @@ class Visit:
         return f"{BEYOND}; nearest, by {score:.2g}: {best.verdict}"
 
 
-# adapters of the hub that the server does not name
+# the most adapters of the hub, not named by the server, that are tried
 MAX_OTHERS = 64
-# two that lie within this of the nearest are taken for the plainer one
+# of hypotheses within this factor of the nearest, the plainest is taken
 NEAR = 1.5
 
 Replies = Sequence[tuple[Probe, Answer]]
 
 
 class Culprits:
-    """The adapters that a server names, and those of the hub."""
+    """The adapters that may have answered: those that a server names, and those of the hub."""
 
     def __init__(self, hub: Hub, references: References, asked: Sequence[Asked], num_tokens: int) -> None:
         self._hub = hub
@@ -275,7 +275,10 @@ class Culprits:
         self._num_tokens = num_tokens
 
     def nearest(self, asked: Asked, replies: Replies, least: float) -> tuple[Hypothesis, float]:
-        """Return the hypothesis that fits these answers best, the plainest within `least`, with its largest distance."""
+        """Return the hypothesis that fits these answers best and its largest distance; the plainest of equally good ones.
+
+        All hypotheses within `least` nats are equally good.
+        """
         candidates = [(hypothesis, 0.0) for hypothesis in self._hypotheses(asked)]
         for probe, reply in replies:
             known = self._references.answers([hypothesis for hypothesis, _ in candidates], [probe.ids], self._num_tokens)[0]
@@ -283,7 +286,7 @@ class Culprits:
                 (hypothesis, max(score, distance(reply, answer)))
                 for (hypothesis, score), answer in zip(candidates, known, strict=True)
             ]
-            # one that is far from an answer is not looked at further
+            # a hypothesis far from an answer is dropped
             limit = max(least, NEAR * min(score for _, score in candidates))
             candidates = [(hypothesis, score) for hypothesis, score in candidates if score <= limit]
         return candidates[0]
@@ -292,7 +295,7 @@ class Culprits:
         served = [(other.name, other.adapter) for other in self._asked if other is not asked and other.adapter is not None]
         expected = asked.adapter
         known = {adapter.hash for _, adapter in served} | ({expected.hash} if expected else set())
-        # a base that is asked alone has nobody to be taken for
+        # if only the base is asked, no adapter can be taken for it
         of = expected or (served[0][1] if served else None)
         others = [*served, *(self._of_hub(of, known) if of is not None else ())]
         if expected is None:
@@ -302,7 +305,7 @@ class Culprits:
         return possible(expected, others, older, parts if len(parts) > 1 else (), self._references.config)
 
     def _of_hub(self, of: Adapter, known: set[str]) -> Iterator[tuple[str, Adapter]]:
-        """Yield (name, adapter) of the hub's adapters for the same base that the server does not name."""
+        """Yield (name, adapter) of the hub's adapters for the same base whose content hash is not in `known`."""
         left = MAX_OTHERS
         for record in self._hub.records(base_model=of.base):
             if left and record.hash not in known:

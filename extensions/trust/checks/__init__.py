@@ -1,1 +1,1 @@
-"""Further checks that `Hub.verify` may make, of the records of all adapters."""
+"""Checks for `Hub.verify(also=..)` on the records of all adapters."""

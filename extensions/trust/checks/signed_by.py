@@ -1,4 +1,4 @@
-"""The check that each adapter is as one of the given keys signed it."""
+"""A check that each adapter of a hub, as it is now, was signed with one of the given keys."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from loraweave.extensions.trust.signatures import SIGNATURES, Key, hex_of, is_va
 
 
 def signed_by(keys: Key | Iterable[Key]) -> Callable[[Sequence[Record]], Iterator[str]]:
-    """Return a check for `hub.verify(also=..)`: a sentence for each adapter that none of these public keys has signed.
+    """Return a check for `hub.verify(also=..)`: it yields a sentence for each adapter that none of these keys has signed.
 
-    One that was changed since does not count as signed. A key is a PEM file, or its 64 hexadecimal digits. Raises HubError
-    for no key at all and for what is no Ed25519 public key, PackageMissing without cryptography.
+    A signature made before the adapter was changed does not count. A key is a PEM file, or its 64 hexadecimal digits. Raises
+    HubError without a key and for anything but an Ed25519 public key, PackageMissing without cryptography.
     """
     several = (keys,) if isinstance(keys, str | PathLike) else tuple(keys)
     if not several:

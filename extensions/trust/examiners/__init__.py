@@ -1,1 +1,1 @@
-"""Examiners of adapters that are added: each may list anomalies in the record, or refuse the adapter."""
+"""Examiners of adapters that a hub is asked to add: each may record anomalies, or refuse the adapter."""

@@ -37,7 +37,10 @@ _FLOOR = 0.02
 
 
 def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> list[Anomaly]:
-    """Return the anomalies beyond `THRESHOLD`, given (log norms, dominances) of the same kin; [] for too few of them."""
+    """Return the anomalies beyond `THRESHOLD` among comparable adapters; [] if `reference` has too few of them.
+
+    `reference` has (log norms, dominances) by layer of each adapter with the same base and layers.
+    """
     if len(reference) < MIN_REFERENCE:
         return []
     norm_NL, dominance_NL = (np.stack([pair[side] for pair in reference]) for side in (0, 1))
@@ -50,7 +53,7 @@ def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> 
     score_4 = (own_4 - middle_4) / spread_4
     anomalies = []
     for kind, score, value, middle in zip(names, score_4, own_4, middle_4, strict=True):
-        # a spectrum is odd on either side: a planted direction makes a dominated update less dominated
+        # a spectrum is odd if too even or too uneven: a planted direction makes a dominated update less dominated
         if math.isfinite(score) and (abs(score) if kind == "spectrum" else score) > THRESHOLD:
             detail = _describe(kind, value, middle, figures, norm_NL, len(reference))
             anomalies.append(Anomaly(kind, detail, round(float(score), 2)))
@@ -58,7 +61,7 @@ def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> 
 
 
 def against_model(adapter: Adapter, model: nn.Module) -> list[Anomaly]:
-    """Return an anomaly for the layer whose update is largest relative to the model's weight, if larger than it."""
+    """Return an anomaly for the layer whose update has the largest norm relative to the weight's, if above MAX_OF_BASE."""
     weights = dict(model.named_parameters())
     ratios = []
     for layer, factors in adapter.layers.items():
@@ -94,7 +97,7 @@ def _robust(values_NF: Array, floor: float) -> tuple[Array, Array]:
 
 
 def _median(values_NF: Array) -> Array:
-    """Return the median over the first axis without NaN, or NaN for NaN only. Several times as fast as numpy's nanmedian."""
+    """Return the median over the first axis, ignoring NaN; NaN if all are. Several times as fast as numpy's nanmedian."""
     ordered_NF = np.sort(values_NF, axis=0)
     count_F = (~np.isnan(ordered_NF)).sum(axis=0)
     low_F, high_F = np.maximum(count_F - 1, 0) // 2, np.minimum(count_F // 2, len(values_NF) - 1)
@@ -135,7 +138,7 @@ class Anomalies:
 
     @staticmethod
     def measure(prepared: Prepared, blobs: BlobStore) -> Prepared:
-        """Return the adapter with the figures to compare and to store; no other adapter is looked at."""
+        """Return the adapter with its figures, to compare and to store; no other adapter is read."""
         return replace(prepared, figures=figures_of(prepared.read(blobs), prepared.record.base_model))
 
     @staticmethod
@@ -146,7 +149,7 @@ class Anomalies:
         policies: Mapping[str, str],
         model: nn.Module | None = None,
     ) -> Prepared:
-        """Return the adapter with its anomalies in the record, in quarantine if a policy says so, and the figures to store.
+        """Return the adapter with its anomalies in the record, in quarantine if a policy says so, and with its figures.
 
         Raises AdapterSuspicious if the policy of an anomaly's kind refuses it.
         """
@@ -173,7 +176,7 @@ class Anomalies:
 
 
 def _undamaged(connection: Connection, name: str) -> rows.Row | None:
-    """Return the row of that name, or None if it is damaged, which adding the same content may be about to repair."""
+    """Return the row of that name; None if it is damaged, as adding the same content may repair it."""
     try:
         return rows.find(connection, name)
     except HubCorrupt:
@@ -181,7 +184,7 @@ def _undamaged(connection: Connection, name: str) -> rows.Row | None:
 
 
 def _duplicates(blobs: BlobStore, prepared: Prepared, near: list[rows.Row]) -> list[Anomaly]:
-    """Return an anomaly for the most similar of the near adapters, if its updates have nearly the same direction."""
+    """Return [an anomaly] for the most similar of the near adapters if its update has nearly the same direction, else []."""
     for row in near:
         if row.record.hash == prepared.record.hash:
             return [Anomaly("duplicate", f"it has the content of {row.record.name!r}", 1.0)]
