@@ -1,4 +1,4 @@
-"""How do mixtures run faster: many rows, few tokens, a GPU, compiled models? And the same bits in any batch? By kernels.
+"""How do mixtures run faster, or with the same bits in any batch? By kernels for rows, tokens, GPUs and compiled models.
 
 Nothing has to be called: a layer takes the cheapest kernel, batches by row on a GPU an arena of experts, and `torch.compile`
 keeps mixtures in its graphs. `batch_invariant` fixes the shapes of a model's products. It costs a second copy of the

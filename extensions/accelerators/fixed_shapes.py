@@ -1,4 +1,4 @@
-"""Answers that do not depend by a bit on their batch mates: every sum of a forward pass runs over a shape that is fixed.
+"""Outputs that no bit of other rows in the batch changes: every sum of a forward pass runs over a fixed shape.
 
 A matrix product adds up in an order that its library chooses by the shape, so that a row of 8 differs in its last bits from
 the same row alone. Within `batch_invariant` the shapes are the same whatever the batch is:
@@ -33,11 +33,11 @@ from loraweave.extend import only_kernel
 
 TILE = 8
 KEYS = 64
-# inputs that a library's vectors take at once, or a multiple of it, in any dtype
+# the number of inputs that a library's vectors take at once, or a multiple of that, in any dtype
 VECTOR = 16
-# elements that torch's vectorised loops take at once, or a multiple of it, in any dtype
+# the number of elements that torch's vectorised loops take at once, or a multiple of that, in any dtype
 LANES = 64
-# below torch's grain of 2^15, from which on a loop is cut at any place for several threads
+# below torch's grain of 2^15 elements: longer loops are split anywhere between threads
 PIECE = 2**15 - LANES
 
 ELEMENTWISE = "exp sigmoid tanh sin cos erf log log1p expm1"
@@ -78,7 +78,7 @@ def fixing(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        # an interruption passes by the hooks
+        # an exception can skip the forward hook
         running.close()
         _FIXED.reset(token)
 
@@ -112,7 +112,7 @@ def _require_sound(model: nn.Module) -> None:
 
 
 class _FixedShapes(TorchFunctionMode):
-    """The torch mode in which matrix products have fixed shapes, or raise ScopeError if they cannot have."""
+    """The torch mode in which matrix products have fixed shapes, or raise ScopeError if that is impossible."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

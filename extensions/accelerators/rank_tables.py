@@ -1,4 +1,4 @@
-"""The distinct factors of a batch side by side, and which of their rank rows each mixture uses: what Triton kernels read."""
+"""Tables that Triton kernels read: the distinct factors of a batch, stacked, and the rank rows that each mixture uses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def triton_runs(device: str, itemsize: int) -> bool:
 
 @cache
 def _is_installed() -> bool:
-    # asked without importing it
+    # this does not import Triton
     return find_spec("triton") is not None
 
 

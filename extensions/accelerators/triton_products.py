@@ -1,4 +1,4 @@
-"""The products of the Triton kernels, with sums in fp32: tokens with their own rank rows of a table, and the way back.
+"""The products of the Triton kernels, with sums in fp32: from tokens to rank rows of a table (shrink), and back (expand).
 
 Tensors are row-major. `table` has a rank row for each line; `tokens` is the number of tokens of a batch row (of a group in
 the `each` kernels). Group g uses the rank rows index[g, :count[g]], with the weights weight[g, :count[g]]; `index`, `weight`

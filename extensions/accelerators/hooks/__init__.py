@@ -1,1 +1,1 @@
-"""The hooks that accelerators bring: the arena of experts on a GPU, and what torch.compile traces."""
+"""The hooks that accelerators add: the arena of experts on a GPU, and the operators that torch.compile traces."""

@@ -1,4 +1,4 @@
-"""Factors that stay where they are while mixtures come and go: another mixture of a batch is one small tensor written.
+"""Factors that stay at fixed addresses while mixtures change: another mixture of a batch is one small tensor written.
 
     an arena    a_CI and b_CO of each layer: C rank rows, of which an expert has the same ones in all layers
                 |  e0 e0  |  e1 e1 e1 e1  |  ..  |  e2  |       as many as its largest rank; a layer reads its own rank
@@ -29,15 +29,15 @@ from loraweave.extensions.accelerators.kernels.triton_gathered import TritonGath
 from loraweave.extensions.accelerators.kernels.triton_segments import TritonSegments
 from loraweave.extensions.accelerators.rank_tables import DEVICES, RankTables, triton_runs
 
-# the width of a board is a multiple of it, so that mixtures of about as many ranks share one
+# the width of a board is a multiple of this, so that mixtures with nearly as many rank rows share a board
 COLUMNS = 8
-# what an arena grows by at least: it is copied each time
+# the least factor by which an arena grows, since each growth copies it
 GROWTH = 1.25
 MOST_FREE_BOARDS = 16
 
 
 class _Table(NamedTuple):
-    """One layer's rank rows."""
+    """One layer's rank rows of all experts in the arena."""
 
     a_CI: Tensor
     b_CO: Tensor
@@ -77,7 +77,7 @@ class Board:
     kernels: dict[tuple[str, bool], Kernel] = field(default_factory=dict)
 
     def reaches(self, layer: str) -> bool:
-        """Return whether any expert of the mixture has rank rows in the layer of this name."""
+        """Return whether any expert of the mixture has rank rows in `layer`."""
         return layer in self.groups.of_layer
 
 
@@ -116,7 +116,7 @@ class Arena(LiveHook):
 
     @classmethod
     def bytes_beside(cls, adapter: Adapter, device: torch.device, dtype: torch.dtype) -> int:
-        """Return the bytes that an adapter takes of an arena with the adapter's layers; 0 where Triton does not run."""
+        """Return the bytes that an adapter takes in an arena that has the adapter's layers; 0 where Triton does not run."""
         if not triton_runs(device.type, dtype.itemsize):
             return 0
         widths = sum(factors.a_RI.shape[1] + factors.b_OR.shape[0] for factors in adapter.layers.values())
@@ -161,7 +161,7 @@ class Arena(LiveHook):
                         del self._free[key]
 
     def forget(self, expert: str) -> None:
-        """Drop the expert of this name, which another may have next.
+        """Drop the expert of this name, which may then be given to another expert.
 
         Frees the whole arena if no board is in use and less than half of its rank rows are occupied.
         """
@@ -241,7 +241,7 @@ class Arena(LiveHook):
         # free boards have kernels that read the old tensors
         self._free.clear()
         for layer, table in self._tables.items():
-            # one layer after the other, so that only one is there twice
+            # one layer after the other, so that only one exists twice at a time
             a_CI, b_CO = (rows.new_zeros(capacity, rows.shape[1]) for rows in (table.a_CI, table.b_CO))
             a_CI[: self._capacity], b_CO[: self._capacity] = table.a_CI, table.b_CO
             self._tables[layer] = _Table(a_CI, b_CO)
@@ -303,8 +303,8 @@ def _spread(
 ) -> NDArray[np.int32]:
     """Return (G, M + 2 M `width`): for each group of layers, count_M, index_MR and the bits of w_MR, R = `width`.
 
-    The N (row, expert) pairs are in the rows' order: rank_GN and start_N are the expert's rank and first rank row.
-    Few calls matter: after a step of the model each finds its code and data outside the caches.
+    The N (row, expert) pairs are in the rows' order: rank_GN and start_N are the expert's rank and first rank row. Few calls
+    matter: after a step of the model, the code and data of each are outside the caches.
     """
     num_groups, num_rows = count_GM.shape
     flats = np.zeros((num_groups, num_rows * (1 + 2 * width)), np.int32)

@@ -1,4 +1,4 @@
-"""Live mixing below torch.compile: what is traced is one opaque operator per layer, which asks what is active when it runs.
+"""Live mixing below torch.compile: each layer is traced as one opaque operator, which finds the active mixture when it runs.
 
 So no part of a mixture is in a graph or its guards, and another mixture recompiles nothing. The operator's gradient is
 that of the eager mixture, calculated again in the backward pass.
@@ -76,7 +76,7 @@ def _number_of(mixing: Any) -> int:
 def _mixed_by(layer: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
     # an operator may neither change nor return its inputs
     y = y.clone(memory_format=torch.contiguous_format)
-    # not there: the code was traced inside an activation, and runs when none is open in any thread
+    # no such layer: the code was traced inside an activation, and runs when none is open in any thread
     target = _LAYERS.get(int(layer))
     mixing = None if target is None else target.mixing()
     if target is None or mixing is None:
@@ -147,7 +147,7 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    # its inputs do not say what it does: a CUDA graph would replay the mixture that was active when it was recorded
+    # the output depends on more than the inputs: a CUDA graph would replay the mixture that was active at its recording
     tags = (torch.Tag.cudagraph_unsafe,)
     torch.library.define(f"loraweave::{name}", schema, lib=_LIBRARY, tags=tags)
     torch.library.impl(f"loraweave::{name}", "CompositeExplicitAutograd", run, lib=_LIBRARY)

@@ -1,1 +1,1 @@
-"""The kernels that accelerators bring: by Triton on a GPU, and with the same bits in any batch."""
+"""The kernels that accelerators add: Triton kernels for GPUs, kernels for CPUs, and one with the same bits in any batch."""

@@ -1,4 +1,4 @@
-"""Experts in training, of which each token chose few: each meets only its own tokens, or one token only its own experts.
+"""Products in training for tokens that chose few experts: each expert meets only its tokens, one token only its experts.
 
 The naive twin is `ExpertProduct` of the core, by which all experts meet all tokens.
 """
@@ -19,7 +19,7 @@ from loraweave.extensions.accelerators.kernels.sorted_tokens import S_PER_OP
 S_PER_EXPERT_OP = 8e-6
 # a time below this share of another is clearly less: estimates are right to about a third
 CLEARLY = 0.75
-# of a token's factors, which come from memory: between two layers of the same kind the caches have seen a whole block
+# seconds to read a byte of factors from memory, since a whole block passed the caches since the last such layer
 S_PER_COLD_BYTE = 1e-10
 
 
@@ -154,6 +154,6 @@ def skipping_pays(most: int, num_experts: int, num_bytes: int) -> bool:
 
     `num_bytes` is the size of all factors.
     """
-    # two products and their parts of the factors, against two products, and the weights of all rank rows
+    # two products and two slices of factors for each expert, against two products and one of weights for all
     extra_calls = 5 * most - 7
     return num_bytes * (1 - most / num_experts) * S_PER_COLD_BYTE > extra_calls * S_PER_OP

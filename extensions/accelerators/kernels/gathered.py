@@ -67,7 +67,7 @@ class Gathered(RowKernel):
 
     def _hidden(self, x_BTI: Tensor) -> Tensor:
         if x_BTI.shape[1] == 1:
-            # the same numbers; a product with one column reads the factors a fifth faster than one with one row
+            # the result is the same; a product with one column reads the factors a fifth faster than one with one row
             return torch.bmm(self.a_BRI, x_BTI.mT).mT
         return torch.bmm(x_BTI, self.a_BRI.mT)
 

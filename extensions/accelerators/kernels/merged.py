@@ -1,4 +1,4 @@
-"""One mixture for all rows, multiplied out once: cheaper than its factors where their ranks add up to a full matrix."""
+"""One mixture for all rows, multiplied out to a matrix once: cheaper than factors whose ranks add up to a full matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Few tokens in one call of compiled code: no casts, no copies by row, no zeros to fill ranks up.
+"""The kernel for few tokens in one call of compiled code: no casts, no copies by row, no padding of ranks.
 
 The factors of a batch lie side by side, each once, in the layer's own dtype, or in 16 bits where these hold the same
 numbers; each row, or token, adds up its own in fp32. What `_formula` says in PyTorch is what `native.c` calculates; without
@@ -38,7 +38,7 @@ NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 STORED = {torch.float32: (torch.float32, torch.float16, torch.bfloat16), torch.bfloat16: (torch.bfloat16,)}
 # as in native.c: NARROW handles this many numbers at once
 LANES = 16
-# whether something takes notes of torch's operations, which a call of the library is not
+# whether a mode records torch's operations, among which calls of the library would be missing
 is_watched = torch._C._len_torch_dispatch_stack
 # with more tokens, products of matrices are faster
 MOST_TOKENS = 64
@@ -112,7 +112,7 @@ class Beside(NamedTuple):
     calls: float
 
 
-# by bytes of a number, fitted at one thread; registers of 512 bits hold the sums of twice as many rank rows. Whether factors
+# rates by bytes of a number, fitted at one thread; 512-bit registers hold sums of twice as many rank rows. Whether factors
 # are read in 16 bits is left out: with these rates it would change no choice for the better by more than a hundredth
 NATIVE = {4: Beside(1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1.4, 0.5), 2: Beside(3.0, 0.15)}
 
@@ -132,7 +132,7 @@ class NativeRows(RowKernel):
     b_DO: Tensor
     entries: tuple[tuple[tuple[int, int, float], ...], ...]
     of_layer: torch.dtype
-    # by the tokens of a row
+    # tables by the number of tokens of a row
     _tables: dict[int, Table] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -159,7 +159,7 @@ class NativeRows(RowKernel):
             b.append(parts[place].b_RO)
             first += len(a[-1])
         entries = tuple(tuple((firsts[p], parts[p].a_RI.shape[0], weight) for p, weight in row) for row in rows)
-        # the first factors mostly tell what a look at all of them would
+        # if the first factors cannot be shortened, the others mostly cannot, either
         short = dtype is torch.float32 and shorten(a[0])
         joined = shorten(torch.cat(a), torch.cat(b)) if short else None
         a_DI, b_DO = joined or (_joined(a, first, dtype, lend), _joined(b, first, dtype, lend))
@@ -175,7 +175,7 @@ class NativeRows(RowKernel):
 
     @classmethod
     def add_dense(cls, dense: Any, x_BTI: Tensor, y_BTO: Tensor) -> bool:
-        """Add the update of `dense`, a `Dense` kernel, to y in place; return False, y unchanged, where this cannot.
+        """Add the update of `dense`, a `Dense` kernel, to y in place; return False, with y unchanged, if unsupported.
 
         It multiplies x by a unless `dense.hidden_NS` has x a^T. It takes few tokens, on a CPU, all in the kernel's dtype.
         """

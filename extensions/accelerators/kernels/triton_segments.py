@@ -70,7 +70,7 @@ class TritonSegments(TableKernel):
         x_BTI = x_BTI.contiguous()
         hidden_NR = x_BTI.new_empty(num_tokens, width, dtype=torch.float32)
         tokens = num_tokens // self.num_rows
-        # the interpreter, which stands in where there is no GPU, multiplies the bits of bfloat16 as if they were numbers
+        # Triton's interpreter, used without a GPU, multiplies the bits of bfloat16 as if they were numbers
         as_fp32 = x_BTI.device.type == "cpu"
         num_blocks = -(-self.largest * tokens // BLOCK_N)
         shrink_group[(num_groups, num_blocks, -(-width // 16))](
