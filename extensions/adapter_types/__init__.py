@@ -1,4 +1,4 @@
-"""How are adapters of the rarer types read? As the factors that they stand for, by the same call as any other adapter.
+"""How are adapters of rarer types read? As the factors of the same update, by the same call as any other adapter.
 
 It adds formats: most types that PEFT trains beyond LoRA, variants of LoRA, files of diffusers, sd-scripts, Megatron, mlx-lm
 and Segment Anything, and ternary adapters. It reads pickles, and trained heads in PEFT's folders. Its

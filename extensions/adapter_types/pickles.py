@@ -77,7 +77,7 @@ def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
                 raise AdapterUnsupported(f"{where} is an archive, but not one that torch.save made of a table of tensors")
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
                 raise AdapterCorrupt(f"{where} has compressed or encrypted entries, which torch.save never writes")
-            # reading allocates the one size and returns the other
+            # reading allocates the compressed size and returns the file size
             if odd := next((entry for entry in entries if entry.compress_size != entry.file_size), None):
                 raise AdapterCorrupt(
                     f"{where}: entry {odd.filename!r:.80} has {odd.file_size} bytes, but {odd.compress_size} in the archive"

@@ -1,4 +1,4 @@
-"""The folders of a POLY that PEFT saved: `lw.router` opens them, and `Hub.add` keeps one of several tasks."""
+"""POLY folders that PEFT saved: `lw.router` opens them, and a hub stores a folder of several tasks as a router."""
 
 from __future__ import annotations
 

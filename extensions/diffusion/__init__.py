@@ -1,4 +1,4 @@
-"""How do two styles, or several characters, get into one image? For diffusers' pipelines, which `lw.Composer` takes itself.
+"""How do two styles, or several characters, get into one image? By mixtures in diffusers' pipelines, by prompt and step.
 
 A mixture may differ by prompt and by step: `switch`, `composite` and `k_lora` make such mixtures. `zip_lora` learns one
 adapter from two (ZipLoRA), `inputs_of` records what Mix-of-Show's fusion must know, and `regions` gives parts of an image

@@ -1,4 +1,4 @@
-"""Mix-of-Show (2305.18292) on a diffusers pipeline: what the fusion of concepts must know, and prompts for regions."""
+"""Mix-of-Show (2305.18292) on a diffusers pipeline: the statistics to fuse concepts by, and prompts for regions."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Box = tuple[float, float, float, float]
 
 
 def inputs_of(pipe: Any, adapter: Adapter, run: Callable[[], object]) -> Any:
-    """Return X^T X / n of the inputs of each of the adapter's layers while `run()` runs the pipeline under it alone.
+    """Return {layer: X^T X / n} of the inputs of the adapter's layers while `run()` runs the pipeline under it alone.
 
     `lw.merge(adapters, method="least_squares", statistics=[inputs_of(..), ..])` is then Mix-of-Show's gradient fusion in
-    closed form: one update that does to each concept's inputs what that concept's own adapter does. n is the number of
-    inputs, in all rows of a call, also guidance's without prompts. Raises LayerMismatch for convolutions, CompositionError
-    for a layer that does not run, what Composer raises for an adapter that does not fit, and PackageMissing without the
-    extension `statistics`, which records the inputs and merges by them.
+    closed form: one update that acts on each concept's inputs like that concept's own adapter. n is the number of inputs, in
+    all rows of a call, also guidance's without prompts. Raises LayerMismatch for convolutions, CompositionError for a layer
+    that does not run, what Composer raises for an adapter that does not fit, and PackageMissing without the extension
+    `statistics`, which records the inputs and merges by them.
     """
     modules = brought("collecting")
     if not modules:
@@ -36,7 +36,7 @@ def inputs_of(pipe: Any, adapter: Adapter, run: Callable[[], object]) -> Any:
 
 
 class _Region(NamedTuple):
-    """A region, and its text without (negative) and with its prompt, (1, tokens, features) each."""
+    """A region (box or mask), and the embeddings of its negative prompt and its prompt, (1, tokens, features) each."""
 
     where: Box | Tensor
     negative: Tensor
@@ -45,7 +45,7 @@ class _Region(NamedTuple):
 
 @contextmanager
 def regions(pipe: Any, given: Sequence[tuple[str, Box | Tensor]], *, negative_prompt: str | None = None) -> Iterator[None]:
-    """Inside, each region of an image attends to a prompt of its own, and the rest to the prompt that the pipeline is given.
+    """Make each region of an image attend to a prompt of its own inside the block, and the rest to the pipeline's prompt.
 
     A region is (prompt, box) or (prompt, mask). A box is (top, left, bottom, right), shares of height and width between 0
     and 1, cut inwards to whole features; a mask of 0 and 1, (height, width), is read at the nearest place. In each
@@ -92,7 +92,7 @@ def regions(pipe: Any, given: Sequence[tuple[str, Box | Tensor]], *, negative_pr
 
 
 def _text(pipe: Any, prompt: str, negative: str | None) -> tuple[Tensor, Tensor]:
-    """Return the embeddings of a prompt, and those of the negative one that guidance leads away from (None: "")."""
+    """Return the embeddings of the negative prompt or "", which guidance leads away from, and of the prompt."""
     device = pipe._execution_device
     made = pipe.encode_prompt(
         prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=negative
@@ -101,7 +101,7 @@ def _text(pipe: Any, prompt: str, negative: str | None) -> tuple[Tensor, Tensor]
 
 
 class _Regional:
-    """An attention's own processor, run for the pipeline's text and for that of each region."""
+    """An attention processor that runs the original processor on the pipeline's text and on each region's."""
 
     def __init__(self, own: Any, pipe: Any, found: Sequence[_Region], size: list[int]) -> None:
         self._own, self._pipe, self._found, self._size = own, pipe, found, size
@@ -123,7 +123,7 @@ class _Regional:
             sides = [region.negative, region.positive] if guided else [region.positive]
             text = torch.cat([side.expand(num_rows // len(sides), -1, -1) for side in sides]).to(plain)
             total_BTC += mask_T[:, None] * self._own(attn, hidden_states, text, None, temb)
-        # what follows the attention is the same affine map at each place, so that it may come before the mean
+        # the output projection is the same affine map at each position, so that it may come before the mean
         count_T1 = mask_KT.sum(dim=0)[:, None]
         return torch.where(count_T1 == 0, plain, total_BTC / count_T1.clamp(min=1)).to(plain.dtype)
 

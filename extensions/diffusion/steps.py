@@ -1,4 +1,4 @@
-"""Mixtures by denoising step, for `Composer(pipe).activate(...)`: functions of (step, steps) that give one for each."""
+"""Mixtures by denoising step, for `Composer(pipe).activate(...)`: functions from (step, steps) to a mixture."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from loraweave import Adapter, Factors, MixtureWeights, WeightingError
 from loraweave.extend import algebra, is_list, is_whole
 from loraweave.extensions.diffusion.hooks.diffusers_pipeline import Composite
 
-# the mixture of `step`, counted from 0, of so many steps
+# (step from 0, number of steps) -> mixture
 Schedule = Callable[[int, int], Mapping[str, float] | MixtureWeights]
 
 
 def switch(names: Sequence[str], *, every: int = 1, weight: float = 1.0) -> Schedule:
-    """Return a schedule of one expert at a time, each for `every` steps, in turn.
+    """Return a schedule that takes the experts in turn, each for `every` steps.
 
-    At step s it is names[floor(s / every) mod len(names)]. This is LoRA Switch of Multi-LoRA Composition (2402.16843); its
-    code holds the first one step longer. Text encoders have the first. Raises WeightingError for no names, or for `every`
-    below 1.
+    At step s the expert is names[floor(s / every) mod len(names)], for text encoders the first. This is LoRA Switch of
+    Multi-LoRA Composition (2402.16843), whose code has the first expert one step longer. Raises WeightingError for no names,
+    or for `every` below 1.
     """
     if not names or not is_list(names, str) or not is_whole(every, 1):
         raise WeightingError(f"switch() takes a list of names and every=1 or more steps, not {names!r} and every={every!r}")
@@ -28,14 +28,14 @@ def switch(names: Sequence[str], *, every: int = 1, weight: float = 1.0) -> Sche
 
 
 def composite(names: Sequence[str], *, weight: float = 1.0) -> Composite:
-    """Return the mean of what is predicted with each expert alone, in every step: LoRA Composite (2402.16843)."""
+    """Return the mean of the predictions with each expert alone, in every step: LoRA Composite (2402.16843)."""
     if not is_list(names, str):
         raise WeightingError(f"composite() takes a list of names, not {names!r}")
     return Composite(tuple({name: weight} for name in names))
 
 
 def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float = 0.5) -> Schedule:
-    """Return a schedule of one of two adapters alone in each layer and step.
+    """Return a schedule that uses one of two adapters alone in each layer and step.
 
     It is the content where
 
@@ -45,9 +45,8 @@ def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float 
     entries. Layers of one adapter alone have that adapter. Dense updates are made one layer at a time, once.
 
     K-LoRA (2502.18461), after its authors' code (klora.py, utils.py), which has K = 64, that of rank 8, and counts the calls
-    of layers instead of steps.
-    Pool names are the adapters' own. Raises WeightingError where they share no layer or have one name, AdapterUnsupported
-    for DoRA and (IA)3, whose update is no matrix of its own.
+    of layers instead of steps. Pool names are the adapters' own. Raises WeightingError where they share no layer or have one
+    name, AdapterUnsupported for DoRA and (IA)3, whose update is no matrix of its own.
     """
     both = [layer for layer in content.layers if layer in style.layers]
     if not both or content.name == style.name:

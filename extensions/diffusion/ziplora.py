@@ -1,4 +1,4 @@
-"""ZipLoRA: two adapters of a diffusers pipeline in one, with a learned weight for each input of each layer."""
+"""ZipLoRA: a merge of two adapters of a diffusers pipeline, with a learned weight for each input of each layer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def zip_lora(
     overlap: NonNegative = 0.01,
     progress: bool = True,
 ) -> Adapter:
-    """Both adapters as one: B_c A_c diag(m_c) + B_s A_s diag(m_s) in each linear layer of what denoises, rank R_c + R_s.
+    """Return both adapters as one of rank R_c + R_s: B_c A_c diag(m_c) + B_s A_s diag(m_s) in the denoiser's linear layers.
 
     `run(name)` runs the pipeline, or its denoiser, on what the adapter of that name is for. It is called once under each
     adapter alone; what the denoiser gets then, x_c and x_s, is kept with what it predicts. From m = 1, `steps` steps of
@@ -120,7 +120,7 @@ def zip_lora(
 
 @torch.no_grad()
 def _calls(engine: Composer, name: str, run: Callable[[str], object]) -> list[Call]:
-    """Return the calls of what denoises in the pipeline while `run(name)` runs under that adapter alone."""
+    """Return the denoiser's calls while `run(name)` runs the pipeline under that adapter alone."""
     calls: list[Call] = []
 
     def saw(part: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -149,7 +149,7 @@ def _kept(given: Any) -> Any:
 
 @contextmanager
 def _added(model: nn.Module, mergers: Mapping[str, _Merger]) -> Iterator[None]:
-    """Inside, each layer's output has the merged update with the m of that moment."""
+    """Add the merged update, with the current m, to each layer's output inside the block."""
 
     def add(merger: _Merger, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         update = _merged(merger)
@@ -164,7 +164,7 @@ def _added(model: nn.Module, mergers: Mapping[str, _Merger]) -> Iterator[None]:
 
 
 def _merged(merger: _Merger) -> Factors:
-    """B_c A_c diag(m_c) + B_s A_s diag(m_s)."""
+    """Return B_c A_c diag(m_c) + B_s A_s diag(m_s) as factors."""
     scaled = [replace(part, a_RI=part.a_RI * m_I) for part, m_I in zip(merger.parts, merger.m_2I, strict=True)]
     total = algebra.add(scaled)
     return total if torch.is_grad_enabled() else replace(total, a_RI=total.a_RI.detach())
@@ -181,6 +181,6 @@ def _overlap(mergers: Mapping[str, _Merger]) -> Tensor:
 
 @torch.no_grad()
 def _terms(model: nn.Module, calls: list[list[Call]], mergers: Mapping[str, _Merger]) -> list[float]:
-    """Both errors, means over all calls, and the overlap."""
+    """Return both errors, as means over all calls, and the overlap."""
     errors = [sum(float(_error(model, call)) for call in of_one) / len(of_one) for of_one in calls]
     return [*errors, float(_overlap(mergers))]

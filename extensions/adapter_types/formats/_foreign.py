@@ -181,7 +181,7 @@ class PeftReader(Reader):
 
 
 class ForeignFormat(PeftReader):
-    """The format of a PEFT type whose tensors are not those of a plain LoRA; it gives one formula, `update`."""
+    """A PEFT type whose tensors are not those of a plain LoRA; subclasses give one formula, `update`."""
 
     # names below a layer's path, and below the adapter itself
     parts: ClassVar[frozenset[str]]
@@ -251,7 +251,7 @@ class ForeignFormat(PeftReader):
             cls._refuse_without_layers(config)
         modules = {} if model is None else dict(model.named_modules())
         known = {name: base_layer(modules, name, str(config.folder)) for name in held} if modules else {}
-        # a model has its modules in an order of its own
+        # the position follows the order of the model's modules, not of the file
         for number, name in enumerate([name for name in modules if name in held] or sorted(held)):
             where, place = f"{config.folder}: layer {name!r}", number if modules else None
             yield StoredLayer(name, where, held[name], shared, config, known.get(name), place, len(held))
@@ -301,7 +301,7 @@ def peft_type(
 
 
 class LoraVariant(ForeignFormat):
-    """A variant of LoRA: its config is a LoRA's with one more, `field`, which changes the tensors' meaning."""
+    """A variant of LoRA whose config has one more key, `field`, which changes the meaning of the tensors."""
 
     peft_type = "LORA"
     parts = frozenset({"lora_A.weight", "lora_B.weight"})
@@ -346,7 +346,7 @@ def require_plain_activation(settings: Any, beside: str) -> None:
 
 
 def check_size(layer: StoredLayer, rows: int, columns: int) -> None:
-    """Raise AdapterUnsupported if rows x columns exceed MAX_VALUES or the free memory: a small file can ask for that."""
+    """Raise AdapterUnsupported if a rows x columns matrix exceeds MAX_VALUES or the free memory, as a small file can ask."""
     free = free_host_bytes()
     # in float64, twice: the matrix, and the factors or the error computed from it
     if free is not None and 16 * rows * columns > free:

@@ -1,4 +1,4 @@
-"""Rules from the module names that LoRA files use to the paths in the base model, for architectures where they differ.
+"""Rules from the module names in LoRA files to the paths in the base model, for architectures where the two differ.
 
 `#` stands for a number, the same on both sides and in the same order; `{a,b}` for either, on both sides at once.
 """

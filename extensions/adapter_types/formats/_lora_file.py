@@ -1,4 +1,4 @@
-"""LoRA files without a config: the tensors' names say what each is, and their scale is stored beside them."""
+"""LoRA files without a config: the tensors' names tell their roles, and the scale is stored beside them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class LoraFile(Reader):
 
     # the names of one layer's factors in such a file
     example: ClassVar[tuple[str, str]]
-    # the names that its program gives such files, to download them, and pickles, which count in a folder only by these
+    # the names that its program gives such files (for downloads) and pickles (which a folder may have under these alone)
     files: ClassVar[tuple[str, ...]] = ()
     pickles: ClassVar[tuple[str, ...]] = ()
 

@@ -34,7 +34,7 @@ class BaseChange(PeftReader):
 
     @classmethod
     def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
-        """Return the contents. Raises AdapterUnsupported without `model`, for use_dora, lora_bias, non-linear layers."""
+        """Return the adapter as plain LoRA. Raises AdapterUnsupported without `model`, for DoRA and for biases."""
         fields = AdapterConfig.of(source).fields
         init = _init_of(fields)
         if init not in INITS:

@@ -1,4 +1,4 @@
-"""OSF (Nayak et al. 2025, arXiv 2504.07097): the weight's smallest singular values and vectors, trained."""
+"""OSF (Nayak et al. 2025, arXiv 2504.07097): a trained copy of the weight's smallest singular values and vectors."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""PEANuT (Zhong et al. 2024, arXiv 2410.01870): the update is what a small trained network makes of the base's weight."""
+"""PEANuT (Zhong et al. 2024, arXiv 2410.01870): an update that a small trained network computes from the base's weight."""
 
 from collections.abc import Callable
 

@@ -39,7 +39,7 @@ class Poly(ForeignFormat):
     @classmethod
     def part_names(cls, folder: Path) -> list[str]:
         """Return the names of a folder's tasks, "task_0" and so on."""
-        # of the first task, since a folder of several is no adapter itself
+        # the config of the first task, since a folder of several is no adapter itself
         first: type[Poly] = type(cls.__name__, (cls,), {"task": 0})
         config = first._config(folder)
         return [f"task_{number}" for number in range(config.count("n_tasks", 1, most=MAX_TASKS))]

@@ -1,1 +1,1 @@
-"""Encodings in which a hub stores factors in fewer bits without loss; an entry packs tensors and unpacks them."""
+"""Lossless encodings in which a hub stores factors in fewer bits, each with functions that pack and unpack tensors."""

@@ -1,1 +1,1 @@
-"""Routers over the adapters of a type, one a file."""
+"""Routers over the adapters of one type, one file each."""

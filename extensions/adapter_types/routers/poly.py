@@ -1,4 +1,4 @@
-"""Polytropon's choice as PEFT has it (Ponti et al. 2022, arXiv 2202.13914): a task's own adapter, whatever the input."""
+"""Polytropon's routing in PEFT (Ponti et al. 2022, arXiv 2202.13914): one task's adapter, whatever the input."""
 
 from __future__ import annotations
 

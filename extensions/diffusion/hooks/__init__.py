@@ -1,1 +1,1 @@
-"""The hook that pipelines bring: a mixture for each call of their parts."""
+"""The hook for diffusers' pipelines: a mixture for each call of their parts."""

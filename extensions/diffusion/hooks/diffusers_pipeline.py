@@ -1,4 +1,4 @@
-"""Live mixing in a diffusers pipeline: mixtures by step, by prompt and of several predictions become one mixture a call.
+"""Live mixing in a diffusers pipeline, where mixtures may differ by step, by prompt and within one step.
 
     pipe(B prompts, n images each)
       text encoders          B rows, step 0 of 1
@@ -46,10 +46,10 @@ _APART = {f"Flux{way}Pipeline" for way in SUFFIXES}
 
 @dataclass(frozen=True)
 class Composite:
-    """A set of mixtures under each of which the denoising part runs once; the mean of its predictions counts.
+    """A set of mixtures: the denoising part runs once under each, and its prediction is their mean.
 
     Text encoders run once, under the sum of the mixtures. LoRA Composite of Multi-LoRA Composition (arXiv 2402.16843) has
-    one LoRA at weight 1 in each. Raises WeightingError unless they are at least one mapping of names to weights.
+    one LoRA at weight 1 in each. Raises WeightingError unless there is at least one mapping of names to weights.
     """
 
     mixtures: tuple[Mapping[str, float], ...]
@@ -59,24 +59,24 @@ class Composite:
             raise WeightingError(f"a Composite is a tuple of mappings {{name: weight}}, not {self.mixtures!r:.80}")
 
     def sum(self) -> dict[str, float]:
-        """Return {name: weight}, summed over all of the mixtures."""
+        """Return {name: weight}, each name's weight summed over the mixtures."""
         names = dict.fromkeys(name for mixture in self.mixtures for name in mixture)
         return {name: sum(mixture.get(name, 0.0) for mixture in self.mixtures) for name in names}
 
 
 class CallWeights(MixtureWeights):
-    """The weights of one call of a part, whose rows are those of that call."""
+    """The weights of one call of a part, one row for each row of the call."""
 
 
 class ByCall:
-    """The mixture of each call of a pipeline's part, where one activation has several."""
+    """The mixtures of one activation by call of the pipeline's parts."""
 
     def __init__(self, pipeline: Diffusers, mixture: Any, resolve: Resolve, activate: Activate) -> None:
         self._pipeline = pipeline
         self._mixture = mixture
         self._resolve = resolve
         self._activate = activate
-        # what is wrong with it is said before a model runs
+        # errors in the mixture are raised before a model runs
         first = mixture(0, 1) if callable(mixture) else mixture
         for component in first.mixtures if isinstance(first, Composite) else [first]:
             self._checked(component)
@@ -129,7 +129,7 @@ class ByCall:
         return weights
 
     def _rows(self, values_BTLE: Tensor, part: str, num_rows: int, kwargs: Mapping[str, Any]) -> Tensor:
-        """Return values for the rows of one call: an image's prompt for each, and all of them twice in a joined call."""
+        """Return the weights for the rows of one call: each image gets its prompt's row, and guidance doubles all rows."""
         pipe, times = self._pipeline.pipe, 1
         if not part.startswith(_TEXT) and type(pipe).__name__ in _JOINED and kwargs.get("skip_layers") is None:
             if not hasattr(pipe, "_guidance_scale"):
@@ -144,7 +144,7 @@ class ByCall:
         return values_BTLE.repeat_interleave(images, dim=0).repeat(times, 1, 1, 1)
 
     def _step(self, part: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[int, int]:
-        """Return (step, steps): the place of the call's timestep among the scheduler's, counted from 0, and their number."""
+        """Return (step, steps): the index of the call's timestep among the scheduler's, and the number of these."""
         pipe = self._pipeline.pipe
         t = torch.as_tensor(inspect.signature(forward).bind(*args, **kwargs).arguments["timestep"]).flatten()[0].cpu()
         times = torch.unique_consecutive(pipe.scheduler.timesteps.cpu())
@@ -168,11 +168,11 @@ class DiffusersPipeline(LiveHook):
     def calls(
         self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
     ) -> tuple[MixtureWeights | Router, ByCall | None] | None:
-        """Return (weights, None) for a mixture that all calls share, else (the base's weights, the mixtures by call).
+        """Return (weights, None) for a mixture that all calls share, (the base's weights, mixtures by call) else.
 
-        There `mixture` may also be a function of (step, steps) that gives one, or a Composite. None for another model.
-        Raises ScopeError for rows in a pipeline whose batches are not known, and for routers that look at a whole call, as
-        it makes several.
+        For a pipeline, `mixture` may also be a function of (step, steps) that returns one, or a Composite. Returns None for
+        another model. Raises ScopeError for rows in a pipeline whose batches are not known, and for routers that need the
+        whole call, of which a pipeline has several.
         """
         if not isinstance(model, Diffusers):
             return None
@@ -191,7 +191,7 @@ class DiffusersPipeline(LiveHook):
         return resolve({}), ByCall(model, mixture, resolve, activate)
 
     def install(self, live: LiveModel) -> Iterator[Handle]:
-        """Let each part's calls begin and end like a model's, each under its own mixture."""
+        """Make each part's calls begin and end like a model's, each under its own mixture; yield the changes."""
         if isinstance(live.model, Diffusers):
             for name, part in live.model.named_children():
                 yield from live.enters(part)
@@ -199,7 +199,7 @@ class DiffusersPipeline(LiveHook):
 
 
 class _PartForward(StandIn):
-    """A stand-in for the forward of a pipeline's part while an activation is open, which finds the mixture of each call."""
+    """A stand-in for the forward of a pipeline's part while an activation is open: it applies the mixture of each call."""
 
     def __init__(self, name: str, part: nn.Module, live: LiveModel) -> None:
         self._name = name
@@ -210,12 +210,12 @@ class _PartForward(StandIn):
         part.forward = self.run  # type: ignore[method-assign]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the part's forward, under the mixture of this call where calls differ."""
+        """Run the part's forward, under the call's mixture if mixtures differ by call."""
         activation = self._live.current()
         if activation is None or activation.plan.by_call is None:
             return self._forward(*args, **kwargs)
         return activation.plan.by_call.run(self._name, self._forward, args, kwargs)
 
     def remove(self) -> None:
-        """Give the part its own forward back."""
+        """Restore the part's own forward."""
         give_back(self._part, "forward", self._own, self)

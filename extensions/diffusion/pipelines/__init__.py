@@ -1,1 +1,1 @@
-"""The pipelines whose parts a Composer takes as one model."""
+"""The pipelines that a Composer takes, as one model with the pipeline's parts."""

@@ -1,4 +1,4 @@
-"""A diffusers pipeline as one model: the parts that adapters are for, each under the pipeline's own name for it."""
+"""A diffusers pipeline as one model: the parts that adapters update, each under the pipeline's name for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loraweave.extend import PIPELINE_PARTS, Parts, base_id, missing_layer
 
 
 class Diffusers(Parts):
-    """The text encoders and the denoiser of `pipe` as one module, under names such as `text_encoder` and `unet`.
+    """The text encoders and the denoiser of `pipe` as submodules, under names such as `text_encoder` and `unet`.
 
     A layer's path begins with its part, as in LoRA files of diffusers. `pipe` is not changed. For a part compiled by
     torch.compile, it takes the model inside. Raises CompositionError for a pipeline without such parts.
@@ -33,7 +33,7 @@ class Diffusers(Parts):
 
     @classmethod
     def of(cls, pipeline: Any) -> Diffusers | None:
-        """Return the parts of a pipeline of diffusers, known by its `components`; None for anything else."""
+        """Return the parts of a diffusers pipeline, which is recognised by its `components`; None for anything else."""
         return cls(pipeline) if hasattr(type(pipeline), "components") and callable(pipeline) else None
 
     def require_same_parts(self) -> None:
@@ -47,7 +47,7 @@ class Diffusers(Parts):
                 )
 
     def paths(self, layers: Iterable[str], who: str) -> dict[str, str]:
-        """Map each layer of an adapter to its path here.
+        """Return {layer of an adapter: its path in this model}.
 
         A path is taken with or without CLIP's step `text_model`; one that names no part stands for the layer of the one part
         that has it. Raises LayerMismatch, naming `who`, for a layer of no or several parts, and for two with one path.
