@@ -1,7 +1,7 @@
-"""The reading of many adapters by workers, when they are added to a hub and when it is verified.
+"""The reading of adapters by workers, when many are added to a hub or verified.
 
-A worker reads and measures sources, and puts their content, without rows, into the store; the process that called writes
-the rows, in the order of the sources. Which worker was first does not show: a blob has the record of the row that it got.
+A worker reads and measures adapters and puts their content into the store, without rows; the calling process writes the
+rows, in the order of the sources. The result does not depend on which worker was first.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Read = Prepared | LoraweaveError
 
 @dataclass(frozen=True, kw_only=True)
 class ReadByWorker(Prepared):
-    """An adapter whose content is `blob` in the store; `origin` is its record if this worker wrote the blob, else None."""
+    """An adapter whose content is `blob` in the store; `origin` is the blob's record if this worker wrote it, else None."""
 
     blob: rows.BlobRow
     origin: Record | None
@@ -82,9 +82,9 @@ def read_many(
     progress: bool,
     **reading: Any,
 ) -> Iterator[tuple[Addition, Read]]:
-    """Yield (source, the adapter or error that a worker read), in the sources' order; `reading` are `read_piece`'s options.
+    """Yield (source, the adapter or the error of reading it), in the sources' order; `reading` are options of `read_piece`.
 
-    A piece of sources whose workers are lost again and again gives WorkersFailed for each.
+    Sources whose workers are lost again and again each give WorkersFailed.
     """
     work = partial(read_piece, hub, measured=set(checked_policy(anomalies).values()) != {"off"}, **reading)
     parts = [additions[start : start + PIECE] for start in range(0, len(additions), PIECE)]
@@ -109,7 +109,7 @@ def read_piece(
 ) -> list[Read]:
     """Return each source's adapter or error, after writing the adapters' content to the store, without rows.
 
-    `measured`: whether they are examined for anomalies, too.
+    `measured` says whether adapters are also examined for anomalies.
     """
     done: list[Read] = []
     held: dict[int, Prepared] = {}
@@ -152,7 +152,7 @@ def _store_content(hub: compositions.CompositionShelf, batch: Sequence[Prepared]
 
 
 def drop(hub: compositions.CompositionShelf, refused: Sequence[Prepared]) -> None:
-    """Remove the blobs that workers wrote for adapters that the hub then refused, unless a row has the content."""
+    """Remove the blobs that workers wrote for adapters that the hub then refused, unless a row refers to the content."""
     catalogue, written = hub._catalogue, [prepared.record.hash for prepared in refused if prepared.has_written]
     doing = f"removing {len(written)} refused adapters"
     if not written:
@@ -167,7 +167,7 @@ def drop(hub: compositions.CompositionShelf, refused: Sequence[Prepared]) -> Non
 def problems_of_blobs(
     hub: compositions.CompositionShelf, checks: Sequence[tuple[rows.BlobRow, str, str]], n_jobs: int | None
 ) -> list[list[str]]:
-    """Return, for each of the blobs in `checks`, the sentences on what is wrong with it, as workers read them."""
+    """Return, for each blob in `checks`, a list of sentences about its damage, as workers read it; [] for a sound blob."""
     pieces = {f"from adapter {place + 1} on": checks[place : place + MANY] for place in range(0, len(checks), MANY)}
     with progress_bar(False) as bar:
         problems = require_all(dict(spread(partial(_problems, hub), pieces, n_jobs=n_jobs, label="reading", bar=bar)))

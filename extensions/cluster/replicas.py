@@ -1,4 +1,4 @@
-"""Replicas of the server on Ray Serve: a request goes where its formula's factors and beginnings are.
+"""Replicas of the server on Ray Serve: a request goes to a replica that already holds its formula's factors.
 
 a client -> Ray's proxy -> Front, which reads the formula -> by Ray's model multiplexing, a Replica -> its own `make_app`
 
@@ -21,9 +21,9 @@ from starlette.responses import Response, StreamingResponse
 from loraweave import CompositionError, FormulaError, Hub, PackageMissing, load_base, parse
 from loraweave.extend import Limits, Refusal, make_app, read_body, refused, too_busy
 
-# of a request's scope, what the routes read and a message to another process can hold
+# the keys of an ASGI scope that the routes read and that can be sent to another process
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
-# the replica that answered
+# the header with the name of the replica that answered
 HEADER = b"x-loraweave-replica"
 
 
@@ -53,7 +53,7 @@ def replicated(
     options = {"num_replicas": num_replicas, "ray_actor_options": dict(ray_actor_options)}
     queues = {"max_ongoing_requests": limits.rows, "max_queued_requests": limits.waiting}
     replicas = serve.deployment(Replica, **options, **queues).bind(hub, dict(base), limits, api_key)  # type: ignore[arg-type]
-    # it waits for replicas, and has no work of its own
+    # the front only waits for replicas, so it may hold many requests
     most = 2 * (limits.waiting + limits.rows * num_replicas)
     return serve.deployment(Front, max_ongoing_requests=most).bind(replicas, limits)
 
@@ -79,7 +79,7 @@ class Front:
         except TimeoutError:
             return refused(Refusal(504, "the deadline passed before a replica answered", code="deadline_exceeded"))
         except (Refusal, RayError) as error:
-            # a replica that died has no answer to tell
+            # a replica that died sends no answer
             return refused(error)
         response = StreamingResponse((message["body"] async for message in messages), start["status"])
         response.raw_headers = start["headers"]
@@ -87,7 +87,7 @@ class Front:
 
 
 def formula_of(body: bytes) -> str:
-    """Return the canonical formula in a request's body; "", for any replica, if it has none or is `auto` (one a prompt)."""
+    """Return the canonical formula in a request's body; "" (any replica will do) for none and for `auto`."""
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, FormulaError):
         formula = parse(json.loads(body)["model"])
         return "" if formula.is_auto else formula.canonical
@@ -107,12 +107,12 @@ class Replica:
         model, tokenizer = load_base(**base)
         self._app = make_app(hub, model, tokenizer, limits=limits, api_key=api_key)
         self._app.state.face.scheduler.start()
-        # Ray hears of the formula from this
+        # a call of this tells Ray which formula the replica holds
         self._note = note
         self._name = serve.get_replica_context().replica_id.unique_id
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
-        """Yield the messages of the answer, as ASGI has them. The request ends with the iteration."""
+        """Yield the ASGI messages of the answer to one request. Closing the iterator cancels the request."""
         from ray import serve
 
         if formula := serve.get_multiplexed_model_id():
@@ -121,7 +121,7 @@ class Replica:
         sent: asyncio.Queue[Any] = asyncio.Queue()
 
         async def receive() -> Any:
-            # after the body a client says nothing; that it has gone, Ray tells by a cancellation
+            # after its body a client sends nothing; Ray cancels this call when the client has gone
             return incoming.pop() if incoming else await asyncio.Event().wait()
 
         answering = asyncio.create_task(self._app(scope, receive, sent.put))

@@ -1,8 +1,8 @@
-"""The workers of a search: what each holds while candidates are scored, and how these are dealt out.
+"""The workers of a search: the state that each holds while candidates are scored, and the distribution of candidates.
 
-A worker loads the base by its name and opens the adapters of a hub by theirs, once; with each batch of candidates come the
-candidates alone, and a digest of what they are scored on. A batch is one that this process would make, so that it has the
-same bits wherever it runs.
+A worker loads the base by its name and opens the adapters of a hub by theirs, once; each batch carries only the candidates
+and a digest of the data to score on. Batches are those that one process would make, so that scores are the same to the bit
+wherever they are computed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from loraweave.extend import BaseReference, Fitting, WorkersFailed, progress_bar
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")
 
-# the number of tasks, and of ways to ask them, whose tokens a worker keeps
+# the number of tasks, and of their prompt forms, whose tokens a worker keeps
 NUM_KEPT = 8
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """A value that is pickled once; a process that gets it several times can recognise it by its digest."""
+    """A value that is pickled once; a process that receives it again recognises it by its digest."""
 
     digest: str
     packed: bytes = field(compare=False, repr=False)
@@ -41,7 +41,7 @@ class Parcel:
 
 
 class ScoringWorkers:
-    """The crew, each of whom holds the engine's base and adapters, which are those of the hub where there is one.
+    """The workers of a search, each of which holds the engine's base and adapters, opened from the hub if there is one.
 
     Raises BaseModelMismatch for a base that has no folder or id to load it from, CompositionError for a lazy pool.
     """
@@ -58,13 +58,13 @@ class ScoringWorkers:
         self._engine = Parcel.of((BaseReference.of(engine.model, tokenizer), hub, side))
 
     def dealing(self, make: Callable[..., Any]) -> Callable[..., list[Any]]:
-        """Return `deal` for the objective that `make` makes of an engine and a tokenizer."""
+        """Return the function `deal` bound to the objective that `make` builds from an engine and a tokenizer."""
         return partial(self.deal, Parcel.of(make))
 
     def deal(self, objective: Parcel, work: Callable[[Any, Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
-        """Return work(objective, piece) of each piece; the objective's parcel makes it from an engine and a tokenizer.
+        """Return work(objective, piece) for each piece, in order; workers build the objective from its parcel.
 
-        Raises what the first that fails has raised, WorkersFailed where workers are lost or cannot hold what they must.
+        Raises the error of the first piece that fails, WorkersFailed if workers are lost or cannot hold the model.
         """
         named = {f"{number} of {len(pieces)}": piece for number, piece in enumerate(pieces, start=1)}
         with progress_bar(False) as bar:
@@ -88,8 +88,8 @@ def _objective(engine: Parcel, objective: Parcel) -> Any:
 
 @lru_cache(maxsize=1)
 def _engine(parcel: Parcel) -> tuple[Composer, Any]:
-    """Return the Composer and the tokenizer of a base, and of a pool or a hub's adapters of these names and hashes."""
-    # objectives of another engine would keep its base in memory
+    """Return the Composer and tokenizer for a packed (base, hub, {name: hash}), or (base, None, pool)."""
+    # cached objectives would keep the base of another engine in memory
     _objective.cache_clear()
     base, hub, side = parcel.open()
     model, tokenizer = base.load()

@@ -1,4 +1,4 @@
-"""The training of one adapter task after task, in one of several ways, and what all ways share."""
+"""The training of one adapter task after task, and the parts that all ways of doing it share."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Losses = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Course:
-    """A course of `tasks` in the order in which they are learned; `start` is the adapter that the first one begins from.
+    """A course of `tasks` in the order in which they are learned; `start` is the adapter that the first task begins from.
 
     `layers` has (O, I) of each target layer, `options` are those of this `way` of training. Updates made by `once` are kept
     in `folder`, the checkpoint, if there is one.
@@ -129,7 +129,7 @@ class Course:
         keys = [self._key(name, kind) for kind in kinds]
         kept = [] if self.folder is None else [load_adapter(self.folder, key) for key in keys]
         if kept and None not in kept:
-            # in the model's order, as they were when they were made: sums over layers then round alike
+            # in the model's order, like new updates: sums over layers then round alike
             order = [path for path, _ in self.model.named_modules()]
             adapters = [adapter for adapter in kept if adapter is not None]
             return [replace(a, layers={path: a.layers[path] for path in order if path in a.layers}) for a in adapters]
@@ -165,12 +165,12 @@ def added(first: Layers, second: Layers) -> dict[str, Factors]:
     return {name: algebra.add([part[name] for part in (first, second) if name in part]) for name in names}
 
 
-# what a task makes of the layers that the one before it left
+# makes a task's layers from those after the previous task
 Lesson = Callable[[str, Layers], Layers]
 
 
 def one_by_one(course: Course, lesson: Lesson) -> dict[str, Adapter]:
-    """Return {task: the adapter after it}; `lesson(task, layers)` makes its layers from those after the task before."""
+    """Return {task: the adapter after it}; `lesson(task, layers)` trains its layers from those after the previous task."""
     adapters: dict[str, Adapter] = {}
     layers = course.first
     for name in course.rows:
@@ -184,7 +184,7 @@ def _alone(lesson: Lesson, name: str, layers: Layers) -> list[Layers]:
 
 
 def by_prefix(course: Course, lesson: Lesson) -> dict[str, Adapter]:
-    """Return {task: the sum of updates up to it}; `lesson(task, prefix)` makes the task's update over the sum before it."""
+    """Return {task: the sum of updates up to it}; `lesson(task, prefix)` trains the task's update over the previous sum."""
     return one_by_one(course, lambda name, prefix: added(prefix, lesson(name, prefix)))
 
 

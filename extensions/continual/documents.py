@@ -1,4 +1,4 @@
-"""Documents as adapters: each is trained into an adapter of its own, stored, and summed with others for a question."""
+"""Documents as adapters: each is trained into an adapter, which is stored and summed with others for a question."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from loraweave.extend import (
 from loraweave.extensions.continual.kinds import Beside
 
 MEMORY = "memory"
-# how questions are asked where nothing else is said
+# the default form of questions
 QUESTIONS = Task([], instruction="Answer the question.")
 REWRITE = "Say the same in other words. Keep all names, numbers and facts."
-# words of a sentence that are given before the rest is asked for
+# shares of a sentence's words after which its beginning may end
 CUTS = (1 / 3, 2 / 3)
 MAX_REWRITTEN = 256
 
@@ -110,12 +110,12 @@ def remember(
 
 
 def split(text: str) -> list[str]:
-    """Return the sentences of a text: each ends with its line, or in ".", "?" or "!" before a space."""
+    """Return the sentences of a text; a sentence ends at a line's end, or in ".", "?" or "!" before a space."""
     return [sentence for part in re.split(r"(?<=[.!?])\s+|\s*\n\s*", text) if (sentence := " ".join(part.split()))]
 
 
 def _versions(model: Any, tokenizer: Any, documents: Mapping[str, str], rewrites: int) -> dict[str, list[str]]:
-    """Return {name: [the document, its rewrites by the model]}, each of the version before, as greedy answers are alike."""
+    """Return {name: [the document, its rewrites]}; the model makes each from the last, as greedy answers would repeat."""
     versions = {name: [text] for name, text in documents.items()}
     chat = bool(getattr(tokenizer, "chat_template", None))
     asking = Task([], instruction=REWRITE, chat=chat, stop=())
@@ -123,7 +123,7 @@ def _versions(model: Any, tokenizer: Any, documents: Mapping[str, str], rewrites
         last = [texts[-1] for texts in versions.values()]
         answers = predict(model, tokenizer, asking, last, max_new_tokens=MAX_REWRITTEN)
         for texts, answer in zip(versions.values(), answers, strict=True):
-            # a model that says nothing has nothing to add
+            # an empty rewrite is left out
             texts += [answer] if answer else []
     return versions
 
@@ -143,7 +143,7 @@ def _cut(sentence: str) -> Iterator[tuple[str, str]]:
 
 
 def _questions(texts: Sequence[str], form: Task, given: GivenRows) -> list[Task]:
-    """Return a document's questions as tasks: the first half once under each version of it, the others alone."""
+    """Return a document's questions as tasks: the first half below each version of the document, the rest without it."""
     rows = Task.of(given).examples
     half = (len(rows) + 1) // 2
     shown = [replace(form, examples=rows[:half], instruction=f"{text}\n{form.instruction}") for text in texts if rows]

@@ -1,4 +1,4 @@
-"""Adapters that are trained with others in mind: to first order around a beginning, or beside one that stays."""
+"""Kinds of jobs that train adapters for later sums: to first order around a start, or beside a frozen adapter."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Linearized(JobKind):
-    """Jobs that train to first order around their start (L-LoRA, arXiv 2310.04742); new jobs share one a, which stays.
+    """Jobs that train to first order around their start (L-LoRA, arXiv 2310.04742); new jobs share one frozen a.
 
-    `train_adapters(..., kind=Linearized())`; `tangent(adapter, start)` is what a task with a start has learned.
+    `train_adapters(..., kind=Linearized())`; for a task with a start, `tangent(adapter, start)` is its learned update.
     """
 
     linearized: ClassVar[bool] = True
@@ -39,7 +39,7 @@ class Beside(JobKind):
     adapter: Adapter
 
     def require(self, model: Any, start: Collection[str]) -> None:
-        """Raise TrainingError for a start and for anything but an adapter, and as for a start that cannot be trained."""
+        """Raise TrainingError for a start, and unless `adapter` is an Adapter that could itself be trained further."""
         if start:
             raise TrainingError("beside is for new adapters that are trained apart, so start must be left out")
         if not isinstance(self.adapter, Adapter):
@@ -62,8 +62,8 @@ class Beside(JobKind):
 class LinearizedJob(LoraJob):
     """A job in which each layer's update is the tangent at its beginning (a0, b0): s (b a0 + b0 (a - a0)) x.
 
-    The base stays as nonlinear as it is; only the adapter is linearised, layer by layer, so that what jobs learn from a
-    common beginning superposes exactly in each layer. Where b0 = 0 the update is s b a0, and a is not trained.
+    The base stays as nonlinear as it is; only the adapter is linearised, layer by layer, so that updates learned from a
+    common beginning add up exactly in each layer. Where b0 = 0 the update is s b a0, and a is not trained.
     """
 
     def __init__(self, name: str, factors: Pairs, scale: float) -> None:
@@ -74,7 +74,7 @@ class LinearizedJob(LoraJob):
             a_RI.requires_grad_(bool(self.origin[layer][1].any()))
 
     def low_rank(self, layer: str) -> LowRank:
-        """Return s b over a0, and beside it s b0 over a - a0 where b0 is not 0, which doubles the rank."""
+        """Return the update as one pair of factors: b a0, and if b0 is not 0 also b0 (a - a0), which doubles the rank."""
         a_RI, b_OR = self.factors[layer]
         a0_RI, b0_OR = self.origin[layer]
         if not a_RI.requires_grad:
@@ -83,11 +83,11 @@ class LinearizedJob(LoraJob):
 
 
 class BesideJob(LoraJob):
-    """A job beside a frozen adapter, in what that one leaves of a layer's inputs: y += b0 a0 x + s b a (I - q q^T) x.
+    """A job beside a frozen adapter, on the part of a layer's inputs that it ignores: y += b0 a0 x + s b a (I - q q^T) x.
 
     q_IQ is an orthonormal basis of the rows of a0, so that the two updates have orthogonal row spaces, and sums of such jobs
-    repeat nothing of a0's: the hard form of Orthogonal Subspace Decomposition (Su et al. 2026, arXiv 2604.26768). Its text
-    was seen in part; that the projection stands within the loss, and on the inputs' side, is ours.
+    repeat nothing of a0's: the hard form of Orthogonal Subspace Decomposition (Su et al. 2026, arXiv 2604.26768). We read
+    only parts of its text; that the projection is within the loss, and on the inputs' side, is our choice.
     """
 
     def __init__(self, name: str, factors: Pairs, scale: float, beside: Mapping[str, Factors]) -> None:
@@ -107,7 +107,7 @@ class BesideJob(LoraJob):
         return {**self._beside, **self.factors}.keys()
 
     def low_rank(self, layer: str) -> LowRank:
-        """Return the frozen update, and beside it the job's own."""
+        """Return the frozen update and the job's own as one pair of factors."""
         pairs = [self._beside[layer]] if layer in self._beside else []
         if layer in self.factors:
             pairs.append((self._projected(layer), self.factors[layer][1]))

@@ -1,4 +1,4 @@
-"""`loraweave load`: a formula into a running engine."""
+"""`loraweave load`: load a formula into a running server."""
 
 from __future__ import annotations
 

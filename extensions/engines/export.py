@@ -1,4 +1,4 @@
-"""Export: a folder for a program that loads adapters, exact, or cut to a rank with the error reported."""
+"""The export of an adapter as a folder for another program, exact, or cut to a rank with the error reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIED_MODULES = {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", 
 
 
 class Target(ABC):
-    """A program that loads adapters.
+    """The base class of a program that loads adapters.
 
     `limit` is the largest rank that it takes, None for no limit. With `one_rank` every layer gets the largest rank of any by
     rows of zeros. `base` is a model, its config, folder or id, for targets that must know its architecture.
@@ -27,7 +27,7 @@ class Target(ABC):
 
     limit: ClassVar[int | None] = None
     one_rank: ClassVar[bool] = False
-    # a file that every folder of this target has, by which an earlier one is known
+    # a file that every folder of this target has, by which an earlier export is recognised
     file: ClassVar[str] = "adapter_config.json"
     # whether layers without an update and biases of zeros are left out
     drops_zeros: ClassVar[bool] = True

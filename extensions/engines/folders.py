@@ -53,14 +53,14 @@ from loraweave.extend import (
 
 logger = logging.getLogger(__name__)
 
-# below the rounding of bf16, in which most servers compute
+# the largest relative error of a cut: below the rounding of bf16, in which most servers compute
 MAX_ERROR = 1e-3
 MAX_BYTES = 4 << 30
-# a folder is removed only when nobody has used it for so long: an engine may hear late that a request has ended
+# seconds without use before a folder may be removed: an engine may hear late that a request has ended
 GRACE_S = 5.0
-# part of every key: folders of other layouts are other folders
+# part of every key, so that folders of another layout are not reused
 LAYOUT = "1"
-# the file of a folder that survives a power failure
+# the file that marks a folder as flushed to the disk
 SETTLED = ".settled"
 _KEY = re.compile("[0-9a-f]{32}")
 _PINNED = re.compile("(.*)#([0-9a-f]{16})", re.DOTALL)
@@ -68,9 +68,9 @@ _PINNED = re.compile("(.*)#([0-9a-f]{16})", re.DOTALL)
 
 @dataclass(frozen=True)
 class Folder:
-    """A formula on disk. `key`, the folder's name, hashes the formula with its contents, the rank limit and the base.
+    """A formula written as a folder. Its name, `key`, is a hash of the formula, its contents, the rank limit and the base.
 
-    `relative_error` is that of the whole update by the cut of its rank, in the Frobenius norm; 0 where nothing was cut.
+    `relative_error` is the error of the whole update from the cut of its rank, in the Frobenius norm; 0 without a cut.
     """
 
     key: str
@@ -148,7 +148,7 @@ class Folders:
         with self._making:
             formula, key = self._formula(name)
             if not self._use(key):
-                # of these very adapters, whatever becomes of the hub meanwhile
+                # of the adapters just read, whatever happens to the hub meanwhile
                 pool = formula.pool(self._hub)
                 if any(isinstance(leaf, Stored) and leaf.key not in pool.names for leaf in leaves(formula.root)):
                     raise ScopeError(f"{formula} is a router, which weighs every token by itself, and no adapter")
@@ -156,7 +156,7 @@ class Folders:
                 if not self._use(key):
                     for expert in pool.names:
                         self._check_base(pool[expert].name, pool[expert].base)
-                    # it stays here: a license may forbid to give a merge away, and not to use it
+                    # the merge stays on this machine, and licenses only restrict giving it away
                     merged = formula.merge(pool, progress=False, allow_licenses=True, interference=False)
                     self._check_layers(merged)
                     self._write(formula.canonical, key, merged)
@@ -255,8 +255,8 @@ class Folders:
 
     @staticmethod
     def _settle(folder: Path) -> None:
-        """Write a folder through to the disk, so that it survives a power failure, and mark it; it is in use already."""
-        # it may have been removed meanwhile
+        """Flush a folder that is already in use to the disk, so that it survives a power failure, and mark it as flushed."""
+        # the folder may have been removed meanwhile
         with suppress(FileNotFoundError):
             for path in folder.iterdir():
                 sync(path)
@@ -289,7 +289,7 @@ class Folders:
                 )
 
     def _found(self) -> OrderedDict[str, _Kept]:
-        """Map the folders that an earlier process left, the oldest first; remove unfinished ones."""
+        """Return {key: folder} of an earlier process's folders, oldest first; remove those not marked as flushed."""
         for path in self._root.iterdir():
             if path.name.startswith(".") and path.name != ".lock":
                 shutil.rmtree(path, ignore_errors=True)
@@ -306,10 +306,11 @@ def _size_bytes(folder: Path) -> int:
 
 
 def stored_base(model: str) -> tuple[BaseKey, dict[str, tuple[int, ...]]]:
-    """Return the `base_key` of a causal model in a local folder or the model hub's cache, and its parameters' shapes.
+    """Return the `base_key` and the parameters' shapes of a causal model in a local folder or the model hub's cache.
 
-    The model is not loaded: only the sampled weights are read. Without the files on this machine the key has no fingerprint,
-    and there are no shapes; it has no samples if they are not safetensors of floating point by the parameters' names.
+    The model is not loaded: only sampled weights are read. If its files are not on this machine, the key has no fingerprint
+    and the shapes are empty; the fingerprint has no samples unless the files are safetensors of floating point with the
+    parameters' names.
     """
     try:
         folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))

@@ -1,4 +1,4 @@
-"""Formulas for SGLang and LoRAX, which have no resolvers: a folder is loaded by the call that each of them documents.
+"""Formulas for SGLang and LoRAX, which cannot ask for names themselves: a folder is loaded by a documented call.
 
 SGLang: POST /load_lora_adapter and /unload_lora_adapter (docs/advanced_features/lora.ipynb). LoRAX loads what a request
 names (docs/models/adapters/index.md), so it is asked for one token. Written from these pages; neither server was run.
@@ -16,12 +16,12 @@ from loraweave.extend import nearest
 from loraweave.extensions.engines.folders import Folder
 
 ENGINES = ("sglang", "lorax")
-# a server reads the folder before it answers
+# seconds: a server reads the folder before it answers
 TIMEOUT_S = 300.0
 
 
 def load(folder: Folder, url: str, *, engine: str) -> dict[str, Any]:
-    """Load a folder, which the server sees under the same path, and return the fields that requests for it carry.
+    """Load a folder into a server that sees it under the same path, and return the fields that requests must carry.
 
     For SGLang {"lora_path": name} of its own API; its OpenAI API takes "BASE:name" as the model. For LoRAX {"parameters":
     {"adapter_id", "adapter_source"}}. The name is the beginning of the folder's key: another content is another name.
@@ -67,6 +67,6 @@ def _post(url: str, body: dict[str, Any], what: str) -> None:
         raise AdapterUnsupported(f"{url} refuses {what!r:.200}: {error.code} {refused}") from error
     except OSError as error:
         raise SourceUnavailable(f"nothing answers at {url}: {error}") from error
-    # SGLang says so in its answer too
+    # SGLang also reports a refusal in a successful answer
     if b'"success"' in said and json.loads(said).get("success") is False:
         raise AdapterUnsupported(f"{url} refuses {what!r:.200}: {said[:2000].decode(errors='replace')}")

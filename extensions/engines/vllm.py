@@ -1,4 +1,4 @@
-"""Formulas as LoRA names in vLLM: what an installed loraweave adds to its server, and mends in its workers.
+"""Formulas as LoRA names in vLLM: the resolver that an installed loraweave adds to its server, and a fix of its workers.
 
 vLLM calls `register` in each of its processes (entry points of the group GROUP). In the server that adds a resolver of
 LoRA names. vLLM asks it once for each name and keeps the answer in a table; so that a name never answers with what an
@@ -32,9 +32,9 @@ FIRST_ID = 1 << 30
 
 
 def register() -> None:
-    """Add the resolver, and mend rows without an adapter on CPUs; do nothing unless $LORAWEAVE_HUB is set.
+    """Add the resolver, and fix rows without an adapter on CPUs; do nothing unless $LORAWEAVE_HUB is set.
 
-    Raises ValueError, which ends vLLM's start, for a hub that is not there and for limits that are no numbers.
+    Raises ValueError, which ends vLLM's start, for a hub that is missing and for limits that are no numbers.
     """
     if not os.environ.get(HUB):
         return
@@ -49,14 +49,14 @@ def register() -> None:
 
 
 class Resolver:
-    """A resolver of formulas to LoRA requests; vLLM's protocol `LoRAResolver`."""
+    """A resolver of LoRA names that are formulas, by vLLM's protocol `LoRAResolver`."""
 
     def __init__(self) -> None:
         self._folders: Any = None
         self._opening = asyncio.Lock()
         self._ids: dict[str, int] = {}
         self._numbers = itertools.count(FIRST_ID)
-        # name of a folder: the request that is in vLLM's hands, in the table or on its way
+        # name of a folder: its request, while vLLM refers to it
         self._requests: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
@@ -78,7 +78,7 @@ class Resolver:
         server.lora_requests.forget(self._folders.surplus())
         self._folders.trim()
         try:
-            # vLLM does so itself, but keeps the reason of a failure from the client
+            # vLLM would load it later, but without telling the client the reason of a failure
             await server.engine_client.add_lora(request)
         except Exception as error:
             if server.engine_client.errored:
@@ -87,7 +87,7 @@ class Resolver:
         return request
 
     def _request(self, folder: Any) -> Any:
-        """Return the one request of this name: two of one name with different numbers would break vLLM's worker."""
+        """Return the request of a folder, one object for each name: two with different numbers would break vLLM's worker."""
         known = self._requests.get(folder.name)
         if known is not None:
             self._folders.release(folder.key)
@@ -95,7 +95,7 @@ class Resolver:
         number = self._ids.get(folder.name) or self._ids.setdefault(folder.name, next(self._numbers))
         made = _request_type()(lora_name=folder.name, lora_int_id=number, lora_path=str(folder.path))
         self._requests[folder.name] = made
-        # it lives as long as vLLM has it in its table or in a request that is not answered yet
+        # the request lives as long as vLLM has it in its table or in an unanswered HTTP request
         weakref.finalize(made, self._folders.release, folder.key)
         return made
 
@@ -105,9 +105,9 @@ _asked: ContextVar[Mapping[str, Any]] = ContextVar("_asked", default=_NOTHING)
 
 
 class _Names(dict[str, Any]):
-    """vLLM's table {asked name: LoRA request}, in which a formula is there only while it stands for the same content.
+    """vLLM's table {requested name: LoRA request}, which contains a formula only while its content is unchanged.
 
-    vLLM looks a name up several times for one HTTP request, in one task: the first look decides for all of them.
+    vLLM looks a name up several times for one HTTP request, in one task: the first result holds for all of them.
     """
 
     def __init__(self, known: Mapping[str, Any], folders: Any) -> None:
@@ -126,7 +126,7 @@ class _Names(dict[str, Any]):
         try:
             current = self._folders.key(name)
         except Exception:
-            # the resolver is asked next, and says why
+            # vLLM then asks the resolver, which raises the reason
             current = None
         if current != key:
             self.pop(name, None)
@@ -145,7 +145,7 @@ class _Names(dict[str, Any]):
             _asked.set({**_asked.get(), name: request})
 
     def forget(self, keys: list[str]) -> None:
-        """Remove these folders, so that new requests ask the resolver again; running ones keep them."""
+        """Remove the requests of these folders, so that new ones ask the resolver again; running ones keep their folders."""
         gone = set(keys)
         kind = _request_type()
         for name in [name for name, request in self.items() if isinstance(request, kind) and _key_of(request) in gone]:
@@ -153,11 +153,10 @@ class _Names(dict[str, Any]):
 
 
 def mend_rows_without_adapter() -> None:
-    """Give rows without an adapter no update on CPUs, where vLLM (0.32) gives them that of the last slot.
+    """Make rows without an adapter get no update on CPUs, where vLLM (0.32) gives them the last slot's adapter.
 
-    Their index is -1, with which its CPU operators choose the last of the slots (vLLM pull requests 48421 and 49656). While
-    names come and go every slot is taken, so that the base would answer as whatever lies there. Operators that leave such
-    rows alone are left alone.
+    Their index is -1, with which its CPU operators choose the last slot (vLLM pull requests 48421 and 49656). While names
+    come and go every slot is taken, so that the base would answer with some adapter. Other operators are unchanged.
     """
     from vllm.platforms import current_platform
 
@@ -187,7 +186,7 @@ def _without_rows_of_none(operator: Any) -> Any:
 
 
 def _asking_server(frame: Any) -> Any:
-    """Return vLLM's OpenAIServingModels, taken from the calling frame, since it tells a resolver nothing of itself."""
+    """Return the calling OpenAIServingModels from its stack frame, since vLLM passes no server to a resolver."""
     server = frame.f_locals.get("self")
     if isinstance(getattr(server, "lora_requests", None), dict) and hasattr(server, "engine_client"):
         return server
@@ -199,7 +198,7 @@ def _asking_server(frame: Any) -> Any:
 def _settings() -> tuple[str, dict[str, float]]:
     """Return the hub's place and the limits that are set. Raises ValueError as `register` does."""
     hub = os.environ[HUB]
-    # opening it would make an empty one
+    # opening a missing hub would create an empty one
     if "://" not in hub and not Path(hub).is_dir():
         raise ValueError(f"${HUB} is {hub!r}, and there is no hub: `loraweave hub add` makes one")
     limits = {}
@@ -232,7 +231,7 @@ def _folders(server: Any, model: str) -> Any:
 
 
 def _refused(error: Exception, *, others: bool) -> None:
-    """Raise the refusal as vLLM tells it to a client, unless other resolvers may know the name."""
+    """Raise the refusal as vLLM's error for the client; only log it if another resolver may know the name."""
     from loraweave.extend import refusal_of
 
     refusal = refusal_of(error)
@@ -246,7 +245,7 @@ def _error(status: int, text: str) -> Exception:
     import vllm.exceptions
 
     known = getattr(vllm.exceptions, "GracefulHTTPError", None)
-    # releases before it tell a client of a ValueError as 400
+    # earlier releases report a ValueError to the client with status 400
     return ValueError(text) if known is None else known(text, HTTPStatus(status))
 
 
@@ -256,7 +255,7 @@ def _key_of(request: Any) -> str:
 
 @cache
 def _request_type() -> type:
-    """Return a class of vLLM's LoRARequest that can be watched and keeps its number; vLLM gives every name another one."""
+    """Return a subclass of vLLM's LoRARequest that allows weak references and keeps its number when vLLM renames it."""
     from vllm.lora.request import LoRARequest
 
     class FormulaRequest(LoRARequest, weakref=True):  # type: ignore[call-arg,misc]

@@ -1,1 +1,1 @@
-"""Stores of blobs by the scheme of their URL, `fsspec` for all others; one is made from (url, folder for copies)."""
+"""Stores of blobs, named by the scheme of their URL (`fsspec` for others) and made from (url, folder for local copies)."""

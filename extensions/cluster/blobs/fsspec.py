@@ -120,7 +120,7 @@ class Fsspec(BlobStore):
     def sweep(self, older_than_s: float) -> int:
         freed = 0
         if self.copies.folder.is_dir():
-            # readers make copies without the lock: a young file may be one that is being written
+            # readers write copies without the lock: a young file may still be incomplete
             with suppress(OSError):
                 self.copies.sweep(max(older_than_s, STALE_TMP_S))
         store, root = self._store()
@@ -144,7 +144,7 @@ class Fsspec(BlobStore):
             store.pipe_file(temporary, data)
             store.mv(temporary, path)
         except BaseException:
-            # the first error is the one to raise; gc sweeps what is left
+            # the first error is the one to raise; gc removes files that stay
             with suppress(Exception):
                 store.rm_file(temporary)
             raise

@@ -1,1 +1,1 @@
-"""Catalogues of hubs on a server, each named by the scheme of its URL; one is made from (url, timeout_s)."""
+"""Catalogues of hubs on a database server, named by the scheme of their URL and made from (url, timeout_s)."""

@@ -92,7 +92,7 @@ STEPS: tuple[tuple[Any, ...], ...] = (
         )""",
         "CREATE INDEX labels_by_adapter ON labels (seq)",
         store_labels,
-        # a search reads every embedding: it lies in the row, and the bytes that it was made of lie elsewhere
+        # a search reads every embedding, so it is stored in the row, and the bytes that it was made of out of line
         "ALTER TABLE vectors ALTER COLUMN embedding SET STORAGE MAIN",
         "ALTER TABLE vectors ALTER COLUMN vector SET STORAGE EXTERNAL",
     ),
@@ -133,7 +133,7 @@ STEPS: tuple[tuple[Any, ...], ...] = (
 
 
 def schema_version(connection: Any, address: PostgresAddress) -> int:
-    """Return the number of steps made, 0 for none. Raises HubCorrupt for a catalogue that is damaged or too new."""
+    """Return the number of migration steps applied, 0 for none. Raises HubCorrupt for a catalogue damaged or too new."""
     table = connection.execute("SELECT to_regclass(%s)", (f"{address.schema}.state",)).fetchone()
     if table == (None,):
         return 0

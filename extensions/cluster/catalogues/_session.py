@@ -1,4 +1,4 @@
-"""A session of PostgreSQL as the connection that the hub's statements are written for."""
+"""A PostgreSQL session with the interface of the SQLite connection that the hub's statements are written for."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _error_for(address: PostgresAddress, code: str | None, said: str, doing: str
 
 DEFAULT_SCHEMA = "loraweave"
 
-# a schema's name goes into statements as it is
+# a schema's name is put into statements unquoted
 _SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
 

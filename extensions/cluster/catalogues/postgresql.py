@@ -75,7 +75,7 @@ class Postgresql(SharedCatalogue):
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Yield a connection inside one read transaction: everything read belongs to the same moment."""
+        """Yield a connection inside one read transaction: all reads see the same state of the database."""
         begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
         with postgres_errors(self.address, "reading the hub"), self._session(begin) as session:
             yield Translating(session)
@@ -122,7 +122,7 @@ class Postgresql(SharedCatalogue):
                 raise
 
     def problems(self, connection: Connection) -> list[str]:
-        """Return the invalid indexes. PostgreSQL checks its pages itself where data checksums are on."""
+        """Return a sentence for each invalid index. PostgreSQL itself checks its pages if data checksums are on."""
         broken = connection.execute(
             "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid AND indrelid = ANY (ARRAY["
             "'state'::regclass, 'adapters'::regclass, 'blobs'::regclass, 'vectors'::regclass])"
@@ -130,13 +130,13 @@ class Postgresql(SharedCatalogue):
         return [f"PostgreSQL's index {name} is not valid: REINDEX it" for (name,) in broken]
 
     def claim(self) -> tuple[str, str | None]:
-        """Return the hub's identity and the noted URL of its blobs, or None if none is noted."""
+        """Return the hub's identity and the recorded URL of its blobs, None if there is none."""
         with self.reading() as connection:
             identity, place = state_row(connection, "identity, blobs", self.where)
         return identity, place
 
     def note_blobs(self, place: str) -> None:
-        """Note the URL of the hub's blobs, so that the next opening need not give it."""
+        """Record the URL of the hub's blobs, so that later openings need not pass it."""
         with self.writing("opening the hub") as connection:
             connection.execute("UPDATE state SET blobs = ?", (place,))
 
@@ -157,7 +157,7 @@ class Postgresql(SharedCatalogue):
                 f"{self.where} holds no hub of schema {len(STEPS)} (but {version}), and this user may not bring it there"
             )
         with self.locked("creating the hub" if version == 0 else "bringing the hub's catalogue up to date"):
-            # another process may have been faster; then this finds what it made
+            # another process may have been faster; then this finds its steps done
             migrate(self._held.session, self.address)
         # sessions opened before the migration do not have pgvector's schema on their search path
         with self._guard:
@@ -223,7 +223,7 @@ class Postgresql(SharedCatalogue):
         session = self._psycopg.connect(**parameters, autocommit=True)
         try:
             session.execute("SELECT set_config('lock_timeout', %s, false)", (f"{max(1, round(1000 * self.timeout_s))}ms",))
-            # what add() has returned must outlive the server
+            # a change that add() has confirmed must survive a crash of the server
             session.execute(
                 "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
             )
@@ -347,7 +347,7 @@ _MISSING = f"embedding IS NULL AND length(vector) <= {4 * MAX_SEARCHED_DIM}"
 
 
 def make_embeddings(connection: Connection) -> None:
-    """Make the missing embedding of every vector, with the same numbers."""
+    """Make pgvector's embedding of every stored vector that has none, with the same numbers."""
     while (first := connection.execute(f"SELECT embedder FROM vectors WHERE {_MISSING} LIMIT 1").fetchone()) is not None:
         import numpy as np
 

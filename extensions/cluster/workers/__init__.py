@@ -1,1 +1,1 @@
-"""Workers of a cluster, for work that falls apart into pieces; a file is named for the first word of joblib's backend."""
+"""Workers of a cluster, for work in independent pieces; a file has the first word of joblib's backend as its name."""

@@ -1,4 +1,4 @@
-"""The number of workers of a cluster, where they come and go."""
+"""The number of workers of a cluster, which changes over time."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable
 
 from loraweave.extend import WorkersFailed
 
-# how long a number of workers is believed
+# seconds for which a count of workers is used
 COUNTED_S = 2.0
-# after so long without any worker a cluster is believed dead; one that grows on demand may take minutes for its first
+# seconds without any worker after which a cluster counts as dead; one that grows on demand may need minutes
 GONE_S = 300.0
-# pieces that lie ready for each worker, so that none waits for the network
+# pieces sent ahead to each worker, so that none waits for the network
 READY = 2
 
 
 class Counted:
-    """A cluster, whose workers are counted every COUNTED_S seconds, since they come and go."""
+    """A cluster whose workers are counted again every COUNTED_S seconds, since they come and go."""
 
     def __init__(self, count: Callable[[], int], most: int | None) -> None:
         self._count, self._most = count, most
-        # since when no worker was counted: infinity while there is one
+        # the last is the time since when there has been no worker, infinity while there is one
         self._known, self._counted, self._empty = 0, -math.inf, math.inf
 
     @property

@@ -1,4 +1,4 @@
-"""The workers of a Dask cluster, of a process that has a `distributed.Client`."""
+"""The workers of a Dask cluster, for a process that has a `distributed.Client`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loraweave.extensions.cluster.workers._counted import Counted
 
 
 class Dask(Counted):
-    """The workers of a Dask client; the scheduler itself moves what a lost worker had."""
+    """The workers of a Dask client, whose scheduler itself runs a lost worker's pieces again elsewhere."""
 
     def __init__(self, backend: Any, most: int | None) -> None:
         super().__init__(lambda: sum(backend.client.ncores().values()), most)

@@ -1,4 +1,4 @@
-"""The workers of a Ray cluster, of a process that is connected to one."""
+"""The workers of a Ray cluster, for a process that is connected to one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from loraweave.extensions.cluster.workers._counted import Counted
 
 
 class Ray(Counted):
-    """Tasks of a Ray cluster; a lost one is a matter of `spread`, so that it is named and counted."""
+    """The workers of a Ray cluster; Ray does not retry a lost task: `spread` does, and counts the losses."""
 
     def __init__(self, backend: Any, most: int | None) -> None:
         ray = _ray()
-        # as many cores as torch has threads, unless the backend's arguments say otherwise
+        # a task takes as many cores as torch has threads, unless the backend's arguments say otherwise
         wanted = {key: value for key, value in (backend.ray_remote_args or {}).items() if not key.startswith("max_")}
         options = {"num_cpus": torch.get_num_threads(), **wanted}
         super().__init__(lambda: int(ray.cluster_resources().get("CPU", 0) // (options["num_cpus"] or 1)), most)
@@ -45,7 +45,7 @@ def _called(call: Callable[[], Any]) -> Any:
 
 
 def _ray() -> Any:
-    """Return Ray, connected to `ray.init`'s cluster or RAY_ADDRESS. None is started: it would listen on every address."""
+    """Return the module ray, connected by `ray.init` or to RAY_ADDRESS; it starts no cluster, which would be open to all."""
     import ray
 
     if not ray.is_initialized():

@@ -1,1 +1,1 @@
-"""The ways to train one task after the other: one file each."""
+"""The ways to train one task after the other, one file each."""

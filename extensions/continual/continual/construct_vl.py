@@ -25,19 +25,19 @@ def construct_vl(
 ) -> dict[str, Adapter]:
     """Return {task t: the sum of the adapters of tasks 0 to t}, each trained with the earlier ones frozen in the model.
 
-    b begins at 0, so a task begins as the model that the one before left; every past model is that prefix of the sum, to
-    the bit (`own_parts` takes it apart). Ranks add up: task t has (t + 1) * rank.
+    b begins at 0, so a task begins with the model that the task before left; every past model is a prefix of the sum, to the
+    bit (`own_parts` takes it apart). Ranks add up: task t has (t + 1) * rank.
 
     Adversarial pseudo-replay keeps the sum from forgetting, without rows of earlier tasks. It adds to the loss of task t
     `replay` times the sum over past models s of the mean over rows of |(p_s - p_s') - (p_t - p_t')|. p is exp(-the mean loss
-    of the row's target tokens), and p' that with the embeddings of the row's tokens moved `attacks` times by `attack_size` *
-    sign(-dp_s'/de): what makes the past model doubt has to make the new one doubt as much. As in the released code, at whose
-    settings these are the defaults, but that p there is the probability that text and image match. Each past task costs
+    of the row's target tokens), and p' is the same after the embeddings of the row's tokens were moved `attacks` times by
+    `attack_size` * sign(-dp_s'/de): an attack that lowers the past model's p has to lower the new model's as much. The
+    defaults are those of the released code, where p is the probability that text and image match. Each past task costs
     attacks + 3 more passes a step, and all together one; `replay=0` is the prefix alone.
 
     With `ada_weights`, off in the released code too, the update of task t is the sum over i <= t of v_i b_i a_i in each
-    layer. b_i and a_i are what task i has learned; v of this task and layer begins as ones and learns with b_t and a_t. As
-    later tasks have other weights, the results are then no prefixes of each other.
+    layer. b_i and a_i are the factors learned from task i; the v of this task and layer begin as ones and learn with b_t and
+    a_t. As later tasks have other weights, the results are then no prefixes of each other.
     """
     names = list(course.rows)
     adapters: dict[str, Adapter] = {}
@@ -53,7 +53,7 @@ def construct_vl(
 def _learn(
     course: Course, replay: float, attacks: int, size: float, ada: bool, name: str, parts: Layers, past: Sequence[Layers]
 ) -> list[Layers]:
-    """Train the task; return the model's update after it, and with weights also the sum of the parts without them."""
+    """Train the task; return [the model's update after it], with `ada` also the sum of its parts without their weights."""
     jobs = course.jobs([name])
     if ada:
         (job,) = jobs.members
@@ -83,14 +83,14 @@ def _learn(
 
 
 class Weighed(LoraJob):
-    """A job of a task's own factors after the frozen ones of earlier tasks, all times a learned weight by task and layer."""
+    """A job of a task's factors and the frozen ones of earlier tasks, each task's with a learned weight in each layer."""
 
     def __init__(self, job: LoraJob, first: Layers, parts: Layers) -> None:
         super().__init__(job.name, {layer: (a.detach(), b.detach()) for layer, (a, b) in job.factors.items()}, job.scale)
         self._earlier: dict[str, tuple[Tensor, Tensor]] = {}
         self.weights: dict[str, Tensor] = {}
         for layer, (a_RI, b_OR) in self.factors.items():
-            # what the first task began as is no part
+            # the model's update before the first task is no part
             began = first[layer].rank if layer in first else 0
             part = parts.get(layer)
             earlier_a = a_RI[:0].detach() if part is None else part.a_RI[began:].to(a_RI)
@@ -113,13 +113,13 @@ class Weighed(LoraJob):
 
 
 def certainty(model: Any, stacked: TargetBatch, moved_BTI: Tensor | None = None) -> Tensor:
-    """Return p_B = exp(-the mean loss of a row's target tokens), with the embeddings moved by so much."""
+    """Return p_B = exp(-the mean loss of a row's target tokens), with the token embeddings shifted by `moved_BTI`."""
     with _moved(model, moved_BTI):
         return (-mean_losses(model, stacked)).exp()
 
 
 def attacked(model: Any, stacked: TargetBatch, attacks: int, size: float) -> tuple[Tensor, Tensor]:
-    """Return p_B - p'_B of the model as it is, and the move of the embeddings that makes p' low."""
+    """Return (p_B - p'_B, the shift of the token embeddings that lowers p to p') for the model as it is."""
     shape = *stacked.inputs["input_ids"].shape, model.get_input_embeddings().weight.shape[1]
     moved_BTI = model.get_input_embeddings().weight.new_zeros(shape)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def attacked(model: Any, stacked: TargetBatch, attacks: int, size: float) -> tup
 
 @contextmanager
 def _moved(model: Any, moved_BTI: Tensor | None) -> Iterator[None]:
-    """Move the output of the first call of the input embeddings (an encoder's, where there is one) inside the block."""
+    """Shift the output of the next call of the input embeddings (an encoder's, if there is one) inside the block."""
     if moved_BTI is None:
         yield
         return

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraweave import Adapter, Task, TrainingError
-from loraweave.extend import GivenRows, LoraJobs, NonNegative, Whole, job_losses
+from loraweave.extend import GivenRows, LoraJobs, NonNegative, Whole, block_of, job_losses
 from loraweave.extensions.continual.course import Course, Layers, by_prefix
 
 
@@ -30,8 +30,7 @@ def gs_lora(
     towards 0 by rate * sparsity * sqrt(n_g), and where that is more than its norm the block is 0 from there on (the proximal
     step; without gradient in a and b it could not come back). AdamW moves an entry by about the rate in a step, hence the
     sqrt(n_g), which the paper does not have: a sparsity of 1 takes back all that a step can do, and a block that does not
-    learn is 0 after rates of about 0.02 / sparsity in all.
-    Raises TrainingError without `retain`.
+    learn is 0 after rates of about 0.02 / sparsity in all. Raises TrainingError without `retain`.
     """
     kept = course.encoded(retain)
     if not kept:
@@ -64,7 +63,7 @@ def shrink(jobs: LoraJobs, threshold: float, zeroed: set[str]) -> None:
     for block, tensors in blocks(jobs).items():
         norm = float(torch.stack([tensor.square().sum() for tensor in tensors]).sum().sqrt())
         size = sum(tensor.numel() for tensor in tensors)
-        # what moves a zeroed block afterwards is AdamW's memory of earlier gradients
+        # AdamW's moments of earlier gradients would move a zeroed block again
         if block in zeroed or norm <= threshold * size**0.5:
             zeroed.add(block)
         for tensor in tensors:
@@ -75,7 +74,5 @@ def blocks(jobs: LoraJobs) -> dict[str, list[Tensor]]:
     """Return the factors of each block: a layer's path up to the first number, or the whole path without one."""
     factors_by_block: dict[str, list[Tensor]] = {}
     for layer, pair in (item for job in jobs.members for item in job.factors.items()):
-        parts = layer.split(".")
-        end = next((place + 1 for place, part in enumerate(parts) if part.isdecimal()), len(parts))
-        factors_by_block.setdefault(".".join(parts[:end]), []).extend(pair)
+        factors_by_block.setdefault(block_of(layer) or layer, []).extend(pair)
     return factors_by_block

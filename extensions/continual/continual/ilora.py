@@ -92,7 +92,7 @@ def follow(slow: LoraJobs, fast: LoraJobs, decay: float) -> None:
 
 
 def lag(plastic: Tensor, stable: Tensor) -> Tensor:
-    """Return mean((h - max(h, h_slow))^2): the fast state lags only where the slow one's is the larger."""
+    """Return mean((h - max(h, h_slow))^2), which penalises the fast state only where the slow one's is larger."""
     return (plastic - torch.maximum(plastic, stable)).square().mean()
 
 
@@ -113,7 +113,7 @@ def states(model: Any, stacked: TargetBatch) -> tuple[Tensor, Tensor]:
 
 
 def _reservoir(course: Course, past: Sequence[str], size: int) -> list[EncodedRow]:
-    """Return at most `size` rows of the tasks, each row as likely as any other (Vitter's algorithm R)."""
+    """Return at most `size` rows of the tasks `past`, drawn uniformly (Vitter's algorithm R)."""
     kept: list[EncodedRow] = []
     generator = seeded(course.settings.seed, "reservoir")
     for seen, row in enumerate(row for name in past for row in course.rows[name]):

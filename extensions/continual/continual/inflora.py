@@ -112,9 +112,9 @@ def grown(basis_IM: Tensor, gram_II: Tensor, energy: float) -> Tensor:
 
 
 def _largest(symmetric_II: Tensor, basis_IM: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues from the largest on, at least 0, and the eigenvectors orthogonal to the basis."""
+    """Return (eigenvalues from the largest down, at least 0; eigenvectors) of the matrix, orthogonal to the basis."""
     num_free = len(basis_IM) - basis_IM.shape[1]
-    # the basis becomes what is smallest, and cannot be among several directions of value 0
+    # this makes the basis the smallest eigenvectors, apart from other directions of value 0
     lowered_II = symmetric_II - (1 + symmetric_II.trace()) * basis_IM @ basis_IM.T
     values, vectors_II = torch.linalg.eigh((lowered_II + lowered_II.T) / 2)
     free_IM = vectors_II.flip(1)[:, :num_free]

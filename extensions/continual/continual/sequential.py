@@ -7,5 +7,5 @@ from loraweave.extensions.continual.course import Course, one_by_one
 
 
 def sequential(course: Course) -> dict[str, Adapter]:
-    """Return {task: the adapter after that task}. Nothing holds what earlier tasks taught."""
+    """Return {task: the adapter after that task}; each task trains the same adapter further, free to forget the others."""
     return one_by_one(course, lambda name, layers: course.learned(name, start=layers or None))

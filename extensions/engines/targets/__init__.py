@@ -1,1 +1,1 @@
-"""Programs that load adapters, one file for each: it refuses what they cannot compute, and writes the rest."""
+"""Programs that load adapters, one file each: it refuses adapters that the program cannot compute, and writes the others."""

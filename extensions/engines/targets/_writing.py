@@ -1,4 +1,4 @@
-"""The parts that targets share: refusals of what programs cannot express, files that appear all at once, and experts.
+"""The parts that targets share: refusals of unsupported adapters, atomic writing of folders, and fused experts.
 
 Fused experts are written for programs that have gate, up and down of all experts as one tensor each.
 """
@@ -59,7 +59,7 @@ def require_plain(contents: Contents, name: str, program: str, *, kinds: tuple[s
 
 
 def require_untied(contents: Contents, name: str, program: str, config: Any) -> None:
-    """Raise AdapterUnsupported for an update of the embedding or the head if `config`, the base's, ties both."""
+    """Raise AdapterUnsupported for an update of the embedding or the head if `config`, the base's, ties the two."""
     if not getattr(config, "tie_word_embeddings", False):
         return
     for layer in contents.layers:

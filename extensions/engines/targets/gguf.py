@@ -154,7 +154,7 @@ def _adapter_file(contents: Contents, name: str, arch: str, tensors: dict[str, T
         writer = gguf.GGUFWriter(path, arch)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        # alpha / rank is 1: the scale is in b
+        # so that alpha / rank is 1: the scale is in b
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(max(factors.rank for factors in contents.layers.values())))
         writer.add_name(name or "adapter")
         if license := stated_license(contents.card.get("license")):

@@ -29,7 +29,7 @@ ELSEWHERE = "use target='diffusers'"
 
 
 class _Rule(NamedTuple):
-    """A rule of the reader's: a module's name in the file, its paths in the base, and their shares of B's rows."""
+    """A naming rule of the reader: a module's name in the file, its paths in the base, and their shares of B's rows."""
 
     source: str
     targets: tuple[str, ...]
@@ -38,7 +38,7 @@ class _Rule(NamedTuple):
 
 
 class _Module(NamedTuple):
-    """A module of the file: the rule of its name, and the layers that it joins, None for one without an update."""
+    """A module of the file: the rule of its name, and the layers that it joins, None for a path without an update."""
 
     rule: _Rule
     layers: tuple[str | None, ...]
@@ -110,7 +110,7 @@ def _modules(contents: Contents, name: str, base: Any) -> dict[str, _Module]:
 
 
 def _rules(paths: list[str], name: str, base: Any) -> dict[str, tuple[_Rule, str]]:
-    """Map each path in a transformer to (its rule, its block's number), in the one family of models that has all paths."""
+    """Return {path in a transformer: (its rule, its block's number)} for the one family of models that has all paths."""
     kind = type(getattr(base, "transformer", base)).__name__
     # by the first letters of diffusers' classes
     families: dict[str, list[_Rule]] = _reader().family_rules
