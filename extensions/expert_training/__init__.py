@@ -1,4 +1,4 @@
-"""How does a mixture of experts learn? By `fit` of an expert model, with transformers' Trainer, on texts, images or tensors.
+"""How does a mixture of experts learn? By `fit` of an expert model, with transformers' Trainer, on any kind of data.
 
 It adds `fit` and `train_experts`, on rows of texts or of any inputs of a base, with a loss of your own, too, and experts
 that begin as stored adapters (`pool=`) or as the means of groups of similar ones, which `clusters` finds. It needs

@@ -1,4 +1,4 @@
-"""How rows of data reach an expert model: as token ids and their targets, or as tensors by the names of its inputs."""
+"""The conversion of data rows into batches of an expert model: as token ids and targets, or as tensors by input name."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def predicts_tokens(model: nn.Module) -> bool:
 
 def _has_more_than_tokens(dataset: Any, model: nn.Module) -> bool:
     part: Any = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
-    # a new iteration begins at the first row of what is numbered, and spends what is not
+    # iterating twice would use up an iterator, and restarts a sequence
     row = next((row for _, row in located(part)), None) if _is_numbered(part) or hasattr(part, "columns") else None
     if not isinstance(row, Mapping):
         return False
@@ -94,7 +94,7 @@ def _is_numbered(rows: Any) -> bool:
 
 
 class Feed(ABC):
-    """The way of training rows through a model; a step's loss is a mean over rows if `counts_rows`, else over tokens."""
+    """The way training rows pass through a model; a step's loss is a mean over rows if `counts_rows`, else over tokens."""
 
     counts_rows: bool
 
@@ -190,7 +190,7 @@ def call_labelled(model: Any, inputs: Mapping[str, Tensor], *, two_sequences: bo
     """
     inputs = dict(inputs)
     task_B, labels = inputs.pop("task"), inputs["labels"]
-    # no row of a task is as if none were given
+    # without any task, the argument is left out
     task = None if bool((task_B < 0).all()) else task_B
     if two_sequences or labels.shape == inputs["input_ids"].shape:
         return model(**inputs, task=task, use_cache=False)

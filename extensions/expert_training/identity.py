@@ -1,4 +1,4 @@
-"""The identity of a training of experts and of its loss function, by which a checkpoint knows what it belongs to."""
+"""The identity of a training and of its loss function, by which a checkpoint recognises the training it belongs to."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MAX_VALUES = 1_000_000
 def loss_identity(function: Any) -> Any:
     """Return, for JSON, a loss function's name and code, and the numbers, texts, tensors and functions that it is bound to.
 
-    It is bound to its defaults, its closure's variables, a partial's arguments, and an object's attributes. What else it
-    reads, such as globals and the content of lists, is not looked at.
+    These are its defaults, its closure's variables, a partial's arguments, and an object's attributes. Other values that it
+    reads, such as globals and the content of lists, are ignored.
     """
     return _identity(function, {})
 

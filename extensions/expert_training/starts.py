@@ -1,4 +1,4 @@
-"""Experts that begin as stored adapters."""
+"""The start of an expert model's experts as stored adapters."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def start_from(
     recipe = make_recipe(name, {**options, **_following(name, members, options), "target_modules": members.layer_names})
     members = members if "num_experts" in recipe.options else _by_task(recipe, members)
     shapes = {site: _shape(recipe, site, shape, members) for site, shape in shapes_of(base_model, recipe).items()}
-    # what the recipe's scale makes the adapter's update of
+    # divided by the recipe's scale, so that the first update is the adapter's
     starts: dict[str, list[Any]] = {site: [] for site in shapes}
     for site, of_site in starts.items():
         for factors in (adapter.layers.get(site) for adapter in members.adapters.values()):

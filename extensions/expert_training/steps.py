@@ -1,4 +1,4 @@
-"""The training of an expert model, step by step: its settings, the checks of its steps, and what is kept of them."""
+"""The training of an expert model, step by step: its settings, checks of its steps, and the results it keeps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loraweave.extend import ExpertModel, KeptState, Recipe, Stream, TrainingPro
 from loraweave.extensions.expert_training.feeds import Feed
 from loraweave.extensions.expert_training.identity import loss_identity
 
-# points of the training at which callbacks are told of it
+# the number of reports to callbacks in a training
 POINTS = 100
 
 

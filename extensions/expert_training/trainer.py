@@ -1,4 +1,4 @@
-"""The training of the experts and gates of an expert model, and of what was unfrozen in its base by hand."""
+"""The training of the experts and gates of an expert model, and of parameters that a user unfroze in its base."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _as_it_was(model: ExpertModel) -> Iterator[None]:
             state.update(before)
         for parameter in model.parameters():
             parameter.grad = None
-        # what mixed precision of a launched accelerate has put in its place
+        # a launched accelerate with mixed precision has replaced the forward
         for name in ("forward", "_original_forward"):
             vars(model).pop(name, None)
         if use_cache is not None:
@@ -122,7 +122,7 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
                 "processes without them, or one with a model that device_map spreads"
             )
         self.remove_callback(PrinterCallback)
-        # compute_loss counts each pass for what it is of its step
+        # compute_loss scales each pass by its share of its step
         self.loss_is_scaled_for_ga = True
         # older versions have accelerate divide by the passes a second time
         self.accelerator.gradient_accumulation_steps = 1
@@ -147,10 +147,10 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the pass's share of its step's loss: a mean over what counts in the step, of terms over passes."""
+        """Return the pass's share of its step's loss: a mean over the step's tokens or rows, terms as a mean over passes."""
         output, mean = self.feed.run(model, inputs)
         count = self.feed.count(inputs)
-        # how much counts in all passes and processes of a step
+        # the tokens or rows in all passes and processes of a step
         whole_count = count if num_items_in_batch is None else num_items_in_batch
         loss = mean * (count / (self._settings.batch_size if self.feed.counts_rows else whole_count))
         terms = {name: term / self.args.gradient_accumulation_steps for name, term in self.model.terms.items()}
@@ -160,13 +160,13 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         return (whole, output) if return_outputs else whole
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Do nothing: the course has put the state back before."""
+        """Do nothing: `ExpertSteps` has restored the state already."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Do nothing: the course has put the state back before."""
+        """Do nothing: `ExpertSteps` has restored the state already."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Do nothing: random numbers follow from seed and step."""
+        """Do nothing: random numbers depend on seed and step alone."""
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if self.args.world_size > 1:
@@ -177,7 +177,7 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         if not step:
             self.train()
             return
-        # how Trainer learns where to go on: its folder of a checkpoint, of which it reads this file alone
+        # Trainer resumes from a checkpoint folder, of which it then reads this file alone
         args, folder = self.args, Path(self.args.output_dir)
         TrainerState(
             global_step=step,

@@ -1,4 +1,4 @@
-"""`loraweave explain`: which adapter of a composition counts for which token."""
+"""`loraweave explain`: show which adapter of a composition counts for which token."""
 
 from __future__ import annotations
 

@@ -14,12 +14,12 @@ from loraweave.extend import ShownTable, TargetLayer, UsedLayer, UsedWeights, is
 
 @dataclass(frozen=True)
 class LayerCost:
-    """The cost of one layer's call. A multiplication and an addition are two FLOPs; every weight that is used is read once.
+    """The cost of one call of a layer. A multiplication and an addition are two FLOPs; a used weight is read once.
 
     Base: 2 N O I for N tokens (nothing for an embedding, which looks up), and the bytes of weight and bias. Added, for each
     token and each expert whose weight there is not 0: 2 R (I + O) + R, 3 O for a gain, 2 O for a bias, and O for the sum;
     and the bytes of the factors of the experts that some token uses. `kernel` is the file of `composer/live/kernels/` that
-    made the call, whose own FLOPs and bytes may be more.
+    computed the call, which may itself need more FLOPs and bytes.
     """
 
     base_flops: int
@@ -31,7 +31,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost(Mapping[str, LayerCost]):
-    """The cost of every layer of a forward that experts may update; `total` is their sum, without other layers."""
+    """The cost of a forward by layer, for the layers that experts may update; `total` is their sum."""
 
     layers: Mapping[str, LayerCost]
 
@@ -71,9 +71,9 @@ class Cost(Mapping[str, LayerCost]):
 
 
 def cost(engine: Composer, used: UsedWeights | None = None) -> Cost:
-    """Return each layer's own FLOPs and bytes, and those that `used` weights, by default the last forward's, add."""
+    """Return each layer's base FLOPs and bytes, and those added by the `used` weights, by default the last forward's."""
     used = engine.last_weights if used is None else used
-    # expert by expert, since one of a lazy pool is opened for it
+    # expert by expert, since a lazy pool opens each expert to read its sizes
     by_expert = [
         {layer: _Part.of(factors) for layer, factors in engine.bound(expert).layers.items() if layer in used.layers}
         for expert in used.experts
@@ -87,7 +87,7 @@ def cost(engine: Composer, used: UsedWeights | None = None) -> Cost:
 
 
 class _Part(NamedTuple):
-    """The sizes of one expert's factors in one layer; `affine` are FLOPs per output for gain and bias."""
+    """The sizes of one expert's factors in one layer; `affine` is the FLOPs per output for gain and bias."""
 
     rank: int
     num_values: int
@@ -103,7 +103,7 @@ def _layer_cost(layer: TargetLayer, used: UsedLayer, parts: list[_Part | None]) 
     num_out, num_in = layer.num_outputs, layer.num_inputs
     looks_up = layer.kind.name == "embedding"
     num_tokens = used.num_rows * used.num_tokens
-    # tokens that an axis of size one stands for
+    # the number of tokens that share an axis of size one
     times = num_tokens // max(used.w_BTE.shape[0] * used.w_BTE.shape[1], 1)
     chosen_BTE = used.w_BTE != 0
     tokens_E = (chosen_BTE.sum(dim=(0, 1)) * times).tolist()

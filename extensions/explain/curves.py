@@ -1,4 +1,4 @@
-"""The curves of what was searched and trained, drawn with matplotlib; the suffix of the path names the format."""
+"""Plots of searches and trainings, drawn with matplotlib; the suffix of the path names the format."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any, Protocol
 from loraweave import Composition, CompositionError
 from loraweave.extend import TrainingReport, blank_figure
 
-# lines in one picture that can be told apart
+# the most lines in one picture that can be told apart
 NUM_SHOWN = 8
 
 
 class Searched(Protocol):
-    """The result of a search: the losses of its candidates, and the lowest so far by evaluations."""
+    """A protocol for the result of a search: the losses of its candidates, and the lowest loss so far by evaluations."""
 
     @property
     def losses(self) -> Sequence[float]:
-        """The loss of every candidate, in the order they were asked for."""
+        """The loss of every candidate, in the order of their evaluation."""
 
     def curve(self) -> Sequence[tuple[int, float]]:
         """Return (evaluations so far, lowest loss so far) after each candidate."""
 
 
 def plot_search(result: Searched, path: str | Path) -> Path:
-    """Draw the losses of a search, and the lowest so far, and return the path. Raises PackageMissing without matplotlib."""
+    """Draw the losses of a search, with the lowest so far, and return the path. Raises PackageMissing without matplotlib."""
     spent, best = zip(*result.curve(), strict=True)
     figure = blank_figure("the curve of a search is drawn with matplotlib", figsize=(6.0, 3.5), layout="constrained")
     axes = figure.subplots()
@@ -103,6 +103,6 @@ def _draw_load(axes: Any, report: TrainingReport) -> None:
 
 
 def _count_along(axes: Any, counted: str) -> None:
-    """Label the horizontal axis with what it counts, and with whole numbers only."""
+    """Label the horizontal axis with the name of the counted things, and put ticks at whole numbers only."""
     axes.set_xlabel(counted)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

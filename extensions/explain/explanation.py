@@ -1,4 +1,4 @@
-"""The weights of each expert for a text's tokens in each layer: figures, a table, and a picture."""
+"""The weights of each expert for a text's tokens in each layer, as figures, a table, a picture and a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE_SUFFIXES = (".html", ".htm")
 
 
 class Explanation(TokenFigures):
-    """An explanation of each token's weights by expert and layer; the figures themselves are those of `TokenFigures`."""
+    """The weights of each expert for each token of a text in each layer, with a table, a picture and a page."""
 
     def table(self) -> ShownTable:
         """Return a table of the experts, largest share of the weight first, with the layer and tokens where it is largest.
@@ -39,7 +39,7 @@ class Explanation(TokenFigures):
             if self.effects:
                 cells.append(f"{self.effects[name]:+.4f}" if (name := self.experts[at]) in self.effects else "")
             cells += [self._layer(at), self._tokens(at)]
-            # as Text, which nobody reads as markup: names are free
+            # as Text, so that rich does not read names, which are arbitrary, as markup
             table.add_row(Text(printable(self.experts[at])), *(Text(cell) for cell in cells))
         if rest := order[MAX_ROWS:]:
             table.add_row(f"{len(rest)} others", f"{total.share_E[rest].sum():.1%}", *[""] * (4 + len(effect)))

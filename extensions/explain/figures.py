@@ -1,4 +1,4 @@
-"""The figures that a table, a picture and a page of an explanation show, and how they group, shorten and colour them."""
+"""The figures that an explanation's table, picture and page show, with the grouping, names and colours they share."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ OTHER = "#999999"
 
 @dataclass(frozen=True, eq=False)
 class TokenFigures:
-    """The weight that each token gave each expert in each layer, `w_TLE`, fp32.
+    """The weight of each expert for each token in each layer, `w_TLE`, fp32.
 
-    NaN for tokens that a layer never sees (an encoder's text in the decoder). An expert that leaves a layer alone has 0
-    there. `tokens` are pieces of text; a character that several tokens share is shown at each. `effects` says by how much a
-    loss rises without an expert, in nats (leave_one_out()); experts for which that is unknown are left out.
-    Raises CompositionError for names that do not fit the weights.
+    NaN for tokens that a layer never sees (an encoder's text in the decoder); 0 for an expert that does not update the
+    layer. `tokens` are pieces of text; a character that several tokens share is shown at each. `effects` says by how much
+    the loss rises without an expert, in nats (leave_one_out()); experts for which that is unknown are left out. Raises
+    CompositionError for names that do not fit the weights.
     """
 
     tokens: tuple[str, ...]
@@ -57,17 +57,17 @@ class TokenFigures:
 
     @cached_property
     def by_layer_LE(self) -> Tensor:
-        """The mean weight over the tokens."""
+        """The mean weight over the tokens (L, E)."""
         return self.w_TLE.nanmean(dim=0)
 
     @cached_property
     def by_token_TE(self) -> Tensor:
-        """The mean weight over the layers."""
+        """The mean weight over the layers (T, E)."""
         return self.w_TLE.nanmean(dim=1)
 
     @cached_property
     def colours(self) -> dict[int, str]:
-        """The colour of each expert that is strongest most often over all weights, by place; the same in every picture."""
+        """The mapping {expert's index: colour} of the experts that are strongest most often; the same in every picture."""
         return Strongest.of(self.w_TLE.flatten(0, 1)).colours
 
     @property
@@ -84,7 +84,7 @@ class TokenFigures:
 
 @dataclass(frozen=True)
 class Strongest:
-    """The place of each row's expert with the largest |w| (None without weight), and its share of |w|."""
+    """The index of the expert with the largest |w| in each row of weights (None without weight), and its share of |w|."""
 
     experts: tuple[int | None, ...]
     shares: tuple[float, ...]
@@ -101,20 +101,20 @@ class Strongest:
 
     @property
     def colours(self) -> dict[int, str]:
-        """A colour for each of the experts that are strongest most often; the others are OTHER."""
+        """The mapping {expert's index: colour} of the experts that are most often strongest; all others have OTHER."""
         counted = Counter(expert for expert in self.experts if expert is not None)
         often = sorted(counted, key=lambda expert: (-counted[expert], expert))
         return dict(zip(often, PALETTE, strict=False))
 
 
 def block_and_kind(layer: str) -> tuple[str, str]:
-    """Return (path up to the first number, the rest) of a layer; a layer outside blocks is its own block and kind."""
+    """Return (path up to the first number, the rest) of a layer; the whole path twice for a layer outside blocks."""
     block = block_of(layer)
     return (layer, layer) if block is None else (block, layer[len(block) + 1 :])
 
 
 def group_places(groups: Sequence[str]) -> dict[str, list[int]]:
-    """Return the places of each group's members, the groups in order of their first appearance."""
+    """Return {group: indices of its members}, in order of first appearance."""
     members: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
         members.setdefault(group, []).append(place)
@@ -131,6 +131,6 @@ def common_prefix(paths: Sequence[str]) -> str:
 
 
 def last_parts(kinds: Sequence[str]) -> list[str]:
-    """Return the last part of each kind, if these differ, else the kinds."""
+    """Return the last dotted part of each kind if these differ, else the kinds."""
     last = [kind.rsplit(".", 1)[-1] for kind in kinds]
     return last if len(set(last)) == len(kinds) else list(kinds)

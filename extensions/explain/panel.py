@@ -1,4 +1,4 @@
-"""The panel of a router in the page over a hub: the page of an explanation."""
+"""The function by which the page over a hub shows a router's weights, as an explanation's page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loraweave.extensions.explain.reading import explain
 def panel(
     engine: Composer, prompt: Prompt, router: Any, *, max_new_tokens: int, title: str
 ) -> tuple[str, dict[str, float], float]:
-    """Return the HTML of a page, each expert's share of the weight, and the mean entropy of a token's weights in nats."""
+    """Return (HTML of an explanation's page, {expert: share of the weight}, mean entropy of a token's weights in nats)."""
     explanation = explain(engine, prompt, router, max_new_tokens=max_new_tokens)
     total = explanation.total
     return page(explanation, title), dict(zip(explanation.experts, total.share_E.tolist(), strict=True)), total.entropy

@@ -1,4 +1,4 @@
-"""An Explanation drawn: its picture, and its page.
+"""The picture and the page of an explanation.
 
 The picture has experts by layers, experts by tokens, and the text with each token's strongest expert. The page is one HTML
 file that loads nothing else, in which names and tokens are only ever text.
@@ -31,11 +31,11 @@ from loraweave.extensions.explain.figures import (
     last_parts,
 )
 
-# of more experts, those with the largest share are shown
+# the most experts shown, those with the largest share
 MAX_EXPERTS = 30
-# more layers than these are shown as means over the layers of a block
+# with more layers than these, means over the layers of a block are shown
 MAX_LAYERS = 40
-# more columns than these have only some of their names written
+# with more columns than these, only some of their names are written
 MAX_NAMED = 48
 NAME_WIDTH, TOKEN_WIDTH, LAYER_WIDTH = 30, 14, 36
 INCHES = 8.5
@@ -44,7 +44,7 @@ ROW_INCHES = 0.155
 STRIP_POINTS = 7.0
 COLUMN_INCHES = STRIP_POINTS * 0.602 / 72
 LINE_INCHES = 0.31
-# about one character of an axis
+# the width of about one character of an axis
 LABEL_INCHES = 0.055
 MAX_LINES = 14
 STRIP_MARGIN = 0.55
@@ -52,7 +52,7 @@ STRIP_MARGIN = 0.55
 
 @dataclass(frozen=True, eq=False)
 class _Map:
-    """One heat map: w_EC of experts by columns, the columns' names, and what they are."""
+    """A heat map: its values w_EC (experts by columns), the columns' names, and the labels of axis and figure."""
 
     w_EC: Tensor
     names: list[str]
@@ -81,7 +81,7 @@ def draw(figures: TokenFigures) -> Any:
 
 
 def _layer_maps(layers: tuple[str, ...], w_EL: Tensor) -> list[_Map]:
-    """Return a map with a column for each layer; of many layers one for each block, and a second one by kind of layer."""
+    """Return a heat map with a column for each layer; of many layers one by block and one by kind of layer."""
     blocks = [block_and_kind(layer) for layer in layers]
     if len(layers) <= MAX_LAYERS or len({block for block, _ in blocks}) == len(layers):
         prefix = common_prefix(layers)
@@ -144,7 +144,7 @@ class _Rows:
         axes.tick_params(axis="y", length=0, pad=15 + 5 * len(str(max(self._places) + 1)))
         beside = axes.get_yaxis_transform()
         for row, (at, colour) in enumerate(zip(self._places, self._colours, strict=True)):
-            # apart from the name, which may run from right to left
+            # separate from the name, which may be a right-to-left script
             place = {"xytext": (-11, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
             axes.annotate(str(at + 1), (0, row), xycoords=beside, fontsize=6.5, weight="bold", **place)
             if colour is not None:
@@ -163,7 +163,7 @@ def _draw_maps(figure: Any, maps: list[_Map], rows: _Rows) -> None:
         colours = {"cmap": "PuOr_r" if signed else "Blues", "vmin": -high if signed else 0.0, "vmax": high}
         for heat_map, axes in zip(shown, axes_of, strict=True):
             image = axes.imshow(heat_map.w_EC.numpy(), aspect="auto", **colours)
-            # what no token passed
+            # layers that no token passed
             axes.set_facecolor("0.85")
             axes.set_title(f"({next(letters)}) {heat_map.title}", fontsize=8, loc="left")
             axes.set_xlabel(heat_map.axis, fontsize=7, parse_math=False)
@@ -188,7 +188,7 @@ def _name_columns(axes: Any, shown: _Map, glyphs: Glyphs, inches: float) -> None
 
 
 class _Strip:
-    """The text in lines, with the number of each token's strongest expert below it and that expert's colour behind it."""
+    """The text in lines: each token on its strongest expert's colour, with that expert's number below it."""
 
     def __init__(self, figures: TokenFigures) -> None:
         self._figures = figures
@@ -249,15 +249,15 @@ def _average_groups(w_EL: Tensor, groups: list[str]) -> dict[str, Tensor]:
 
 
 FAMILIES = {"sans": "DejaVu Sans", "mono": "DejaVu Sans Mono"}
-# a font without real glyphs, which draws every character as a box
+# this font has no real glyphs: it draws every character as a box
 PLACEHOLDER = "Last Resort"
 
 
 class Glyphs:
-    """The fonts for some texts, and the texts in characters that these fonts have. Needs matplotlib.
+    """The fonts needed for some texts, and the texts in characters that these fonts have. Needs matplotlib.
 
-    matplotlib's own font comes first, then installed ones for characters that it lacks. A character of no font becomes its
-    number, such as \\u7684, so that two names never look the same.
+    matplotlib's default font comes first, then installed ones for characters that it lacks. A character in no font becomes
+    its number, such as \u7684, so that two names never look the same.
     """
 
     def __init__(self, texts: Iterable[str], kind: str = "sans") -> None:
@@ -310,18 +310,18 @@ def _characters(path: str) -> set[int]:
     try:
         return set(FT2Font(path).get_charmap())
     except (RuntimeError, OSError):
-        # a file that matplotlib lists and cannot open is passed over, as matplotlib does
+        # matplotlib, too, skips a listed file that it cannot open
         return set()
 
 
-# what could end the element that the data are in, or a line of a script
+# characters that could end the element that holds the data, or a line of a script
 ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
-# how full a colour is where its expert has none, and where it has the largest share
+# the opacity of a colour at no share and at the largest share
 FAINTEST, FULLEST = 0.12, 0.8
 
 
 def page(shown: TokenFigures, summary: str) -> str:
-    """Return the page as HTML. Raises CompositionError where there is no weight to show."""
+    """Return the page as HTML, with `summary` above the text. Raises CompositionError if there is no weight to show."""
     shown.require_weights()
     script = _part("page.js")
     return Template(_part("page.html")).substitute(
@@ -339,7 +339,7 @@ def _part(name: str) -> str:
 
 
 def _tokens(shown: TokenFigures) -> list[str]:
-    """Return the text with each token's strongest expert on the mean over the layers, for readers without scripts."""
+    """Return HTML of the text with each token's strongest expert by the mean over layers, for browsers without scripts."""
     strongest = Strongest.of(shown.by_token_TE)
     highest = max(strongest.shares) or 1.0
     spans = []
@@ -374,9 +374,9 @@ def _data(shown: TokenFigures) -> dict[str, Any]:
 
 
 def _pack(w_TLE: Tensor) -> dict[str, Any]:
-    """Return the weights to the last bit, in base64: all, or if most are 0 the others with their places."""
+    """Return the weights, bit for bit, in base64: all of them, or if most are 0 the others with their places."""
     w_N = w_TLE.float().flatten()
-    # NaN, of a token that a layer never sees, is not 0
+    # a NaN (a token that a layer never sees) counts as not 0
     place_P = w_N.nonzero()[:, 0]
     if 2 * len(place_P) >= len(w_N):
         return {"values": _base64(w_N), "places": None}

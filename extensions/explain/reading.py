@@ -28,7 +28,7 @@ Question = Prompt | Sequence[Mapping[str, Any]]
 
 
 def explain(engine: Composer | Composition, text: Question, mixture: Any = None, *, max_new_tokens: int = 0) -> Explanation:
-    """Return the weight of each expert in each layer for each token of a text or a conversation, from one forward.
+    """Return the weight of each expert for each token of a text or conversation in each layer, from one forward.
 
     `mixture` is what `engine.activate` takes; None explains what is active. For a Composition, which has a mixture, `text`
     is an input of its task, and its prompt is explained. With `max_new_tokens`, the greedy continuation (an
@@ -70,7 +70,7 @@ def _explain_composition(composition: Composition, prompt: Prompt, max_new_token
     engine = Composer(composition.model, [adapter], tokenizer=composition.tokenizer)
     merged = explain(engine, prompt, {adapter.name: 1.0}, max_new_tokens=max_new_tokens)
     if composition.tuned_steps:
-        # an adapter that was trained on has no experts whose shares can be told
+        # a composition whose adapter was trained further has no experts to compare
         return merged
     means, by_layer = composition.mean_weights, composition.by_layer
     rows = [means if by_layer is None else by_layer.get(layer, {}) for layer in merged.layers]
@@ -85,7 +85,7 @@ def _read_one(text: Any) -> Prompt:
         raise CompositionError(f"explain() takes one text or conversation at a time: {error}") from error
 
 
-# what a token decodes to that is no whole character
+# the replacement character, which part of a character decodes to
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -93,8 +93,8 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 class Reading:
     """The arguments of one forward, and its token ids in `parts`: the text, and for an encoder-decoder its answer.
 
-    `lengths` has, for each part, the number of tokens that layers are called with, by which calls are told apart. The first
-    `num_prompt` tokens are the text.
+    `lengths` has, for each part, the number of tokens that layers are called with, which differ to tell the calls apart. The
+    first `num_prompt` tokens are the text.
     """
 
     inputs: Mapping[str, Tensor]
@@ -103,13 +103,13 @@ class Reading:
     num_prompt: int
 
     def prompted(self) -> AbstractContextManager[None]:
-        """Return a context for the forward, in which the text is the prompt and what follows its answer."""
+        """Return a context for the forward, in which the text counts as the prompt and later tokens as its answer."""
         prompt_BT = self.inputs["attention_mask"].clone()
         prompt_BT[:, self.num_prompt :] = 0
         return prompted(self.inputs["input_ids"], prompt_BT)
 
     def explanation(self, tokenizer: Any, trace: Trace, layers: Sequence[str]) -> Explanation:
-        """Return the traced forward as an Explanation of the layers, in this order."""
+        """Return the weights of the traced forward as an Explanation of these layers, in this order."""
         num_tokens = sum(map(len, self.parts))
         w_TLE = torch.full((num_tokens, len(layers), len(trace.experts)), torch.nan)
         for at, layer in enumerate(layers):
@@ -124,7 +124,7 @@ class Reading:
 
 
 def plan_reading(model: nn.Module, tokenizer: Any, text: Prompt, max_new_tokens: int) -> Reading:
-    """Return the forward over the text, and over all but the last of the tokens of its greedy continuation."""
+    """Return the arguments of a forward over the text and all but the last token of its greedy continuation."""
     inputs, pad = encode_texts(model, tokenizer, [text])
     text_ids = inputs["input_ids"][0]
     answer_ids = text_ids[:0]
@@ -141,7 +141,7 @@ def plan_reading(model: nn.Module, tokenizer: Any, text: Prompt, max_new_tokens:
         answer_ids = torch.full_like(text_ids[:1], _start_token(model))
     decoded = answer_ids
     if len(decoded) == len(text_ids):
-        # one more, which changes none before it, so that the length of a call says which part it saw
+        # one more token, which changes no earlier one, so that the length of a call tells its part
         decoded = torch.cat([decoded, torch.full_like(decoded[:1], pad)])
     return Reading(
         {**inputs, "decoder_input_ids": decoded[None]}, (text_ids, answer_ids), (len(text_ids), len(decoded)), len(text_ids)
@@ -149,7 +149,7 @@ def plan_reading(model: nn.Module, tokenizer: Any, text: Prompt, max_new_tokens:
 
 
 def split_text(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """Return the text of each token. Tokens that are characters only together each get the whole text of them."""
+    """Return the text of each token. Tokens that only together make a character each get the text of all of them."""
     texts: list[str] = []
     begin = 0
     while begin < len(ids):
@@ -171,9 +171,9 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _mean_over_calls(calls: Sequence[UsedLayer], length: int, *, only: bool) -> Tensor | None:
-    """Return w_TE of a layer for the part of this length, the mean over several calls; None where the layer saw none.
+    """Return w_TE of a layer for the part of this length, the mean over several calls; None if no call was for this part.
 
-    A layer that got some of the tokens only (an expert of the base's own) is known where all tokens share its weights.
+    A layer that was called with only some tokens (an expert of a mixture in the base) counts if its tokens share weights.
     """
     seen = []
     for call in calls:

@@ -1,4 +1,4 @@
-"""The load of each expert: its share of the weights that a forward used, and how evenly they were spread."""
+"""The load of each expert: its share of the weights that a forward used, and the entropy of a token's weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from loraweave import ScopeError
 from loraweave.extend import UsedLayer, UsedWeights
 
-# weights that are looked at in one piece
+# the number of weights that are converted to float64 at once
 CHUNK = 2**20
 
 
@@ -65,7 +65,7 @@ def entropies(w_NE: Tensor) -> Tensor:
 
 
 def loads(used: UsedWeights, attention_mask: Tensor | None = None) -> dict[str, Load]:
-    """Return {layer: each expert's share and the entropy} of used weights; with the mask of the call, without its padding.
+    """Return {layer: load of its experts} of used weights; with the call's attention mask, padding is left out.
 
     Raises ScopeError for the mask of another batch.
     """
@@ -76,9 +76,9 @@ def loads(used: UsedWeights, attention_mask: Tensor | None = None) -> dict[str, 
 
 
 def _mask_of(used: UsedLayer, attention_mask: Tensor) -> Tensor:
-    """Return the mask for a layer's own rows and tokens: the last ones, where the mask counts a cache, too.
+    """Return the attention mask for the rows and tokens of a layer's call: the last tokens, if the mask includes a cache.
 
-    A layer that takes all tokens as rows of a matrix gets them so. Raises ScopeError where the mask is of another batch.
+    A layer called with all tokens as rows of a matrix gets the mask in that form. Raises ScopeError for another batch's.
     """
     if attention_mask.numel() == used.num_rows * used.num_tokens:
         return attention_mask.reshape(used.num_rows, used.num_tokens)
