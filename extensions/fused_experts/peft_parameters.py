@@ -211,10 +211,10 @@ def _module_of(layer: str) -> str:
 
 
 def _targeted(module: str, targets: Sequence[str]) -> dict[str, bool]:
-    """Map the parameters of a module that PEFT would wrap, if it has them, to whether it certainly does.
+    """Return {parameter of the module that PEFT would wrap if it exists: True if it certainly exists}.
 
-    PEFT takes a target as the end of a parameter's path: one without a point may be a parameter of any module, and every
-    layer has a `weight`.
+    PEFT takes a target as the end of a parameter's path: one without a dot may be a parameter of any module, and every layer
+    has a `weight`.
     """
     parameters: dict[str, bool] = {}
     for target in targets:

@@ -1,4 +1,4 @@
-"""Fused experts, live: the module that has the weights of all its experts in parameters of three axes, and its own router.
+"""Fused experts, live: a loop over the experts of a module that has all their weights in parameters of three axes.
 
     for each expert e that some token n reached:          (e, n) from the module's router, w_n from the mixture
         h = gate(x_n F_e + update of F_e at n)             update at n: (x_n a^T * w_n) b^T, by `Plan.at_tokens`
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from loraweave import LayerMismatch
 from loraweave.extend import LiveModel, StandIn, TargetLayer, give_back, is_floating, multiplies_columns
 
-# the update of a parameter's expert at tokens: x_NI and their numbers -> update_NO; None where there is nothing to add
+# (parameter, expert, x_NI, token numbers) -> update_NO, or None if there is nothing to add
 Update = Callable[[str, int, Tensor, Tensor], Tensor | None]
-# the same with what the expert made of the tokens, and the number of all tokens; it returns what counts in its place
+# the same arguments, the expert's product and the number of all tokens -> the product to use in its place
 See = Callable[[str, int, Tensor, Tensor, Tensor, int], Tensor]
 
 
 class Reached(NamedTuple):
-    """The inputs that reached one expert: rows of the module's input, their tokens, and their scores where it weighs."""
+    """The inputs routed to one expert: rows of the module's input, their tokens, and their scores if outputs are weighed."""
 
     expert: int
     row_N: Tensor
@@ -140,7 +140,7 @@ def _sum_of_experts(
 
 
 def _reached(module: nn.Module, given: list[Any]) -> tuple[Tensor, int, Iterator[Reached]]:
-    """Return (input rows, the number of the call's tokens, what reached each expert) for a forward's arguments, `given`."""
+    """Return (input rows, number of the call's tokens, inputs by expert) for `given`, a forward's arguments."""
     x = given[0].reshape(-1, given[0].shape[-1])
     count = int(module.down_proj.shape[0])  # type: ignore[union-attr, index]
     if len(given) == 1:
@@ -149,7 +149,7 @@ def _reached(module: nn.Module, given: list[Any]) -> tuple[Tensor, int, Iterator
 
 
 def _by_scores(index_NK: Tensor, score_NK: Tensor, count: int) -> Iterator[Reached]:
-    """Yield what reached each of `count` experts, by the K experts of each of N tokens and their scores.
+    """Yield the inputs routed to each of `count` experts, by the K experts of each of N tokens and their scores.
 
     Indices outside 0 to `count` - 1, those of other processes' experts, are left out.
     """
@@ -162,7 +162,7 @@ def _by_scores(index_NK: Tensor, score_NK: Tensor, count: int) -> Iterator[Reach
 
 
 def _not_zero(x: Tensor, count: int) -> Iterator[Reached]:
-    """Yield what reached each expert in Llama 4's form: all tokens for each, times their score, 0 for those not for it."""
+    """Yield the inputs routed to each expert in Llama 4's form: all tokens times their scores, which are 0 if not routed."""
     x_END = x.reshape(count, -1, x.shape[-1])
     for expert in range(count):
         token_N = x_END[expert].any(dim=-1).nonzero()[:, 0]
@@ -211,7 +211,7 @@ def _computes_as_known(module: nn.Module, weight: Tensor) -> bool:
         x, _, reached = _reached(module, inputs)
         actual = _sum_of_experts(module, x, reached, lambda *asked: None)
     except Exception:
-        # whatever a class of its own asks for
+        # a custom class may raise any error
         return False
     near = 1e-2 * float(expected.abs().max())
     return expected.shape == actual.shape and torch.allclose(expected.float(), actual.float(), rtol=1e-2, atol=near)

@@ -1,4 +1,4 @@
-"""Files of large search indexes, which the next process maps instead of reading every key from the catalogue.
+"""Files of large search indexes, which later processes map instead of reading every key from the catalogue.
 
 A file is named arrays in safetensors, written in blocks, with the digest of each array. It lies in the hub's index/, or in
 the cache if the hub is read-only, and is never believed blindly: what is damaged or of another form is made again.
@@ -127,14 +127,14 @@ def _blocks(array: np.ndarray) -> list[memoryview]:
     return [flat[start : start + _BLOCK_BYTES] for start in range(0, len(flat), _BLOCK_BYTES)]
 
 
-# raised when the meaning of the arrays changes
+# to be increased when the meaning of the arrays changes
 _FORMAT = 1
 
 
 def load(places: Sequence[Path], wanted: Stamp, dim: int, choice: Choice) -> tuple[Keys, Stamp] | None:
     """Return (keys, stamp) of the newest file in the folders `places` for the embedder and index in `wanted` and `choice`.
 
-    The keys are mapped from the file. Returns None if there is none, or it is damaged or in another format.
+    The keys are mapped from the file. Returns None without a file, or if it is damaged or in another format.
     """
     saved = [_load(folder, wanted, dim, choice) for folder in places]
     return max(filter(None, saved), key=lambda one: one[1].generation, default=None)
@@ -152,7 +152,7 @@ def save(place: Path, stamp: Stamp, keys: Keys) -> Keys | None:
     metadata = {**vars(stamp), "format": _FORMAT, "dim": keys.dim, "kind": type(segment.index).__name__}
     try:
         if cache_folder() in place.parents:
-            # only a folder of the cache: a hub's own folder that was deleted stays deleted
+            # only the cache's folder is made: a hub's own folder that was deleted stays deleted
             place.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob("*.unfinished"):
             if time.time() - left.stat().st_mtime >= STALE_TMP_S:

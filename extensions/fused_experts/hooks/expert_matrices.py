@@ -1,4 +1,4 @@
-"""Live mixtures of a module that has the weights of its experts in parameters of three axes: it runs expert by expert."""
+"""Live mixtures of a module that has all experts' weights in parameters of three axes: it runs them one by one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ExpertMatrices(LiveHook):
 
     @classmethod
     def runs_experts(cls, module: nn.Module) -> bool:
-        """Return whether the module computes as one of those that are known."""
+        """Return whether the module computes like a known module of fused experts."""
         return computes_as_known(module)
 
     def take_experts(self, live: LiveModel, module: nn.Module, layers: Sequence[TargetLayer]) -> Iterator[Handle]:

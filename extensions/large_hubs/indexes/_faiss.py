@@ -149,7 +149,7 @@ class HalfScanner:
 
 
 class HalfScanners(threading.local):
-    """Scanners of codes: one for every thread that searches without a mask, a new one for every mask."""
+    """A pool of scanners of codes: one for each thread that searches without a mask, a new one for each mask."""
 
     def __init__(self, faiss: Any, dim: int, *, numbered: bool) -> None:
         self._make = partial(HalfScanner, faiss, dim, numbered)
@@ -177,7 +177,7 @@ Search = Callable[[np.ndarray, int, float], np.ndarray]
 
 
 def least_effort(efforts: Sequence[float], search: Search, vectors_ND: np.ndarray) -> float:
-    """Return the effort after the first at which `search(query_QD, k, effort)` finds enough neighbours, else the last.
+    """Return the effort one step above the least at which `search(query_QD, k, effort)` finds enough neighbours.
 
     It finds enough with a share GOAL of the nearest. The next effort is taken since query texts lie less close to the
     vectors than these to each other.

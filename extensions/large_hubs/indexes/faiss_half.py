@@ -23,7 +23,7 @@ SLACK = 1e-5
 # from this many queries on, one matrix product a block is faster than faiss row by row
 MANY_QUERIES = 8
 
-# how many rows are asked of these products beyond k, so that the k-th is seldom a near tie with the last
+# rows taken from these products beyond k, so that the k-th is seldom a near tie with the last
 SPARE = 6
 
 # how many rows are scored again: the k-th is then nearly always further from the last than fp16's rounding
@@ -37,10 +37,10 @@ _LARGEST = 65504.0
 
 
 class FaissHalf(Flat):
-    """Vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
+    """An index of vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
 
-    The results are the reference's: the distance of every row to its fp16 copy is bounded, which shows whether a row that
-    was not scored again could be among the best; then more are. Many queries at once are matrix products in fp32.
+    Results are the reference's: a bound on every row's distance to its fp16 copy shows whether a row that was not scored
+    again could be among the best; then more rows are. Many queries at once are matrix products in fp32.
     """
 
     exact = True
@@ -54,7 +54,7 @@ class FaissHalf(Flat):
         self._bounds = np.array([1.0, 0.0], np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return {name: array}, all that an index file needs."""
+        """Return {name: array} of all arrays that an index file needs."""
         return {"vectors": self._vectors_ND, "codes": self._codes_ND, "bounds": self._bounds}
 
     def _append(self, new_ND: np.ndarray) -> None:

@@ -47,11 +47,11 @@ class _Lists:
 
 
 class FaissIvf(Flat):
-    """Vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
+    """An index of vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
 
-    Scores are exact, but a row in a list that was not searched is missed. How many lists it takes depends on the vectors, so
-    it is measured on a hundred of them: twice as many as it takes to find 97 % of their ten nearest. Below 10,000 vectors,
-    and for filters that leave few, everything is scanned and nothing missed.
+    Scores are exact, but a row in a list that was not searched is missed. The number of lists to search depends on the
+    vectors, so it is measured on a hundred of them: twice as many as are needed to find 97 % of their ten nearest. Below
+    10,000 vectors, and for filters that leave few, everything is scanned and nothing is missed.
     """
 
     exact = False
@@ -65,7 +65,7 @@ class FaissIvf(Flat):
         self._lists: _Lists | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays to save."""
+        """Return {name: array} of all arrays that an index file needs."""
         if self._all is not None:
             return self._all.arrays()
         assert self._lists is not None
@@ -181,7 +181,7 @@ def _gathered(sample_SD: np.ndarray, count: int, rng: np.random.Generator) -> np
 
 
 def nearest(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
-    """Return (N,): each vector's number of the centre with the largest inner product; with many centres, nearly always it.
+    """Return (N,): the number of the centre with the largest inner product with each vector; of many, nearly always.
 
     Many centres are grouped around centres of their own, and a vector is compared with the centres of the nearest group and
     of the few beside it: a seventh of the work at 2,000. If that is wrong for some of a sample, as for vectors without
@@ -224,7 +224,7 @@ def _by_list(list_N: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest_of_all(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
-    """Return (N,): each vector's number of the centre with the largest inner product."""
+    """Return (N,): the number of the centre with the largest inner product with each vector."""
     found_N = np.empty(len(vectors_ND), np.int64)
     for start in range(0, len(vectors_ND), BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
