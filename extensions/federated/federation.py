@@ -272,7 +272,7 @@ def _named(strategy: Strategy) -> dict[str, Any]:
 
 
 def _key(course: Course, strategy: Strategy) -> str:
-    """Return the digest of all that the rounds depend on, under which their state is stored."""
+    """Return the digest of all settings and data that the rounds depend on, under which their state is stored."""
     members = [
         [name, client.rank, client.size, [[row.prompt, row.target, row.labels] for row in client.rows]]
         for name, client in course.clients.items()

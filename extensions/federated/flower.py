@@ -15,7 +15,7 @@ from loraweave import PackageMissing, TrainingError
 from loraweave.extensions.federated.rounds import here
 from loraweave.extensions.federated.strategies._strategy import Course, Order, Strategy, Tensors, Trained
 
-# their own use reports would leave the machine
+# flower's and ray's usage reports would leave the machine
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 DIED = "ActorDiedError"
 
@@ -59,7 +59,7 @@ def _simulated(course: Course, strategy: Strategy, orders: Sequence[Order]) -> d
         raise PackageMissing(f"backend 'flower' needs flwr and ray ({error}): pip install 'loraweave[flower]'") from error
 
     threads, by_client = torch.get_num_threads(), dict[str, Trained | str]()
-    # processes import what this one can
+    # processes import from the same paths as this one
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     settings: dict[str, Any] = {
         "num_cpus": max(threads, os.cpu_count() or 1),
@@ -80,7 +80,7 @@ def _simulated(course: Course, strategy: Strategy, orders: Sequence[Order]) -> d
 
         @server.main()  # type: ignore[untyped-decorator]
         def main(grid: Any, context: Any) -> None:
-            # nodes come up while this runs
+            # the simulation's nodes start while this runs
             while len(nodes := sorted(grid.get_node_ids())) < len(orders):
                 time.sleep(0.1)
             sent = dict(zip(nodes, orders, strict=True))
@@ -98,7 +98,7 @@ def _simulated(course: Course, strategy: Strategy, orders: Sequence[Order]) -> d
 
 
 def _carry_out(reference: Any, threads: int, message: Any, _: Any) -> Any:
-    """Carry out the order in `message` in a client's process and return the reply; `reference` is of the shared course."""
+    """Carry out the order in `message` in a client's process and return the reply; `reference` is ray's, to the course."""
     from flwr.app import ConfigRecord, Message, RecordDict
 
     course, strategy = _shared(reference)
@@ -117,7 +117,7 @@ def _carry_out(reference: Any, threads: int, message: Any, _: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _shared(reference: Any) -> tuple[Course, Strategy]:
-    """Return the course and strategy that ray stores under a reference; a process reads them once."""
+    """Return the course and strategy that ray stores under a reference; each process reads them once."""
     import ray
 
     shared: tuple[Course, Strategy] = ray.get(reference)

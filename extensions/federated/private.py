@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 HEAD = struct.Struct("!BHIIQ")
 HELLO, EMBEDDINGS, LAYER, HIDDEN = range(4)
-# what a call asks for: the states of all tokens, and an empty cache
+# flags of a call: return the states of all tokens; begin with an empty cache
 WHOLE, BEGINS = 1, 2
-# of one call
+# limits of one call
 MAX_TOKENS = 2**15
 MAX_JSON = 2**20
 FLOAT = np.dtype("<f4")
@@ -114,7 +114,7 @@ class _Line:
         return Head(*HEAD.unpack(self._read(HEAD.size)))
 
     def due(self, kind: int) -> Head:
-        """Read and return the head of the next frame. Raises LayerMismatch if it is of another kind."""
+        """Read and return the head of the next frame, which must be of this kind. Raises LayerMismatch for another."""
         head = self.head()
         self.require(kind, head)
         return head

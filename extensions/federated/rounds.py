@@ -19,7 +19,7 @@ from loraweave.extensions.federated.strategies._strategy import Course, Order, S
 
 logger = logging.getLogger(__name__)
 
-# carries out orders: what each client has trained, or why it has not
+# a function that carries out orders and yields (client, its result or the reason why it has none)
 Backend = Callable[[Course, Strategy, Sequence[Order]], Iterator[tuple[str, Trained | str]]]
 
 SERVER, OWN, UPDATE = "server/", "own/", "update/"
@@ -56,7 +56,7 @@ class State:
 
 @dataclass(frozen=True)
 class Kept:
-    """The store of a federation in its folder, if any: the state after the last round, the updates of the running one."""
+    """The store of a federation in its folder, if any: the state after the last round, the updates of the running round."""
 
     folder: Path | None
     key: str
@@ -89,7 +89,7 @@ class Kept:
         self._write(self._of(number, client), tensors, {"losses": trained.losses})
 
     def forget(self, number: int, clients: Sequence[str]) -> None:
-        """Drop the updates of a round whose state is kept."""
+        """Delete the updates of a round whose resulting state is stored."""
         if self.folder is not None:
             for client in clients:
                 drop_state(self.folder, self._of(number, client))

@@ -1,1 +1,1 @@
-"""Merge methods for what clients have trained apart, one file each."""
+"""Merge methods for adapters that clients have trained separately, one file each."""

@@ -16,13 +16,13 @@ from loraweave.extend import Experts, TruncatedUpdate, Weights, algebra, get, is
 def flexlora(experts: Experts, weights: Weights, *, rank: int | None = None) -> TruncatedUpdate:
     """Return one layer's mean update cut to `rank`, with b = U Sigma and a = V^T (Bai et al. 2024, arXiv 2402.11505).
 
-    Weights are the clients' sizes: only their proportions count. Without `rank` it is the largest among the experts that
-    count. Rows of a are orthonormal and ordered by singular value, so that the first r of them are the best approximation of
-    rank r: `flexlora_clients` gives each client its own from one decomposition. From the factors alone, in float64. An
-    expert without the layer is a zero update. Gains and biases take the mean.
+    Weights are the clients' sizes: only their proportions count. `rank` is by default the largest among the experts with
+    weight. Rows of a are orthonormal and ordered by singular value, so that the first r of them are the best approximation
+    of rank r: `flexlora_clients` takes all clients' adapters from one decomposition. Computed from the factors alone, in
+    float64. An expert without the layer is a zero update. Gains and biases take the mean.
     """
     truncated: TruncatedUpdate = get("methods", "svd")(experts, shares(weights), rank=rank)
-    # one client of an update that needs the base layer keeps the factors of the cut
+    # if the only client's update needs the base layer, the factors stay as the cut left them
     return replace(truncated, factors=_right_orthonormal(truncated.factors)) if truncated.factors.bound else truncated
 
 

@@ -1,1 +1,1 @@
-"""Strategies of federation, one file each: how a round begins on a client, and what becomes of the updates."""
+"""Strategies of federation, one file each: what clients receive, how they train, and how their updates are aggregated."""

@@ -1,4 +1,4 @@
-"""The noise for a budget of differential privacy, and the budget that a noise spends, by opacus's Renyi accountant.
+"""The noise that a privacy budget needs, and the budget that noise spends, by opacus's Renyi accountant.
 
 Both count steps of the sampled Gaussian mechanism (Mironov et al. 2019, arXiv 1908.10530): of all that are protected, each
 takes part with probability `sample_rate`, and `noise` is the standard deviation of what is added to a sum, in units of the
@@ -21,7 +21,7 @@ from loraweave import PackageMissing, TrainingError
 from loraweave.extend import Positive, Range
 from loraweave.extensions.federated.strategies._strategy import Course, Strategy
 
-# of Renyi divergence; small budgets need high ones
+# orders of the Renyi divergence; small budgets need high ones
 ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [*range(11, 64), 80, 96, 128, 192, 256, 512, 1024]
 
 
@@ -93,14 +93,14 @@ def length(tensors: Iterable[Tensor]) -> float:
 
 @contextmanager
 def _any_order() -> Iterator[None]:
-    """Silence opacus where the tightest bound that it tries is the last: every order gives one that holds."""
+    """Silence opacus's warning that the best order is the last it tried: a bound from any order is valid."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Optimal order is the")
         yield
 
 
 def _opacus(strategy: str) -> tuple[Any, Any]:
-    """Return the accountant and the search for the least noise."""
+    """Return opacus's accountant class and its search for the least noise. Raises PackageMissing without opacus."""
     try:
         from opacus.accountants import RDPAccountant
         from opacus.accountants.utils import get_noise_multiplier

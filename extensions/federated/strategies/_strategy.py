@@ -1,4 +1,4 @@
-"""The base class of all strategies of federation, and what the rounds of all have in common.
+"""The base class of all strategies of federation, and the parts of a round that strategies share.
 
 All that passes between server and clients are named fp32 tensors, so that a round can be checked, kept and sent anywhere.
 """
@@ -118,9 +118,9 @@ class Strategy(Declared):
     mixed_ranks: ClassVar[bool] = False
     # whether clients may have models of their own
     own_models: ClassVar[bool] = False
-    # "count" draws a fixed number of clients for a round, "poisson" each by itself
+    # "count" draws a fixed number of clients for a round, "poisson" each independently
     sampling: ClassVar[Literal["count", "poisson"]] = "count"
-    # whether what an adapter's card says of seeds, clients and their losses would undo what the strategy guarantees
+    # whether seeds, clients and losses in an adapter's card would break the strategy's guarantee
     secret: ClassVar[bool] = False
 
     @property
@@ -135,7 +135,7 @@ class Strategy(Declared):
         return tensors_of(new_layers(course))
 
     def sent(self, course: Course, server: Tensors, client: Client, own: Tensors) -> Tensors:
-        """Return the tensors that the client receives: all, or where ranks are mixed the first rows, as many as its rank."""
+        """Return the tensors that the client receives: all, or with mixed ranks the first rows and columns of its rank."""
         return truncated(server, client.rank) if self.mixed_ranks else server
 
     def job(self, course: Course, order: Order) -> LoraJob:
@@ -210,12 +210,12 @@ def learn(course: Course, order: Order, job: TrainingJob, *, loss: Loss | None =
 
 
 def tensors_of(layers: Layers) -> Tensors:
-    """Return factors as named tensors, laid out as a file gives them back: products round by layout."""
+    """Return factors as named tensors, contiguous like those read from a file, since products round by memory layout."""
     return {layer + suffix: part.contiguous() for layer, f in layers.items() for suffix, part in ((A, f.a_RI), (B, f.b_OR))}
 
 
 def layers_of(state: Tensors) -> Layers:
-    """Return the factors among named tensors, in the order of their names, by which the norms of gradients round."""
+    """Return the factors among named tensors, sorted by name, an order that the rounding of gradients' norms depends on."""
     names = sorted(name.removesuffix(A) for name in state if name.endswith(A))
     return {name: Factors(state[name + A], state[name + B]) for name in names}
 
@@ -248,9 +248,9 @@ def sizes(course: Course, names: Iterable[str]) -> list[float]:
 
 
 class MatrixJob(TrainingJob):
-    """A job y + x D^T with a trained D_OI for each layer, or with one that is zero but for trained values at fixed places.
+    """A job that adds x D^T to y, with a D_OI trained in each layer, whole or only at fixed places (zero elsewhere).
 
-    `values` has D_OI for each layer, or the vector of its values; `places` then has their flat places in D.
+    `values` has D_OI for each layer, or the vector of its trained values; `places` then has their flat places in D.
     """
 
     def __init__(

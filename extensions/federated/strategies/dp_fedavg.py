@@ -1,4 +1,4 @@
-"""DP-FedAvg (McMahan et al. 2018, arXiv 1710.06963): clipped updates, noise of the server's, and what both guarantee."""
+"""DP-FedAvg (McMahan et al. 2018, arXiv 1710.06963): clipped updates, noise added by the server, and their guarantee."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DpFedavg(PrivateStrategy):
         return Trained({name: value * factor for name, value in moved.items()}, {}, trained.losses)
 
     def aggregate(self, course: Course, server: Tensors, updates: Mapping[str, Tensors], number: int) -> Tensors:
-        """Return the state plus the noisy sum of updates, each shortened to `clip` here, too. There may be no update."""
+        """Return the state plus the noisy sum of the updates, each first shortened to `clip`; `updates` may be empty."""
         sigma, expected = self.noise(course), course.sample_rate * len(course.clients)
         generator = seeded(course.settings.seed, "noise", number)
         factors = [self._factor(update) for update in updates.values()]
@@ -49,5 +49,5 @@ class DpFedavg(PrivateStrategy):
         return state
 
     def _factor(self, update: Tensors) -> float:
-        """Return the factor that shortens an update to `clip`; tensors are added by name, by which norms round."""
+        """Return the factor that shortens an update to `clip`, the same to the bit for any order of the tensors."""
         return min(1.0, self.clip / max(length(value for _, value in sorted(update.items())), 1e-30))

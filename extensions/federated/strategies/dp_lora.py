@@ -85,7 +85,7 @@ class DpLora(PrivateStrategy):
         return mean(list(updates.values()), [1.0] * len(updates))
 
     def gradients(self, course: Course, job: LoraJob, rows: Sequence[EncodedRow]) -> list[Tensor]:
-        """Return the sum of the clipped gradients of the job's parameters, of all rows together or of each for itself."""
+        """Return the sum of the clipped gradients of the job's parameters, clipped once for all rows or for each row."""
         summed = [torch.zeros_like(parameter) for parameter in job.parameters()]
         for part in [rows] if self.clip_by == "batch" and rows else [[row] for row in rows]:
             loss = plain_loss(course, job, part)
@@ -97,7 +97,7 @@ class DpLora(PrivateStrategy):
 
 
 def drawn(course: Course, order: Order, step: int) -> list[EncodedRow]:
-    """Return the client's rows of a step: each by itself, a function of the seed, the client, the round and the step."""
+    """Return the rows of a client's step, each drawn independently by the seed, the client, the round and the step."""
     rows = course.clients[order.client].rows
     generator = seeded(course.settings.seed, "rows", order.client, order.round, step)
     chance = torch.rand(len(rows), generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""FeDeRA (Yan et al. 2024, arXiv 2404.18848): a LoRA that begins as the weight's largest singular values and vectors."""
+"""FeDeRA (Yan et al. 2024, arXiv 2404.18848): a LoRA that begins with the weight's largest singular values and vectors."""
 
 from __future__ import annotations
 
@@ -69,6 +69,6 @@ class ResidualJob(LoraJob):
 
 
 def _apart(state: Tensors) -> tuple[Tensors, Tensors]:
-    """Return the tensors that learn, and their starts, by the same names."""
+    """Return (the tensors that learn, their starting values under the same names)."""
     origin = {name.removeprefix(ORIGIN): value for name, value in state.items() if name.startswith(ORIGIN)}
     return {name: value for name, value in state.items() if not name.startswith(ORIGIN)}, origin

@@ -1,4 +1,4 @@
-"""FedMS (Wu et al. 2023, arXiv 2312.15926): a global expert that all train, then one of each client's own and a gate."""
+"""FedMS (Wu et al. 2023, arXiv 2312.15926): a global expert that all clients train, then a local expert and gate each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from loraweave.extend import Count, ExpertJob, ExpertModel, caller_randomness, p
 from loraweave.extensions.federated.strategies._strategy import (
     Client,
     Course,
-    Layers,
     Order,
     Strategy,
     Tensors,
@@ -46,7 +45,7 @@ class Fedms(Strategy):
                 f"strategy 'fedms' got global_rounds={self.global_rounds} of {course.rounds} rounds, and none is left "
                 "for the clients' own experts: take more rounds, or fewer global ones"
             )
-        # what the recipe refuses is refused before the first round
+        # the recipe's errors are raised before the first round
         self.model(course, "", self.first(course), {}).close()
 
     def train(self, course: Course, order: Order) -> Trained:
@@ -68,10 +67,6 @@ class Fedms(Strategy):
             with self.model(course, "", state, {}) as made:
                 state |= _gates(made)
         return state
-
-    def layers(self, course: Course, state: Tensors) -> Layers:
-        """Return the global expert."""
-        return layers_of(state)
 
     def model(self, course: Course, client: str, server: Tensors, own: Tensors) -> ExpertModel:
         """Return the client's expert model on the base: its kept tensors with the server's global expert and gates."""

@@ -1,4 +1,4 @@
-"""HetLoRA (Cho et al. 2024, arXiv 2401.06432): clients of ranks of their own, cut for them, pruned by them, padded again."""
+"""HetLoRA (Cho et al. 2024, arXiv 2401.06432): clients of different ranks, which get cut factors and may prune them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Hetlora(Strategy):
 
 
 class PruningJob(LoraJob):
-    """A LoRA whose rank rows from `kept` on are penalised."""
+    """A LoRA job with a penalty on the rank rows from `kept` on."""
 
     def __init__(self, name: str, factors: Pairs, scale: float, kept: int, strength: float) -> None:
         super().__init__(name, factors, scale)

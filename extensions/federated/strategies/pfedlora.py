@@ -1,4 +1,4 @@
-"""pFedLoRA (Yi et al. 2023, arXiv 2310.13283): a small adapter that clients exchange beside networks of their own."""
+"""pFedLoRA (Yi et al. 2023, arXiv 2310.13283): a small adapter that clients exchange, beside a network of each client's."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Pfedlora(Strategy):
         return Trained(factors_of(adapter), network.learned(), local + shared)
 
     def client(self, course: Course, server: Tensors, client: Client, own: Tensors, card: Mapping[str, Any]) -> Adapter:
-        """Return the client's network with mu times the adapter, as one adapter."""
+        """Return the client's trained weights plus mu times the shared adapter, as one adapter of its model."""
         course = course.of(client.name)
         (shared,) = layers_of(server).values()
         local: Layers = {layer: Factors(*factorise(delta_OI)[:2]) for layer, delta_OI in own.items()}
@@ -112,7 +112,7 @@ def _output_layer(course: Course) -> tuple[str, tuple[int, int]]:
 
 @contextmanager
 def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Keep gradients from the parameters inside the block."""
+    """Turn gradients off for the parameters inside the block, and on again after it."""
     for parameter in parameters:
         parameter.requires_grad_(False)
     yield
