@@ -1,4 +1,4 @@
-"""How does a server keep to its memory and its time, and what does it tell of itself? By budgets and Prometheus' figures.
+"""How does a server keep within its memory and time, and what does it report? By budgets, and by figures for Prometheus.
 
 `Limits.memory_bytes` and `Limits.token_seconds` (`loraweave serve --memory-bytes`, `--token-seconds`) are kept by `Budgets`:
 rows wait for memory, and for steps that would be quick enough. `PrometheusMetrics` is what /metrics shows. Both count at

@@ -1,4 +1,4 @@
-"""Which rows run together beside a server's limits: those whose memory is there, and whose tokens come in time."""
+"""The admission of rows to a server's batch: a row waits until its memory is free and its tokens would come in time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loraweave.extend import Admission, Limits, Refusal, Workload, costs, head_s
 
 # the number of steps that are remembered, and of steps that the first guess weighs as much as
 NUM_STEPS, GUESS = 256, 1.0
-# an update takes what it is priced at
+# the first guess of c2: an update takes the seconds of its price
 COEFFICIENTS = (0.0, 0.0, 1.0)
 
 # {(inputs, outputs) of a layer: (how many such layers, mean rank in them)}
@@ -26,7 +26,7 @@ Ranks = dict[tuple[int, int], tuple[int, int]]
 
 
 class Budgets(Admission):
-    """The budgets of a server's memory in bytes and of a step's time in seconds; no row waits for an infinite budget."""
+    """The limits of a server's memory (bytes) and of a step's time (seconds); an infinite limit makes no row wait."""
 
     def __init__(self, model: Any, limits: Limits, prefixes: Any, experts: Any, step_times: StepTimes | None = None) -> None:
         self._limits = limits
@@ -61,13 +61,13 @@ class Budgets(Admission):
 
 
 class Memory:
-    """A budget of `max_bytes` for rows of a model, kept beginnings, and adapters. One thread uses it.
+    """A budget of `max_bytes` for running rows, kept prefixes and adapters. One thread uses it.
 
-    What running rows need, their adapters included, comes first. What no row uses, of beginnings and of adapters, makes
-    room, those first that were used longest ago.
+    Running rows, with their adapters, come first. Kept prefixes and adapters that no row uses make room for them, the least
+    recently used first.
 
-    A row counts at its longest, prompt and answer, and so do the rows beside it, whose lines are filled up. This adds up
-    bytes and places nothing: the one budget is S-LoRA's (Sheng et al. 2024, arXiv 2311.03285), its pages are not here.
+    Each row counts with the longest length of all rows beside it, prompt and answer, since lines are padded. Bytes are only
+    added up: the common budget is S-LoRA's (Sheng et al. 2024, arXiv 2311.03285), without its paged memory.
     """
 
     def __init__(self, model: Any, max_bytes: float, prefixes: Any, experts: Any) -> None:
@@ -114,7 +114,7 @@ def _token_bytes(model: Any) -> int:
 
 
 class StepTimes:
-    """A predictor of how many seconds (of `clock`) a decoding step takes, by item size in bytes and device type.
+    """A predictor of the seconds of a decoding step, fitted to the last steps, for a device type and an item size in bytes.
 
     One thread uses it.
 
@@ -151,7 +151,7 @@ class StepTimes:
         features_SF = np.array([features for features, _ in self._steps])
         seconds_S = np.array([seconds for _, seconds in self._steps])
         size_F = np.maximum(features_SF.max(axis=0), 1e-9)
-        # in units of each feature's largest, the guess is as heavy as so many steps
+        # with features scaled to at most 1, the guess weighs as much as GUESS steps
         guess_F = np.array(COEFFICIENTS) * size_F
         scaled_SF = np.vstack([features_SF / size_F, GUESS * np.eye(3)])
         found_F, _ = nnls(scaled_SF, np.concatenate([seconds_S, GUESS * guess_F]))

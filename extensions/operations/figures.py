@@ -41,7 +41,7 @@ class PrometheusMetrics(Metrics):
         self._steps = Counter("steps", "Steps of the running batch", **known)
         self._ended = Counter("rows", "Rows that are over, by whether their client had gone", ["gone"], **known)
         for gone in ("true", "false"):
-            # shown before the first
+            # zero is shown before the first
             self._ended.labels(gone)
         self._watched = {name: Gauge(name, text, **known) for name, text in WATCHED.items()}
 

@@ -1,4 +1,4 @@
-"""Beginnings that were read and need not be read again, by the weights that they were read under.
+"""Prefixes of prompts that were read and need not be read again under the same weights.
 
 A chat's next turn, and further answers to a prompt, begin with tokens that the model has read. What it made of them depends
 on these tokens and on the weights: {content hash: weight}, or the router. Under any other weights nothing is taken. An
@@ -21,9 +21,9 @@ from transformers.cache_utils import DynamicCache
 
 from loraweave.extend import Prefixes, following, last_place, pad_rows, with_positions
 
-# shorter ones save less than they cost
+# the least number of tokens: shorter prefixes save less than they cost
 MIN_TOKENS = 16
-# each is looked at for every row that begins
+# the most kept prefixes: all are compared with every new row
 MAX_KEPT = 1024
 
 # of each layer, keys_HTD and values_HTD of one row
@@ -46,7 +46,7 @@ class Kept:
 
 
 class KeptPrefixes(Prefixes):
-    """The prefixes used last, of at most `max_bytes` together, on the model's device."""
+    """The most recently used prefixes, up to `max_bytes` in all, on the model's device."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -91,7 +91,7 @@ class KeptPrefixes(Prefixes):
         read = [ids for row in rows for ids in row.ids]
         lines = [(row, states) for row in rows for states in states_of(row)]
         for line, (row, states) in enumerate(lines):
-            # the last token was chosen, and not read
+            # the last token was chosen, but the model has not read it
             num_read = len(read[line]) - 1
             for weights, most in states if row in ended and not row.failed else ():
                 length = num_read if most is None else min(most, num_read)
@@ -135,7 +135,7 @@ class KeptPrefixes(Prefixes):
 
 
 def states_of(row: Any) -> list[States]:
-    """Return, for each line of a row, the weights that its keys and values depend on; None where weights do not decide them.
+    """Return, for each line of a row, the weights on which its keys and values depend; None if more than weights counts.
 
     A router is identified by its formula, not as an object, which would live as long as its keys and values.
     """

@@ -1,4 +1,4 @@
-"""The parts of a server that this extension brings: what counts, what is kept, and what admits rows under a budget."""
+"""The parts that this extension adds to a server: figures, kept prefixes, and the admission of rows under a budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses by quantised weights: of an adapter trained on them in full ones, and of answers where one is fused into them.
+"""The losses from quantised weights: of an adapter trained on them but used on full ones, and of answers after fusing.
 
 QLoRA (Dettmers et al. 2023, arXiv 2305.14314) trains D on Q(W) + D, so that W + D is another function, by W - Q(W): stated
 for each layer as |W - Q(W)| / |D|, in Frobenius norms. What `train_adapters` makes on a quantised base has that base's
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loraweave import Adapter, CompositionError, PackageMissing
 from loraweave.extend import Fused, TargetLayer, algebra, is_floating
 
-# {a layer's module: {an adapter's hash and mark: what was said}}, so that it is calculated once for a model
+# {a layer's module: {an adapter's hash and mark: warning}}, so that it is calculated once for a model
 _TOLD: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
@@ -132,7 +132,7 @@ def _told(found: Mapping[str, float] | None) -> str:
 
 @dataclass(frozen=True)
 class LogitsLoss:
-    """The change of answers over all tokens of some texts.
+    """The change of a model's predictions by fusing, over all tokens of some texts.
 
     `kl` is the mean of KL(exact || fused) in nats, `other_choice` the share of tokens with another likeliest successor, and
     `largest` the largest difference of two log-probabilities.
@@ -145,7 +145,7 @@ class LogitsLoss:
 
 @torch.inference_mode()
 def logits_loss(written: Fused, tokenizer: Any, texts: Sequence[str]) -> LogitsLoss:
-    """Return how far the logits of these texts, each read alone, are from those with every quantised layer's update live.
+    """Return how far the logits of these texts, each read alone, are from those with all updates of quantised layers live.
 
     `written` is what `Composer.fused` gives its block. Raises CompositionError where there are no tokens to read, and after
     the block's end.

@@ -1,1 +1,1 @@
-"""The writers that quantised bases bring."""
+"""The writers of fused mixtures for quantised bases."""

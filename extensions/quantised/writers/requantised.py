@@ -1,4 +1,4 @@
-"""A quantised layer in a fused mixture: quantised again with its update, or left as it is with the update on its output.
+"""A quantised layer in a fused mixture: quantised again with its update, or unchanged with the update added to its output.
 
     W      what the layer's own forward makes of unit vectors, whatever its storage
     V      W (1 + gain) + update
@@ -27,16 +27,16 @@ from loraweave import Adapter, CompositionError, Factors
 from loraweave.extend import DenseUpdate, LayerLoss, TargetLayer, WeightWriter, find_places, is_floating
 from loraweave.extensions.quantised.losses import full_weight_warnings, is_quantised
 
-# unit vectors that a layer reads at once
+# the number of unit vectors in one call of a layer
 BLOCK = 256
-# what bitsandbytes' modules know of their weight beside it
+# attributes beside the weight in which bitsandbytes' modules keep its state
 _BESIDE = ("state", "quant_state")
-# where a layer's values are, and in which dtype it is given its inputs
+# (device of a layer's weight, dtype of its inputs)
 Place = tuple[torch.device, torch.dtype]
 
 
 class Requantised(WeightWriter):
-    """The weight of a quantised layer, as a writer that `Fused` uses.
+    """A writer that `Fused` uses for the weight of a quantised layer.
 
     `loss` is the latest update's; above `max_loss` the weight stays as it is and a hook adds the update to the output.
     """
@@ -89,7 +89,7 @@ class Requantised(WeightWriter):
         if twin is not None:
             error = read_weight(self.layer, twin, self._place) - exact_OI
             size = float(torch.linalg.vector_norm(exact_OI - base_OI))
-            # not a number where the form cannot hold the values
+            # NaN if the quantised form cannot hold the values
             loss = float(torch.linalg.vector_norm(error)) / size if size else 0.0
         if twin is not None and loss <= self._max_loss:
             self._new = _attributes(twin)
@@ -108,9 +108,9 @@ class Requantised(WeightWriter):
         self.exchange()
 
     def changed(self) -> bool:
-        """Return True if someone else has put another weight object in place of the one that this writer expects.
+        """Return True if other code has replaced the weight object that this writer put into the layer.
 
-        What is in it is not compared, since bitsandbytes packs it otherwise when it first runs.
+        Its values are not compared, since bitsandbytes packs them when it first runs.
         """
         expected = self._own if self._new is None else self._new
         return not self.at_home and self.layer.module._parameters.get("weight") is not expected.get("weight")
@@ -176,7 +176,7 @@ def read_weight(layer: TargetLayer, module: Any, place: Place) -> Tensor:
     if getattr(weight, "quant_state", None) is not None and not _is_packed(weight):
         from bitsandbytes.functional import dequantize_4bit
 
-        # its forward would pack it for good, and what is packed learns nothing
+        # the forward would pack the weight for good, and a packed weight gets no gradient
         return dequantize_4bit(weight.data, weight.quant_state).float()  # type: ignore[no-any-return]
     if getattr(weight, "dtype", None) == torch.int8 and hasattr(weight, "SCB"):
         scales_O = module.state.SCB if weight.SCB is None else weight.SCB
@@ -211,7 +211,7 @@ def quantised_again(module: Any, weight_OI: Tensor) -> Any:
                 twin.forward(torch.zeros(1, weight_OI.shape[1], device=weight.device))
             return twin
         if isinstance(weight, bitsandbytes.nn.Int8Params) and weight.dtype == torch.int8:
-            # it takes values in fp16
+            # bitsandbytes takes values in fp16
             if float(weight_OI.abs().max()) > torch.finfo(torch.float16).max:
                 return None
             new = bitsandbytes.nn.Int8Params(weight_OI.cpu(), requires_grad=False, has_fp16_weights=False)
@@ -256,7 +256,7 @@ def _torchao_again(weight: Any, weight_OI: Tensor) -> Any:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return {attribute: value} of everything that a module's forward reads its weight from."""
+    """Return {attribute: value} of all attributes from which a module's forward reads its weight."""
     beside = {name: vars(module)[name] for name in _BESIDE if name in vars(module)}
     return {"weight": module._parameters["weight"], **beside} if "weight" in module._parameters else beside
 
