@@ -1,4 +1,4 @@
-"""Which of the adapters that a search found helps? The model itself is asked, on a few examples, by probes or one gradient.
+"""Which of the adapters that a search returned helps? The model measures it on a few examples, by probes or one gradient.
 
 `rerank` orders candidates, and `first_order` gives the slope of the loss for every expert of a pool from one backward pass.
 It needs no other package, and costs forward passes over the examples.

@@ -1,4 +1,4 @@
-"""The order of a search's candidates by what they do for a few examples: the model is asked, not the descriptions.
+"""The order of a search's candidates by their effect on a few examples, measured with the model.
 
 The slopes of a whole pool come from one backward pass. At any mixture d loss / d w_e = sum over layers of <G, B_e A_e>,
 with G the loss's gradient by the layer's weight. G is a sum over tokens of g x^T, so that the product is the sum over tokens
@@ -60,7 +60,7 @@ from loraweave.extend import (
 _Ranking = dict[str, tuple[float, str]]
 
 WAYS = ("first_order", "probe")
-# candidates that are one piece of work
+# the number of candidates in one piece of work
 PIECE = 64
 
 
@@ -77,19 +77,19 @@ def rerank(
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> list[Candidate]:
-    """Return the candidates, best first by what they do on the task's examples; score and evidence say what that is.
+    """Return the candidates, best first by their effect on the task's examples, which their score and evidence state.
 
-    `by`: "first_order" scores by how much the loss would fall by `weight` more of the adapter if it went on as it begins at
-    the uniform mixture of the candidates, whose weights sum to `weight` (one backward pass for all of them together),
-    "probe" by how much the loss does fall with the adapter live at `weight` (a forward pass over the examples for each).
+    `by`: "first_order" scores by how much the loss would fall by `weight` more of the adapter if it kept its slope at the
+    uniform mixture of the candidates, whose weights sum to `weight` (one backward pass for all of them together), "probe" by
+    how much the loss does fall with the adapter live at `weight` (a forward pass over the examples for each).
 
     Probes are of 64 candidates at a time, so that thousands need not fit into memory. `n_jobs` workers, or those that
-    `joblib.parallel_config` names, take them to the same bits, and open the adapters of a hub themselves
+    `joblib.parallel_config` names, run them with the same bits, and open the adapters of a hub themselves
     (docs/howto/many_machines.md); the slopes are one pass of this process.
 
-    Equal scores keep their order. The loss is the mean over the examples of the mean loss of their target tokens.
-    Raises UnknownName, InvalidTask and WeightingError before anything is run; what Composer raises for an adapter that does
-    not fit the model or has a trained head; SearchFailed where no score is finite.
+    Equal scores keep their order. The loss is the mean over the examples of the mean loss of their target tokens. Raises
+    UnknownName, InvalidTask and WeightingError before anything is run; what Composer raises for an adapter that does not fit
+    the model or has a trained head; SearchFailed if no score is finite.
     """
     as_task = Task.of(task)
     if by not in WAYS:

@@ -1,4 +1,4 @@
-"""How are adapters found by other comparisons, and how does the search learn a hub's own texts? By keys and by an encoder.
+"""How can a search compare adapters otherwise, and learn a hub's own texts? By more keys, and a fine-tuned encoder.
 
 It adds keys that compare an adapter's sample inputs in other ways, its scores on known tasks, or its weights, and
 `train_encoder` with `loraweave hub train-encoder`, which fine-tunes the sentence encoder. It needs no other package.

@@ -1,4 +1,4 @@
-"""`loraweave hub train-encoder`: the search's encoder learns a hub's own texts."""
+"""`loraweave hub train-encoder`: fine-tune the search's encoder on a hub's texts."""
 
 from __future__ import annotations
 

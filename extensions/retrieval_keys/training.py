@@ -133,7 +133,7 @@ def _train(
     progress: bool,
 ) -> None:
     learning = _learning(model)
-    # the share of lr, so that a rate is one product
+    # the schedule as a share of lr, so that a rate is one product
     warmup = max(1, recipe.steps // 10)
     descent = Descent(learning, lambda step: recipe.lr * warmed_cosine(1.0, step, recipe.steps, warmup))
     state = None if folder is None else load_state(folder, key)

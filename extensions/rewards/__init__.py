@@ -1,4 +1,4 @@
-"""How good is a text, and how sure is an answer? Rewards of several mixtures, and the posterior of a trained adapter.
+"""How good is a text, and how sure is an answer? Rewards of several mixtures, and posteriors of trained adapters.
 
 It adds heads that read each member of an ensemble (`rewards`, `train_reward_heads`), one head or several over all members
 (DMoERM), and Laplace-LoRA (`laplace`). Rewards cost one pass of every text under each member; a posterior costs a pass with

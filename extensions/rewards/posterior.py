@@ -1,4 +1,4 @@
-"""Laplace-LoRA (Yang et al., ICLR 2024, arXiv 2308.13111): a posterior over a trained adapter's factors, and its answers.
+"""Laplace-LoRA (Yang et al., ICLR 2024, arXiv 2308.13111): a posterior over a trained adapter's factors, and predictions.
 
 theta are the entries of a and b of every layer. Around them, p(theta | data) is N(theta, (H + prior)^-1), H being the
 curvature of the examples' loss, Kronecker-factored for each matrix: H_W = mean(x x^T) (x) sum(v g g^T), over the tokens of
@@ -35,7 +35,7 @@ from loraweave.extend import (
 )
 
 EXAMPLES_PER_PASS = 4
-# the natural logarithms between which the prior's precision is looked for
+# the bounds of the search for the prior's precision, as natural logarithms
 LEAST, MOST = math.log(1e-4), math.log(1e10)
 
 
@@ -97,8 +97,8 @@ class LaplacePosterior:
     def predict(self, inputs: GivenRows, *, samples: int = 1000, seed: int = 0, progress: bool = True) -> EnsemblePrediction:
         """Return the linearised model's prediction of the task's labels: the mean softmax over draws of the scores.
 
-        Scores of one input are N(f, J (H + prior)^-1 J^T), J their Jacobian by the factors; `samples` draws of them are the
-        members of the prediction, whose `disagreement` is then the uncertainty about the factors.
+        Scores of one input are N(f, J (H + prior)^-1 J^T), J being the scores' Jacobian by the factors; `samples` draws of
+        them are the members of the prediction, whose `disagreement` is then the uncertainty about the factors.
         """
         require_whole("samples", samples, 1, CompositionError)
         tokenizer = _require(self.engine, self.engine.bound_pool[self.name], self.task)
@@ -121,14 +121,14 @@ class LaplacePosterior:
         for layer, blocks in self.parts.items():
             x_MTI, z_MTR, h_MTR, g_MTO = scored.seen[layer]
             for block, (block_inputs, taken) in zip(blocks, ((x_MTI, h_MTR), (z_MTR, g_MTO)), strict=True):
-                # J of W is the sum over tokens of g x^T; in the eigenvectors of the two factors H is diagonal
+                # the Jacobian by W is the sum over tokens of g x^T; in the basis of the factors' eigenvectors, H is diagonal
                 j_MPQ = torch.einsum("mtp,mtq->mpq", taken.double() @ block.out_OO, block_inputs.double() @ block.in_II)
                 scaled_NLD = (j_MPQ / (block.curvature() + self.prior).sqrt()).view(num_rows, num_labels, -1)
                 covariance_NLL += scaled_NLD @ scaled_NLD.mT
         return scored.f_NL.double(), covariance_NLL
 
     def draw(self, count: int, *, seed: int = 0) -> list[Adapter]:
-        """Return `count` adapters "name~1", .. drawn from the posterior; their `ensemble` samples the predictive."""
+        """Return `count` adapters drawn from the posterior, named "name~1" and so on, to predict with as an `ensemble`."""
         require_whole("count", count, 1, CompositionError)
         adapter = self.engine.bound_pool[self.name]
         adapters = []
@@ -159,7 +159,7 @@ class _Block:
         return cls(u_II, in_I.clamp_min(0), u_OO, out_O.clamp_min(0))
 
     def curvature(self) -> Tensor:
-        """Return the curvature along each pair of eigenvectors, l_OI: the eigenvalues of the Hessian."""
+        """Return the Hessian's eigenvalues l_OI, one for each pair of eigenvectors."""
         return self.out_O[:, None] * self.in_I
 
     def draw(self, prior: float, generator: torch.Generator) -> Tensor:
@@ -196,7 +196,7 @@ class _Sums:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """A pass of N inputs with L labels each, M = N L rows: the scores f_NL, the mask of real tokens, and `seen`.
+    """The record of a pass over N inputs with L labels each, M = N L rows: scores f_NL, the mask of real tokens, and `seen`.
 
     `seen` has for each layer x, z = a x, and the gradients of f by z and by the layer's output.
     """
@@ -219,7 +219,7 @@ def _scores(engine: Composer, tokenizer: Any, name: str, task: Task, inputs: Seq
 
     def hook(layer: str) -> Any:
         def saw(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            # an edge of the graph that always wants a gradient, so that the first layer is reached as well
+            # a zero that requires a gradient, so that autograd reaches the first layer as well
             incoming[layer], made[layer] = args[0].detach(), output + output.new_zeros((), requires_grad=True)
             return made[layer]
 

@@ -43,7 +43,7 @@ from loraweave.extend import (
 
 @dataclass(frozen=True, eq=False)
 class Rewards:
-    """The rewards_MB by M members for B rows."""
+    """The rewards of M members for B rows, `rewards_MB`."""
 
     rewards_MB: Tensor
 
@@ -53,7 +53,7 @@ class Rewards:
 
     @property
     def variance_B(self) -> Tensor:
-        """The variance over members, divided by M as the paper's UWO has it, so that a single member has 0."""
+        """The variance over members, divided by M (not M - 1) as in the paper's UWO, so that it is 0 for a single member."""
         return self.rewards_MB.var(dim=0, correction=0)
 
     @property
@@ -128,7 +128,7 @@ def _own_rewards(engine: Composer, members: Sequence[Any], batch: Mapping[str, A
 
 
 def require_reward_head(model: Any, beside: str = "") -> None:
-    """Raise CompositionError, with `beside` at the end of the way out, for a model without a head of one label."""
+    """Raise CompositionError, which ends in the text `beside`, for a model without a head of one label."""
     if getattr(model.config, "num_labels", None) != 1 or model.can_generate():
         raise CompositionError(
             f"{type(model).__name__} has no head that gives one reward: load it as a sequence classifier with "
@@ -161,14 +161,14 @@ def features(
 ) -> Tensor:
     """Return features_MBH in fp32 or better: the last hidden state of each row's last real token, under each member.
 
-    Of an encoder-decoder, they are the decoder's. Members and batch are those of `ensemble`; padding may be on
-    either side. Raises what `ensemble` raises, and CompositionError for a model that gives no hidden state.
+    For an encoder-decoder they are the decoder's. Members and batch are those of `ensemble`; padding may be on either side.
+    Raises what `ensemble` raises, and CompositionError for a model that returns no hidden state.
     """
     return _passes(engine, known_members(engine, mixtures), batch, rows_per_pass, partial(row_features, engine.model))
 
 
 def row_features(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Return features_NH in fp32 or better: each row's last hidden state at its last real token, under what is active."""
+    """Return features_NH in fp32 or better: each row's last hidden state at its last real token, with the active mixture."""
     hidden_NTH = _last_hidden(model, inputs)
     name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
     place_N = last_positions(inputs, 1, hidden_NTH.shape[1], name)[:, 0].to(hidden_NTH.device)
@@ -209,7 +209,7 @@ def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
     def see(_: nn.Module, __: Any, output: Any) -> None:
         seen.append(getattr(output, "last_hidden_state", None))
 
-    # an encoder-decoder may have no module for all but its head
+    # an encoder-decoder may have no module that is the model without its head
     body = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
     with body.register_forward_hook(see):
         model(**without_cache(model, {**inputs, **last_logits(model)}))
@@ -305,9 +305,9 @@ def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: Hea
 def learn(
     parameters: Iterable[Tensor], settings: HeadTraining, next_loss: Callable[[], Tensor], *, what: str, progress: bool
 ) -> None:
-    """Train the parameters for the settings' steps of AdamW without weight decay, each on what `next_loss` returns.
+    """Train the parameters for the settings' steps of AdamW without weight decay, each on the loss that `next_loss` returns.
 
-    `what` names them for the progress bar. Raises TrainingError for a loss that is not finite.
+    `what` is the title of the progress bar. Raises TrainingError for a loss that is not finite.
     """
     descent = Descent(parameters, lambda _: settings.lr, limit=None)
     with torch.enable_grad(), progress_bar(progress, field="loss") as bar:

@@ -81,7 +81,7 @@ class RewardMixture(nn.Module):
         return reward_B1[:, 0]
 
     def rewards(self, engine: Composer, batch: Mapping[str, Any]) -> Tensor:
-        """Return reward_B of the rows of a batch, {name of a model's argument: tensor}, padded on either side.
+        """Return reward_B of a batch, {name of a model's argument: tensor} with padding on either side.
 
         Raises UnknownExpert for a member missing from the engine's pool, CompositionError for another adapter of its name.
         """
@@ -107,7 +107,7 @@ class RewardMixture(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RewardMixture:
-        """Read what save_pretrained wrote. Raises AdapterNotFound without it, AdapterCorrupt for a file that is damaged."""
+        """Read a head that save_pretrained wrote. Raises AdapterNotFound if it is missing, AdapterCorrupt if damaged."""
         return read_heads(Path(folder) / FILE, lambda recipe: cls(**recipe))
 
 
@@ -169,7 +169,7 @@ def train_reward_mixture(
 def trained_mixture(
     engine: Composer, mixtures: Sequence[Any], pairs: Pairs, settings: HeadTraining, progress: bool
 ) -> RewardMixture:
-    """Train a reward mixture as `train_reward_mixture` does, with settings that are checked already."""
+    """Train a reward mixture like `train_reward_mixture`, with settings that were already checked."""
     members = known_members(engine, mixtures)
     for number, member in enumerate(members):
         if not (member is None or isinstance(member, Mapping)):
@@ -185,9 +185,9 @@ def trained_mixture(
 
 
 def expert_rewards(model: ExpertModel, batch: Mapping[str, Any]) -> Rewards:
-    """Return the reward that the expert of each of the model's tasks gives each row of a batch, padded on either side.
+    """Return the reward by each task's expert for each row of a batch, with padding on either side, from one pass.
 
-    All run in one pass, beside each other. Raises CompositionError for a base without a head of one label.
+    Raises CompositionError for a base without a head of one label.
     """
     _require_reward_model(model)
     num_experts, num_rows = len(model.tasks), rows_of(batch)

@@ -45,10 +45,9 @@ TARGETS = ("q_proj", "v_proj")
 
 
 class RoutedRewards(nn.Module):
-    """A head for each category, and a router that finds a question's category: argmax(W h + c).
+    """A reward head for each category, and a router that predicts a question's category: argmax(W h + c).
 
-    h is the last hidden state of the question's last token, of the base with the LoRA `adapter`, or without where it is
-    None.
+    h is the last hidden state of the question's last token, of the base with the LoRA `adapter`, or without if None.
     """
 
     def __init__(self, heads: Mapping[str, RewardMixture], hidden_size: int, adapter: Adapter | None = None) -> None:
@@ -56,7 +55,7 @@ class RoutedRewards(nn.Module):
         self.categories = tuple(heads)
         self.adapter = adapter
         self.outer = nn.Linear(hidden_size, len(heads))
-        # names are free text, which no module may have
+        # names are free text, which modules' names cannot be
         self.heads = nn.ModuleList(heads.values())
 
     def categories_of(self, engine: Composer, batch: Mapping[str, Any]) -> list[str]:
@@ -64,7 +63,7 @@ class RoutedRewards(nn.Module):
         return [self.categories[place] for place in self._places(engine, batch).tolist()]
 
     def rewards(self, engine: Composer, batch: Mapping[str, Any], *, questions: Mapping[str, Any] | None = None) -> Tensor:
-        """Return reward_B of a batch's rows, each by the head of its category, which `questions` decide if they are given.
+        """Return reward_B of a batch, each row by the head of its category, or of its question's if `questions` are given.
 
         Raises WeightingError for another number of questions, and what `categories_of` and the heads' `rewards` raise.
         """
@@ -80,7 +79,7 @@ class RoutedRewards(nn.Module):
         return reward_B
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write heads and router, the router's LoRA as a PEFT folder inside; the members' adapters stay where they are."""
+        """Write heads and router, with the router's LoRA as a PEFT folder inside, but not the members' adapters."""
         if self.adapter is not None:
             self.adapter.save_pretrained(Path(folder) / ROUTER)
         heads = {name: head.recipe for name, head in zip(self.categories, self.heads, strict=True)}  # type: ignore[union-attr]
@@ -89,7 +88,7 @@ class RoutedRewards(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RoutedRewards:
-        """Read what save_pretrained wrote. Raises AdapterNotFound without it, AdapterCorrupt for a file that is damaged."""
+        """Read rewards that save_pretrained wrote. Raises AdapterNotFound if they are missing, AdapterCorrupt if damaged."""
 
         def make(recipe: dict[str, Any]) -> RoutedRewards:
             adapter = Adapter.from_pretrained(Path(folder) / ROUTER) if recipe["adapted"] else None

@@ -1,1 +1,1 @@
-"""Further ways to tell from an adapter how well it fits a query, one a file."""
+"""Further keys, one file each: ways to compute from an adapter how well it fits a query."""

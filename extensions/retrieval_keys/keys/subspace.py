@@ -1,4 +1,4 @@
-"""The principal angles between what two adapters' weights read and write, layer by layer, whatever the updates' size."""
+"""The principal angles between the subspaces that two adapters read and write, layer by layer, whatever their size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Subspace:
             try:
                 scores_N[row] = overlap(query.adapter, space.adapter(record))
             except HubError:
-                # a damaged adapter has no opinion; verify() names it
+                # a damaged adapter gets no score; verify() names it
                 continue
         return scores_N
 

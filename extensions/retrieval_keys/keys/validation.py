@@ -1,4 +1,4 @@
-"""The scores that adapters reached on the tasks that the query is like: query -> task -> adapter (LoRAuter)."""
+"""Adapters' scores on known tasks, weighted by how similar the query is to each task (LoRAuter)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from loraweave.extend import Declared, KeySpace, Positive, Query, is_number, tra
 
 @traits("relative")
 class Validation(Declared):
-    """An adapter's mean score over the tasks, each task weighted by how like the query is to it.
+    """An adapter's mean score over the tasks, each task weighted by its similarity to the query.
 
-    `tasks` names some inputs of each task; without it, tasks are the adapters themselves, by their sample inputs. Cards
-    hold the scores as `task_scores`, {task: number from 0 to 1}. A low `temperature` lets the nearest task decide.
+    `tasks` names some inputs of each task; without it, tasks are the adapters themselves, by their sample inputs. Cards hold
+    the scores as `task_scores`, {task: number from 0 to 1}. A low `temperature` lets the nearest task decide.
     """
 
     noun: ClassVar[str] = "key"
@@ -44,7 +44,7 @@ class Validation(Declared):
 
 
 def _score(record: Record, task: str) -> float:
-    # a card is anybody's JSON
+    # a card may have any JSON
     match record.card.get("task_scores"):
         case Mapping() as scores if is_number(scores.get(task), 0, 1):
             return float(scores[task])
