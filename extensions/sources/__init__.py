@@ -1,4 +1,4 @@
-"""Where do adapters come from, beside folders and repositories? Whole trees, zips and tars, a list of the model hub.
+"""Where do adapters come from, beside folders and repositories? Trees of folders, zips, tars, and searches of the model hub.
 
 `hub.add` reads an archive once this is installed: it is unpacked into a private folder, and hostile entries are refused.
 `add_tree` adds every adapter below a folder, and goes on where it was interrupted. `discover` lists what the model hub has

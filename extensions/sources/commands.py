@@ -1,4 +1,4 @@
-"""`loraweave hub add-tree`: every adapter below a folder."""
+"""`loraweave hub add-tree`: store every adapter below a folder."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def add_tree(
     if as_json:
         print_json(tree_report.to_json())
         return
-    # what is there already is no news
+    # adapters that were there already are not listed
     rows = [(entry.path, entry.state, entry.name, entry.why) for entry in tree_report.entries if entry.state != "present"]
     if rows:
         print_rows(("path", "state", "name", "why"), rows)

@@ -21,7 +21,7 @@ from loraweave.extend import (
     tracked,
 )
 
-# the number of listed repositories that are looked at
+# the most listed repositories that are examined
 MAX_LISTED = 10_000
 WEIGHTS = ("adapter_model*.safetensors", "pytorch_lora_weights.safetensors", "adapters.safetensors")
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

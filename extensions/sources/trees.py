@@ -47,7 +47,7 @@ from loraweave.extensions.sources.sources.archives import archive_suffix
 # a fault of the hub, not of one adapter, ends the walk; the next call resumes there
 _ENDING = (HubFull, HubLocked, HubReadOnly, HubCorrupt)
 _TAG_CHARACTERS = 8
-# as many as `Hub.add_many` stores at once
+# the number of sources that `Hub.add_many` stores at once
 MAX_BATCH = 256
 # how many sources workers get at once; the journal lists them only when all are added
 MAX_SPREAD = 4096
@@ -150,7 +150,7 @@ class _Walk:
         return Noted(path, "", "found", name)
 
     def take(self, source: Path) -> list[Noted]:
-        """Read one source unless it is unchanged; return the outcomes known now: its own, or of a batch it completes."""
+        """Read one source unless it is unchanged; return the outcomes that are now known: its own, or its whole batch's."""
         path = self._path(source)
         try:
             now = stamp(source, self.options)

@@ -1,4 +1,4 @@
-"""Which adapter should count where, by what it saw? Merge methods that weigh by data, and what they need of each adapter.
+"""Which adapter should count where, judged by data? Merge methods that weigh by data, and the statistics they need.
 
 `collect_statistics` runs a model with an adapter over texts of its task, forwards and backwards, and `pool_statistics` many
 adapters; `fisher`, `regmean` and `least_squares` merge by what comes back. It needs no other package.

@@ -1,4 +1,4 @@
-"""The recording of what an adapter's layers see on texts: their inputs' Gram matrices, their weights' Fisher information."""
+"""The recording of adapters' layers on texts: the Gram matrices of their inputs, and their weights' Fisher information."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from loraweave.extend import (
 from loraweave.extensions.statistics.saved import LayerStatistics, Statistics
 
 KINDS = ("gram", "fisher")
-# positions whose distribution over the vocabulary is summed up in float64 at once
+# the number of positions whose distribution over the vocabulary is summed in float64 at once
 DRAWN_AT_ONCE = 64
 
 
@@ -55,7 +55,7 @@ def collect_statistics(
     seed: int = 0,
     progress: bool = True,
 ) -> Statistics:
-    """Return what `merge(statistics=...)` needs of an adapter, from running the model with it over texts of its task.
+    """Return an adapter's statistics for `merge(statistics=...)`, from running the model with it over texts of its task.
 
     For each layer of the adapter (and those linear ones named in `layers`): gram_II = X^T X / n over the n real tokens of
     all texts, and fisher_OI = the mean over texts of (d log p / d W)^2 entry by entry, log p being that of labels drawn from
@@ -76,7 +76,7 @@ def collect_statistics(
         raise InvalidTask(f"what={what!r} is not one or both of {', '.join(map(repr, KINDS))}")
     sizes = {"batch_size": batch_size, "max_tokens": max_tokens}
     check_options("collect_statistics()", sizes, dict.fromkeys(sizes, Count), error=InvalidTask)
-    # the heads are written into the model apart, since no mixture has a place for them
+    # heads are written into the model separately, since mixtures cannot contain them
     engine = Composer(model, {adapter.name: replace(adapter, heads={})})
     recorders = make_recorders(model, [*adapter.layers, *layers], kinds)
     rows = text_rows(model, tokenizer, texts, max_tokens)
@@ -100,7 +100,7 @@ def collect_statistics(
 
 
 def record_inputs(model: Any, adapter: Adapter, run: Callable[[], object]) -> Statistics:
-    """Return gram_II = X^T X / n of what each layer of `adapter` reads while `run()` runs `model` under that adapter alone.
+    """Return {layer: X^T X / n} of the inputs of an adapter's layers while `run()` runs `model` under that adapter alone.
 
     `model` may be a pipeline of several parts. All n rows of all calls count. Raises LayerMismatch for layers that are not
     linear, CompositionError for a layer that does not run, and what Composer raises for an adapter that does not fit.
@@ -109,7 +109,7 @@ def record_inputs(model: Any, adapter: Adapter, run: Callable[[], object]) -> St
     paths = engine.model.paths(adapter.layers, f"adapter {adapter.name!r}")
     recorders = dict(zip(paths, make_recorders(engine.model, paths.values(), ("gram",)).values(), strict=True))
     for recorder in recorders.values():
-        # one row, of which every token counts
+        # a mask of one row, so that every token counts
         recorder.begin(torch.ones(1, 1, dtype=torch.bool))
     with recording(recorders), torch.no_grad(), engine.activate({adapter.name: 1.0}):
         run()
@@ -130,7 +130,7 @@ class Recorder:
         num_out, num_in = shape
         self.gram_II = torch.zeros(num_in, num_in, device=device) if "gram" in kinds else None
         self.fisher_OI = torch.zeros(num_out, num_in, device=device) if "fisher" in kinds else None
-        # an edge of the graph that always wants a gradient, so that the first layer is reached as well
+        # a zero that requires a gradient, so that autograd reaches the first layer as well
         self._wanted = torch.zeros((), device=device, requires_grad="fisher" in kinds)
 
     def begin(self, mask_BT: Tensor) -> None:
@@ -155,7 +155,7 @@ class Recorder:
         return GradientTap.apply(output, self._wanted, x, receive)  # type: ignore[no-untyped-call, no-any-return]
 
     def _receive(self, by_text: Callable[[Tensor], list[Tensor]], gradient: Tensor, x: Tensor) -> None:
-        """Store the gradient of log p by the layer's output; finish once those of all runs in the batch have come."""
+        """Store the gradient of log p by the layer's output; call `finish` once those of all runs in the batch have come."""
         self._seen.append((by_text(gradient), by_text(x)))
         if len(self._seen) == self._num_calls:
             self.finish()

@@ -1,4 +1,4 @@
-"""The statistics of many adapters for methods that weigh by data, each from running the model over texts of its own."""
+"""The statistics of many adapters for merge methods that weigh by data, each adapter's from texts of its own."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pool_statistics(
     if not isinstance(texts, Mapping) or not texts:
         raise InvalidTask(f"texts are {texts!r:.80}; give {{name of an adapter: its texts}}, one at least")
     experts = experts_of(hub_or_pool)
-    # rows may come from what cannot travel, as a file or a data set
+    # rows may come from a file or data set that cannot be sent to a worker
     rows = {
         name: read_rows(adapter_texts, noun="text", of=repr(name), targets="any") for name, adapter_texts in texts.items()
     }

@@ -1,4 +1,4 @@
-"""The statistics of an adapter's inputs, layer by layer, for methods that weigh by data, and the file they are kept in."""
+"""The statistics of an adapter's layers for methods that weigh by data, and the file in which they are saved."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read what `save` wrote. Raises AdapterNotFound for no file, AdapterCorrupt for a damaged one or another kind."""
+        """Read statistics that `save` wrote. Raises AdapterNotFound for no file, AdapterCorrupt for an invalid one."""
         source = Path(path)
         if not source.is_file():
             raise AdapterNotFound(f"no statistics file {source}; collect_statistics(...).save(path) writes one")

@@ -1,1 +1,1 @@
-"""Packed files in which adapters come: each is told by its name, and unpacked while it is read."""
+"""Packed files of adapters, one file each: a source is recognised by its name, and unpacked while it is read."""

@@ -36,7 +36,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 MAX_ENTRIES = 10_000
 MAX_NAME_BYTES = 1_000
 MAX_BYTES = 32 * 2**30
-# weights hardly compress: an archive that grows by more than this is made to fill a disk
+# weights hardly compress: an archive that grows by more than this factor is meant to fill a disk
 MAX_RATIO = 200
 FREE_BYTES = 64 * 2**20
 # tarfile reads the headers with long names whole, and takes longer than linear for them
@@ -150,7 +150,7 @@ def _kind_in_tar(member: tarfile.TarInfo) -> str:
 
 
 class Archives:
-    """Zip and tar files: `suffix` tells one by its name, `unpack` gives its files in a temporary folder."""
+    """The source of zip and tar files: `suffix` recognises one by name, `unpack` yields a temporary folder of its files."""
 
     suffix = staticmethod(archive_suffix)
     unpack = staticmethod(unpack)
@@ -158,7 +158,7 @@ class Archives:
 
 @dataclass
 class _Plan:
-    """The checks of one archive's entries before any is unpacked into `folder`, and what they have admitted so far."""
+    """The checks of an archive's entries before each is unpacked into `folder`, and the totals admitted so far."""
 
     archive: Path
     folder: Path
@@ -172,8 +172,8 @@ class _Plan:
     def admit(self, name: str, kind: str, size: int) -> Path | None:
         """Return the path to write a file entry to, in a folder that exists; None for a folder.
 
-        `size` is in bytes, `kind` "file", "folder" or what else the entry is. Raises AdapterUnsupported for a refused entry,
-        AdapterCorrupt for a negative size, HubFull for a full disk.
+        `size` is in bytes, `kind` "file", "folder" or a text for any other kind. Raises AdapterUnsupported for a refused
+        entry, AdapterCorrupt for a negative size, HubFull for a full disk.
         """
         shown = f"{self.archive}: entry {name!a:.120}"
         parts = self._checked_parts(name, shown)

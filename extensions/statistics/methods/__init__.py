@@ -1,1 +1,1 @@
-"""The merge methods that weigh by data: one file, one method."""
+"""The merge methods that weigh by data, one file each."""

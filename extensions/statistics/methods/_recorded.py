@@ -1,4 +1,4 @@
-"""The first step of the methods that weigh by data: experts whose weights are shares of a mean, with their statistics."""
+"""The experts of a mean that is weighted by data: their shares, updates and statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraweave.extensions.statistics.saved import LayerStatistics
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """An expert with a weight above 0 and its statistics `seen`; `term` is None if its update is zero in this layer."""
+    """An expert with a weight above 0 and its statistics, `seen`; `term` is None if its update is zero in this layer."""
 
     term: Term | None
     weight: float

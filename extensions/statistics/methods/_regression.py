@@ -11,7 +11,7 @@ from torch import Tensor
 from loraweave import Factors
 from loraweave.extensions.statistics.methods._recorded import Share, share_bias
 
-# below this the shrunken matrix, its diagonal scaled to 1, has no eigenvalue under 1 - SHRUNKEN
+# with a lower off-diagonal factor, the matrix with a diagonal of 1 has no eigenvalue under 1 - SHRUNKEN
 SHRUNKEN = 0.99
 
 
@@ -69,7 +69,7 @@ class _Inputs:
         if off_diagonal <= SHRUNKEN:
             return cls(live_I, scale_I, torch.linalg.cholesky(m_II), None)
         values_I, vectors_II = torch.linalg.eigh(m_II)
-        # the Gram matrices are fp32, and their noise is no direction of the inputs
+        # the Gram matrices are fp32: smaller eigenvalues are rounding, not directions of the inputs
         least = len(values_I) * torch.finfo(torch.float32).eps
         kept_I = values_I > least * values_I[-1:]
         vectors_IK, values_K = vectors_II[:, kept_I], values_I[kept_I]

@@ -55,7 +55,7 @@ def fisher(
                 update_OI = share.term.factors.b_OR[rows].double() @ share.term.factors.a_RI.double()
                 above_OI += weight_OI.mul_(update_OI)
                 mean_OI += update_OI.mul_(share.weight / total)
-        # without a floor an entry may matter to nobody
+        # without a floor, all Fisher values of an entry may be 0
         delta_OI[rows] = torch.where(below_OI > 0, above_OI / below_OI, mean_OI)
     return DenseUpdate(delta_OI, share_bias(shares_E), first.kind, first.kernel)
 
