@@ -1,4 +1,4 @@
-"""What else can become of several adapters? More merge methods, the arithmetic of adapters, and mergekit's files.
+"""What else can become of several adapters? More merge methods, arithmetic of adapters, and merges by mergekit's files.
 
 It adds the methods that papers of the last years propose and those on the factors themselves, functions such as `negate`,
 `unlearn`, `twin_merging` and `compeft`, and `loraweave merge FILE.yaml` for files of mergekit's. It needs no other package.

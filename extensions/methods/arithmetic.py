@@ -1,4 +1,4 @@
-"""Adapters as vectors: negation, sums, differences, analogies, and what is made of them. All exact, without a model.
+"""Adapters as vectors: negation, sums, differences and analogies, all exact and without a model.
 
 Each function is a merge with fixed weights: the result is an adapter whose card has the recipe and
 whose `report` the figures. Every one takes `name`, that of the result, and `heads`, which says what becomes of
@@ -139,7 +139,7 @@ def compeft(
     scale: Positive | Literal["least_squares"] = 1.0,
     per: Literal["adapter", "tensor"] = "adapter",
 ) -> Adapter:
-    """Return the adapter with all values of its factors a and b turned into -c, 0 or c: ComPEFT (Yadav et al. 2023, Alg. 1).
+    """Return the adapter with each entry of its factors a and b replaced by -c, 0 or c: ComPEFT (Yadav et al. 2023, Alg. 1).
 
     Of the vector tau of all entries of all a and b, the floor(density * n) largest by magnitude stay (fewer only where tau
     has fewer non-zeros; of equal ones the first), as c * sign(tau) with c = scale * std(tau), std over the whole of tau
@@ -182,7 +182,7 @@ def compeft(
             f"entries that density={density:g} drops; use per='tensor' or a higher density"
         )
     recipe = {"method": "compeft", "options": options, "parents": [{"hash": adapter.hash, "name": adapter.name}]}
-    # the parent's report is of how the parent was made
+    # the parent's report does not describe this adapter
     card = {key: value for key, value in adapter.card.items() if key != "report"}
     errors = {"relative_error": (error / total) ** 0.5 if total else 0.0}
     return replace(adapter, layers=layers, card={**card, "recipe": recipe, "compression": errors})

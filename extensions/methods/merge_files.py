@@ -1,4 +1,4 @@
-"""mergekit's files, which `loraweave merge FILE.yaml` follows where they mean the same for adapters as for models.
+"""mergekit's files, which `loraweave merge FILE.yaml` reads if they mean the same for adapters as for models.
 
 mergekit's merges of task vectors run on the updates of adapters: what remains of each has a density of its own. They are
 `GeneralizedTaskArithmetic` (mergekit 0.1.5) with W + B A for the fine-tuned weights: thin out each update, weigh it,
@@ -34,13 +34,13 @@ from loraweave.extend import (
 from loraweave.extensions.methods.methods.breadcrumbs import prune_both_ends
 from loraweave.extensions.methods.methods.della import magprune
 
-# a norm below it is not rescaled
+# tensors with a smaller norm are not rescaled
 TINY = 1e-7
 
 
 @dataclass(frozen=True)
 class Kin:
-    """A method of mergekit's: how it thins out updates, whether it elects signs, and mergekit's defaults of its options."""
+    """A merge method of mergekit's: how it thins out updates, whether it elects signs, and its options' defaults."""
 
     thinning: str
     elects: bool
@@ -112,7 +112,7 @@ def _thinned(thinning: str, densities: Sequence[float], extras: Sequence[float],
         return lambda entries: magprune(entries, seeds, density, extra, rescale=False)
 
     def prune(entries: Entries) -> Sequence[Rule]:
-        # the rules of all experts are found at once, so each setting is asked for them once
+        # one call makes the rules of all experts, so each setting is used once here
         rules = {setting: by(*setting)(entries) for setting in dict.fromkeys(settings[place] for place in entries.places)}
         return [rules[settings[place]][expert] for expert, place in enumerate(entries.places)]
 
@@ -152,7 +152,7 @@ def _norms(entries: Entries, rules: Sequence[Rule] | None) -> list[float]:
     return sums
 
 
-# what merging weights means, which a file of mergekit's has beside its models
+# the keys of mergekit's files that are read; OTHER_KEYS are those that only have a meaning for whole models
 KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype")
 DTYPES = ("float32", "bfloat16", "float16")
 OTHER_KEYS = {
@@ -189,9 +189,9 @@ class Recipe:
 
     @classmethod
     def of(cls, path: Path, said: Mapping[str, Any]) -> Recipe:
-        """Return the recipe of the file `path`, whose parsed YAML is `said`.
+        """Read the recipe in `said`, the parsed YAML of the file `path`.
 
-        Raises WeightingError, which names the key, for what a merge of adapters cannot mean.
+        Raises WeightingError, naming the key, for settings that have no meaning for adapters.
         """
         for key, why in OTHER_KEYS.items():
             if key in said:
@@ -332,13 +332,13 @@ class Recipe:
                 raise WeightingError(f"{self.whose}: density is {density:g}; it is above 0 and at most 1{bounds}")
 
 
-# the keys of the files that are read here, for the error about a file that no module reads
+# keys of the files read here, for the error about a file that no module reads
 READS = "mergekit's 'merge_method' and 'models'"
 
 
 def read(path: Path, said: Mapping[str, Any]) -> Recipe | None:
-    """Return the recipe of the file `path` with the parsed content `said`, or None for a file that is not mergekit's.
+    """Read a file of mergekit's from its path and its parsed YAML, `said`; return None for any other file.
 
-    Raises WeightingError, which names the key, for what a merge of adapters cannot mean.
+    Raises WeightingError, naming the key, for settings that have no meaning for adapters.
     """
     return Recipe.of(path, said) if "merge_method" in said else None

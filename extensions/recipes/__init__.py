@@ -1,4 +1,4 @@
-"""Which published mixture of trained experts is it? The recipes, their forms and losses, beside those that the core has.
+"""Which published mixture of trained experts is it? The recipes beside the core's, with their forms, gates and losses.
 
 `lw.experts(name, model)` makes each by its name. `fit_clusters` finds the clusters of `mocle` in prompts, and `experts_for`
 counts those of texts, an expert for each: both need scikit-learn, and `mocle` an embedder. `federated_average` gives clients

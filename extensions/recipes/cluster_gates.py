@@ -109,7 +109,7 @@ class ReleasedClusterGate(ClusterGate):
 
     def scores(self, call: Call) -> Tensor:
         scores_BE = self.c_KH[call.kept[_CLUSTERS]] @ self.g_EH.T + self.bias_E
-        # not where one asks for the weights themselves, outside a step
+        # noise is left out when weights are requested outside a step
         if self.training and call.step is not None:
             scores_BE = scores_BE + self.noise * torch.randn_like(scores_BE)
         return scores_BE
@@ -193,7 +193,7 @@ class ClusterReader(Gate):
         if missing := [text for text in dict.fromkeys(texts) if text not in known]:
             vectors_ND = torch.from_numpy(np.asarray(self._embedder.embed(missing), dtype=np.float64))
             made = dict(zip(missing, _nearest(vectors_ND, self.centroid_KD.cpu()).tolist(), strict=True))
-            # another thread may look at the old one, which stays as it is
+            # a new mapping, since another thread may be reading the old one
             known = known | made
             self._known = known if len(known) <= NUM_KEPT else made
         return [known[text] for text in texts]
@@ -229,7 +229,7 @@ class ClusterReader(Gate):
         return torch.tensor(self.clusters(texts), device=call.ids_BT.device)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        # clusters of texts by other centroids
+        # the kept clusters were by other centroids
         self._known = {}
         super()._load_from_state_dict(*arguments)
 

@@ -1,4 +1,4 @@
-"""Gates for each token: with more ways to choose and limits in training, or kept even by a bias that training moves."""
+"""Gates for each token with other ways to choose experts: limits in training, or a bias that keeps their use even."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 from loraweave import WeightingError
 from loraweave.extend import IGNORED, Call, Gate, Step, TokenGate, Weighing, top_p_of_softmax
 
-# the share of overflow that is warned of, and the steps over which it is counted
+# the share of overflow above which a warning is logged, and the steps over which it is averaged
 MUCH, WINDOW = 0.2, 20
 
 
@@ -79,12 +79,12 @@ class Overflow:
 class LimitedGate(TokenGate):
     """A `TokenGate` that can choose by `top_p`, and whose experts have limits in training.
 
-    `top_p` takes the fewest experts whose probabilities sum to at least that. With `sums_to_one` False the weights are the
+    `top_p` takes the fewest experts whose probabilities sum to at least that. If `sums_to_one` is False, weights are the
     chosen experts' probabilities in the softmax over all, not divided by their sum.
 
-    In training, `expert_dropout` is the probability with which a token does without an expert; at least `top_k` always stay.
-    With `capacity` each expert takes at most that many times its even share of a row's tokens: the first that chose it, or
-    with `prioritised` those that it weighs most. All others get exactly 0 of it.
+    In training, `expert_dropout` is the probability that a token cannot use an expert; at least `top_k` always stay. With
+    `capacity` each expert takes at most that many times its even share of a row's tokens: the first that chose it, or with
+    `prioritised` those with the largest weights for it. All other tokens get a weight of exactly 0.
     """
 
     watcher = Overflow
@@ -147,17 +147,17 @@ def top_k_of_softmax(scores_BTE: Tensor, top_k: int) -> Tensor:
 
 
 def without_some(scores_BTE: Tensor, share: float, least: int = 1) -> Tensor:
-    """Return the scores with -inf in place of each with probability `share`; at least `least` of each token's stay."""
+    """Return the scores with a share of them, drawn at random, replaced by -inf; at least `least` of each token's stay."""
     drawn_BTE = torch.rand_like(scores_BTE)
     stays_BTE = (drawn_BTE >= share).scatter(-1, drawn_BTE.topk(least, dim=-1).indices, True)
     return scores_BTE.masked_fill(~stays_BTE, -math.inf)
 
 
 def heaviest_within_capacity(w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor | None = None) -> Tensor:
-    """Return w_BTE with each expert's weights set to 0 but for the `capacity_B` real tokens of a row that it weighs most.
+    """Return w_BTE with each expert's weights set to 0 except for the row's `capacity_B` real tokens with the largest ones.
 
-    Of equal ones the earlier tokens stay (Batch Prioritized Routing, Riquelme et al. 2021, arXiv
-    2106.05974, within a row). A token depends on others in its row, so this is for training alone.
+    Of equal ones the earlier tokens stay (Batch Prioritized Routing, Riquelme et al. 2021, arXiv 2106.05974, within a row).
+    A token depends on others in its row, so this is for training alone.
     """
     falling_BTE = (w_BTE.detach() * _chosen(w_BTE, real_BT)).argsort(dim=1, descending=True, stable=True)
     return w_BTE * (falling_BTE.argsort(dim=1) + 1 <= capacity_B[:, None, None])
@@ -194,7 +194,7 @@ class Moves:
     def see(self, step: Step, labels_BK: Tensor | None) -> None:
         """Count the choices of one forward pass of the running step; the labels are not used."""
         for place, w_BTE in step.weights.items() if self._gates else ():
-            # of a layer that runs several times, each run
+            # a layer that runs several times has weights for each run
             if (gate := self._gates.get(place.partition(" (run ")[0])) is not None:
                 chosen_E = (step.real(w_BTE.detach()) != 0).sum(dim=0)
                 self._chosen[gate] = self._chosen.get(gate, 0) + chosen_E

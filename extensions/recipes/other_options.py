@@ -1,4 +1,4 @@
-"""A trained mixture with other options of its recipe, or with one more task: what it learned stays, bit for bit.
+"""A trained mixture with changed options of its recipe, or with one more task: its learned tensors stay, bit for bit.
 
 Clients of a federation also give each other the means of their experts and gates.
 """
@@ -29,22 +29,22 @@ from loraweave.extend import (
 
 
 def with_task(model: ExpertModel, task: str) -> ExpertModel:
-    """Return the model with one more task, which has what the recipe gives a task (an expert, a row of a gate), untrained.
+    """Return the model with one more task, whose expert or gate row, as the recipe gives each task, is untrained.
 
-    All tensors of the others are the same bits. The given model is closed. Raises WeightingError for a task that it has, and
-    for anything but an expert model.
+    All other tensors keep their bits. The given model is closed. Raises WeightingError for a task that it has, and for
+    anything but an expert model.
     """
     require_expert_model(model, "with_task()")
     return with_options(model, tasks=(*model.tasks, task))
 
 
 def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
-    """Return a model with these options of the recipe changed, which keeps what the given model has learned.
+    """Return a model with these options of the recipe changed, which keeps the tensors that the given model has learned.
 
-    Its experts and rows of gates are the same bits; those that are new, or have another rank, are untrained. What was frozen
-    by hand stays so. The given model is closed. Raises WeightingError for anything but an expert model, for
-    options that the recipe has not, or whose values are out of range, for tasks in other places than they have, for experts
-    that would go, and where tensors that both have do not fit into the new ones; the model then stays as it was.
+    Experts and rows of gates that are new, or have another rank, are untrained. Parameters frozen by hand stay frozen. The
+    given model is closed. Raises WeightingError for anything but an expert model, for options that the recipe lacks or whose
+    values are out of range, for tasks at another index than before, for experts that would go, and if tensors of both models
+    have shapes that do not fit; the model then stays as it was.
     """
     require_expert_model(model, "with_options()")
     recipe = model.recipe
@@ -126,7 +126,7 @@ def _take_over(model: ExpertModel, made: ExpertModel) -> None:
 def federated_average(
     models: Sequence[ExpertModel], sizes: Sequence[float], *, experts: Sequence[int] = (), gates: bool = False
 ) -> None:
-    """Give all clients the mean of what they exchange, weighted by their shares of the data: FedAvg (McMahan et al. 2017).
+    """Replace shared parts of clients' models by their mean, weighted by the clients' data: FedAvg (McMahan et al. 2017).
 
     The factors a and b of the `experts` are averaged apart, with each client's scale in b; with `gates` the gates'
     parameters are averaged, too. The rest of a client stays as it is, and clients may have different bases where these

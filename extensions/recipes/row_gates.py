@@ -1,4 +1,4 @@
-"""Gates whose weights hold for a whole row: by its prompt, by its task, or the same for all.
+"""Gates whose weights hold for a whole row: by its prompt, by its task, or the same for all rows.
 
 What a gate decides while a row's prompt runs stays in `Call.kept`, so that the tokens that follow get the same weights. Base
 classes of recipes with an expert for each task, or with experts that do not learn, stand below the gates.
@@ -27,7 +27,7 @@ from loraweave.extend import (
     top_k_softmax,
 )
 
-# in Call.kept: whether every row was found to have a prompt
+# in Call.kept: True once every row is known to have a prompt
 _HAVE_PROMPTS = "every row has a prompt"
 
 
@@ -57,7 +57,7 @@ class RowGate(Gate):
         """Return the weights by the rows' prompts. Raises ScopeError where the site does not see the call's prompts."""
         # a site that runs twice in a pass sees other inputs the second time
         place = (self, call.run_of(self))
-        # a backward pass that runs layers again needs what the first pass computed, not what it found
+        # in a backward pass, layers run again must compute again, not take kept weights
         if place in call.kept and torch._C._current_graph_task_id() == -1:
             return of_rows(call.kept[place], len(x_BTI))
         self._require_prompts(x_BTI, call)
@@ -124,8 +124,7 @@ class EmbeddingGate(Gate):
 
     All sites that share it have these weights, which are decided before the model has read the prompt.
 
-    `normal` draws r_EH from the normal distribution instead of uniformly, and `padding` counts the prompt's padding in its
-    mean.
+    `normal` draws r_EH from the normal distribution instead of uniformly, `padding` counts the prompt's padding in its mean.
     """
 
     def __init__(
@@ -233,7 +232,7 @@ def prompt_mean(x_BTI: Tensor, call: Call, *, padding: bool = False) -> Tensor:
     counts_BT = call.prompt_BT
     if counts_BT is None:
         return x_BTI.mean(dim=1)
-    # one look at the values is enough for all sites
+    # one check of the values is enough for all sites
     if _HAVE_PROMPTS not in call.kept:
         if not (has_B := counts_BT.any(dim=1)).all():
             row = has_B.tolist().index(False)
@@ -245,7 +244,7 @@ def prompt_mean(x_BTI: Tensor, call: Call, *, padding: bool = False) -> Tensor:
     if padding and call.real_BT is not None:
         counts_BT = counts_BT | ~call.real_BT
     counts_BT1 = counts_BT[..., None]
-    # what padding holds may be no number
+    # padding may hold NaN
     return torch.where(counts_BT1, x_BTI, 0).sum(dim=1) / counts_BT1.sum(dim=1)
 
 
@@ -270,7 +269,7 @@ def of_rows(weighing: Weighing, num_rows: int) -> Weighing:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRecipe(Recipe):
-    """A recipe with one LoRA for each task: y = y0 + alpha / rank * B_e A_e dropout(x), e the expert of the row's task."""
+    """A base class of recipes with a LoRA for each task: y = y0 + alpha / rank * B_e A_e dropout(x), e the row's task."""
 
     needs_tasks = True
 
@@ -285,7 +284,7 @@ class TaskRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen(Recipe):
-    """A recipe with experts that do not learn."""
+    """A base class of recipes with experts that do not learn."""
 
     form: ClassVar[str] = "partly_frozen"
 

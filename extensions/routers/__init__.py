@@ -1,4 +1,4 @@
-"""Which router, or which search, is best? The published ones beside those that a first day needs.
+"""Which router, or which search, is best? Published routers and searches beside the core's.
 
 It adds routers that compare the experts' own outputs, decide by sequence or read a block's input, five searches and one
 objective, each found by its name: `lw.router("spectr", pool)`, `lw.compose(.., method="bayesian")`. `BySequence` is the base

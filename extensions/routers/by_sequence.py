@@ -19,8 +19,8 @@ class BySequence(TokenRouter):
     """A router that, with `decision` "sequence", weighs token t by the mean of `summed` over its row's real tokens 1..t.
 
     At the last token that is one decision for the sequence and layer; the running mean is its causal form, which depends on
-    no token that is still to be written, so that generation with a cache is generation without. A layer outside the blocks
-    (lm_head), which may be asked for the last tokens alone, decides for each token. With "token" all layers do.
+    no later token, so that generation is the same with and without a cache. A layer outside the blocks (lm_head), which may
+    see only the last tokens, decides for each token. With "token" all layers do.
 
     For models of one sequence of tokens, called with an attention mask (rows, tokens) or none; ScopeError for others.
     """
@@ -28,7 +28,7 @@ class BySequence(TokenRouter):
     decision: Decision
 
     def follow(self, decision: Decision) -> None:
-        """Set the decision, and the state beside caches; a subclass calls it in __init__."""
+        """Set `decision` and the sums kept beside caches; a subclass calls this in __init__."""
         self.decision = decision
         self._beside: BesideCache[RunningSums] = BesideCache(self.name)
 
@@ -45,7 +45,7 @@ class BySequence(TokenRouter):
         raise NotImplementedError
 
     def of_tokens(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return w_BTE of each token by itself."""
+        """Return w_BTE with each token decided separately."""
         scores_BTE = self.scores(x_BTI, layer)
         return self.decided(self.summed(scores_BTE), scores_BTE, layer)
 
@@ -64,7 +64,7 @@ class BySequence(TokenRouter):
         return self.of_tokens(x_BTI, layer)
 
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> Router:
-        """Return the router for one call of the model, whose `arguments` are by name.
+        """Return the router for one call of the model; `arguments` are the call's, by name.
 
         Raises ScopeError if they do not say which tokens are real, and what `BesideCache.of` raises.
         """
@@ -125,7 +125,7 @@ class _OfCall:
         self._router = router
         self._state = state
         self._real_BT = real_BT
-        # what later calls add is not seen by a backward pass that runs layers again
+        # a backward pass that runs layers again must not see the sums of later calls
         self._before = state.last()
         num_B1 = state.real_BT.sum(dim=1, keepdim=True).to(real_BT.device)
         self._num_BT = (num_B1 + real_BT.cumsum(dim=1)).clamp(min=1)
@@ -149,7 +149,7 @@ class _OfCall:
         sums_BTE = router.summed(scores_BTE.to(exact)).masked_fill(left_out_BT[..., None], 0.0).cumsum(dim=1)
         if layer in self._before:
             sums_BTE = sums_BTE + self._before[layer].to(sums_BTE.device)
-        # layers that gradient checkpointing runs again have added theirs
+        # layers that gradient checkpointing runs again have already added their sums
         if torch._C._current_graph_task_id() == -1:
             self._add(layer, sums_BTE)
         mean_BTE = sums_BTE / self._num_BT.to(x_BTI.device)[..., None]
@@ -157,7 +157,7 @@ class _OfCall:
 
     def _add(self, layer: str, sums_BTE: Tensor) -> None:
         if layer in self._ran:
-            # the sums of which run another call should go on from is not known
+            # it is unknown from which run's sums another call should continue
             self._state.sums.pop(layer, None)
         else:
             self._state.put(layer, sums_BTE)

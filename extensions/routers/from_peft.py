@@ -42,8 +42,7 @@ def read_xlora(folder: Path, given: ExpertPool | None, model: nn.Module | None) 
     """Return the X-LoRA in a folder as a router, whose attribute `pool` has its adapters: `given`, or those in the folder.
 
     `model` is the base, needed if the layers have weights of their own. Raises AdapterUnsupported for settings that our
-    router computes otherwise and for missing adapters, AdapterCorrupt for damaged files, WeightingError for a pool of other
-    adapters.
+    router computes otherwise and for missing adapters, AdapterCorrupt for damaged files, WeightingError for another pool.
     """
     config, xlora = AdapterConfig.of(folder), router_class("xlora")
     config.check_fields(_BENIGN | _READ, {})
@@ -62,7 +61,7 @@ def read_xlora(folder: Path, given: ExpertPool | None, model: nn.Module | None) 
         "size": config.count("xlora_size", 2048),
         "dropout": config.number("xlora_dropout_p", 0.2),
         "top_k": None if top_k is None else config.count("top_k_lora", most=len(pool)),
-        # the softmax of the best alone has none in PEFT
+        # the softmax over the best alone has no temperature in PEFT
         "temperature": 1.0 if softmax == "top_k" else config.number("softmax_temperature", 1.0),
         "softmax": softmax,
         "scaling_pass_value": config.number("scaling_pass_value", 0.0),
@@ -155,7 +154,7 @@ def _order(folder: Path, router: Any, model: nn.Module | None) -> dict[str, int]
 
 
 def read_arrow(folder: Path) -> TokenRouter:
-    """Return the router of a folder of `create_arrow_model`, with its adapters as `pool`. Raises as `read_xlora`."""
+    """Return the router in a folder of `create_arrow_model`, with its adapters as `pool`. Raises as `read_xlora`."""
     config = AdapterConfig.of(folder / ARROW)
     settings = AdapterConfig(config.folder, config.table("arrow_config"))
     settings.check_fields(words("top_k router_temperature rng_seed use_gks task_adapter_names gks_adapter_names"), {})

@@ -1,4 +1,4 @@
-"""What PEFT saves of its X-LoRA and of `create_arrow_model`, which `lw.router` opens and `Hub.add` keeps."""
+"""Folders of X-LoRA and `create_arrow_model` that PEFT saved: `lw.router` opens them, and `Hub.add` stores them."""
 
 from __future__ import annotations
 

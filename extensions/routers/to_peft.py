@@ -1,4 +1,4 @@
-"""Writers of an X-LoRA or an Arrow as the folder that PEFT saves of its own, with the adapters in it."""
+"""Writers of an X-LoRA or an Arrow router as the folder that PEFT would save, with the adapters in it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def save_as_peft(router: Any, folder: str | Path, pool: ExpertPool, *, model: nn
 
 def _write_xlora(router: Any, folder: Path, pool: ExpertPool, model: nn.Module | None) -> Path:
     experts = _experts(router, pool)
-    # of all experts it is one over all, where the scaling pass is not peft's
+    # over all experts it is a plain softmax, with a scaling pass other than PEFT's
     softmax = "all" if router.softmax == "top_k" and router.top_k is None and not router.as_peft else router.softmax
     if softmax == "top_k" and router.temperature != 1:
         raise AdapterUnsupported(
@@ -71,7 +71,7 @@ def _write_xlora(router: Any, folder: Path, pool: ExpertPool, model: nn.Module |
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": router.members.base_model or None,
         "inference_mode": True,
-        # PEFT opens these, and knows the adapters by their numbers
+        # PEFT opens these folders, and knows the adapters by their numbers
         "adapters": {str(place): str(target / str(place)) for place in range(len(experts))},
         "hidden_size": router.hidden_size,
         "enable_softmax": enable_softmax,
@@ -122,7 +122,7 @@ def _write_arrow(router: Any, folder: Path, pool: ExpertPool) -> Path:
             "gks_adapter_names": [],
         },
     }
-    # factors of its own, which PEFT makes and never uses
+    # the router's own factors, which PEFT makes and never uses
     tensors = {}
     for layer, routed in router.members.layers.items():
         tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.zeros(rank, routed.num_inputs)

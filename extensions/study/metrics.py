@@ -92,7 +92,7 @@ def _is_accepted(answer: str, targets: Sequence[str]) -> float:
 
 
 def _token_f1(answer: str, targets: Sequence[str]) -> float:
-    """Return the harmonic mean of precision and recall over words, of the target that it is highest for."""
+    """Return the highest F1 score (harmonic mean of precision and recall over words) of the answer against any target."""
     return max(_f1(answer.split(), target.split()) for target in targets)
 
 
@@ -103,7 +103,7 @@ def _f1(found: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def _rouge(kind: str) -> Function:
-    """Return the F measure of Lin (2004), of the target that it is highest for."""
+    """Return a function that gives the highest ROUGE F measure (Lin 2004) of an answer against any target."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:

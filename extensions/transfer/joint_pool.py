@@ -241,8 +241,7 @@ class JointPool:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write joint.json, a file of bases and a file of middles, and return the folder.
 
-        A hub that already has the bases, of an earlier state of the pool, stores only new files. `Hub.save_composition`
-        saves a pool.
+        A hub that already has the bases, of an earlier state of the pool, stores only new files.
         """
         target = require_replaceable(Path(folder), lambda path: path.name in (FILE, BASES, MIDDLES))
         layers = list(self.clusters[0])

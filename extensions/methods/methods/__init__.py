@@ -1,1 +1,1 @@
-"""The merge methods of this extension: one file, one method."""
+"""The merge methods of this extension, one file each."""

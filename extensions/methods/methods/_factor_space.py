@@ -1,4 +1,4 @@
-"""Methods on the factors themselves, as PEFT has them: one rule on the a of all experts, and again on their b.
+"""Merges of the factors themselves, as PEFT has them: one rule on the a of all experts, and again on their b.
 
 The weights enter as roots, sqrt(|w|) on both sides and the sign on a, so that a single expert of weight w gives w D. For
 several, a of one expert meets b of another, and the result depends on how updates are split into factors.
@@ -16,9 +16,9 @@ from torch import Tensor
 from loraweave import Factors
 from loraweave.extend import Term
 
-# what happens to one expert's tensor first: (tensor, place of the expert) -> tensor
+# the first step on each expert's tensor: (tensor, index of the expert) -> tensor
 Prune = Callable[[Tensor, int], Tensor]
-# how the experts' tensors become one: (tensors with the experts' axis in front, weights) -> tensor
+# the merge of the experts' tensors: (tensors with the experts' axis in front, weights) -> tensor
 Combine = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -1,4 +1,4 @@
-"""A merge method, by name, as a step of another one: it gets the experts in other coordinates."""
+"""A merge method, chosen by name, as a step of another method, which passes it the experts in other coordinates."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodC
 def combined(
     call: MethodCall, experts: Experts, weights: Weights, seeds: Sequence[int], *, survey: Any = None
 ) -> Factors | DenseUpdate | None:
-    """Return the inner method's merge of one layer's experts; None if it merges them to nothing.
+    """Return the inner method's merge of one layer's experts; None if nothing of them is left.
 
-    `seeds` has one per expert; `survey` is what the inner method has seen of all layers (None: it treats this layer as all
-    of them). Raises WeightingError where it needs seeds and has none.
+    `seeds` has one per expert; `survey` is the inner method's survey of all layers (None: it treats this layer as all of
+    them). Raises WeightingError if it needs seeds and has none.
     """
     extra: dict[str, Any] = {"survey": survey} if survey is not None else {}
     if call.takes("seeds"):
@@ -58,7 +58,7 @@ def combined(
 
 
 def with_biases(experts: Experts, originals: Sequence[Factors | None]) -> list[Factors | None]:
-    """Return the experts with the originals' biases, zeros for one without: the inner rule merges them as they are."""
+    """Return the experts with the originals' biases (zeros for missing ones), for the inner rule to merge unchanged."""
     known = [original.bias_O for original in originals if original is not None and original.bias_O is not None]
     if not known:
         return list(experts)

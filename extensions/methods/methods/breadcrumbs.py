@@ -1,4 +1,4 @@
-"""Model Breadcrumbs (Davari and Belilovsky 2023, arXiv 2312.06795): neither the largest entries nor the smallest."""
+"""Model Breadcrumbs (Davari and Belilovsky 2023, arXiv 2312.06795): a sum of updates without their extreme entries."""
 
 from __future__ import annotations
 

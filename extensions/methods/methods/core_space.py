@@ -36,8 +36,7 @@ def core_space(
     """Return one layer's scale * U merge(M_1, ..., M_E) V^T with M_e = U^T D_e V; U (O, P) and V (I, Q) span all updates.
 
     `inner` names the method that merges the cores M_e, with the weights and `inner_options` (as `{"density": 0.5}`). Nothing
-    is lost: inner="linear" is the weighted sum. A rule that looks at all layers takes this one for all, as in the released
-    code.
+    is lost: inner="linear" is the weighted sum. A rule that looks at all layers takes this one for all, as released.
 
     basis="factors" is the published one: U has the left singular vectors of [B_1 | ... | B_E] and V the right ones of the A
     one above the other, largest first; P = min(O, S) and Q = min(I, S), S being the sum of ranks as stored. Where factors

@@ -1,4 +1,4 @@
-"""The weighted mean of a and of b, apart."""
+"""The weighted means of the factors a and b, taken separately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's `dare_linear`: entries of factors dropped at random and the rest rescaled, then summed apart."""
+"""PEFT's `dare_linear`: entries of a and b are dropped at random and the rest rescaled, then each factor is summed."""
 
 from __future__ import annotations
 

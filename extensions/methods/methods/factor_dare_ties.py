@@ -1,4 +1,4 @@
-"""PEFT's `dare_ties`: entries of factors dropped at random and the rest rescaled, then the rule of TIES on a and b apart."""
+"""PEFT's `dare_ties`: entries of a and b are dropped at random and the rest rescaled, then each factor is merged by TIES."""
 
 from __future__ import annotations
 

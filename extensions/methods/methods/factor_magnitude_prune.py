@@ -1,4 +1,4 @@
-"""PEFT's `magnitude_prune`: the largest entries of factors, summed apart."""
+"""PEFT's `magnitude_prune`: the largest entries of a and of b, summed separately."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ def factor_magnitude_prune(experts: Experts, weights: Weights, *, density: Fract
 
     PEFT's combination type "magnitude_prune": sqrt|w_e| on both sides, the sign of w_e on a; `density` is the fraction kept,
     of a and of b apart. Biases likewise, with w_e. On updates this is `magnitude_prune`. With the LoRA scale part of b, it
-    is PEFT's result where all scales are equal. An expert without the layer adds nothing. Raises LayerMismatch for different
-    ranks.
+    is PEFT's result where all scales are equal. An expert without the layer adds nothing. LayerMismatch for different ranks.
     """
     terms_E = terms_of_one_rank(experts, weights, twin="magnitude_prune")
     return merge_rooted(terms_E, weighted_sum, largest(density))

@@ -1,4 +1,4 @@
-"""PEFT's `ties`: the rule of TIES on factors, a and b apart."""
+"""PEFT's `ties`: the rule of TIES on a and on b separately."""
 
 from __future__ import annotations
 

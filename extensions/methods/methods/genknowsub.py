@@ -1,4 +1,4 @@
-"""Tasks without what general knowledge has in them: the mean of general updates is subtracted."""
+"""A sum of tasks without general knowledge: the mean of general updates is subtracted."""
 
 from __future__ import annotations
 

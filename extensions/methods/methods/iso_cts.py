@@ -52,7 +52,7 @@ def iso_cts(experts: Experts, weights: Weights, *, common_space_fraction: Fracti
 def _beyond(
     parts: Sequence[Spectrum], experts_S: Joint, u_PS: Tensor, v_QS: Tensor, common_PC: Tensor, num: int
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return the `num` top singular triplets of each w D without the columns' common space; fewer if others are zero."""
+    """Return the `num` top singular triplets of each w D outside the common column space; fewer if others are zero."""
     rest_PS = u_PS * experts_S.size_S
     rest_PS = rest_PS - common_PC @ (common_PC.T @ rest_PS)
     triplets = []

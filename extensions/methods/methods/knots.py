@@ -21,7 +21,7 @@ def needs_survey(*, inner: str = "ties", inner_options: Mapping[str, Any] = NO_O
 def survey(
     layers: Iterable[Experts], weights: Weights, *, inner: str = "ties", inner_options: Mapping[str, Any] = NO_OPTIONS
 ) -> Any:
-    """Return what the inner rule needs to know of the pieces of all layers before it merges the first ones."""
+    """Return the inner rule's survey of the pieces of all layers, which it needs before it merges the first layer."""
     call = inner_call(inner, inner_options, method="knots")
     layer_terms = ((experts, terms(experts, weights)) for experts in layers)
     return call.survey(
@@ -53,8 +53,7 @@ def knots(
     equal singular values have no unique basis, and an elementwise rule sees the one chosen.
 
     The inner rule merges biases as they are. `merge` supplies `seeds`, and `survey`, what the inner rule has seen of all
-    layers' pieces; without a survey this layer is all of them. Raises WeightingError for an inner method on factors or
-    statistics.
+    layers' pieces; without a survey this layer is all of them. WeightingError for an inner method on factors or statistics.
     """
     call = inner_call(inner, inner_options, method="knots")
     terms_E = terms(experts, weights)

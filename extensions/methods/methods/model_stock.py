@@ -36,7 +36,7 @@ def model_stock(
 
 
 def _ratio(inner_EE: Tensor, angles: str) -> float:
-    """Return t in [0, 1] for updates with this Gram matrix, whose diagonal is positive; `angles` as in `model_stock`."""
+    """Return the factor t, 0 to 1, for updates with this Gram matrix (positive diagonal); `angles` as in `model_stock`."""
     num = len(inner_EE)
     if num == 1:
         return 1.0

@@ -1,4 +1,4 @@
-"""Output directions that many experts share, turned down before merging: Pico (Tang and Yang 2026, arXiv 2604.16826)."""
+"""Output directions that many experts share, weakened before merging: Pico (Tang and Yang 2026, arXiv 2604.16826)."""
 
 from __future__ import annotations
 

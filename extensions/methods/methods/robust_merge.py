@@ -1,4 +1,4 @@
-"""Pruned factors whose weak directions are made up for: RobustMerge (Zeng et al., NeurIPS 2025, arXiv 2502.17159)."""
+"""Pruned factors whose weak directions are amplified: RobustMerge (Zeng et al., NeurIPS 2025, arXiv 2502.17159)."""
 
 from __future__ import annotations
 

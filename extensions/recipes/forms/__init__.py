@@ -1,1 +1,1 @@
-"""Forms in which the experts of these recipes enter the output of a place; one file each."""
+"""Forms, one file each, in which the experts of these recipes enter the output of a layer or block."""

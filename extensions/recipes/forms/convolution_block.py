@@ -123,7 +123,7 @@ class _TaskBatchNorm(nn.Module):
 
     def forward(self, x_BTO: Tensor, task_B: Tensor) -> Tensor:
         found_BTO = torch.empty_like(x_BTO)
-        # a block that the backward pass runs again has been counted
+        # a block that the backward pass runs again was counted the first time
         momentum = MOMENTUM if torch._C._current_graph_task_id() == -1 else 0.0
         for task in sorted(set(task_B.tolist())):
             own_B = task_B == task

@@ -182,9 +182,9 @@ class FeedForward(Form):
     def _mixed(
         self, block: nn.Module, x: Tensor, made: Sequence[Tensor], own: Tensor, weigh: Weigh
     ) -> tuple[Tensor, Tensor]:
-        """Return (h, the experts' update of D h): input and change of output of the block's last layer, in their shapes.
+        """Return the mixed input h of the block's last layer D, and the experts' update of D h, both in the layer's shapes.
 
-        `made` has the outputs of the first layers for x, `own` the frozen block's own input of its last layer.
+        `made` has the outputs of the first layers for x, `own` the frozen block's input of its last layer.
         """
         x_BTI = by_row(x)
         w_BTE = fitting(weigh(x_BTI), self.site, *x_BTI.shape[:2])

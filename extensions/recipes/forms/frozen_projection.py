@@ -1,4 +1,4 @@
-"""The sum of experts whose factors a do not learn, and whose gate sees what these make of the input."""
+"""The sum of experts whose factors a are frozen, with a gate that sees the outputs of these factors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loraweave.extend import ExpertShape, Recipe, Site, SumOfExperts, conv, line
 
 
 class FrozenProjection(SumOfExperts):
-    """y0 + scale * sum over e of w_e(A x) * (dropout(x) a_e^T) b_e^T, where A, all factors a on end, has no gradient."""
+    """y0 + scale * sum over e of w_e(A x) * (dropout(x) a_e^T) b_e^T, where A, all factors a stacked, has no gradient."""
 
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
         super().__init__(recipe, site, shape)

@@ -1,4 +1,4 @@
-"""Experts that multiply a layer's weight elementwise; each row has one of its own."""
+"""Experts that multiply a layer's weight elementwise; each row has one expert."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Multiplied(Form):
         y_BTO = (y_BRTO * b_BRO[:, :, None]).sum(dim=1)
         bias_O = module.bias
         if isinstance(bias_O, Tensor):
-            # each rank's product had the whole of it
+            # each rank's product has added the bias once
             y_BTO = y_BTO + ((1 - b_BRO.sum(dim=1)) * bias_O.to(y.dtype))[:, None]
         shape: torch.Size = seen["shape"]
         return y_BTO.reshape(*shape, y.shape[-1])

@@ -12,7 +12,7 @@ from loraweave.extensions.recipes.row_gates import Frozen
 
 
 class PartlyFrozen(SumOfExperts):
-    """y0 + scale * sum over e of w_e * (dropout(x) a_e^T) b_e^T, where those of the recipe's `frozen` have no gradient.
+    """y0 + scale * sum over e of w_e * (dropout(x) a_e^T) b_e^T, without a gradient for experts in the recipe's `frozen`.
 
     Their factors are buffers, which no optimizer sees, so that they stay the same bits; a_SI and b_SO are the others'.
     """

@@ -1,4 +1,4 @@
-"""Factors of rank 1 in two pools, from which each row gets a few of its own, paired by score."""
+"""Factors of rank 1 in two pools, from which each row gets the best-scored few of each, paired in order of their scores."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class SelectedFactors(Form):
         of_a_BE, of_b_BE = scores_BTE[:, 0].chunk(2, dim=1)
         a_BRI, a_BR = self._chosen(self.a_EI, of_a_BE)
         if self.k_REI is not None:
-            # what was chosen of a, as it enters the layer
+            # the chosen factors a, as they enter the layer
             with own_precision(y.device):
                 along_BRE = torch.einsum("bri,rei->bre", a_BRI * a_BR[..., None], self.k_REI)
             of_b_BE = of_b_BE + self.recipe.a_weight * along_BRE.softmax(dim=-1).sum(dim=1).softmax(dim=-1)

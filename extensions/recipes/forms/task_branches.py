@@ -1,4 +1,4 @@
-"""Experts of a shared stream, and of the branches that leave it for each row's task."""
+"""Experts of a shared stream of activations, and of the branches that leave it for each row's task."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from loraweave.extensions.recipes.recipes.mtlora import Branch, BranchSite, Mtlo
 
 
 class TaskBranches(SumOfExperts):
-    """The sum of experts, which a branch adds to what the shared stream had at the place: its base's output, or all of it.
+    """The sum of experts at a site of the shared stream, or of a task's branch, which adds its own to the shared stream's.
 
-    The recipe's `mode` says which. With "addition" the shared stream has y0 + LayerNorm(sum over t of y_t), so that the
-    streams of all tasks run beside it.
+    The recipe's `mode` says whether a branch adds to the base's output there, or to all of the shared stream's output. With
+    "addition" the shared stream has y0 + LayerNorm(sum over t of y_t), so that the streams of all tasks run beside it.
     """
 
     # a branch adds to another stream's output

@@ -1,1 +1,1 @@
-"""Losses of these recipes; each states its value at uniform use and at collapse."""
+"""Losses of these recipes, one file each, with their values at uniform use of experts and at collapse."""

@@ -1,4 +1,4 @@
-"""The loss of a gate that has to know the domain of its input."""
+"""The loss of a gate that has to predict the domain of its input."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch.nn import functional
 
 
 def domain(scores_NE: Tensor, domain_N: Tensor) -> Tensor:
-    """Return the cross-entropy of softmax(scores) with the row's own expert, a mean over the rows that have one.
+    """Return the mean cross-entropy between softmax(scores) and each row's expert, over the rows that have one.
 
-    A row with `domain_N` below 0 has none; 0 where no row has one. log(E) where all experts are alike, 0 where each row has
-    all its probability on its own expert, and without a bound where it has it on another.
+    A `domain_N` below 0 means that the row has none; without any, the loss is 0. It is log(E) for equal scores, 0 if each
+    row gives all its probability to its expert, and unbounded if to another.
     """
     known_N = domain_N >= 0
     if not known_N.any():

@@ -11,10 +11,9 @@ from loraweave.extensions.recipes.losses.cv_squared import cv_squared
 def localised(use_BE: Tensor, first_B: Tensor, delta: float) -> Tensor:
     """Return `cv_squared` of use_BE * I_BE, where I is 1 - delta in a row's own half and 1 + delta in the other.
 
-    `first_B` says whose own half is the first; `use_BE` has the mean weights of each row's real tokens, as a sum would weigh
-    rows by their lengths. 0 where a row uses each expert of its own half (1 + delta) / (1 - delta) times as much as each of
-    the other, alike in all rows; with `delta` 0 where all experts are alike. B * E where one row uses one expert and the
-    others none.
+    `first_B` is True if a row's own half is the first; `use_BE` has the mean weights of each row's real tokens, as a sum
+    would weigh rows by their lengths. 0 if every row uses each expert of its own half (1 + delta) / (1 - delta) times as
+    much as each of the other; with `delta` 0, if all experts are used equally. B * E if only one row uses only one expert.
 
     Dou et al. (2023, arXiv 2312.09979) write 1 + delta for the half that they call a row's own, which so gets *less* where
     the loss is least. Both halves begin alike, so that this changes only which half is whose. Below the variance, their

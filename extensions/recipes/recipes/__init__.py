@@ -1,1 +1,1 @@
-"""Recipes beside those of the core: their experts, gates and sites, one file each."""
+"""Recipes beside those of the core, one file each: their experts, gates and sites."""

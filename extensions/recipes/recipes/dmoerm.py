@@ -1,4 +1,4 @@
-"""DMoERM (Quan 2024, arXiv 2403.01197): a LoRA for each capability of a reward model, whose features one head reads."""
+"""DMoERM (Quan 2024, arXiv 2403.01197): a LoRA for each capability of a reward model, whose features one head combines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlyLoRA (Zou et al. 2025, arXiv 2510.08396): a frozen sparse random A, whose largest outputs choose a token's ranks."""
+"""FlyLoRA (Zou et al. 2025, arXiv 2510.08396): a frozen sparse random A, whose largest outputs select a token's ranks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Flylora(Recipe):
         return _RankGate(num_experts, top_k=self.top_k, rate=self.bias_rate, signed=self.by == "value")
 
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw a, sparse and normal, with b zero."""
+        """Draw an expert's first factors: a_RI sparse and normal, b_RO zero."""
         density = self.top_k / self.rank if self.density is None else self.density
         a_RI = torch.zeros(rank, site.num_inputs)
         places = torch.randperm(site.num_inputs, generator=generator)[: max(1, int(density * site.num_inputs))]

@@ -1,4 +1,4 @@
-"""LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): experts trained with gates that learn how many of them a token gets."""
+"""LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): experts with gates that learn the number of experts of each token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sparsegen(scores_BTE: Tensor, lambda_BT1: Tensor) -> Tensor:
     """Return p_BTE = argmin over the simplex of |p - u|^2 - lambda |p|^2 for the scores u, with a lambda below 1.
 
     p = max(u - tau, 0) / (1 - lambda), with the tau that makes it sum to 1: lambda = 0 is sparsemax, towards 1 the highest
-    score gets all, towards -inf all get alike. Scores of -inf get 0. Gradients reach scores and lambda.
+    score gets all, towards -inf all get equal shares. Scores of -inf get 0. Gradients reach scores and lambda.
     """
     sorted_BTE = scores_BTE.sort(dim=-1, descending=True).values
     with torch.no_grad():
@@ -72,8 +72,7 @@ class Lambda(nn.Module):
     """A network for lambda(x) = 0.99 + logsigmoid(MLP(x)), with `hidden` ReLU units.
 
     It is drawn as torch draws linear layers, with a last bias of -2.5, so that lambda begins around -1.6, as published. The
-    published hidden units begin at -2.5, too, where most inputs leave them at 0 and without a gradient; here they begin at
-    0.
+    published hidden units begin at -2.5, too, where most inputs leave them at 0 and without a gradient; here at 0.
     """
 
     def __init__(self, num_inputs: int, hidden: int) -> None:
@@ -99,8 +98,7 @@ class LdMole(EvenRecipe):
 
     w is a share of each expert on the simplex, of which as many are 0 as lambda, below 1, says. r_EI is each site's own, and
     lambda(x) = 0.99 + logsigmoid(MLP(x)) has one MLP of `hidden` units for all sites with as many inputs. Weights and their
-    number follow the input without a jump, so that gradients reach both. The router `ld_mole` is the same for adapters that
-    are there.
+    number follow the input without a jump, so that gradients reach both. Router `ld_mole` is the same for given adapters.
 
     `sparsity` times how far lambda is below the least that leaves at most `target` experts, a mean over real tokens and
     sites, is added; scores are not moved by it. So is `balance` times the mean over sites of E * sum over e of f_e p_e, f_e

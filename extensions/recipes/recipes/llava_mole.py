@@ -13,7 +13,7 @@ from loraweave.extensions.recipes.limited_gate import LimitedGate
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaMole(EvenRecipe):
-    """A mixture with w = softmax(r x) of the expert where it is highest, else 0, by token and site of the feed-forward.
+    """A mixture of one expert for each token and feed-forward site: w = softmax(r x) for the highest, 0 for the others.
 
     The gate learns by that probability alone: which expert is the best has no gradient. `balance` times the mean over sites
     of the loss `switch`, 1 where all experts are alike, is added. Published, for three kinds of data: 3 experts of rank 32.

@@ -60,7 +60,7 @@ class LoraMixer(EvenRecipe):
 
     def gate(self, site: Site, num_experts: int) -> TokenGate:
         gate = _MixerGate(site.num_inputs, num_experts, top_k=self.top_k, hard=self.hard)
-        # nothing that it says counts for a row of a task
+        # the gate's scores do not count for a row with a task
         return gate.requires_grad_(not self.hard)
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
@@ -94,7 +94,7 @@ class _MixerGate(TokenGate):
         weighing = super().forward(x_BTI, call)
         if not self.hard or call.task_B is None:
             return weighing
-        # a row may have copies, such as beams
+        # a row may have several copies, such as beams
         task_B = call.task_B.repeat_interleave(len(x_BTI) // len(call.task_B))
         own_B1E = functional.one_hot(task_B.clamp(min=0), self.num_experts).to(weighing.w_BTE)[:, None]
         return weighing._replace(w_BTE=torch.where((task_B >= 0)[:, None, None], own_B1E, weighing.w_BTE))

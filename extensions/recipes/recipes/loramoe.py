@@ -1,4 +1,4 @@
-"""LoRAMoE (Dou et al. 2023, arXiv 2312.09979): half of the experts for knowledge of the world, half for other tasks."""
+"""LoRAMoE (Dou et al. 2023, arXiv 2312.09979): one half of the experts for world knowledge, the other for other tasks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Loramoe(EvenRecipe):
         super().__post_init__()
         if self.num_experts % 2:
             self.refuse("num_experts", "it takes an even number, half for knowledge and half for other tasks")
-        # fit() may be told the tasks, and puts them in
+        # fit() may get the tasks from its data, and then sets them
         for task in self.knowledge if self.tasks else ():
             if task not in self.tasks:
                 close = nearest(task, self.tasks)

@@ -16,9 +16,8 @@ class MixloraConditional(Recipe):
     A site has `num_experts` factors a_I and as many b_O, and selectors r_a, r_b and k_1 .. k_rank, one row for each factor.
     With h the mean of the site's input over a row's prompt, a_p is the factor a of the p-th highest r_a h. b_p is that of
     the p-th highest r_b h if `conditional` is False, else of the p-th highest softmax(r_b h) + `a_weight` * softmax(sum over
-    q of softmax(k_q a_q)). The chosen factors enter the output unscaled; the selectors learn by a straight-through
-    gradient, the one that a factor times its softmax score would have. `alpha` None is 2 * num_experts, as in the released
-    script.
+    q of softmax(k_q a_q)). The chosen factors enter the output unscaled; the selectors learn by a straight-through gradient,
+    the one that a factor times its softmax score would have. `alpha` None is 2 * num_experts, as in the released script.
 
     `as_released` follows the released code in two ways: no score is multiplied with a factor, so the selectors never learn
     and are frozen here, and padding counts in the mean. One difference stays: the released mean is over all tokens (when
@@ -48,5 +47,5 @@ class MixloraConditional(Recipe):
 
     def gate(self, site: Site, num_experts: int) -> FactorGate:
         gate = FactorGate(site.num_inputs, num_experts, padding=self.as_released)
-        # nothing that it says has a gradient
+        # the released code gives the gate no gradient
         return gate.requires_grad_(not self.as_released)

@@ -1,4 +1,4 @@
-"""Mixture-of-LoRAs (Feng et al., LREC-COLING 2024, arXiv 2403.03432): each layer learns which domain's LoRA a row needs."""
+"""Mixture-of-LoRAs (Feng et al., LREC-COLING 2024, arXiv 2403.03432): each layer learns to choose a domain's LoRA by row."""
 
 from __future__ import annotations
 

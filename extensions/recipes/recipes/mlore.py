@@ -110,8 +110,7 @@ class SpatialGate(Gate):
 
     Of the mixed experts, those with the `top_k` highest m + s * noise count: softmax over these, or softmax over all if not
     `renormalised`. Noise is in training alone. The generic expert, where there is one, has 1; the one of the row's task p,
-    and those of other tasks 0. They are in that order. All U, LN and V are the task's own; x_BTC are the channels at each
-    position.
+    and those of other tasks 0. They are in that order. All U, LN and V are the task's own; x_BTC has channels by position.
     """
 
     def __init__(self, recipe: Mlore, num_channels: int) -> None:
@@ -119,7 +118,7 @@ class SpatialGate(Gate):
         super().__init__(num_mixed + generic + num_tasks, most=recipe.top_k + generic + 1)
         self.num_mixed, self.num_tasks, self.generic = num_mixed, num_tasks, generic
         self.top_k, self.choose = recipe.top_k, top_k_softmax if recipe.renormalised else top_k_of_softmax
-        # of fewer than 4 values, LayerNorm leaves next to nothing
+        # LayerNorm of fewer than 4 values keeps almost no information
         width = max(4, num_channels // 4)
         self.u1, self.norm1 = TaskLinear(num_tasks, num_channels, width), _Norm(num_tasks, width)
         self.u3 = TaskLinear(num_tasks, width, width)

@@ -1,4 +1,4 @@
-"""MoCLE (Gou et al. 2023, arXiv 2312.12379): an expert of the cluster that a prompt is in, beside a universal one."""
+"""MoCLE (Gou et al. 2023, arXiv 2312.12379): an expert chosen by the cluster of a row's prompt, and a universal one."""
 
 from __future__ import annotations
 

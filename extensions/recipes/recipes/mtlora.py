@@ -1,4 +1,4 @@
-"""MTLoRA (Agiza, Neseem and Reda 2024, arXiv 2403.20320): a shared stream, and a branch for each task in closing blocks."""
+"""MTLoRA (Agiza, Neseem and Reda 2024, arXiv 2403.20320): a shared stream, and task branches in closing blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BranchSite(Site):
 
 @dataclass(eq=False)
 class Branch:
-    """The tensors that the branches of tasks take over from the shared stream, by path: inputs of blocks, outputs of sites.
+    """Tensors that the branches of tasks take from the shared stream, by path: inputs of blocks and outputs of sites.
 
     They are noted while the shared stream runs, and taken once the branches have `left` it. While it runs, the blocks where
     branches leave see `num_streams` times its rows: its own, and those of each task where it is made of theirs.

@@ -1,4 +1,4 @@
-"""SiRA (Zhu et al. 2023, arXiv 2311.09179): sparse top-k with a capacity for each expert, and dropout of experts."""
+"""SiRA (Zhu et al. 2023, arXiv 2311.09179): sparse top-k experts with a capacity for each, and dropout of experts."""
 
 from __future__ import annotations
 

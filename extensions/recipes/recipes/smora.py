@@ -1,4 +1,4 @@
-"""SMoRA (Zhao et al. 2025, arXiv 2501.15103): one LoRA whose ranks are the experts, of which a token gets the best few."""
+"""SMoRA (Zhao et al. 2025, arXiv 2501.15103): one LoRA whose ranks are the experts, a few of which each token uses."""
 
 from __future__ import annotations
 

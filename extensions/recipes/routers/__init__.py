@@ -1,1 +1,1 @@
-"""Routers with the gates of a recipe, over adapters that are there; one a file."""
+"""Routers over existing adapters with the gates of a recipe, one file each."""

@@ -1,4 +1,4 @@
-"""LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): a router that also learns how many adapters a token gets."""
+"""LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): a router that also learns the number of adapters of each token."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from loraweave.extensions.recipes.recipes.ld_mole import Lambda, shortfall, spar
 
 
 class LdMole(InputGates):
-    """A router with w = sparsegen(g x, lambda(x)): shares on the simplex, of which lambda, below 1, says how many are 0.
+    """A router with w = sparsegen(g x, lambda(x)): shares that sum to 1, more of which are 0 the larger lambda, below 1, is.
 
     g_EI is each layer's own, drawn as torch draws linear layers. lambda(x) = 0.99 + logsigmoid(MLP(x)) (`Lambda`) has one
     MLP of `hidden` units for all layers with as many inputs, as published (256 there): near 0.99 the best expert gets all,
-    the lower the more experts take part. Weights and their number follow the input without a jump, so that gradients reach
-    both.
+    and for lower values more experts take part. Weights and their number are continuous in the input: gradients reach both.
 
-    `sparsity`, 0 or more, is the coefficient of a loss that draws towards at most `target` experts a token: how far lambda
-    is below the least that has no more, a mean over real tokens and layers. 0 where it is reached; scores are not moved by
-    it.
+    `sparsity`, 0 or more, is the coefficient of a loss that draws towards at most `target` experts a token: the mean over
+    real tokens and layers of how far lambda is below the least value with no more experts, and 0 otherwise; it has no
+    gradient to the scores.
     """
 
     def __init__(

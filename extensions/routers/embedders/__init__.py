@@ -1,1 +1,1 @@
-"""The embedder that a published router names: the base model's own states."""
+"""The embedder of a published router: the base model's own hidden states."""

@@ -56,7 +56,7 @@ class HiddenState:
 
     @cached_property
     def id(self) -> str:
-        """The digest of all that decides a vector: the base model's fingerprint, truncation, reference texts."""
+        """The digest of everything that decides a vector: the base model's fingerprint, truncation, reference texts."""
         settings = [fingerprint(self._load[0]).to_json(), MAX_TOKENS, _REFERENCES]
         return f"hiddenstate:{text_digest(json.dumps(settings))[:16]}"
 

@@ -1,1 +1,1 @@
-"""Losses of examples, one a file."""
+"""Objectives of searches: losses of examples, one file each."""

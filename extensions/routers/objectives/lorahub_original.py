@@ -13,8 +13,9 @@ from loraweave.extend import CrossEntropy, RowSums
 class LorahubOriginal(CrossEntropy):
     """The mean over all target tokens of all examples together, divided by the number of examples.
 
-    The authors add up the mean token loss of each batch and divide by the examples instead of the batches; all examples are
-    one batch, as by default in their code. An L1 term thus weighs as many times more than it says. Long targets count more.
+    The authors add up the mean token loss of each batch and divide by the number of examples instead of batches; all
+    examples are one batch, as by default in their code. An L1 term thus counts that many times more than its coefficient.
+    Long targets count more.
     """
 
     def losses(self, sums: RowSums) -> Tensor:

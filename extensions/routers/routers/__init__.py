@@ -1,1 +1,1 @@
-"""Routers and searches, one a file."""
+"""Routers and searches, one file each."""

@@ -1,9 +1,9 @@
 """AdaMerging: weights learned without labels, by the entropy of the predictions (Yang et al., ICLR 2024, arXiv 2310.02575).
 
-Gradient descent on one weight per expert (task-wise), or per expert and layer (layer-wise), from 0.3 each. What is minimised
-is the objective's matter: the published one is the Shannon entropy of the predictions on unlabelled inputs. It is
-transductive, for it needs inputs of every task that the mixture is for, and it needs predictions over classes: confident
-ones need not be right ones.
+Gradient descent on one weight per expert (task-wise), or per expert and layer (layer-wise), from 0.3 each. The objective is
+chosen separately: the published one is the Shannon entropy of the predictions on unlabelled inputs. It is transductive,
+since it needs inputs of every task that the mixture is for, and it needs predictions over classes: confident ones need not
+be right ones.
 """
 
 from __future__ import annotations

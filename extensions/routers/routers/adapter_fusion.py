@@ -54,7 +54,7 @@ class OutputAttention(OutputRouter):
         return functional.linear(functional.linear(x_BTI, q_DI, bias_D), k_SD)
 
 
-# of queries and keys at the start, as published
+# the standard deviation of queries and keys at the start, as published
 STD = 0.02
 OFF_DIAGONAL = 1e-6
 
@@ -63,8 +63,7 @@ class AdapterFusion(OutputAttention):
     """A router with w = softmax over experts of (q x + c) . (k E_e(x)) / temperature, with learned q, c and k by layer.
 
     E_e(x) = b_e a_e x is what expert e adds, without its gain and bias. A bias of the keys adds the same to every score and
-    is left out. Adapters in the paper are modules between the layers; here they are LoRAs, and each layer has a fusion of
-    its own.
+    is left out. Adapters in the paper are modules between the layers; here they are LoRAs, and each layer has its fusion.
 
     With `values` the layer adds V sum w_e E_e(x), as published, with a learned V_OO: the mixture of experts b'_e = V b_e. V
     begins as the identity, with 1e-6 beside the diagonal, and the loss has `penalty` times the sum over layers of |V - I|^2,
@@ -88,7 +87,7 @@ class AdapterFusion(OutputAttention):
         self.dim = dim
         self.temperature = temperature
         self.values = values
-        # counts where there are values
+        # this only counts with `values`
         self.penalty = penalty
         self.query_biases_ = LayerTensors({}, learned=True)
         self.values_ = LayerTensors({}, learned=True)

@@ -1,4 +1,4 @@
-"""AdapterSoup (Chronopoulou et al. 2023, arXiv 2302.07027): the average of the adapters whose texts are like the task's."""
+"""AdapterSoup (Chronopoulou et al. 2023, arXiv 2302.07027): the average of the adapters whose texts resemble the task's."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ class AdapterSoup(ClosedForm):
     adapters' cards and of the task. With the embedder's unit vectors, `form`
 
     "similarity" takes the experts in the order of their mean cosine over all pairs of one text and one input: the `most` (5)
-    best, without those at or below `least` (0.15).
-    "clusters" fits a mixture of Gaussians, spherical and one for each expert, to all texts, beginning at the experts' means.
-    An expert belongs to the Gaussian in which most of its texts lie; the experts of each one with more than `share` (0.1) of
-    the inputs are taken, the `most` of the fullest first.
+    best, without those at or below `least` (0.15). "clusters" fits a mixture of Gaussians, spherical and one for each
+    expert, to all texts, beginning at the experts' means. An expert belongs to the Gaussian in which most of its texts lie;
+    the experts of each one with more than `share` (0.1) of the inputs are taken, the `most` of the fullest first.
 
     Where none qualifies, the experts of the best score alone are taken. The paper averages the parameters of adapters, which
     is `compose(merge_method="factor_average")`; by default updates are averaged. The paper's abstract names both ways and
@@ -78,7 +77,7 @@ def _shares(texts: Sequence[np.ndarray], asked_ND: np.ndarray) -> np.ndarray:
     means_ED = np.stack([own_MD.mean(axis=0) for own_MD in texts])
     mixture = GaussianMixture(len(texts), covariance_type="spherical", means_init=means_ED, random_state=0)
     with warnings.catch_warnings():
-        # after 100 rounds texts that are alike may still pass between Gaussians that are
+        # after 100 rounds similar texts may still move between similar Gaussians
         warnings.simplefilter("ignore", ConvergenceWarning)
         mixture.fit(np.concatenate(texts))
     share_E = np.bincount(mixture.predict(asked_ND), minlength=len(texts)) / len(asked_ND)

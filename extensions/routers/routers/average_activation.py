@@ -1,4 +1,4 @@
-"""Each token goes to the experts whose mean input is most like it: PHATGOOSE's gates without their training."""
+"""Each token goes to the experts whose mean input is most similar to it: PHATGOOSE's gates without their training."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ TOP_K = 2
 class AverageActivation(ScoredRouter):
     """A router with w = softmax over the `top_k` largest LN(m_e) . LN(x) / (sqrt(I) temperature), m_e e's mean input.
 
-    m_e is over the tokens of some prompts of the expert's own, read by the model with that expert: `fit` measures it. LN
-    takes off the mean and divides by the standard deviation, as PHATGOOSE does with the gates that it trains in the place
-    of m_e (Muqeeth et al. 2024, arXiv 2402.05859), which compares with average activations. `top_k` is by default 2, or all
-    experts of a smaller pool. Raises what `ScoredRouter` raises.
+    `fit` measures m_e over the tokens of some prompts of the expert, read by the model with that expert. LN subtracts the
+    mean and divides by the standard deviation, as PHATGOOSE does with the gates that it trains instead of m_e (Muqeeth et
+    al. 2024, arXiv 2402.05859), and which it compares with average activations. `top_k` is by default 2, or all experts of a
+    smaller pool. Raises what `ScoredRouter` raises.
     """
 
     per_expert: ClassVar[Mapping[str, str | None] | None] = {"means_": None}

@@ -1,8 +1,8 @@
-"""Bayesian search: a Gaussian process is fitted to the losses, and candidates are where improvement is expected most.
+"""Bayesian search: a Gaussian process is fitted to the losses, and candidates have the largest expected improvement.
 
 Expected improvement is that of Jones, Schonlau and Welch (1998). The process has a Matern kernel, one length for all weights
-and a noise, from scikit-learn. What it takes to fit grows with the cube of the candidates: it is for evaluations that are
-dear and some dozens of them, and the fewer the weights, the more each tells it.
+and a noise, from scikit-learn. The time to fit grows with the cube of the candidates: it is for some dozens of expensive
+evaluations, each of which tells more the fewer weights there are.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from scipy.special import ndtr
 from loraweave.extend import Count, Range, Solver
 
 POPULATION = 4
-# drawn for each candidate, half of them in the whole box and half around the best so far
+# the number of points drawn for each candidate, half in the whole box and half around the best so far
 NUM_DRAWS = 1024
-# of the box's width: the spread of the draws around the best, each at a scale of its own between these
+# shares of the box's width between which each draw around the best has its spread
 NEAREST, FARTHEST = 0.01, 0.3
 
 
 @dataclass(eq=False, kw_only=True)
 class Bayesian(Solver):
-    """A search from the start and `initial` - 1 points spread around it, then by `population` candidates at a time.
+    """A search of the start and `initial` - 1 points spread around it, then of `population` candidates at a time.
 
-    Each of those is chosen as if the ones before it had the losses expected of them. A failed candidate counts as the worst
-    so far. By default a third of the budget is initial, and at most one more than twice the number of weights. The other
-    arguments are `Solver`'s.
+    Each candidate is chosen as if those before it in its group had their expected losses. A failed candidate counts as the
+    worst so far. By default a third of the budget is initial, and at most one more than twice the number of weights. The
+    other arguments are `Solver`'s.
     """
 
     initial: Annotated[int, Range(least=2)] | None = None
@@ -65,7 +65,7 @@ class Bayesian(Solver):
         return [low + (high - low) * unit for unit in chosen]
 
     def _fill_box(self) -> list[np.ndarray]:
-        """Return the other initial candidates, a Latin hypercube around the start: each part of a weight's range has one."""
+        """Return the other initial candidates: a Latin hypercube around the start, one in each part of a range."""
         count, generator = self._num_initial - 1, np.random.default_rng([self.seed, 0])
         places = np.stack([generator.permutation(count) for _ in range(self.space.size)], axis=1)
         units = (places + generator.uniform(size=places.shape)) / max(count, 1)

@@ -1,4 +1,4 @@
-"""First-order search for weights: one backward pass gives the loss's slope by every weight, a few more their changes.
+"""First-order search for weights: a backward pass gives the loss's slope by every weight, a few more its curvature.
 
 The loss is taken for a quadratic function of the weights, through the slopes at the best candidate and the changes between
 those told so far. The next candidate is the model's lowest point in the box and not farther than the trust radius from the
@@ -43,7 +43,7 @@ LEAST_FALL = 1e-9
 @traits("ends_early", "orderless")
 @dataclass(eq=False, kw_only=True)
 class FirstOrder(Solver):
-    """A search that asks for the start, by default the base model, then for the lowest point of its model, one at a time.
+    """A search that tries the start, by default the base model, then the lowest point of its model, one at a time.
 
     `radius` is how far a weight may go in the first step; `ridge` draws the model's curvature towards the same in all
     directions. It ends before its budget where the model predicts no lower loss. The other arguments are `Solver`'s.
@@ -57,7 +57,7 @@ class FirstOrder(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # the candidates with a score: where, its loss, and its gradient
+        # the candidates with a finite loss: (point, loss, gradient)
         self._known: list[tuple[np.ndarray, float, np.ndarray]] = []
         self._trusted = self.radius
         self._foretold = 0.0
@@ -133,7 +133,7 @@ class Quadratic:
         # scipy takes longer to import than a catalogue of solvers should
         from scipy.optimize import minimize
 
-        # of steps and changes near 1, whatever the loss's own
+        # the scale makes steps and changes near 1, whatever the loss's own
         scale = float(self.diagonal.mean())
         unit = max(float(np.abs(self.slope).max()) / scale, 1e-300)
 

@@ -1,4 +1,4 @@
-"""Greedy selection of adapters: those that help are averaged, as in a greedy soup (Wortsman et al. 2022, arXiv 2203.05482).
+"""Greedy selection of adapters: those that lower the loss are averaged, a greedy soup (Wortsman et al., arXiv 2203.05482).
 
 AdapterSoup averages adapters that a retriever picks (Chronopoulou et al. 2023, arXiv 2302.07027); here the losses pick them.
 """
@@ -18,12 +18,12 @@ from loraweave.extend import Solver, traits
 @traits("ends_early", "orderless")
 @dataclass(eq=False, kw_only=True)
 class Greedy(Solver):
-    """A search that asks for the start and every expert alone, then adds experts, then takes out those that do not help.
+    """A search that tries the start and every expert alone, then adds experts, then removes those that do not help.
 
     Adding begins with the expert of the lowest loss alone; the others are tried in the order of their losses, and each stays
-    if the loss is lower with it. Then the mixtures without one of the members are asked for together, and the best of them
-    is taken while it lowers the loss. Members weigh 1 / their number, or `strength` each, and the others 0. With groups of
-    layers an expert is a member of each group apart. The other arguments are `Solver`'s.
+    if the loss is lower with it. Then the mixtures without one of the members are tried together, and the best of them is
+    taken as long as it lowers the loss. Members weigh 1 / their number, or `strength` each, and the others 0. With groups of
+    layers, members are chosen for each group. The other arguments are `Solver`'s.
     """
 
     strength: float | None = None

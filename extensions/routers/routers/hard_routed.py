@@ -1,4 +1,4 @@
-"""Hard-Routed MoR-LoRA (Molavi et al. 2026, arXiv 2606.31413): each token goes to one whole adapter, by a learned choice."""
+"""Hard-Routed MoR-LoRA (Molavi et al. 2026, arXiv 2606.31413): a learned choice sends each token to one whole adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LAG (Fleshman and Van Durme 2025, arXiv 2507.05346): Arrow finds candidates, SpectR ranks them, the best one answers."""
+"""LAG (Fleshman and Van Durme 2025, arXiv 2507.05346): Arrow selects candidates, SpectR ranks them, the best is used."""
 
 from __future__ import annotations
 

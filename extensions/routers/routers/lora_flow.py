@@ -49,7 +49,7 @@ class LoraFlow(LearnedRouter):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """The blocks whose input the router looks at."""
+        """The paths of the blocks whose input the router reads."""
         return tuple(dict.fromkeys(block for layer in self.layers if (block := block_of(layer)) is not None))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
@@ -86,7 +86,7 @@ class LoraFlow(LearnedRouter):
 
 
 def _width(block: str, layers: Sequence[str], members: Members, width: int | None) -> int:
-    """Return how many features the input of a block has; 0 if it is a layer outside blocks that does not say it.
+    """Return how many features the input of a block has; 0 for a layer outside blocks if they are unknown.
 
     `layers` are those of the block, `width` is the router's option. Raises WeightingError if it cannot be told.
     """

@@ -85,7 +85,7 @@ class LorahubOriginal(Solver):
         finally:
             # making an array takes a number from numpy's global generator
             np.random.set_state(kept)
-        # that number, after the authors' numpy.random.seed(seed)
+        # the number that numpy's generator gives after the authors' numpy.random.seed(seed)
         first = np.random.RandomState(self.seed).randint(2**32, dtype=np.uint32)
         space.random_state = np.random.RandomState(first)
         return nevergrad.optimizers.NGOpt(parametrization=space, budget=self.budget)
@@ -105,7 +105,7 @@ class LorahubOriginal(Solver):
         # which a search that was left early would keep the interpreter from ending
         thread = threading.Thread(target=run, daemon=True)
         with warnings.catch_warnings():
-            # about the losses and its own choices
+            # nevergrad warns about the losses and its own choices
             warnings.simplefilter("ignore")
             thread.start()
             thread.join()

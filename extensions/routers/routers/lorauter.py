@@ -1,6 +1,6 @@
-"""LORAUTER (Dhasade et al. 2026, arXiv 2601.21795): from a text to the tasks that it is like, and to their best adapters.
+"""LORAUTER (Dhasade et al. 2026, arXiv 2601.21795): a text is compared with tasks, whose best adapters are mixed.
 
-What adapters were trained on is not needed: a few examples of each task say what it is like, and which adapters answer it.
+The adapters' training data are not needed: a few examples of each task represent it, and tell which adapters solve it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from loraweave.extend import (
     untouched,
 )
 
-# ours: the abstract, by which this is written, names none
+# our default: the abstract, on which this is based, names none
 NUM_TASKS = 3
 TEMPERATURE = 0.05
 

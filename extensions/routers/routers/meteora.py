@@ -1,4 +1,4 @@
-"""MeteoRA (Xu et al., ICLR 2025, arXiv 2405.13053): each layer learns which adapters a token is for, task after task."""
+"""MeteoRA (Xu et al., ICLR 2025, arXiv 2405.13053): each layer learns which adapters a token needs, also where tasks mix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixture-of-LoRAs (Feng et al., LREC-COLING 2024, arXiv 2403.03432): each layer learns which adapter's domain it reads."""
+"""Mixture-of-LoRAs (Feng et al., LREC-COLING 2024, arXiv 2403.03432): each layer predicts its input's domain, an adapter."""
 
 from __future__ import annotations
 

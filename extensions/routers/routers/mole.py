@@ -1,4 +1,4 @@
-"""MoLE (Wu, Huang and Wei, ICLR 2024, arXiv 2404.13628): a gate in each layer on the outputs of all experts, in balance."""
+"""MoLE (Wu, Huang and Wei, ICLR 2024, arXiv 2404.13628): a balanced gate in each layer on the outputs of all experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from loraweave import ExpertPool, ScopeError
 from loraweave.extend import LayerTensors, Members, NonNegative, OutputRouter, Step, unknown_expert, without
 
-# of the learned projections at the start: the weights are close to uniform, and tau gets a gradient
+# standard deviation of the learned projections at the start: weights are close to uniform, and tau gets a gradient
 STD = 0.02
 # below which a length counts as this, as in torch's normalize
 SHORTEST = 1e-12
@@ -70,7 +70,7 @@ class Mole(OutputRouter):
     def masking(self, *names: str) -> Self:
         """Return a copy that gives these experts no weight; the others' weights keep their ratios, and sum to 1.
 
-        What the masked ones would add still counts in what the gate sees. Raises UnknownExpert for other names.
+        The outputs of masked experts still count among the gate's inputs. Raises UnknownExpert for other names.
         """
         options = {**self.options, "masked": [*self.masked, *names]}
         copy = type(self)(self.members, **options).train(self.training)

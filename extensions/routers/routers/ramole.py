@@ -1,4 +1,4 @@
-"""RAMoLE (Zhao et al. 2024, arXiv 2406.16989): attention over whichever experts are there, also ones never trained with."""
+"""RAMoLE (Zhao et al. 2024, arXiv 2406.16989): attention over any experts, including ones it was not trained with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twin-Merging (Lu et al., NeurIPS 2024, arXiv 2406.15479), its router a logistic regression in place of an MLP."""
+"""Twin-Merging (Lu et al., NeurIPS 2024, arXiv 2406.15479), with a logistic regression as its router in place of an MLP."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from loraweave.extend import DEFAULT_TEMPLATE, Logistic, Members, Positive, unkn
 class TwinMerging(Logistic):
     """A router with w = 1 for the expert `shared`, and p = softmax(W u + b) of a text's vector u for all other experts.
 
-    It is for a pool of `twin_merging(pool, shared)` of the extension `methods`, with which a layer's update is
-    S + sum over t of p_t cut(D_t - S). Without a cut this is sum of p_t D_t, whatever S.
+    It is for a pool of `twin_merging(pool, shared)` of the extension `methods`, so that a layer's update is S + sum over t
+    of p_t cut(D_t - S), S being the shared update and D_t those of the experts. Without a cut this is sum of p_t D_t,
+    whatever S.
 
-    W and b are fitted as by router `logistic`, whose other options these are; the published R is a trained perceptron of
-    three layers on the shared model's last hidden state. `embedder="hidden_state"` comes nearest to that: the base's own
-    states.
+    W and b are fitted as by router `logistic`, whose other options these are; the published router is a trained perceptron
+    of three layers on the shared model's last hidden state: `embedder="hidden_state"`, the base's own states, is nearest.
 
-    Raises UnknownExpert where the pool has no `shared`, WeightingError where it has nothing else, and for exclusive parts
-    without examples.
+    Raises UnknownExpert if the pool has no `shared`, WeightingError if it has nothing else or experts lack examples.
     """
 
     # the shared part has no row

@@ -1,4 +1,4 @@
-"""WEMoE (Tang et al., ICML 2024, arXiv 2402.00433): the input of an MLP decides how the experts' MLPs are merged for it."""
+"""WEMoE (Tang et al., ICML 2024, arXiv 2402.00433): a gate on each MLP's input decides how the experts' MLPs are merged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Wemoe(LearnedRouter, BySequence):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """The paths of the MLPs whose input the router looks at."""
+        """The paths of the MLPs whose input the router reads."""
         return tuple(dict.fromkeys(self._mlps.values()))
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
