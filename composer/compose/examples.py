@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -76,39 +77,41 @@ def in_turn(task: Task) -> list[Task]:
 
 
 class EncodedExamples:
-    """The rows of a task's examples: one for every text that the loss reads after an example's prompt.
+    """The rows of a task's examples, tokenised on first use: one for each text that the loss reads after a prompt.
 
-    Without `trees` rows stay rows. `turned` asks each example in the prompt that `in_turn` gives it.
+    Without `trees`, rows never share a token tree. With `turned`, each example has the prompt that `in_turn` gives it.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, task: Task, kind: Kind, *, trees: bool = True, turned: bool = False
     ) -> None:
-        self._model = model
+        self._model, self._tokenizer, self._task, self._kind, self._turned = model, tokenizer, task, kind, turned
         # whether rows are run as trees; unknown before `prepare`
         self._shares = None if trees else False
-        self._tokenizer = tokenizer
         self.num_texts = len(kind.targets[0])
         self.right_N = torch.tensor(kind.right)
-        tasks = in_turn(task) if turned else [task] * len(task.examples)
-        prompts, targets = list[Prompt](), list[str]()
-        for example_task, (text, _), texts in zip(tasks, task.examples, kind.targets, strict=True):
-            prompts += [example_task.prompt(text)] * len(texts)
-            targets += texts
-        self._rows = encode(model, tokenizer, prompts, targets, ends=[task.answer_end] * len(targets))
-        self._by_example = in_chunks(self._rows, self.num_texts)
-        # the number of target tokens of each row
-        self._count_NR = torch.tensor([len(row.target) for row in self._rows]).view(-1, self.num_texts)
         self._trees: dict[tuple[int, ...], list[TokenTree]] = {}
 
     @cached_property
+    def _by_example(self) -> list[list[EncodedRow]]:
+        """The rows of each example, tokenised on first use."""
+        task = self._task
+        tasks = in_turn(task) if self._turned else [task] * len(task.examples)
+        prompts, targets = list[Prompt](), list[str]()
+        for example_task, (text, _), texts in zip(tasks, task.examples, self._kind.targets, strict=True):
+            prompts += [example_task.prompt(text)] * len(texts)
+            targets += texts
+        rows = encode(self._model, self._tokenizer, prompts, targets, ends=[task.answer_end] * len(targets))
+        return in_chunks(rows, self.num_texts)
+
+    @cached_property
     def _plain(self) -> TargetBatch:
-        return batch(self._model, self._tokenizer, self._rows)
+        return batch(self._model, self._tokenizer, [*chain.from_iterable(self._by_example)])
 
     def prepare(self) -> None:
         """Decide whether rows run as trees, for which the model may run. Call it while no mixture is active."""
         if self._shares is None:
-            self._shares = runs_trees(self._model, self._tokenizer, self._rows)
+            self._shares = runs_trees(self._model, self._tokenizer, [*chain.from_iterable(self._by_example)])
 
     def digest(self, examples: Sequence[int]) -> str:
         """Return a hash of the tokens of these examples, and of which of their texts is right."""
@@ -117,7 +120,7 @@ class EncodedExamples:
 
     def counts(self, examples: Sequence[int]) -> Tensor:
         """Return count_NR, the number of target tokens of each row."""
-        return self._count_NR[list(examples)]
+        return torch.tensor([[len(row.target) for row in self._by_example[example]] for example in examples])
 
     def num_targets(self, examples: Sequence[int]) -> int:
         """Return the number of tokens of the examples' own targets."""

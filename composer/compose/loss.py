@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -23,11 +24,12 @@ from loraweave.composer.compose.population import (
     active_candidate,
     can_be_factor_sums,
     factor_sums,
+    forward_sums,
     in_passes,
     joined,
-    pass_slopes,
     pass_sums,
     row_sums,
+    task_values,
 )
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import untouched
@@ -46,28 +48,19 @@ Piece = TypeVar("Piece")
 Made = TypeVar("Made")
 
 
-def together(objectives: Sequence[Any], candidates: Sequence[Candidates]) -> list[list[float]]:
-    """Return the losses that each objective gives its own candidates; views of one ExampleLoss share forward passes."""
-    if not _are_of_one(objectives):
-        return [
-            list(objective(mixtures)) if mixtures else [] for objective, mixtures in zip(objectives, candidates, strict=True)
-        ]
-    return [[loss for loss, _ in scored] for scored in _scored(objectives, candidates, _losses)]
+def together(views: Sequence[ExampleLoss], candidates: Sequence[Candidates]) -> list[list[float]]:
+    """Return the losses that each view of one objective gives its own candidates; all views share forward passes."""
+    return [[loss for loss, _ in scored] for scored in _scored(views, candidates, _losses)]
 
 
 def together_with_gradients(
-    objectives: Sequence[Any], candidates: Sequence[Candidates]
+    views: Sequence[ExampleLoss], candidates: Sequence[Candidates]
 ) -> list[tuple[list[float], list[Tensor]]]:
-    """Return the losses and gradients of each objective's own candidates, in the same way as `together`.
+    """Return the losses and gradients that each view of one objective gives its own candidates, from shared passes.
 
-    NaN stands for both of a failed candidate.
+    A failed candidate has the loss NaN and a gradient of NaN.
     """
-    if not _are_of_one(objectives):
-        return [
-            objective.gradients(mixtures) if mixtures else ([], [])
-            for objective, mixtures in zip(objectives, candidates, strict=True)
-        ]
-    first = objectives[0]
+    first = views[0]
     if not first.differentiable:
         kind = "a function" if first.function is not None else type(first.kind).__name__
         raise WeightingError(
@@ -75,23 +68,13 @@ def together_with_gradients(
             "'entropy' with 'linear', or a solver that needs none"
         )
     told = []
-    for scored, mixtures in zip(_scored(objectives, candidates, _slopes), candidates, strict=True):
+    for scored, mixtures in zip(_scored(views, candidates, _slopes), candidates, strict=True):
         gradients = [
             torch.full_like(mixture.values_BTLE, math.nan) if gradient is None else gradient
             for (_, gradient), mixture in zip(scored, mixtures, strict=True)
         ]
         told.append(([loss for loss, _ in scored], gradients))
     return told
-
-
-def _are_of_one(objectives: Sequence[Any]) -> bool:
-    """Return whether all are views of one ExampleLoss, with its encoded examples or function, and its merge method."""
-    return bool(objectives) and all(
-        isinstance(view, ExampleLoss)
-        and (view.function or view.encoded) is (objectives[0].function or objectives[0].encoded)
-        and view.merge_method == objectives[0].merge_method
-        for view in objectives
-    )
 
 
 # longer answers tell little more of how sure a model is
@@ -306,28 +289,32 @@ class ExampleLoss:
 
 
 Pairs = Sequence[tuple[ExampleLoss, MixtureWeights]]
-# the loss of a candidate and, where it was asked for, its gradient
-Found = tuple[float, Tensor | None]
+# the loss of a candidate and, where gradients are computed, its gradient
+Scored = tuple[float, Tensor | None]
 
 
 def _scored(
-    objectives: Sequence[ExampleLoss], candidates: Sequence[Candidates], evaluate: Callable[[Pairs], list[Found]]
-) -> list[list[Found]]:
-    """Return what `evaluate` makes of each view's own candidates; NaN stands for a failed one.
+    views: Sequence[ExampleLoss], candidates: Sequence[Candidates], evaluate: Callable[[Pairs], list[Scored]]
+) -> list[list[Scored]]:
+    """Return the losses and gradients that `evaluate` computes for each view's own candidates; NaN for a failed candidate.
 
-    All run together, but for functions, which are called for one candidate after the other.
+    All candidates run together, unless the objective is a function, which is called for one candidate after the other.
     """
-    views = zip(objectives, candidates, strict=True)
-    pairs = [(objective, mixture) for objective, mixtures in views for mixture in mixtures]
-    parts = [pairs] if not pairs or pairs[0][0].function is None else [[pair] for pair in pairs]
-    results: list[Found] = []
+    pairs = [(view, mixture) for view, mixtures in zip(views, candidates, strict=True) for mixture in mixtures]
+    parts = [pairs]
+    if views[0].function is None:
+        # examples that cannot be read are no candidate's fault
+        views[0].encoded.prepare()
+    else:
+        parts = [[pair] for pair in pairs]
+    results: list[Scored] = []
     for part in parts:
         results += _contain_failures(part, evaluate)
     in_order = iter(results)
     return [list(islice(in_order, len(mixtures))) for mixtures in candidates]
 
 
-def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:
+def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Scored]]) -> list[Scored]:
     """Return what `evaluate` returns for the pairs; when it raises, the pairs at fault are found by halving."""
     try:
         results = evaluate(pairs) if pairs else []
@@ -351,13 +338,13 @@ def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) ->
     return results
 
 
-def _losses(pairs: Pairs) -> list[Found]:
+def _losses(pairs: Pairs) -> list[Scored]:
     first, mixture = pairs[0]
     if first.function is not None:
         with untouched(first.engine.model), torch.no_grad(), active_candidate(first.engine, mixture, first.merge_method):
             loss = float(first.function(first.engine.model, first.shown()))
         return [(loss + float(first.penalty(mixture.values_BTLE)), None)]
-    results: list[Found] = []
+    results: list[Scored] = []
     for (objective, mixture), sums in zip(pairs, _sums(pairs, first.kind.needs), strict=True):
         loss_N, term = objective.kind.losses(sums).double(), objective.penalty(mixture.values_BTLE).double()
         results.append((float(loss_N.mean() + term), None))
@@ -396,7 +383,7 @@ def _summed(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list
     return row_sums(engine, on.encoded, jobs, needs)
 
 
-def _slopes(pairs: Pairs) -> list[Found]:
+def _slopes(pairs: Pairs) -> list[Scored]:
     first, _ = pairs[0]
     passes, counts = in_passes(
         first.encoded, [Job.of(mixture, objective.only) for objective, mixture in pairs], backward=True
@@ -404,7 +391,7 @@ def _slopes(pairs: Pairs) -> list[Found]:
     shares: list[tuple[float, Tensor]] = []
     for losses, slopes in first.deal(_live_slopes, passes):
         shares += zip(losses, slopes, strict=True)
-    in_order, results = iter(shares), list[Found]()
+    in_order, results = iter(shares), list[Scored]()
     for (objective, mixture), count in zip(pairs, counts, strict=True):
         loss, gradient = objective.term(mixture.values_BTLE)
         for share, slope in islice(in_order, count):
@@ -413,5 +400,21 @@ def _slopes(pairs: Pairs) -> list[Found]:
     return results
 
 
-def _live_slopes(on: ExampleLoss, part: Sequence[Job]) -> tuple[list[float], Tensor]:
-    return pass_slopes(on.engine, on.encoded, part, on.kind)
+def _live_slopes(on: ExampleLoss, jobs: Sequence[Job]) -> tuple[list[float], Tensor]:
+    """Return the share of each of C jobs in its loss, and the slopes of these shares by values_CTLE; in fp32 or better.
+
+    A share is the sum over a job's examples, divided by the number of examples of the whole job.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(untouched(on.engine.model))
+        # below a caller's inference_mode, tensors would take no part in a backward pass
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        values_CTLE = task_values(jobs).detach().clone()
+        values_CTLE = values_CTLE.to(torch.promote_types(values_CTLE.dtype, torch.float32)).requires_grad_()
+        sums = forward_sums(on.engine, on.encoded, jobs, on.kind.needs, values_CTLE)
+        loss_C = torch.stack(
+            [on.kind.losses(job_sums).double().sum() / len(job.whole) for job_sums, job in zip(sums, jobs, strict=True)]
+        )
+        (slopes_CTLE,) = torch.autograd.grad(loss_C.sum(), values_CTLE)
+    return loss_C.detach().tolist(), slopes_CTLE

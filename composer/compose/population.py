@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.compose.examples import EncodedExamples, JobBatch
-from loraweave.composer.compose.objectives._row_sums import ENTROPY, LOSS, MISS, Kind, RowSums
+from loraweave.composer.compose.objectives._row_sums import ENTROPY, LOSS, MISS, RowSums
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import IGNORED, untouched
 from loraweave.errors import ScopeError
@@ -96,34 +96,12 @@ def row_sums(engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], ne
 
 
 def pass_sums(engine: Composer, encoded: EncodedExamples, part: Sequence[Job], needs: frozenset[str]) -> list[RowSums]:
-    """Return the sums that each job of one pass needs."""
-    encoded.prepare()
+    """Return each job's sums of the names in `needs`, from one forward pass without gradients."""
     with untouched(engine.model), torch.no_grad():
-        return _forward(engine, encoded, part, needs)
+        return forward_sums(engine, encoded, part, needs)
 
 
-def pass_slopes(engine: Composer, encoded: EncodedExamples, part: Sequence[Job], kind: Kind) -> tuple[list[float], Tensor]:
-    """Return each of C jobs' share of its loss of a kind, and its slopes by values_CTLE; both in fp32 or better.
-
-    The share is that of the part's examples in the mean over the whole job.
-    """
-    encoded.prepare()
-    with ExitStack() as stack:
-        stack.enter_context(untouched(engine.model))
-        # below a caller's inference_mode, tensors would take no part in a backward pass
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        values_CTLE = _values(part).detach().clone()
-        values_CTLE = values_CTLE.to(torch.promote_types(values_CTLE.dtype, torch.float32)).requires_grad_()
-        sums = _forward(engine, encoded, part, kind.needs, values_CTLE)
-        loss_C = torch.stack(
-            [kind.losses(job_sums).double().sum() / len(job.whole) for job_sums, job in zip(sums, part, strict=True)]
-        )
-        (slopes_CTLE,) = torch.autograd.grad(loss_C.sum(), values_CTLE)
-    return loss_C.detach().tolist(), slopes_CTLE
-
-
-def _values(jobs: Sequence[Job]) -> Tensor:
+def task_values(jobs: Sequence[Job]) -> Tensor:
     """Return values_CTLE of jobs that have a mixture. Raises ScopeError for one that varies by row or token."""
     mixtures = [job.mixture for job in jobs if job.mixture is not None]
     for mixture in mixtures:
@@ -135,7 +113,7 @@ def _values(jobs: Sequence[Job]) -> Tensor:
     return torch.cat([mixture.values_BTLE for mixture in mixtures])
 
 
-def _forward(
+def forward_sums(
     engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str], values_CTLE: Tensor | None = None
 ) -> list[RowSums]:
     """Return each job's sums from one forward pass; `values_CTLE` are the jobs' own where gradients are to reach them."""
@@ -143,7 +121,7 @@ def _forward(
     first = jobs[0].mixture
     with ExitStack() as stack:
         if first is not None:
-            values = _values(jobs) if values_CTLE is None else values_CTLE
+            values = task_values(jobs) if values_CTLE is None else values_CTLE
             if len(set(batch.rows_of_job)) > 1:
                 values = values.repeat_interleave(torch.tensor(batch.rows_of_job, device=values.device), dim=0)
             # job c owns rows c * k to (c + 1) * k, the order in which live mixing expands rows
