@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -60,9 +60,9 @@ class Step:
         """The mixture that activate() takes for a row; None for the base."""
         return None if self.name is None else {self.name: 1.0}
 
-    def task(self, given: Task) -> Task:
-        """Return the task of answering one text, in the template of the given task."""
-        return Task([], instruction=self.instruction, template=given.template, chat=given.chat, system=given.system)
+    def task(self, whole: Task) -> Task:
+        """Return the task of answering a text by the step's instruction, in the template of the program's whole task."""
+        return Task([], instruction=self.instruction, template=whole.template, chat=whole.chat, system=whole.system)
 
 
 class Reading(NamedTuple):
@@ -77,9 +77,9 @@ Target = tuple[Step, Prompt, str]
 
 
 class Asked:
-    """The answers and readings known so far; `on_progress` is called with the number of questions just answered.
+    """A model's answers and readings, none asked for twice; `on_progress` is called with the number of new ones.
 
-    Answers end after `most` tokens, where a step's own limit is higher.
+    Answers end after `most` tokens, or at the step's own limit if that is lower.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Asked:
         self._answers: dict[Question, str] = {}
         self._readings: dict[Target, Reading] = {}
         self._tasks: dict[Step, Task] = {}
+        # whether the model runs token trees, in which rows share their common prefix; None until it was tried
         self._can_share: bool | None = None
 
     @property
@@ -118,13 +119,16 @@ class Asked:
         return [self._answers[question] for question in questions]
 
     def readings(self, targets: Sequence[Target]) -> list[Reading]:
-        """Return how each step reads its target after the prompt for its text."""
+        """Return the loss of each target, and whether it would be written, under its step after the prompt for its text."""
         new = [target for target in dict.fromkeys(targets) if target not in self._readings]
         new.sort(key=lambda target: target[0].label)
         prompts, wanted = [self._prompt(step, text) for step, text, _ in new], [target for _, _, target in new]
         rows = dict(zip(new, encode(self._engine.model, self._tokenizer, prompts, wanted), strict=True))
         with torch.no_grad(), untouched(self._engine.model):
-            run = self._as_trees if self._shares(list(rows.values())) else self._as_rows
+            # tried once, and while no mixture is active
+            if rows and self._can_share is None:
+                self._can_share = runs_trees(self._engine.model, self._tokenizer, list(rows.values()))
+            run = self._as_trees if self._can_share else self._as_rows
             for some, readings in run(rows):
                 self._readings.update(zip(some, readings, strict=True))
                 self._on_progress(len(readings))
@@ -133,19 +137,10 @@ class Asked:
     def _limit(self, question: Question) -> int:
         return min(question[0].max_new_tokens, self._most)
 
-    def _prompt(self, step: Step, asked: Prompt) -> Prompt:
+    def _prompt(self, step: Step, text: Prompt) -> Prompt:
         if step not in self._tasks:
             self._tasks[step] = step.task(self._task)
-        return self._tasks[step].prompt(asked)
-
-    def _shares(self, rows: Sequence[EncodedRow]) -> bool:
-        """Return True if the model runs token trees, in which rows share their common prefix; tried once on these rows.
-
-        The trial needs a model without an active mixture.
-        """
-        if rows and self._can_share is None:
-            self._can_share = runs_trees(self._engine.model, self._tokenizer, rows)
-        return bool(self._can_share)
+        return self._tasks[step].prompt(text)
 
     def _as_rows(self, rows: dict[Target, EncodedRow]) -> Iterator[tuple[list[Target], list[Reading]]]:
         model = self._engine.model
@@ -165,17 +160,14 @@ class Asked:
             planted += [(some, token_tree([rows[target] for target in some])) for some in parts]
         planted.sort(key=lambda pair: len(pair[1]))
         for trees in _up_to(planted, lambda pair: len(pair[1]), MAX_TOKENS):
-            yield [target for some, _ in trees for target in some], self._read([tree for _, tree in trees], trees)
-
-    def _read(self, trees: list[TokenTree], planted: Sequence[tuple[list[Target], TokenTree]]) -> list[Reading]:
-        inputs = tree_inputs(self._engine.model, trees)
-        with self._engine.activate([some[0][0].mixture for some, _ in planted]):
-            logits_BPV = tree_logits(self._engine.model, inputs, max(tree.num_predictors for tree in trees))
-        readings = []
-        for logits_PV, tree in zip(logits_BPV, trees, strict=True):
-            loss_R, hit_R = tree.read(logits_PV)
-            readings += [Reading(loss, hit) for loss, hit in zip(loss_R.tolist(), hit_R.tolist(), strict=True)]
-        return readings
+            inputs = tree_inputs(self._engine.model, [tree for _, tree in trees])
+            with self._engine.activate([some[0][0].mixture for some, _ in trees]):
+                logits_BPV = tree_logits(self._engine.model, inputs, max(tree.num_predictors for _, tree in trees))
+            readings = []
+            for logits_PV, (_, tree) in zip(logits_BPV, trees, strict=True):
+                loss_R, hit_R = tree.read(logits_PV)
+                readings += [Reading(loss, hit) for loss, hit in zip(loss_R.tolist(), hit_R.tolist(), strict=True)]
+            yield [target for some, _ in trees for target in some], readings
 
 
 def _up_to(items: Iterable[Any], size: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
@@ -239,7 +231,9 @@ def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any)
     if len(by_inputs) == k < len(hub):
         # otherwise these are all that there are
         search = hub.kept("retriever by outputs", partial(Retriever, hub, keys=("outputs",), shortlist=SHORTLIST))
-        by_outputs = _or_none(partial(fitting_hits, hub, partial(search.for_examples, task.examples), k, model))
+        # a hub whose cards have no outputs has nothing to compare
+        with suppress(BaseModelMismatch):
+            by_outputs = fitting_hits(hub, partial(search.for_examples, task.examples), k, model)
     records = {hit.name: hit.record for hit in [*by_inputs, *by_outputs]}
     left_out = [name for name, record in records.items() if not says_something(record.description)]
     if len(left_out) == len(records):
@@ -254,14 +248,6 @@ def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any)
     base = [Step(None, task.instruction, None, limit)] if says_something(task.instruction) else []
     first = [steps[hit.name] for hit in by_inputs if hit.name in steps]
     return [*first, *base], [*steps.values(), *base], left_out
-
-
-def _or_none(search: Callable[[], list[Candidate]]) -> list[Candidate]:
-    """Return what a search by outputs finds; nothing where no card has any."""
-    try:
-        return search()
-    except BaseModelMismatch:
-        return []
 
 
 def labels_of(path: Order) -> tuple[str, ...]:
@@ -354,7 +340,7 @@ class ProgramSearch:
         return sorted(rows, key=lambda row: (-row.num_examples, row.loss))
 
     def _lasts(self) -> list[Step]:
-        """Return the steps of lowest loss alone: what answers in the targets' form reads them best, whatever it is asked."""
+        """Return the steps whose loss alone is lowest: adapters that answer in the targets' form, whatever the question."""
         return sorted(dict.fromkeys([*self.first, *self.later]), key=lambda step: self._losses[step,])[:LASTS]
 
     def _longer(self, length: int) -> list[Order]:
@@ -387,7 +373,7 @@ class ProgramSearch:
             self._losses[path] = _mean_loss(self.readings[path])
 
     def _texts(self, paths: Iterable[Order], inputs: Sequence[Prompt]) -> dict[Order, Sequence[Prompt]]:
-        """Return what each program answers to each input; the inputs themselves for the one without steps."""
+        """Return each program's answer to each input; the program without steps returns the inputs themselves."""
         known: dict[Order, Sequence[Prompt]] = {(): inputs}
         # sorted, so that the batches are the same in every process
         wanted = sorted(paths, key=labels_of)
@@ -400,6 +386,6 @@ class ProgramSearch:
 
 
 def _mean_loss(readings: Sequence[Reading]) -> float:
-    """Return the mean over examples; NaN counts as infinite, worse than everything."""
+    """Return the mean loss over examples, infinite instead of NaN, so that it is worse than every other."""
     loss = fmean(reading.loss for reading in readings)
     return loss if loss == loss else math.inf

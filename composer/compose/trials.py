@@ -1,8 +1,8 @@
-"""A trial: one way to answer a task, and what it comes to on the task's examples.
+"""A trial: one way to answer a task, with its losses on the task's examples.
 
-Every trial is run the same way. It chooses once for each fold of a cross-validation, without the fold's held-out examples,
-on which the choice is then measured; and it chooses once more on all examples, which is what a composition takes. The base
-model and the uniform mixture choose the same whatever they see.
+Every trial runs the same way. For each fold of a cross-validation it makes a choice without the fold's held-out examples,
+on which the choice is then measured. It makes one more choice from all examples, and that is the one that a composition
+takes. The base model and the uniform mixture make the same choice whatever examples they see.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Scores = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Split:
-    """The indices of the examples that a choice sees, and of those it is measured on afterwards."""
+    """The indices of the examples that a choice may use (`seen`), and of those that measure it afterwards (`held`)."""
 
     name: str
     seen: tuple[int, ...]
@@ -45,9 +45,9 @@ class Split:
 
 
 def splits_of(task: Task, settings: Settings) -> list[Split]:
-    """Return the splits that hold examples out: a fifth of many, or the folds of a way that learns, drawn by the seed.
+    """Return the splits with held-out examples: one with a fifth of many examples, or the folds for a method that learns.
 
-    The folds' held-out examples cover all; there are at most as many folds as examples.
+    The seed draws them. The folds together hold out every example once; there are at most as many folds as examples.
     """
     num_examples, is_many = len(task.examples), settings.has_many(task)
     count = min(5 if is_many else settings.folds if settings.learns else 0, num_examples)
@@ -61,12 +61,13 @@ def splits_of(task: Task, settings: Settings) -> list[Split]:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """The state that all trials of a task share: examples tokenised, and adapters measured alone, on first use.
+    """The state that all trials of a task share: its examples, and the losses of each adapter alone, computed on first use.
 
-    `scores` are those of retrieval. `on_progress` is called with the evaluations just made; with `progress` a training shows
-    a bar of its own. A training under demonstrations begins as `start`, or as a new adapter; programs are of the
-    `retriever`'s hub. With `turned`, examples that the prompts show are measured as `in_turn` says. The `workers` take the
-    forward passes of a generation of candidates, of all splits together.
+    `scores` are retrieval scores by adapter. `on_progress` is called with the number of evaluations just made; with
+    `progress` a training shows a bar of its own. A training under demonstrations begins as the adapter `start`, or as a new
+    one without it; the steps of programs are adapters of the `retriever`'s hub. With `turned`, an example that the prompts
+    show is measured under the prompt that `in_turn` gives it. The `workers` run the forward passes of a generation of
+    candidates, of all splits together.
     """
 
     engine: Composer
@@ -107,20 +108,20 @@ class Bench:
 
     @cached_property
     def alone(self) -> Scores:
-        """The (loss_EN, hit_EN) of each adapter with weight 1, on all examples."""
+        """The losses and hits (loss_EN, hit_EN) of each adapter alone, with weight 1, on all examples."""
         measured = self.loss().scores([MixtureWeights.of({name: 1.0}, self.names) for name in self.names])
         self.on_progress(len(self.names))
         return measured
 
     def best(self, examples: Sequence[int], count: int) -> dict[str, float]:
-        """Return {name: 1/count} of the adapters of the lowest mean losses on these examples; of all if there are fewer."""
+        """Return equal weights of sum 1 for the `count` adapters, or fewer, of the lowest mean losses on these examples."""
         means_E = self.alone[0][:, list(examples)].mean(axis=1)
         # stable, and NaN is last: of equal ones the earlier
         order = np.argsort(means_E, kind="stable")[:count]
         return {self.names[place]: 1 / len(order) for place in order}
 
     def mixed(self, result: SearchResult, merge_method: str = "linear") -> Selection:
-        """Return the choice of a search's mixture; the weights mean those of a merge method."""
+        """Return the selection of the mixture that a search found, whose weights are those of a merge by `merge_method`."""
         return self.selection(
             # a task without examples has no loss
             lambda examples: self.loss(merge_method).scores_on(result.mixture, examples),
@@ -131,7 +132,7 @@ class Bench:
     def selection(
         self, scores: Callable[[Sequence[int]], Scores], result: SearchResult | None = None, **fields: Any
     ) -> Selection:
-        """Return a choice with these fields of a composition; without a result, no adapter of the pool has a weight."""
+        """Return a selection whose composition has these fields; without a `result`, no adapter of the pool has a weight."""
         result = result or SearchResult(MixtureWeights.of({}, self.names))
         mixture = result.mixture
         # a weight that cancels out over the layers counts too
@@ -145,9 +146,9 @@ class Bench:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The choice of a trial: the result with its weights, and the composition, which has no report yet.
+    """The choice of a trial: a search result with its weights, and the composition made of it, which has no report yet.
 
-    `scores` measures it on examples, by index.
+    `scores` returns the composition's losses and hits on the examples of these indices.
     """
 
     scores: Callable[[Sequence[int]], Scores]
@@ -155,14 +156,14 @@ class Selection:
     composition: Composition
 
     def answers(self, pairs: Sequence[tuple[Any, str]]) -> np.ndarray:
-        """Return whether the composition answers each input with its target."""
+        """Return right_N, 1.0 for each input that the composition answers with its target, else 0.0."""
         answers = self.composition.predict([text for text, _ in pairs])
         right_N = [answer == target.strip() for answer, (_, target) in zip(answers, pairs, strict=True)]
         return np.array(right_N, dtype=np.float64)
 
 
 def reported(made: Composition, report: Report, **fields: Any) -> Composition:
-    """Return the composition with the report, and each of its parts with one of its own; `fields` are those of all."""
+    """Return the composition with the report, and its parts with copies that name the part; all get these `fields`."""
     members, steps = dict[str, Composition](), dict[str, Composition]()
     for name, member in made.members.items():
         members[name] = reported(member, replace(report, chosen=name, reason="a member of average"), **fields)
@@ -172,18 +173,18 @@ def reported(made: Composition, report: Report, **fields: Any) -> Composition:
     return replace(made, report=report, members=members, steps=steps, **fields)
 
 
-# what a trial chooses by: for each split, without a look at the examples held out
+# makes a selection for each split, without a look at the examples held out
 Choose = Callable[["Trial", Sequence[Split]], list[Selection]]
 
 
 @dataclass(eq=False)
 class Trial:
-    """One way to choose on splits of the examples, with what was measured: on held-out ones, and once finished on all.
+    """One way to answer a task: its selections for splits of the examples, and their losses, held out and on all examples.
 
-    `choose` returns a choice for each split, which knows nothing of the split's held-out examples. `learns` is True if the
-    examples have a say in the choice, so that some must be held out to judge it. `cost` is the number of evaluations that a
-    choice will take; None where only time bounds them. `average`, of an average alone, is the mean of its finished parts'
-    losses, in place of answers to examples that were learned from.
+    `choose` returns a selection for each split, which knows nothing of the split's held-out examples. `learns` is True if a
+    selection depends on the examples, so that some must be held out to judge it. `cost` is the number of evaluations that a
+    selection takes; None where only time bounds them. Only an average of trials has `average`, which returns the mean of
+    their losses on all examples once they have finished.
     """
 
     name: str
@@ -213,7 +214,7 @@ class Trial:
         return loss if math.isfinite(loss) else math.inf
 
     def choices_on(self, splits: Sequence[Split]) -> list[Selection]:
-        """Return the choices for these splits; none is made twice."""
+        """Return a selection for each split; make only those that have not been made yet."""
         if missing := [split for split in splits if split.name not in self._known]:
             self._known |= {split.name: made for split, made in zip(missing, self.choose(self, missing), strict=True)}
         return [self._known[split.name] for split in splits]
@@ -236,7 +237,7 @@ class Trial:
         self.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
-        """Choose on all examples, and measure that on all of them."""
+        """Make the selection from all examples, and measure it on all of them."""
         started, everything = time.perf_counter(), self.bench.everything
         (self.chosen,) = self.choices_on([everything])
         if self.average is not None:
@@ -248,7 +249,7 @@ class Trial:
         self.seconds += time.perf_counter() - started
 
     def row(self) -> ReportRow:
-        """Return its row of a report."""
+        """Return the trial's row of a report."""
         held_out = bool(self._held_losses_N.size) and (self._was_held_out or not self.learns)
         row = ReportRow(
             name=self.name,
@@ -263,18 +264,18 @@ class Trial:
             return row
         result, made = self.chosen.result, self.chosen.composition
         losses = tuple(loss if math.isfinite(loss) else None for loss in result.losses)
-        row = replace(row, num_trained=result.num_trained, failed=result.failed, losses=losses)
+        row = replace(row, num_trained=result.num_trained, failed=losses.count(None), losses=losses)
         return replace(row, weights=made.all_weights, by_layer=made.by_layer)
 
 
 def fixed(name: str, bench: Bench, mixture: MixtureWeights, merge_method: str = "linear") -> Trial:
-    """Return the trial of a mixture that no example had a part in choosing."""
+    """Return the trial of a mixture that does not depend on the examples."""
     choice = bench.mixed(SearchResult(mixture), merge_method)
     return Trial(name, bench, lambda _, splits: [choice] * len(splits), learns=False, evaluations=1)
 
 
 def best_single(bench: Bench) -> Trial:
-    """Return the trial of the adapter of the lowest mean loss on the examples seen; of equal ones the earlier."""
+    """Return the trial of the adapter with the lowest mean loss on a split's seen examples, the earlier of equal ones."""
 
     def choose(_: Trial, splits: Sequence[Split]) -> list[Selection]:
         choices = []
@@ -288,6 +289,6 @@ def best_single(bench: Bench) -> Trial:
 
 
 def _alone_on(bench: Bench, place: int, examples: Sequence[int]) -> Scores:
-    """Return what `bench.alone` has of one adapter, by its place, on these examples."""
+    """Return one adapter's (loss_N, hit_N) on these examples; `place` is its number in the pool."""
     losses_EN, hits_EN = bench.alone
     return losses_EN[place, list(examples)], hits_EN[place, list(examples)]

@@ -32,10 +32,6 @@ class Fields:
     license: str | None = None
     language: tuple[str, ...] = ()
 
-    def as_card(self) -> dict[str, Any]:
-        """Return the fields that are not empty, as a card has them."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items() if value}
-
 
 def checked_fields(name: str, given: Mapping[str, Any]) -> Fields:
     """Check the fields that a user gave for adapter `name`; return them without repeated tags and languages.

@@ -278,6 +278,8 @@ def record_from_json(data: Mapping[str, Any], size_bytes: int = 0) -> Record:
     source, fingerprint = data["source"], data["fingerprint"]
     lists = {key: tuple(data[key]) for key in ("examples", "tags", "language")}
     fields = Fields(description=data["description"], license=data["license"], **lists)
+    # a card has lists, and no field that is empty
+    card_fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(fields).items() if value}
     return Record(
         **{field: data[field] for field in _PLAIN},
         **vars(fields),
@@ -286,7 +288,7 @@ def record_from_json(data: Mapping[str, Any], size_bytes: int = 0) -> Record:
         source=None if source is None else Source(*source),
         fingerprint=None if fingerprint is None else Fingerprint.from_json(fingerprint),
         anomalies=tuple(Anomaly(*anomaly) for anomaly in data["anomalies"]),
-        card={**data["card"], **fields.as_card()},
+        card={**data["card"], **card_fields},
     )
 
 
