@@ -33,15 +33,15 @@ KNOWN = 0.92
 LEAST, GAIN = 0.72, 0.01
 
 
-def experts_of(given: Any) -> Hub | ExpertPool:
-    """Return the hub or the pool; a list or a mapping of adapters as a pool. Raises WeightingError for anything else."""
-    match given:
+def experts_of(experts: Any) -> Hub | ExpertPool:
+    """Return a hub or a pool unchanged, and a list or mapping of adapters as a pool. Raises WeightingError for a path."""
+    match experts:
         case Hub() | ExpertPool():
-            return given
+            return experts
         case str() | PathLike():
-            path = str(given)
+            path = str(experts)
             raise WeightingError(f"adapters are chosen from a hub, and {path!r} is its path: pass lw.Hub({path!r})")
-    return ExpertPool(given)
+    return ExpertPool(experts)
 
 
 def candidates(
@@ -49,9 +49,9 @@ def candidates(
 ) -> tuple[ExpertPool, dict[str, float]]:
     """Return the pool to search in, and the score of each adapter that was retrieved.
 
-    From a hub the pool has the `k` adapters that fit the task best among those that the model's weights or id
-    speak for. Where its id tells nothing, or none is known to be for it, those count too that fit by the names and shapes of
-    their layers. Raises EmptyIndex for an empty hub, BaseModelMismatch for one without an adapter for the model.
+    From a hub the pool has the `k` adapters that fit the task best among those whose base has the model's weights or id.
+    Where the id identifies no model, or no adapter is known to be for this one, adapters count too that fit by the names and
+    shapes of their layers. Raises EmptyIndex for an empty hub, BaseModelMismatch for one without an adapter for the model.
     """
     if isinstance(hub_or_pool, ExpertPool):
         return hub_or_pool, {}
@@ -74,9 +74,9 @@ def fitting_hits(hub: Hub, search: Callable[..., list[Candidate]], k: int, model
     num_requested = k
     while True:
         hits = search(base_model=base, k=num_requested)
-        # one whose base matches by names and shapes only must also fit the model's layers
+        # a hit whose base matches by names and shapes only must also fit the model's layers
         fitting = [hit for hit in hits if base.proves(hit.record.base) or beside.fits(hit.name)]
-        # adapters that read examples in a prompt are of no task
+        # adapters that learned to read the examples in a prompt belong to no task
         experts = [hit for hit in fitting if IN_CONTEXT not in hit.record.tags] or fitting
         if len(experts) >= k or len(hits) < num_requested:
             break
@@ -95,7 +95,7 @@ def in_context_adapter(hub_or_pool: Hub | ExpertPool, model: nn.Module) -> Adapt
 
 
 class _Beside:
-    """The hub's adapters beside the model's layers, each looked at once; `why` says why the first misfit does not fit."""
+    """The comparison of a hub's adapters with a model's layers, each made once; `why` is the reason of the first misfit."""
 
     def __init__(self, hub: Hub, modules: Mapping[str, nn.Module]) -> None:
         self._hub, self._modules = hub, modules
@@ -129,7 +129,10 @@ def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch 
 
 
 def skills(space: KeySpace, records: Sequence[Record], task: Task, texts: Sequence[str]) -> tuple[list[Record], str]:
-    """Return the adapters whose descriptions match the instruction, in the order they answer, and why; maybe none."""
+    """Return the one or two adapters whose descriptions match the instruction, in the order they answer, and the reason.
+
+    The list is empty where no description is near enough. `texts` are inputs of the task, by which two are ordered.
+    """
     said_ND, asked_D = space.embed([record.description for record in records]), space.embed([task.instruction])[0]
     cosine_N = said_ND @ asked_D
     nearest = int(cosine_N.argmax())
@@ -148,9 +151,9 @@ def skills(space: KeySpace, records: Sequence[Record], task: Task, texts: Sequen
 
 
 def _flow(space: KeySpace, order: Sequence[Record], texts: Sequence[str]) -> float:
-    """Return how like `texts` the first one's inputs are, and how like the second one's inputs its outputs: four cosines.
+    """Return how like `texts` the first adapter's inputs are, plus how like the second's inputs the first's outputs are.
 
-    Of meanings and of forms, since the sentence encoder reads capitals as small letters.
+    Either is a cosine of meanings plus one of forms, since the sentence encoder reads capitals as small letters.
     """
     first, second = order
     outputs = [answer for _, answer in space.pairs(first)]

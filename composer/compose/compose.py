@@ -193,9 +193,9 @@ SIGNATURE = signature(compose)
 
 @dataclass(frozen=True, eq=False)
 class ComposeCall:
-    """A call of compose() that waits for its model; `arguments` are those by name.
+    """A call of compose() whose arguments are checked now, and whose model comes later; `arguments` are keyword arguments.
 
-    Raises what compose() raises of its arguments before it looks at the model.
+    Raises the errors that compose() raises for its arguments before it looks at the model.
     """
 
     experts: Hub | ExpertPool
@@ -208,7 +208,7 @@ class ComposeCall:
             self._settings.require_combinable(self.experts)
 
     def __call__(self, model: Any, tokenizer: Any, *, n_jobs: int | None = None, progress: bool = True) -> Composition:
-        """Return what compose() returns."""
+        """Run compose() on the model, and return the composition."""
         beside: dict[str, Any] = {"n_jobs": n_jobs, "progress": progress}
         return compose(model, tokenizer, self.experts, self.task, **self.arguments, **beside)
 

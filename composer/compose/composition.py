@@ -109,8 +109,8 @@ class Composition(TaskMixture):
     def leave_one_out(self) -> dict[str, float]:
         """Return {name: by how much the examples' mean loss rises without that adapter}, the others' weights as they are.
 
-        Negative where the composition is better without it. All are measured in one pass, with a mixture per row; where a
-        router weighs, in a pass for each, and the others' weights are what it gives them.
+        A rise is negative where the composition is better without the adapter. All are measured in one pass, with a mixture
+        per row; where a router weighs, in a pass for each adapter, and the others have the weights that the router gives.
         """
         if self.router is not None:
             return self.engine.leave_one_out(self.task, self.router, progress=False)

@@ -44,8 +44,8 @@ MAX_TREE = 2048
 class JobBatch:
     """One batch for several jobs, each a selection of examples; job j has the next rows_of_job[j] rows of the batch.
 
-    Slots count a row's kept logits from the last one (-1) backwards. Targets are `IGNORED` beyond a shorter one;
-    real_BR says which of a batch row's R text rows there are.
+    slot_BRK is the place of each target token's logits among those kept of a batch row, counted from the last one (-1)
+    backwards. target_BRK is `IGNORED` after the end of a target; real_BR is True for the text rows that a batch row has.
     """
 
     inputs: dict[str, Tensor]
@@ -63,10 +63,10 @@ class JobBatch:
 
 
 def in_turn(task: Task) -> list[Task]:
-    """Return the task for each of its examples, showing the demonstrations on the example's longer side, the outer first.
+    """Return a task for each example that shows the demonstrations before it or those after it, whichever are more.
 
-    Such prompts continue each other, so that a tree reads the demonstrations twice, not once for each example. An example is
-    asked under at least half of the others, and under all demonstrations if it is not one of them.
+    Those after it are shown in reverse. Such prompts continue each other, so that a tree reads the demonstrations twice, not
+    once for each example. An example that is no demonstration is asked under all of them.
     """
     shown, tasks = task.shown, []
     for pair in task.examples:
@@ -127,7 +127,7 @@ class EncodedExamples:
         return int(self.counts(examples).gather(1, self.right_N[list(examples)][:, None]).sum())
 
     def size(self, examples: tuple[int, ...]) -> tuple[int, int]:
-        """Return (tokens read, logits made) for one job."""
+        """Return the numbers of tokens that one job reads, and of logits over the vocabulary that it makes."""
         if trees := self.trees_of(examples):
             longest, kept = max(map(len, trees)), max(tree.num_predictors for tree in trees)
             return len(trees) * longest, len(trees) * kept

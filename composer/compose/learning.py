@@ -108,9 +108,10 @@ def solver_of(bench: Bench, settings: Settings, start: Start) -> Solver:
 def _search(
     settings: Settings, made: Solver, start_name: str | None, trial: Trial, splits: Sequence[Split]
 ) -> list[Selection]:
-    """Return each split's best candidate of a solver like `made`; with a checkpoint, a folder, each has a file there.
+    """Run a search like `made` for each split, all in step, and return the best candidate of each.
 
-    An objective of inputs without targets has nothing to hold out: its search sees all of them, whatever the split.
+    Each search keeps a file of its own in the folder of a checkpoint. An objective of inputs without targets has nothing to
+    hold out: its search sees all of them, whatever the split.
     """
     bench, objective = trial.bench, _objective(settings, made, trial)
     searches: list[tuple[Solver, ExampleLoss, partial[None] | None]] = []
@@ -176,7 +177,7 @@ def _objective(settings: Settings, solver: Solver, trial: Trial) -> ExampleLoss:
 
 @contextmanager
 def _explained(objective: ExampleLoss) -> Iterator[None]:
-    """Let SearchFailed say why the first candidate could not be scored."""
+    """Add to a SearchFailed of the block why the first candidate could not be scored."""
     try:
         yield
     except SearchFailed as error:

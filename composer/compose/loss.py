@@ -84,10 +84,11 @@ NOTHING = "."
 
 
 def with_own_answers(engine: Composer, tokenizer: Any, task: Task, inputs: Sequence[Prompt]) -> Task:
-    """Return the task with these inputs as its examples. Labels stay open: every input has the first as its target.
+    """Return the task with these inputs as its examples, for a loss that looks at no target.
 
-    Elsewhere the targets are the answers that greedy decoding writes under the uniform mixture of the pool, of at most
-    16 tokens, "." for an empty one. Raises InvalidTask where there are no inputs.
+    In a task with labels every input has the first label as its target. Otherwise the targets are the answers, of at most 16
+    tokens, that greedy decoding writes under the uniform mixture of the pool; "." for an empty answer. Raises
+    InvalidTask where there are no inputs.
     """
     if not inputs or isinstance(inputs, str):
         raise InvalidTask(f"inputs are {inputs!r}; give a list of texts, one at least")
@@ -108,7 +109,7 @@ class Failures:
     first: str = ""
 
     def add(self, why: str) -> None:
-        """Count one more."""
+        """Count one more failed candidate, and keep the reason of the first."""
         self.count += 1
         self.first = self.first or why
 
@@ -154,9 +155,9 @@ class ExampleLoss:
     `Penalty`: l1, by default LoraHub's published 0.05, l2 and sparsity. `merge_method` says what weights mean: "linear" is
     the sum of deltas, run live with one mixture a row; any other name is merged and written into the base for each
     candidate. `inputs`, for "entropy" alone, are texts without targets that take the place of the task's examples. With
-    `turned`, examples that the prompts show are asked as `in_turn` says, which costs less than under all others. Forward
-    passes are dealt out to the `workers`, where they are more than one; a function, which may close over anything, is called
-    in this process.
+    `turned`, an example that the prompts show has the prompt that `in_turn` gives it, which costs less than showing all the
+    others. Several forward passes are dealt out to the `workers`; a function, which may close over anything, is called in
+    this process.
 
     A candidate that raises an error, or whose loss is not finite, has the loss NaN; `failures` counts these.
     Raises UnknownName for an unknown kind, InvalidTask for examples that the kind cannot be taken of and for a function with
@@ -217,7 +218,7 @@ class ExampleLoss:
     def describe(self) -> dict[str, Any]:
         """Return what the losses depend on, for JSON: kind, tokens, base, experts, and what weights mean and cost.
 
-        Of a function it has the name, and the examples as texts. It opens the experts of a lazy pool.
+        A function is described by its name, and by the examples as texts. The experts of a lazy pool are opened.
         """
         if self.function is None:
             judge: dict[str, Any] = {"kind": type(self.kind).__name__, "tokens": self.encoded.digest(self.only)}
@@ -238,14 +239,14 @@ class ExampleLoss:
 
     @property
     def differentiable(self) -> bool:
-        """True if `gradients` can be asked for."""
+        """True if the objective has gradients."""
         return self.function is None and self.kind.differentiable and self.merge_method == "linear"
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
         return together([self], [candidates])[0]
 
     def deal(self, work: Callable[[ExampleLoss, Piece], Made], pieces: Sequence[Piece]) -> list[Made]:
-        """Return work(self, piece) of each piece, several by the workers. Raises what the first piece that fails raised."""
+        """Return work(self, piece) of each piece; several go to the workers. Raises the error of the first that fails."""
         if self._deal is None or len(pieces) == 1:
             return [work(self, piece) for piece in pieces]
         return self._deal(work, pieces)
@@ -315,7 +316,7 @@ def _scored(
 
 
 def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Scored]]) -> list[Scored]:
-    """Return what `evaluate` returns for the pairs; when it raises, the pairs at fault are found by halving."""
+    """Return the results of `evaluate`; if it raises, find the pairs at fault by halving, and give them the loss NaN."""
     try:
         results = evaluate(pairs) if pairs else []
     # no candidate is at fault
@@ -352,7 +353,7 @@ def _losses(pairs: Pairs) -> list[Scored]:
 
 
 def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
-    """Return the sums of each pair: from one pass for many, also of sums of factors; any other merge is written alone."""
+    """Return each pair's sums; sums of updates or factors share passes, any other merge is written into the base alone."""
     first, _ = pairs[0]
     jobs = [Job.of(mixture, objective.only) for objective, mixture in pairs]
     if first.merge_method == "linear":
@@ -376,7 +377,7 @@ def _written(needs: frozenset[str], on: ExampleLoss, job: Job) -> RowSums:
 
 
 def _summed(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list[RowSums]:
-    """Return the sums for LoraHub's sums of factors, from one pass for many: each candidate is an expert of its own."""
+    """Return the sums of jobs whose candidates are sums of factors; each is made an expert, so that all share passes."""
     engine = factor_sums(on.engine, [job.mixture for job in part if job.mixture is not None])
     rows = torch.eye(len(part))[:, None, None, None]
     jobs = [replace(job, mixture=MixtureWeights(row, engine.pool.names)) for row, job in zip(rows, part, strict=True)]

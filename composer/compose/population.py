@@ -1,8 +1,8 @@
 """The scoring of candidates on examples: as many as fit in one pass, a mixture a row, with or without a backward pass.
 
-Candidates whose weights are those of a merge come after that: each is written into the base, or a population of sums of
-factors runs at once. A sum of factors has the rank of one expert, however many are in it, so that a population costs little
-more than the base.
+A candidate whose weights are those of another merge method is written into the base; only a population of sums of factors
+runs at once. A sum of factors has the rank of one expert, however many are in it, so that a population costs little more
+than the base.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Job:
 
     @classmethod
     def of(cls, mixture: MixtureWeights | None, examples: Sequence[int]) -> Self:
-        """Return a whole job."""
+        """Return the job of scoring a candidate on all of these examples."""
         return cls(mixture, tuple(examples), tuple(examples))
 
 
@@ -90,7 +90,7 @@ def joined(sums: Iterable[Sequence[RowSums]], counts: Sequence[int]) -> list[Row
 
 
 def row_sums(engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str]) -> list[RowSums]:
-    """Return the sums that each job needs, in the order of the jobs; without gradients."""
+    """Return each job's sums of the names in `needs`, in the order of the jobs; without gradients."""
     passes, counts = in_passes(encoded, jobs)
     return joined([pass_sums(engine, encoded, part, needs) for part in passes], counts)
 
@@ -102,7 +102,7 @@ def pass_sums(engine: Composer, encoded: EncodedExamples, part: Sequence[Job], n
 
 
 def task_values(jobs: Sequence[Job]) -> Tensor:
-    """Return values_CTLE of jobs that have a mixture. Raises ScopeError for one that varies by row or token."""
+    """Return values_CTLE, the weights of C jobs that have a mixture. Raises ScopeError if any vary by row or token."""
     mixtures = [job.mixture for job in jobs if job.mixture is not None]
     for mixture in mixtures:
         if mixture.scope != "task":
@@ -116,7 +116,7 @@ def task_values(jobs: Sequence[Job]) -> Tensor:
 def forward_sums(
     engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str], values_CTLE: Tensor | None = None
 ) -> list[RowSums]:
-    """Return each job's sums from one forward pass; `values_CTLE` are the jobs' own where gradients are to reach them."""
+    """Return each job's sums from one forward pass; `values_CTLE` replace the jobs' weights, and get their gradients."""
     batch = encoded.batch([job.examples for job in jobs])
     first = jobs[0].mixture
     with ExitStack() as stack:
@@ -167,9 +167,9 @@ def active_candidate(engine: Composer, candidate: MixtureWeights, merge_method: 
 
 
 def can_be_factor_sums(pool: ExpertPool, mixtures: Sequence[MixtureWeights]) -> bool:
-    """Return whether all experts can be summed factor by factor, under mixtures of one weight for each of the same experts.
+    """Return True if all mixtures are sums of the same experts, factor by factor, with one weight for each expert.
 
-    Where not, the merge method itself says why, or leaves out the experts of weight 0 that keep it from being so.
+    Otherwise the merge method itself says why not, or leaves out experts of weight 0 that cannot be summed.
     """
     first = mixtures[0]
     if not set(first.experts) <= set(pool.names):

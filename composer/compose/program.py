@@ -96,7 +96,7 @@ class Program:
         return self.score(pairs).figures()
 
     def score(self, pairs: GivenRows) -> scoring.Score:
-        """Return the figures of `evaluate`, with what is right item by item."""
+        """Return the figures of `evaluate`, with the answer to each pair, and whether it is right."""
         read = scoring.read_answers(pairs)
         *before, last = self.steps
         between = self._between(before, [text for text, _ in read])
@@ -137,7 +137,7 @@ class Program:
         return cls(None, None, task, steps, hub, None, report).on(model, tokenizer)
 
     def on(self, model: Any, tokenizer: Any) -> Program:
-        """Return the program on a model, with its adapters from the hub. Raises what `load` raises of these."""
+        """Return the program on a model, with its adapters from the hub. Raises what `load` raises except for the file."""
         return replace(self, model=model, tokenizer=tokenizer, pool=pool_of(self.steps, self.hub, model))
 
     @property
@@ -146,7 +146,7 @@ class Program:
         return replace(self.steps[-1].task(self.task), labels=self.task.labels)
 
     def _between(self, steps: Sequence[Step], texts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Return what the last of these steps answers to the texts; without steps, the texts themselves."""
+        """Return the last step's answer to each text; without steps, the texts themselves."""
         answers = texts
         for step in steps:
             answers = self._answers(step, answers, step.task(self.task))

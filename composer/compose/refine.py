@@ -40,9 +40,9 @@ TARGETS = ("q_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Tuning:
-    """The settings by which a merged adapter is trained on: each step sees all examples, up to `batch_size` of them.
+    """The settings of a training that goes on from a merged adapter; each step sees up to `batch_size` examples.
 
-    `rank` is the most that the adapter to begin with may have; a higher one is cut first.
+    An adapter whose rank is above `rank` is cut to it before the first step.
     """
 
     steps: int = 10
@@ -64,9 +64,10 @@ def tuned_adapters(
     checkpoint: Path | None = None,
     progress: bool | Progress = False,
 ) -> dict[str, Adapter]:
-    """Return {name: adapter} trained on some of the task's examples each, all in one batch; None begins a new adapter.
+    """Train an adapter for each name of `examples`, on the examples of these indices, all together; return them by name.
 
-    `target_modules` are for new adapters. Raises BudgetExceeded for a training that memory is short for.
+    An adapter begins as that of its name in `starts`; None begins a new one, of the layers whose paths end in
+    `target_modules`. Raises BudgetExceeded if memory is too short.
     """
     begun = {
         name: start if start.rank <= tuning.rank else byom(start, tuning.rank)
@@ -97,7 +98,7 @@ def tuned_adapters(
 
 
 def task_of(task: Task, seen: Sequence[int]) -> Task:
-    """Return the task with these examples alone; where it shows its examples, it shows the first of these."""
+    """Return the task with the examples of these indices; if its prompts show its examples, they show the first of these."""
     examples = [task.examples[index] for index in seen]
     shown = examples[: len(task.shown)] if shows_its_examples(task) else task.demonstrations
     return replace(task, examples=examples, demonstrations=shown)
@@ -106,9 +107,9 @@ def task_of(task: Task, seen: Sequence[int]) -> Task:
 def byom(adapter: Adapter, rank: int) -> Adapter:
     """Return the adapter with every layer's b a cut to at most `rank` by its singular values: BYOM-LoRA (Jiang et al. 2023).
 
-    The cut is the best approximation of each update at that rank, so one of lower rank stays as it is and `rank` = its own
-    loses nothing. The card has the relative Frobenius error by layer and in all. Gains, biases, magnitudes (DoRA's, whose b
-    a is cut) and heads stay. The result is an ordinary adapter of lower rank. Raises WeightingError for a rank below 1.
+    The cut is the best approximation of each update at that rank; an update of that rank or less loses nothing. The card
+    has the relative Frobenius error by layer and in all. Gains, biases, magnitudes (DoRA's, whose b a is cut) and heads
+    stay. The result is an ordinary adapter of lower rank. Raises WeightingError for a rank below 1.
     """
     check_options("byom", {"rank": rank}, {"rank": Count})
     cuts = {layer: algebra.compress(factors, rank) for layer, factors in adapter.layers.items()}
@@ -165,7 +166,7 @@ def loss_with(model: Any, tokenizer: Any, task: Task, adapter: Adapter | None) -
 
 
 def rises_without_each(objective: ExampleLoss, mixture: MixtureWeights) -> dict[str, float]:
-    """Return by how much the mean loss rises without each expert, the others' weights as they are; measured in one pass."""
+    """Return {expert: rise of the mean loss when it has the weight 0, and the others keep theirs}, measured in one pass."""
     whole, *losses = _losses(objective, [mixture, *(_without(mixture, [name]) for name in mixture.experts)])
     return {name: loss - whole for name, loss in zip(mixture.experts, losses, strict=True)}
 

@@ -31,7 +31,7 @@ class ReportRow:
 
     `held_out_loss` is the mean loss of examples that had no part in choosing the weights (cross-validated), `loss` that of
     all examples after choosing on all; `held_out_hits` is the share of held-out examples that greedy decoding would write.
-    Both held-out figures are None for what learned without folds, and for what was made of a composition afterwards.
+    Both held-out figures are None for a way that learned without folds, and for a composition that was refined.
     `weights` are means over the layers where `by_layer` is given.
     `num_trained` counts the scalars that were chosen, `losses` are those of a search's candidates, terms for the weights
     included, and None for the `failed` ones that could not be scored.
@@ -76,7 +76,7 @@ class Report:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as JSON; a loss that is not finite, which JSON has no number for, is None."""
+        """Return the report as JSON, with None for a loss that is not finite, since JSON has no number for it."""
         fields = asdict(self)
         for row in fields["rows"]:
             row |= {name: None for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
@@ -115,7 +115,7 @@ TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demon
 
 @dataclass(frozen=True)
 class SavedRecipe:
-    """The task, the report and the base of a composition that was saved; `rest` has what else the file says.
+    """The task, the report and the base of a composition that was saved; `rest` has all other entries of the file.
 
     `parts` is "members", "steps" or None; those in `part_names` have the folders member-0, member-1 and so on.
     """
@@ -192,7 +192,7 @@ class SavedRecipe:
 
 
 def task_json(task: Task) -> dict[str, Any]:
-    """Return what Task() takes, as JSON."""
+    """Return the arguments that make the task by Task(), as JSON."""
     fields = {name: getattr(task, name) for name in TASK_FIELDS}
     for name in ("examples", "demonstrations"):
         fields[name] = [[prompt_json(prompt), target] for prompt, target in fields[name]]

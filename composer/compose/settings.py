@@ -26,20 +26,20 @@ from loraweave.routers.tokens._router import TokenRouter, option_names
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router, Task
 
-# what a search's weights mean, as the name of a merge method
+# the merge method whose weights a search looks for, by the name of the space
 SPACES = {"deltas": "linear", "factors": "factor_sum"}
 # an average of ways needs no guard
 FOLDS, FOLDS_OF_AUTO = 3, 0
 # the number of examples from which on "auto" compares its ways on some of them, a long training among these
 MANY = 50
-# at most as many inputs without targets tell how likely a label is, and which adapters suit a task without examples
+# the most inputs without targets that calibrate labels, or that find adapters for a task without examples
 CALIBRATING = 20
 # ways of compose() that are no solvers
 OTHER_WAYS = ("auto", "base", "best_single", "in_context", "few_shot")
-# what compose() gives a solver that asks for it
+# the options that compose() itself passes to a solver that takes them
 SUPPLIED = tuple(registry.RESERVED["routers"])
 LIMITS = ("budget", "seconds", "seed")
-# how many of the best adapters share the weight 1 at a start of that name; what else a search can begin at
+# the number of best adapters that share the weight 1, by the name of the start; then the names of all starts
 BEST = {"best_single": 1, "best_three": 3}
 STARTS = (*BEST, "base", "uniform", "retrieval")
 # a budget that suits any options
@@ -92,24 +92,24 @@ class Settings:
 
     @property
     def routes(self) -> bool:
-        """True if a router makes the weights, and no search."""
+        """True if a router makes the weights, not a search."""
         return routes(self.method)
 
     @property
     def learns(self) -> bool:
-        """True if the examples have a say in the weights, so that some must be held out to judge them."""
+        """True if the weights depend on the examples, so that some examples must be held out to judge them."""
         if self.routes:
             # a router object is used as it is
             return _class_of(self.method, LearnedRouter) is not None
         return self.method in ("auto", "few_shot") if self.method in OTHER_WAYS else solver_class(self.name).learns
 
     def has_many(self, task: Task) -> bool:
-        """Return whether "auto" has enough examples to hold a fifth of them out, and to train for long."""
+        """Return True if method "auto" has enough examples to hold a fifth of them out, and to train for long."""
         return self.method == "auto" and not self.folds and len(task.examples) >= MANY
 
     @property
     def asks_the_task(self) -> bool:
-        """True if the loss is the task's own, of mixtures of updates."""
+        """True if the loss is the task's own, and the weights are those of a sum of updates."""
         return self.objective in (None, "cross_entropy") and self.meaning in (None, "linear")
 
     @property
@@ -117,20 +117,20 @@ class Settings:
         """The merge method whose weights the search looks for; None for the search's own."""
         return self.merge_method if self.space is None else SPACES[self.space]
 
-    def start_name(self, found: type[Solver]) -> str | None:
-        """Return the search's start if it is given by name; None if it is given as weights, and for the solver's default."""
-        start = self.options.get("start", found.begins(self.options))
+    def start_name(self, solver_type: type[Solver]) -> str | None:
+        """Return the name of the search's start; None for a start given as weights, and for the solver's own default."""
+        start = self.options.get("start", solver_type.begins(self.options))
         return start if isinstance(start, str) else None
 
     def can_run(self, method: str) -> bool:
-        """Return whether the objective gives the search of that name the gradients that it needs."""
+        """Return True if the search of that name needs no gradients, or the objective has them."""
         if not solver_class(method).needs_gradients:
             return True
         smooth = not callable(self.objective) and self.objective != "exact_match"
         return smooth and self.meaning in (None, "linear")
 
     def solver(self, experts: Sequence[str], supplied: Mapping[str, Any]) -> Solver:
-        """Return the method's solver with its limits and options. What it takes of `supplied` overrides these."""
+        """Return the method's solver with its limits and options; the options that it takes of `supplied` override these."""
         solver_type = solver_class(self.name)
         arguments = {**supplied, "budget": self.budget, "seconds": self.seconds, "seed": self.seed}
         known = options_of(solver_type)
@@ -219,21 +219,21 @@ class Settings:
                 "lw.merge(statistics=...) takes them"
             )
 
-    def _check_options(self, found: type[Solver] | None, from_hub: bool) -> None:
+    def _check_options(self, solver_type: type[Solver] | None, from_hub: bool) -> None:
         if self.method == "few_shot":
             check_options(f"method {self.name!r}", self.options, FEW_SHOT_OPTIONS)
             return
-        known = {} if found is None else options_of(found, beside=("experts", *LIMITS, *SUPPLIED))
+        known = {} if solver_type is None else options_of(solver_type, beside=("experts", *LIMITS, *SUPPLIED))
         require_known(f"method {self.name!r}", self.options, known)
-        if found is not None:
+        if solver_type is not None:
             # a start may have a name, whatever the solver takes
-            found.check({name: value for name, value in self.options.items() if name != "start"})
-            self._check_start(found, from_hub)
-            if found.learns:
+            solver_type.check({name: value for name, value in self.options.items() if name != "start"})
+            self._check_start(solver_type, from_hub)
+            if solver_type.learns:
                 self._try_options()
 
-    def _check_start(self, found: type[Solver], from_hub: bool) -> None:
-        start, name = self.options.get("start"), self.start_name(found)
+    def _check_start(self, solver_type: type[Solver], from_hub: bool) -> None:
+        start, name = self.options.get("start"), self.start_name(solver_type)
         if name is not None and name not in STARTS:
             hint = nearest(name, STARTS)
             raise UnknownName(f"no start {name!r} of a search{hint}; there are {', '.join(STARTS)}, or give weights")
@@ -311,7 +311,7 @@ def router_name(router: str | Router) -> str:
 
 
 def require_no_router(router: Router | None, verb: str) -> None:
-    """Raise ScopeError where there is a router: its weights depend on the input, and `verb` needs some that do not."""
+    """Raise ScopeError if there is a router: its weights depend on the input, and the action `verb` needs fixed weights."""
     if router is not None:
         raise ScopeError(
             f"a composition by router {router_name(router)!r} cannot {verb}: its weights depend on the input. It answers "
@@ -321,7 +321,7 @@ def require_no_router(router: Router | None, verb: str) -> None:
 
 
 def routes(method: str | Router) -> bool:
-    """Return whether this is a router, or the name of one. Raises WeightingError unless it is a name or a router."""
+    """Return True for a router or a router's name. Raises WeightingError for anything but a name or a router object."""
     if isinstance(method, str):
         return _class_of(method, TokenRouter) is not None
     if isinstance(method, MixtureWeights) or not callable(getattr(method, "weights", None)):
@@ -333,7 +333,7 @@ def routes(method: str | Router) -> bool:
 
 
 def _options(method: str | Router) -> list[str]:
-    """Return the options of a router of that name, and of its training; a router object has none."""
+    """Return the names of the options of a named router, and of its training; [] for a router object."""
     router_type, learned = _class_of(method, TokenRouter), _class_of(method, LearnedRouter)
     if router_type is None or learned is None:
         return [] if router_type is None else option_names(router_type)
@@ -346,7 +346,7 @@ def _options(method: str | Router) -> list[str]:
 
 
 def _class_of(name: str | Router, kind: type[Kind]) -> type[Kind] | None:
-    """Return the class of this kind that a name stands for; None for others, for unknown names and for router objects."""
+    """Return the registered class of that name if it is a `kind`; else None, also for unknown names and router objects."""
     if not isinstance(name, str) or name in OTHER_WAYS:
         return None
     try:

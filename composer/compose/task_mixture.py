@@ -131,7 +131,7 @@ class TaskMixture:
 
     @property
     def _said(self) -> str:
-        """The parts together, as messages name them."""
+        """The name of all parts together, for messages."""
         return f"the average of {' and '.join(self.members)}" if self.members else f"the program {' > '.join(self.steps)}"
 
     @property
@@ -185,7 +185,7 @@ class TaskMixture:
         return self.score(pairs).figures()
 
     def score(self, pairs: GivenRows, *, max_new_tokens: int | None = None) -> scoring.Score:
-        """Return the same with each item's answer, loss and whether it is right.
+        """Return the figures of `evaluate`, with the answer and the loss of each pair, and whether the answer is right.
 
         An answer has at most `max_new_tokens`, by default as many as a right one can need.
         """
@@ -264,7 +264,7 @@ class TaskMixture:
 
     @property
     def _may_share(self) -> bool:
-        """True if prompts with a common beginning may share its cache: its weights do not depend on the rest."""
+        """True if prompts that begin alike may share the cache of their beginning, because no weight depends on the rest."""
         return self.router is None and (self.is_base or not self.adapter.invocation)
 
     def _require_one(self, verb: str) -> None:

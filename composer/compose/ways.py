@@ -145,7 +145,7 @@ def measure(plain: list[Trial], learning: list[Trial], bench: Bench, settings: S
 
 
 def _auto(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Settings, folds: Sequence[Split]) -> Outcome:
-    """Return what "auto" measures after the plain trials, and which of it is to be returned."""
+    """Run the trials of "auto" after the plain ones; return all that ran, and the name of the one to return."""
     task, remarks, run = bench.task, list[str](), methodcaller("run", folds)
     is_one = _is_one(task, settings)
     prompts: list[Trial] = []
@@ -229,7 +229,7 @@ def _stated(bench: Bench, plain: Sequence[Trial], run: Callable[[Trial], object]
 
 
 def _joins(program: Trial, least: float, remarks: list[str]) -> bool:
-    """Return whether the program is a member, and note it; not with one step, whose weight is learned anyway."""
+    """Return True if the program becomes a member, and note it; one step does not, since its weight is learned anyway."""
     steps = [] if program.chosen is None else list(program.chosen.composition.steps)
     loss, why = program.held_out_loss, ""
     if len(steps) == 1:
@@ -266,7 +266,7 @@ def _luck_of_best(bench: Bench) -> float:
 
 
 def luck(losses_N: Sequence[float], labels_N: Sequence[str], num_tried: int) -> float:
-    """Return a bound on the probability that the best of `num_tried` adapters finds labels so likely that say nothing.
+    """Return a bound on the probability that the best of `num_tried` adapters finds the labels so likely by chance.
 
     `losses_N` are -log p of each example's label, among all labels. If labels are drawn without regard to the inputs, an
     adapter finds them x times as likely as their own frequencies do with a probability of at most 1 / x (Markov's
