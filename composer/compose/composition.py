@@ -78,7 +78,7 @@ class Composition(TaskMixture):
         reason: str = "as asked",
         seed: int = 0,
     ) -> Composition:
-        """Return the composition that answers a task by `what`, for which nothing is searched.
+        """Return the composition that answers a task with `what`, without any search.
 
         That is an adapter, a router over the adapters of `pool`, members by name whose probabilities are averaged, or None
         for the base model. `name` and `reason` are what its report says of it.
@@ -288,7 +288,7 @@ class Composition(TaskMixture):
         return cls(model, tokenizer, **fields)
 
     def _loss_and_mixture(self, verb: str) -> tuple[ExampleLoss, MixtureWeights]:
-        """Return the loss on the examples by the adapters that have a weight, and the mixture over them.
+        """Return the loss on the examples as a function of the adapters that have a weight, and their mixture.
 
         Raises CompositionError for a composition without a pool, and for one that is more than its weights say.
         """
@@ -308,7 +308,7 @@ class Composition(TaskMixture):
     def _renew(
         self, name: str, reason: str, started: float, *, loss: float, evaluations: int, num_trained: int = 0, **fields: Any
     ) -> Composition:
-        """Return the composition with other `fields`, by `name` in its report; held-out figures are then unknown."""
+        """Return the composition with other `fields`; its report gets a row of that name, without held-out figures."""
         seconds, new = time.perf_counter() - started, replace(self, **fields)
         row = ReportRow(name, new.all_weights, loss, None, None, seconds, evaluations, new.by_layer, num_trained)
         return replace(new, report=self.report.with_choice(row, reason))
@@ -319,7 +319,7 @@ class Composition(TaskMixture):
         return used or [dict(parent) for parent in self.parents]
 
     def _recipe(self) -> dict[str, Any]:
-        """Return what composition.json holds."""
+        """Return the content of composition.json."""
         parts = {name: list(getattr(self, name)) for name in dict.fromkeys(PARTS.values())}
         alone = FORMAT if self.router is None else FORMAT_WITH_ROUTER
         fields = ("by_layer", "tuned_steps", "license", "merge_method", "seed", "share")

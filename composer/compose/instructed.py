@@ -31,7 +31,7 @@ NEAREST, SHARE = 3, 3.0
 
 
 def instructed(model: Any, tokenizer: Any, hub: Hub, task: Task, settings: Settings) -> Composition:
-    """Return the composition that answers by the task's instruction; unlabelled inputs of the settings help to choose it.
+    """Return the composition for a task's instruction, without examples; the settings' unlabelled inputs help to choose it.
 
     Raises what `fitting_hits` raises, InvalidTask where no adapter has a description, InvalidLicense for adapters that may
     not be combined.

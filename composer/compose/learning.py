@@ -66,7 +66,7 @@ Start = Mapping[str, float] | MixtureWeights | None
 
 
 def search_of(bench: Bench, settings: Settings) -> Trial:
-    """Return the trial of the settings' search, or of the mixture that a formula has at once.
+    """Return the trial of the search by the settings' method, or of the fixed mixture of a method that is a formula.
 
     Raises what the solver's settings raise, before the first forward pass.
     """
@@ -145,7 +145,7 @@ def _search(
 
 
 def _start(bench: Bench, settings: Settings, name: str | None, split: Split) -> Start:
-    """Return where the search of a split's examples begins; None for the solver's own default."""
+    """Return the weights at which a search on a split starts, by the start's name; None for the solver's default."""
     match name:
         case None:
             start: Start = settings.options.get("start")
@@ -161,7 +161,7 @@ def _start(bench: Bench, settings: Settings, name: str | None, split: Split) -> 
 
 
 def _objective(settings: Settings, solver: Solver, trial: Trial) -> ExampleLoss:
-    """Return the loss on all examples that a search minimises, or on the inputs of one that looks at no targets."""
+    """Return the loss that a search minimises, on all examples, or on all inputs for a loss that looks at no targets."""
     bench, kind = trial.bench, settings.objective or solver.loss
     merge_method = settings.meaning or solver.merge_method
     l1 = solver.l1 if settings.l1 is None else settings.l1
@@ -185,7 +185,7 @@ def _explained(objective: ExampleLoss) -> Iterator[None]:
 
 
 def shown(bench: Bench, adapter: Adapter, split: Split, steps: int = 0) -> Selection:
-    """Return the choice of an adapter, trained for `steps` steps; prompts show some of a split's examples (`in_turn`).
+    """Return the selection of an adapter, trained for `steps` steps; prompts show a split's first examples (`in_turn`).
 
     No prompt shows the example that it asks for.
     """
@@ -203,7 +203,7 @@ def shown(bench: Bench, adapter: Adapter, split: Split, steps: int = 0) -> Selec
 
 
 def of_start(bench: Bench) -> Trial:
-    """Return the trial of the bench's `start`, untrained, whose prompts show the examples that a split sees."""
+    """Return the trial of the bench's adapter `start`, untrained, under prompts that show a split's seen examples."""
 
     def choose(trial: Trial, splits: Sequence[Split]) -> list[Selection]:
         assert bench.start is not None
@@ -254,7 +254,7 @@ def long_lora(bench: Bench, settings: Settings) -> Trial:
 
 
 def averaged(parts: Sequence[Trial]) -> Trial:
-    """Return the trial of the averaged probabilities of what others chose, each asked in its own prompts, by `SHARES`."""
+    """Return the trial that averages the probabilities of other trials' selections by `SHARES`, each under its prompts."""
     bench, shares = parts[0].bench, [SHARES.get(part.name, 1.0) for part in parts]
     mean: Callable[[Sequence[np.ndarray]], np.ndarray] = partial(np.average, axis=0, weights=shares)
 
@@ -285,7 +285,7 @@ GAIN, BEAM = 0.2, 1
 
 
 def program(bench: Bench, retriever: Retriever, settings: Settings) -> Trial:
-    """Return the trial of the program that `lw.order` finds by the first examples that a split sees.
+    """Return the trial of the program that `lw.order` finds on the first of a split's seen examples.
 
     Its choices raise InvalidTask without descriptions, InvalidLicense for steps that may not be combined.
     """
@@ -312,7 +312,7 @@ def program(bench: Bench, retriever: Retriever, settings: Settings) -> Trial:
 
 
 def stated_program(bench: Bench, records: Sequence[Record]) -> Trial:
-    """Return the trial of the program of these adapters, each asked by its own description."""
+    """Return the trial of the program whose steps are these adapters in order, each asked by its own description."""
     # loaded for tasks that need a program
     from loraweave.composer.compose.program_search import Step
 
@@ -328,7 +328,7 @@ def stated_program(bench: Bench, records: Sequence[Record]) -> Trial:
 def _program_choice(
     bench: Bench, chosen: Order, pool: ExpertPool | None, read: Mapping[tuple[Order, int], Reading]
 ) -> Selection:
-    """Return the choice of a program by adapters of the pool; its steps are measured together."""
+    """Return the selection of a program whose steps are adapters of the pool; `read` has the readings that are known."""
 
     def scores(examples: Sequence[int]) -> Scores:
         if all((chosen, place) in read for place in examples):
@@ -354,7 +354,7 @@ ROUTER_STEPS, ROUTER_BATCH = 20, 8
 
 
 def routed(bench: Bench, settings: Settings) -> Trial:
-    """Return the trial of a router, which weighs the adapters for every token; one that learns sees a split's examples.
+    """Return the trial of a router, which weighs the adapters for every token; a router that learns is fitted on each split.
 
     What its options or the pool forbid is raised before anything runs.
     """
@@ -381,7 +381,7 @@ def routed(bench: Bench, settings: Settings) -> Trial:
 
 
 def _routed_choice(bench: Bench, router: Any, kind: Kind, encoded: EncodedExamples, *, is_trained: bool) -> Selection:
-    """Return the choice of a router, measured on the encoded examples."""
+    """Return the selection of a router, measured on the encoded examples."""
 
     def scores(examples: Sequence[int]) -> Scores:
         with bench.engine.activate(router):
@@ -393,7 +393,7 @@ def _routed_choice(bench: Bench, router: Any, kind: Kind, encoded: EncodedExampl
 
 
 def _new_router(bench: Bench, settings: Settings) -> Any:
-    """Return the router of the settings' name and options, drawn by their seed."""
+    """Return a new router by the name, options and seed of the settings."""
     # every router that can be read is loaded with it
     from loraweave.routers.tokens._saved import router
 

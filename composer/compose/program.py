@@ -37,8 +37,9 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class OrderReport:
-    """The programs that were measured, those on most examples first and then by loss; the one that was chosen, and why.
+    """A report of the programs that were measured, of which one was chosen for a `reason`.
 
+    Rows are sorted by the number of examples, the most first, then by loss.
     `left_out` are adapters without a description, which cannot be asked; `questions` counts what the model was asked.
     """
 
@@ -64,7 +65,7 @@ class OrderReport:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The steps that each answer what the one before it answered; `hub` has their adapters, `pool` those that were chosen.
+    """A chain of steps, each of which answers the answer of the step before it; `pool` has the steps' adapters of the `hub`.
 
     The task's labels, where it has some, are those of the last step.
     """

@@ -40,7 +40,7 @@ MAX_ROWS = 64
 
 @dataclass(frozen=True)
 class Step:
-    """One adapter of a program, or the base (`name` None), with the hash of its content, and how it is asked.
+    """A step of a program: an adapter, or the base (`name` None), with the hash of its content and the instruction it gets.
 
     An answer ends at a line break, at the latest after `max_new_tokens`.
     """
@@ -52,7 +52,7 @@ class Step:
 
     @property
     def label(self) -> str:
-        """The name for tables and messages."""
+        """The step's name for tables and messages."""
         return "(base)" if self.name is None else self.name
 
     @property
@@ -153,7 +153,7 @@ class Asked:
             yield some, [Reading(loss / count, hits == count) for loss, hits, count in sums]
 
     def _as_trees(self, rows: dict[Target, EncodedRow]) -> Iterator[tuple[list[Target], list[Reading]]]:
-        """Yield (targets, readings) for each batch of trees; a tree has the questions to one step, with one instruction."""
+        """Yield (targets, readings) for each batch of trees; a tree holds targets of one step, whose prompts begin alike."""
         planted: list[tuple[list[Target], TokenTree]] = []
         for _, group in groupby(rows, key=lambda target: target[0]):
             parts = _up_to(group, lambda target: len(rows[target]), MAX_TREE)
@@ -171,7 +171,7 @@ class Asked:
 
 
 def _up_to(items: Iterable[Any], size: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
-    """Yield the items in lists whose sizes add up to at most `limit`, each of one item at least."""
+    """Yield the items in lists of at least one item, in which the sizes of all items add up to at most `limit`."""
     some: list[Any] = []
     total = 0
     for item in items:
@@ -256,7 +256,7 @@ def labels_of(path: Order) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ProgramRow:
-    """A program measured on `num_examples` examples: the targets' mean loss in nats, the share that decoding would write."""
+    """A program measured on `num_examples` examples: the targets' mean loss in nats, and the share that it would write."""
 
     steps: tuple[str, ...]
     loss: float
@@ -266,7 +266,7 @@ class ProgramRow:
 
 @dataclass(eq=False)
 class ProgramSearch:
-    """The search of programs by length, each measured on more examples as long as it is among the best.
+    """A search for programs, short ones first; each is measured on more examples as long as it is among the best.
 
     A longer program is better where its loss is lower by more than the share `gain`. `left_out` are adapters without a
     description, which cannot be asked.
@@ -312,7 +312,7 @@ class ProgramSearch:
                         return
 
     def best(self) -> tuple[Order, str]:
-        """Return the program to take, and why. Raises SearchFailed where no loss is finite."""
+        """Return the best program, and the reason in words. Raises SearchFailed where no loss is finite."""
         chosen = self._chosen()
         if not chosen:
             raise SearchFailed(f"none of {len(self.readings)} programs has a finite loss; see whether the model is damaged")
@@ -357,7 +357,7 @@ class ProgramSearch:
         return list(made)
 
     def _whole(self) -> list[Order]:
-        """Return the programs that were measured on all examples."""
+        """Return the programs that were measured on all of the task's examples."""
         return [path for path, readings in self.readings.items() if len(readings) == len(self.task.examples)]
 
     def _measure(self, paths: Sequence[Order], num_examples: int) -> None:

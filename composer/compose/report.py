@@ -52,7 +52,7 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows compared, which of them was chosen and why, and the candidates that retrieval brought."""
+    """The rows that were compared, the `chosen` row's name and the reason, and the candidates that retrieval found."""
 
     rows: tuple[ReportRow, ...]
     chosen: str

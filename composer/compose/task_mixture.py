@@ -1,4 +1,4 @@
-"""The weights over the adapters of a pool for one task, on one model: what they amount to, and how they answer."""
+"""The weights over the adapters of a pool for one task, on one model, and the answers under these weights."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class TaskMixture:
 
     @property
     def license(self) -> str | None:
-        """The SPDX expression that binds to the licenses of all adapters that count; None where no license is known."""
+        """The SPDX expression that joins the licenses of all adapters that have a weight; None if no license is known."""
         members: list[Mapping[str, Any]] = [adapter.card for adapter in self._used.values()]
         known = members or self.parents or ([] if self.stored is None else [self.stored.card])
         return license_of_all(stated_license(card.get("license")) for card in known)
@@ -255,7 +255,7 @@ class TaskMixture:
         return list(self.steps.values())[-1] if self.steps else self
 
     def _between(self, texts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Return the inputs of the last step: the answers of the step before it, one for each text, or the texts."""
+        """Return the last step's inputs, one for each text: the answers of the step before it, or the texts themselves."""
         before = list(self.steps.values())[:-1]
         limit = answer_limit(self.tokenizer, self.task.examples) if before else 0
         for step in before:
@@ -268,7 +268,7 @@ class TaskMixture:
         return self.router is None and (self.is_base or not self.adapter.invocation)
 
     def _require_one(self, verb: str) -> None:
-        """Raise ScopeError where a router weighs, and for members or steps."""
+        """Raise ScopeError for a composition by a router, of members or of steps, which cannot `verb` as one mixture."""
         require_no_router(self.router, verb)
         if self.steps:
             raise ScopeError(
@@ -285,7 +285,7 @@ class TaskMixture:
 
     @property
     def _used(self) -> Mapping[str, Adapter]:
-        """The adapters of the pool, or of the parts' pools, that count, by name; none where the pool is gone."""
+        """The adapters that have a weight, by name, from the pool or the parts' pools; {} without a pool."""
         if self.parts:
             return {name: adapter for part in self.parts.values() for name, adapter in part._used.items()}
         used = self.mean_weights if self.router is None or self.pool is None else self.pool.names
@@ -297,7 +297,7 @@ class TaskMixture:
 
 
 def answer_limit(tokenizer: Any, examples: Sequence[tuple[Prompt, str]]) -> int:
-    """Return the most tokens of a step's answer, by the longest text of a task's examples, if there are any."""
+    """Return the most tokens that a step's answer may have: as many as the examples' longest text, if there are any."""
     if not examples:
         return scoring.MAX_NEW_TOKENS
     return scoring.longest_answer(tokenizer, [(prompt, (str(prompt), target)) for prompt, target in examples])

@@ -64,14 +64,14 @@ class Outcome:
 
 
 def calibrated(task: Task, settings: Settings) -> Task:
-    """Return the task; "auto" calibrates its labels, if any, so that none wins because the prompts make it likely anyway."""
+    """Return the task, for "auto" with calibrated labels, so that no label wins because prompts alone make it likely."""
     if settings.method != "auto" or not task.labels:
         return task
     return replace(task, calibrated=(settings.inputs or task.examples)[:CALIBRATING])
 
 
 def ways_of(bench: Bench, settings: Settings) -> tuple[list[Trial], list[Trial]]:
-    """Return the trials of the settings, none of which has run: the plain ones, to compare with, and those asked for.
+    """Return two lists of trials, none of which has run: plain ones to compare with, and those of the settings' method.
 
     With "auto" the latter are what it may average; some of its trials follow from what others come to. Raises what settings
     and pool forbid, before anything runs.
@@ -198,7 +198,7 @@ def _that_run(trials: Iterable[Trial], run: Callable[[Trial], object], remarks: 
 
 
 def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split], remarks: list[str]) -> Outcome:
-    """Run the average of the members, and return all trials: the outcome returns the average, or the only member."""
+    """Run the average of several members; return the outcome that returns the average, or the only member."""
     average: list[Trial] = [averaged(members)] if len(members) > 1 else []
     for trial in average:
         trial.run(folds)
@@ -255,7 +255,7 @@ def _is_sure(plain: Sequence[Trial], bench: Bench, settings: Settings) -> bool:
 
 
 def _luck_of_best(bench: Bench) -> float:
-    """Return the `luck` of the best single adapter among those that retrieval ranks no lower, or among a whole pool."""
+    """Return the `luck` of the best single adapter among those that retrieval ranks no lower, or among the whole pool."""
     examples = bench.task.examples
     (single,) = best = bench.best(range(len(examples)), 1)
     loss = ExampleLoss(bench.engine, bench.tokenizer, bench.task, kind="labels", l1=0.0)
@@ -278,7 +278,7 @@ def luck(losses_N: Sequence[float], labels_N: Sequence[str], num_tried: int) -> 
 
 
 def _is_one(task: Task, settings: Settings) -> bool:
-    """Return True if "auto" has one example to show, and nothing to compare ways on."""
+    """Return True if "auto" has a single example, so that none is left to compare trials on."""
     return settings.method == "auto" and len(task.examples) == 1 and not task.demonstrations and settings.asks_the_task
 
 
@@ -303,7 +303,7 @@ REASONS = {
 def guard(
     asked: str | None, held_out_losses: Mapping[str, float], *, guarded: bool, best_of_all: bool = False
 ) -> tuple[str, str]:
-    """Return the name of the way to return, and why; the losses are those of all ways measured.
+    """Return the name of the trial to return, and the reason; `held_out_losses` has the losses of all trials by name.
 
     Without an `asked` way, that is the better of "base" and "best_single". Otherwise it is `asked`, except that a `guarded`
     one gives way to the better of these two if its loss is higher. With `best_of_all`, guarded, it is the way of the lowest
