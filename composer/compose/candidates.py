@@ -34,7 +34,7 @@ LEAST, GAIN = 0.72, 0.01
 
 
 def experts_of(experts: Any) -> Hub | ExpertPool:
-    """Return a hub or a pool unchanged, and a list or mapping of adapters as a pool. Raises WeightingError for a path."""
+    """Return a hub or a pool unchanged, and a list or mapping of adapters as a pool. Raises WeightingError otherwise."""
     match experts:
         case Hub() | ExpertPool():
             return experts
