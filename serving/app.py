@@ -4,8 +4,8 @@ a request -> read, at most body_bytes -> its prompts and its composition, in thr
                                                                                          |
                                                            JSON or events <- Exchange <--'
 
-What is quick shares two threads. The opening of adapters, merges, and searches have threads apart from these and from each
-other, so that a request whose composition is there waits for none of them. Those for one composition wait for one making.
+Two threads read prompts and model names. Opening adapters, merging and searching have threads of their own, so that a
+request whose composition is loaded waits for none of them. Requests for one composition wait for one thread that makes it.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 # threads that read prompts and names, and that open adapters; more only take turns on the interpreter's lock
 NUM_READERS, NUM_OPENERS = 2, 2
-# status that is counted for a client that went away, which hears nothing
+# the status counted for a request whose client disconnected before its answer
 CLIENT_GONE = 499
-# characters that a header may have as they are
+# characters that a header's value may have unescaped
 PLAIN = "".join(map(chr, range(32, 127))).replace("%", "")
 
 
@@ -99,10 +99,10 @@ def make_server(
     api_key: str | None = None,
     log_level: str = "info",
 ) -> Any:
-    """Make a uvicorn server on an address; its `run()` answers until an interruption, or until `should_exit` is set.
+    """Make a uvicorn server; its `run()` serves requests until interrupted, or until its `should_exit` is set.
 
-    Without a key it answers under a loopback name alone.
-    Raises CompositionError for an address that other machines reach without a key, and for a model that cannot be served.
+    Without `api_key`, the server accepts requests to loopback host names only.
+    Raises CompositionError if other machines reach `host` and there is no `api_key`, and for a model that cannot be served.
     """
     import uvicorn
 
@@ -114,16 +114,15 @@ def make_server(
         )
     app = make_app(hub, model, tokenizer, limits=limits, api_key=api_key)
     answering = loopback_only(app) if api_key is None else app
-    # a client may keep its stream open for as long as its request may take; stopping waits a few seconds for them
+    # streams may be open for minutes, but a server that stops waits only seconds for them
     settings: dict[str, Any] = {"log_level": log_level, "ws": "none", "timeout_graceful_shutdown": 5}
     return uvicorn.Server(uvicorn.Config(answering, host=host, port=port, **settings))
 
 
 class Exchange:
-    """The rows of one request, added before the scheduler has them, and what it tells of them from its thread.
+    """The rows of one request, and a queue of their pieces, which the scheduler's thread fills.
 
-    A context manager, or closed by the stream that it becomes: then the scheduler hears that rows which are not over need
-    not go on.
+    `close`, called at the end of the `with` block or of the response's stream, tells the scheduler to end unfinished rows.
     """
 
     def __init__(self, scheduler: Scheduler, ended: Callable[[], None]) -> None:
@@ -135,7 +134,7 @@ class Exchange:
         self._open = True
 
     def add(self, prompts: Sequence[Sequence[int]], served: Served, sampling: Sampling, deadline: float) -> None:
-        """Add a row, which tells this exchange of its pieces from any thread."""
+        """Add a row for these prompts, whose pieces any thread may put into this exchange's queue."""
         index = len(self.rows)
 
         def tell(event: Piece | BaseException) -> None:
@@ -146,7 +145,7 @@ class Exchange:
         self.rows.append(Row(prompts, served, sampling, tell, deadline=deadline))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Yield (number of the row, piece) until all rows are over. Raises what ended a row."""
+        """Yield (index of the row, piece) until all rows have ended. Raises the error that ended a row."""
         left = len(self.rows)
         while left:
             index, event = await self._heard.get()
@@ -158,7 +157,7 @@ class Exchange:
     async def events(
         self, answer: Answer, first: tuple[int, Piece], rest: AsyncIterator[tuple[int, Piece]]
     ) -> AsyncIterator[str]:
-        """Yield the data of each server-sent event; an error is the last one, in place of [DONE]."""
+        """Yield the JSON text of each server-sent event, then [DONE]; after an error, its JSON text is the last event."""
         for body in answer.beginnings():
             yield json.dumps(body)
         try:
@@ -174,7 +173,7 @@ class Exchange:
         yield "[DONE]"
 
     def close(self) -> None:
-        """End the rows that are not over. May be called twice."""
+        """Tell the scheduler to end the unfinished rows; a second call does nothing."""
         if self._open:
             self._open = False
             for row in self.rows:
@@ -225,7 +224,7 @@ class Face:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def guarded(self, path: str, handler: Handler) -> Handler:
-        """Return the handler as a route has it: with the server's key, errors as answers, and requests counted by path."""
+        """Return the handler wrapped to check the server's key, answer errors as JSON, and count requests by path."""
 
         async def answer(request: Request) -> Response:
             begun, response = time.monotonic(), Response(status_code=500)
@@ -286,7 +285,7 @@ class Face:
         return JSONResponse(answer.body(), headers=headers)
 
     async def _begin(self, exchange: Exchange, asked: Asked, deadline: float) -> Answer:
-        """Read the prompts, find the composition, and hand the rows to the scheduler."""
+        """Read the prompts, load the composition, and submit the rows; return the answer, which has no text yet."""
         inputs = await self._in(self._readers, deadline, self._prompts.read, asked)
         if (count := len(inputs.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
@@ -301,7 +300,7 @@ class Face:
         return Answer(asked, served, self._tokenizer, exchange.rows, num_read)
 
     async def _asked(self, given: Given, served: Served, deadline: float) -> list[list[tuple[int, ...]]]:
-        """Return the token ids that each member gets of each prompt, after the steps before the members have answered."""
+        """Run the steps that precede the composition's members; return token ids by [prompt][member]."""
         between: dict[tuple[Served, ...], Sequence[Prompt]] = {}
         for member in served.members:
             if member.before and member.before not in between:
@@ -312,7 +311,7 @@ class Face:
         return await self._in(self._readers, deadline, self._prompts.of_members, given, served, between)
 
     async def _said(self, given: Given, step: Served, deadline: float) -> list[Prompt]:
-        """Return a step's answer to each input, as Composition.predict passes it on between two steps."""
+        """Return a step's answer to each prompt, which is the input of the next step."""
         prompts = await self._asked(given, step, deadline)
         num_new = self._prompts.num_new(prompts, step.max_new_tokens, 0, self._limits.new_tokens)
         with Exchange(self.scheduler, lambda: None) as exchange:
@@ -325,7 +324,7 @@ class Face:
         return [answer_in(text, step.stops) for text in texts]
 
     async def _wanted(self, name: str, prompt: str, deadline: float) -> Wanted:
-        """Return what a model name means in the hub as it is now; for `auto`, what is found for the prompt."""
+        """Return the formula that a model name stands for in the hub now; for `auto`, the formula found for the prompt."""
         wanted = await self._in(self._readers, deadline, self._names.wanted, name)
         if wanted.formula.is_auto:
             chosen = await self._in(self._searcher, deadline, self._names.found_for, prompt)
@@ -333,7 +332,7 @@ class Face:
         return wanted
 
     async def _served(self, wanted: Wanted, deadline: float) -> Served:
-        """Return the composition, loaded in the engine; if all who wait go before a thread begins it, it is not made."""
+        """Return the composition, loaded into the engine; it is not made if all who wait leave before a thread begins."""
         known = self._names.known(wanted)
         if known is not None and self.scheduler.has(known):
             return known
@@ -362,9 +361,9 @@ class Face:
 
     @staticmethod
     async def _within(deadline: float, running: asyncio.Future[T]) -> T:
-        """Return the result of `running`. Raises Refusal when a request's time is up; a thread that has begun goes on."""
+        """Return the result of `running`. Raises Refusal at the deadline; work that a thread has begun continues."""
         try:
-            # wait_for of Python 3.11 keeps a cancellation to itself that comes as what it waits for ends
+            # wait_for of Python 3.11 loses a cancellation that arrives just as the awaited future ends
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await running
         except TimeoutError as error:

@@ -1,4 +1,4 @@
-"""Rows, which are answers on their way, and the running batch: rows that advance by one token a step, each mixed apart.
+"""Rows, which are answers being generated, and the running batch: each step gives each row a token, under its own mixture.
 
     read(rows)    what is new of the prompts, filled up on the left -> the model -> first tokens; keys and values join
                   those that are there
@@ -52,7 +52,7 @@ LEAST_LOGPROB = -9999.0
 
 @dataclass(frozen=True)
 class Sampling:
-    """The sampling of an answer. Temperature 0 is greedy; `logprobs` is the number of alternatives told, None for none.
+    """The sampling of an answer. Temperature 0 is greedy; `logprobs` is the number of likeliest tokens to return, or None.
 
     With a seed, the draws are those that transformers makes for the prompt alone after `torch.manual_seed(seed)`.
     """
@@ -98,15 +98,15 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator | No
 
 
 class Stops:
-    """A filter of text up to the first complete stop string; what may be the beginning of one is held back."""
+    """A filter that passes text up to the first stop string, and holds back text that may begin a stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
-        # the text held back, which is told when nothing more comes
+        # the text held back, which is passed on at the end of the answer
         self.rest = ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """Return (text that may be told, whether a stop string was found)."""
+        """Return (text that can be passed on, True if a stop string was found)."""
         text = self.rest + text
         places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:
@@ -120,7 +120,7 @@ class Stops:
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of an answer by one step: text, the tokens if log-probabilities are asked for, and why it ended.
+    """The part of an answer that one step adds: text, the tokens if log-probabilities are requested, and why it ended.
 
     `finish` is "stop" (an end of sequence or a stop string), "length", or None while it goes on.
     """
@@ -131,9 +131,9 @@ class Piece:
 
 
 class Row:
-    """A prompt for each member of one composition, all of which go on with the same tokens.
+    """An answer being generated: a prompt for each member of one composition, all continued by the same tokens.
 
-    The scheduler's thread alone changes it, but for `gone`, which the client's side sets. `tell` gets each Piece, or the
+    The scheduler's thread alone changes a row, but for `gone`, set when the client leaves. `tell` gets each Piece, or the
     exception that ends the row. `deadline` is a time of `time.monotonic`.
     """
 
@@ -150,7 +150,7 @@ class Row:
         self.served = served
         self.sampling = sampling
         self.deadline = deadline
-        # the most tokens that a member has when the row ends
+        # the most tokens that a member's line may have when the row ends
         self.longest = max(map(len, prompts)) + sampling.max_tokens
         self.tokens: list[int] = []
         self.over = False
@@ -170,24 +170,24 @@ class Row:
 
     @property
     def ids(self) -> list[tuple[int, ...]]:
-        """The tokens of each member so far, its prompt's among them."""
+        """The token ids of each member's line so far: its prompt and the new tokens."""
         return [prompt + tuple(self.tokens) for prompt in self.prompts]
 
     @property
     def batch(self) -> Hashable:
-        """The key of the row's batch, which equal rows share: None without a router, one for a router, or the row alone."""
+        """The key of the row's batch: None without a router, else the composition's identity, or the row if it is alone."""
         if self.served.router is None:
             return None
         return self if self.served.members[0].is_alone else self.served.identity
 
     def asks_like(self, other: Row) -> bool:
-        """Return whether both have the same prompts under the same weights."""
+        """Return True if both rows have the same prompts and the same composition."""
         return self.served is other.served and self.prompts == other.prompts
 
     def take(self, logits_MV: Tensor, tokenizer: Any, ends: Collection[int]) -> None:
-        """Choose the next token from the members' logits and tell it; `ends` are the tokens that end a sequence.
+        """Choose the next token from the members' logits and pass it to `tell`; `ends` are the tokens that end a sequence.
 
-        What goes wrong with this row ends this row alone.
+        An error ends this row alone.
         """
         try:
             if self._generator is None:
@@ -228,40 +228,40 @@ class Row:
 
 
 class Prefixes:
-    """The kept beginnings of prompts that were read. This one keeps nothing; an extension's does. One thread uses it."""
+    """The kept keys and values of prompts' beginnings. This class keeps none; an extension's does. One thread uses it."""
 
     kept_bytes = 0
 
     @property
     def oldest(self) -> float:
-        """The time of the last use of what was used longest ago, by `time.monotonic`; infinity where nothing is kept."""
+        """The last use, by `time.monotonic`, of the beginning that was used longest ago; infinity if none is kept."""
         return math.inf
 
     def drop_oldest(self) -> None:
-        """Drop what was used longest ago."""
+        """Drop the beginning that was used longest ago."""
 
     def begin(self, model: Any, tokenizer: Any, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Any, Tensor]:
-        """Return what the model is to read of these rows' lines, the cache before it or None, and the mask of both.
+        """Return the model's inputs for these rows' lines, the cache of kept beginnings or None, and the mask of both.
 
-        Sets `num_kept` of rows that begin with what was read.
+        Sets `num_kept` of rows whose beginning is kept.
         """
         ids_BT, mask_BT = pad_rows(tokenizer, [line_ids for row in rows for line_ids in row.ids])
         return with_positions(model, ids_BT, mask_BT), None, mask_BT
 
     def compact(self, cache: Any, mask_BW: Tensor) -> Tensor:
-        """Close the gaps in lines of a cache that `begin` gave and the model went on with; return the mask."""
+        """Close the gaps in a cache that `begin` returned and the model has extended; return the new mask."""
         return mask_BW
 
     def remember(self, rows: Sequence[Row], ended: Sequence[Row], cache: Any) -> None:
-        """Keep what the model made of the tokens of `ended`, which are among the batch's `rows`, failed ones excepted."""
+        """Keep the keys and values of the `ended` ones of the batch's `rows`, except those that failed."""
 
 
 class Batch:
     """The rows of one model that run together, their keys and values, and a mask of the columns that each has filled.
 
-    A row has a line of its own for each of its members. Rows share a batch that are equal in `Row.batch`. What is read
-    begins with what `prefixes` has of it. Raises CompositionError for a model that is not a decoder, takes no positions, or
-    keeps more than plain keys and values: rows of different ages cannot share its cache.
+    A row has a line of its own for each of its members. Rows with equal `Row.batch` share a batch. The
+    beginnings that `prefixes` has are not read again. Raises CompositionError for a model that is not a decoder, takes no
+    positions, or keeps more than plain keys and values: rows of different ages cannot share its cache.
     """
 
     def __init__(self, model: Any, tokenizer: Any, experts: Experts, prefixes: Prefixes) -> None:
@@ -283,7 +283,7 @@ class Batch:
 
     @torch.no_grad()
     def read(self, rows: Sequence[Row]) -> None:
-        """Read rows from their beginning, choose a token for each, and take in those that go on."""
+        """Read the prompts of new rows, choose a token for each row, and add the unfinished rows to the batch."""
         inputs, before, mask_BT = self._prefixes.begin(self._model, self._tokenizer, rows)
         cache = self._advance(rows, inputs, before)
         if not is_plain(cache):
@@ -315,7 +315,7 @@ class Batch:
         self.keep([row for row in self.rows if not row.over])
 
     def keep(self, rows: Sequence[Row]) -> None:
-        """Drop all other rows."""
+        """Drop all rows but these, with their keys and values."""
         if len(rows) == len(self.rows):
             return
         places = [place for place, row in enumerate(_by_line(self.rows)) if row in rows]
@@ -344,14 +344,14 @@ class Batch:
         return output[self._cache_name]
 
     def _prompted(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
-        """Tell routers the rows' prompts inside the context."""
+        """Return a context in which routers know the rows' prompts."""
         if rows[0].served.router is None and not any(m.is_activated for row in rows for m in row.served.members):
             return nullcontext()
         return prompted(*pad_rows(self._tokenizer, [prompt for row in rows for prompt in row.prompts]))
 
 
 def _by_line(rows: Sequence[Row]) -> list[Row]:
-    """Return the row of each line."""
+    """Return the row that each line belongs to, in the order of lines."""
     return [row for row in rows for _ in row.prompts]
 
 

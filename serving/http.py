@@ -1,4 +1,4 @@
-"""What HTTP applications over models share: reading a question, its stream of events, its refusal, and who may reach it."""
+"""The parts that HTTP applications over models share: reading requests, streams of events, refusals, and loopback checks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 def require_loopback(host: str, way_out: str) -> None:
-    """Raise CompositionError, which says why and the way out, for an address that other machines reach."""
+    """Raise CompositionError, whose text ends with `way_out`, if other machines reach the address `host`."""
     try:
         is_loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -35,12 +35,12 @@ def require_loopback(host: str, way_out: str) -> None:
 
 
 def loopback_only(app: ASGIApp) -> ASGIApp:
-    """Return the application as one that answers under a loopback name alone."""
+    """Return the application, wrapped to accept requests to loopback host names only."""
     return TrustedHostMiddleware(app, LOOPBACK_NAMES, www_redirect=False)
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """Read the body. Raises Refusal for one that is too large or too late, or that is not said to be JSON."""
+    """Return the request's body. Raises Refusal if the body is too large, comes too late, or is not declared as JSON."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, f"the body's Content-Type is {kind!r}; send application/json")
@@ -57,12 +57,12 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 def read_request(kind: type[Kind], source: bytes | Mapping[str, str]) -> Kind:
-    """Read the request in a body or in an address. Raises Refusal, which names a field at fault."""
+    """Parse a JSON body, or an address's parameters, as a request. Raises Refusal, which names the faulty field."""
     try:
         return kind.model_validate_json(source) if isinstance(source, bytes) else kind.model_validate_strings(dict(source))
     except ValidationError as invalid:
         faults = invalid.errors(include_url=False, include_input=False, include_context=False)
-        # of a field that may be of several kinds, what went wrong in the kind that came furthest
+        # for a field of several types, the error of the type whose validation came furthest
         fault = max(faults, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
         message = fault["msg"].removeprefix("Value error, ")
         param = str(fault["loc"][0]) if fault["loc"] else None
@@ -75,7 +75,7 @@ def read_request(kind: type[Kind], source: bytes | Mapping[str, str]) -> Kind:
 
 
 def refused(error: BaseException) -> Response:
-    """Return the answer that tells a client of an error: a Refusal as it is, any other as `refusal_of` puts it."""
+    """Return the HTTP response for an error: a Refusal's own, or that of the Refusal which `refusal_of` makes of it."""
     refusal = refusal_of(error)
     return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
 
@@ -108,16 +108,16 @@ class EventStream(Response):
 
 
 class Stopping(Refusal):
-    """The refusal of a server that was told to stop, and whose time for what it had begun is over."""
+    """The refusal of a request that a stopping server has no time left to finish."""
 
     def __init__(self) -> None:
         super().__init__(503, "the server is stopping; ask again when it runs")
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """Return or raise what `work` does, unless the client goes first.
+    """Return the result of `work`, or raise its error.
 
-    It is cancelled with ClientDisconnect when the client goes first, and with Stopping when the server gives it up.
+    Raises ClientDisconnect if the client leaves first, Stopping if the server cancels the request; both cancel `work`.
     """
 
     async def gone() -> None:

@@ -1,4 +1,4 @@
-"""What a server allows, and its refusals: OpenAI's error object with an HTTP status, where there is no answer."""
+"""The limits of a server, and its refusals: an HTTP status with OpenAI's error object instead of an answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loraweave.errors import (
 
 logger = logging.getLogger(__name__)
 
-# the first that fits counts; of errors in none of them, a client hears nothing, since their text may name places here
+# the first match counts; clients never see the text of other errors, which may contain paths of this machine
 STATUSES: tuple[tuple[tuple[type[LoraweaveError], ...], int], ...] = (
     ((AdapterNotFound, UnknownExpert), 404),
     ((AdapterQuarantined,), 403),
@@ -33,24 +33,23 @@ STATUSES: tuple[tuple[tuple[type[LoraweaveError], ...], int], ...] = (
     ((HubLocked,), 503),
     ((WeightingError, AdapterUnsupported, CompositionError, InvalidLicense, InvalidName, RetrievalError), 400),
 )
-# where the hub is, which is not a client's business
+# the hub's path in an error's text, which clients must not see
 PLACE = re.compile(r" in the hub .*?(?=[;:] |\n|$)")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The numbers of 1 or more above which a request waits or is refused. A row is one answer on its way.
+    """The numbers of 1 or more above which a request waits or is refused. A row is one answer that is being generated.
 
-    `rows` run at once, an average having one for each of its prompts, and keep at most `cache_tokens` keys and values:
-    the rows times the longest of them, prompt and answer. `waiting` rows wait for it. An extension keeps beginnings that
-    were read, up to `prefix_bytes`, which may be 0. A request has at most `body_bytes`, asks for `choices` answers of
-    `new_tokens`, and is over after `seconds`, with whatever it is then; its model has `formula_characters` and
-    `adapters`. `loaded` adapters stay in the engine after use, and the adapters of as many formulas in memory. `merges`
-    says whether merges by a method are made, `batch_invariant` whether an answer has the same bits whatever runs beside
-    it, which needs the extension `accelerators`. A step that gives every running row a token is to take `token_seconds`
-    at most: rows that would make it longer wait, and others pass them a few times. `memory_bytes` are for keys and
-    values, beginnings and adapters together (`Memory`).
+    `rows` run at once (an average counts once for each member's prompt) and keep keys and values of `cache_tokens` tokens:
+    the rows times the tokens of the longest, prompt and answer. `waiting` more rows may wait. An extension keeps prompts'
+    beginnings for reuse, up to `prefix_bytes`, which may be 0. A request has at most `body_bytes`, asks for `choices`
+    answers of `new_tokens` each, and ends after `seconds`; its formula has `formula_characters` and `adapters`. The engine
+    keeps `loaded` unused adapters, and the server as many compositions. `merges` allows merges by a method;
+    `batch_invariant` makes an answer's bits independent of other rows, by the extension `accelerators`. A step that gives
+    every running row a token should take `token_seconds` at most: rows that would prolong it wait, and others may pass
+    them a few times. `memory_bytes` limits keys and values, beginnings and adapters together (`Memory`).
     """
 
     rows: int = 8
@@ -78,7 +77,7 @@ class Limits:
 
 
 class Refusal(Exception):
-    """An answer with an HTTP status of 400 or more. `param` names the field at fault, `code` the kind for programs."""
+    """An HTTP error for a client, with a status of 400 or more. `param` names the faulty field, `code` the kind of error."""
 
     def __init__(
         self,
@@ -97,16 +96,16 @@ class Refusal(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The body of the answer, which is OpenAI's error object."""
+        """The body of the HTTP response: OpenAI's error object."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def refusal_of(error: BaseException) -> Refusal:
-    """Return the refusal that an exception becomes. Log a server fault, and send the client a message without its text."""
+    """Return an exception as a Refusal; log a fault of the server, whose text the client does not get."""
     if isinstance(error, Refusal):
         return error
-    # a formula that names what is not there says at which place, and comes from the error of the hub
+    # a formula's error about a missing name has the hub's error as its cause, which tells the status
     cause = error.__cause__ if isinstance(error, WeightingError) else None
     for told in (cause, error):
         for kinds, status in STATUSES:

@@ -1,4 +1,4 @@
-"""What a server holds beside its batch: the engine's adapters."""
+"""The adapters that the server's engine has loaded, and the number of rows that use each."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from loraweave.serving.names import Served
 
 @dataclass
 class Loaded:
-    """An adapter, or a router with a Composer of its own, that the engine has.
+    """A loaded adapter, or a loaded router with a Composer of its own.
 
-    `size` counts the bytes of its adapters, `last_use` is when it came or was last given back, by `time.monotonic`.
+    `size` is the bytes of its adapters, `last_use` the time of its loading or last release, by `time.monotonic`.
     """
 
     size: int
@@ -31,11 +31,11 @@ class Loaded:
 
 
 class Experts:
-    """A Composer whose pool follows the rows. At most `most` adapters that no row uses stay, those used last.
+    """A Composer with the adapters that rows use, and at most `most` unused adapters: those that were used last.
 
-    Names in the hub may come to mean other adapters; the hash of one's content does not, so a row keeps what it began with.
-    A router looks at its own adapters alone: it has a Composer of its own, which is kept with its composition.
-    Any thread may `load`; the others are for the one that runs the model.
+    Adapters are known by content hash: the hub may give a name to another adapter while a row still runs with the first.
+    A router needs a pool of exactly its own adapters, so it has a Composer of its own, kept with its composition.
+    Any thread may call `load` and `has`; the other methods are for the thread that runs the model.
     """
 
     def __init__(self, model: Any, tokenizer: Any, most: int) -> None:
@@ -45,7 +45,7 @@ class Experts:
         self._most = most
         self._engine: Composer | None = None
         self._num_users: Counter[str] = Counter()
-        # by content, or a router by its composition's identity; the one loaded longest ago first
+        # by content hash, or a router by its composition's identity; the one loaded longest ago first
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         # the rows of the last call, and their weights
         self._active: tuple[Sequence[Served], MixtureWeights] | None = None
@@ -54,22 +54,22 @@ class Experts:
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """The hashes of the adapters that the engine has, the one used longest ago first."""
+        """The content hashes of the loaded adapters, the one needed longest ago first."""
         return tuple(key for key, loaded in self._loaded.items() if loaded.routed is None)
 
     def unused(self) -> dict[str, Loaded]:
-        """Return what no row uses."""
+        """Return the loaded adapters and routers that no row uses, by key."""
         with self._lock:
             return {key: loaded for key, loaded in self._loaded.items() if not self._num_users[key]}
 
     def drop_oldest(self) -> None:
-        """Drop what no row uses and was used longest ago."""
+        """Unload the unused adapter or router whose last use was longest ago."""
         unused = self.unused()
         with self._loading, self._lock:
             self._drop(min(unused, key=lambda key: unused[key].last_use))
 
     def sizes(self, served: Served) -> dict[str, int]:
-        """Return the bytes of what a composition needs in the engine, by content."""
+        """Return {key: bytes in the engine} of a composition's adapters, or of its router."""
         itemsize = self._model.dtype.itemsize
         sizes = {content: itemsize * adapter.num_values for content, adapter in served.adapters.items()}
         if served.router is not None:
@@ -80,15 +80,15 @@ class Experts:
         return sizes
 
     def has(self, served: Served) -> bool:
-        """Return whether everything that a composition needs is loaded."""
+        """Return True if a composition's adapters, or its router, are loaded."""
         with self._lock:
             return self._loaded.keys() >= set(served.needs)
 
     def load(self, served: Served) -> None:
-        """Load what a composition needs and the engine lacks, while others run.
+        """Load those of a composition's adapters, or its router, that are not loaded yet, while other rows run.
 
         Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that does not fit, WeightingError for a
-        weight that fp32 does not hold.
+        weight outside the range of fp32.
         """
         with self._loading:
             for member in served.members:
@@ -99,7 +99,7 @@ class Experts:
                     if key not in self._loaded:
                         missing.append(key)
                     else:
-                        # the last to make room
+                        # it is now the last to be unloaded
                         self._loaded.move_to_end(key)
             sizes = self.sizes(served) if missing else {}
             for key in missing:
@@ -115,13 +115,13 @@ class Experts:
                         self._engine.load(key, served.adapters[key])
                     self._engine.prefetch([key])
                 with self._lock:
-                    # from now on it may make room
+                    # from now on it may be unloaded
                     self._loaded[key] = Loaded(sizes[key], time.monotonic(), routed)
 
     def take(self, served: Served) -> None:
-        """Keep what a row's composition needs until `give_back`, loading it if it is missing.
+        """Reserve the adapters or the router of a row until `give_back`, loading them if necessary.
 
-        Raises what `load` raises; the row then needs none.
+        Raises what `load` raises; nothing is reserved then.
         """
         with self._lock:
             self._num_users.update(served.needs)
@@ -133,7 +133,7 @@ class Experts:
                 raise
 
     def give_back(self, served: Served) -> None:
-        """Note that a row no longer needs its composition."""
+        """Release the adapters or the router of a row, and unload unused ones beyond the limit."""
         with self._lock:
             self._num_users.subtract(served.needs)
             self._num_users = +self._num_users
@@ -148,9 +148,9 @@ class Experts:
                     self._drop(key)
 
     def activate(self, rows: Sequence[Served]) -> AbstractContextManager[Any]:
-        """Return a context for the model's call with the mixture of each member of each row, in this order.
+        """Return a context for one call of the model, with a line for each member of each row, under the member's mixture.
 
-        Where one has a router, all have the same.
+        If one row has a router, all rows must have the same.
         """
         if rows[0].router is not None:
             routed = self._loaded[rows[0].identity].routed
@@ -176,6 +176,6 @@ class Experts:
         if self.loaded:
             self._engine.unload(key)
         else:
-            # a pool has one at least
+            # a pool cannot be empty
             self._engine.close()
             self._engine = None

@@ -1,4 +1,4 @@
-"""The meaning of model names: the compositions of formulas over the hub, as it is at that moment."""
+"""Model names as formulas over the hub, and the compositions that the server makes of formulas."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from loraweave.routers.tokens._router import TokenRouter
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.types import LINE, Task
 
-# what `auto` takes at most, how sharply it prefers, and what it leaves out
+# the most adapters that `auto` mixes, the temperature of their weights, and the share below which one is left out
 NUM_FOUND, TEMPERATURE, LEAST_SHARE = 3, 0.1, 0.1
-# the share of inputs like the hub's, but for none of its adapters, that `auto` may answer with one
+# the share of inputs that fit no adapter of the hub, but that `auto` may still answer with one
 FALSE_ACCEPT = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One mixture of a composition: `weights` is {content hash: weight}, `adapters` has these; both empty for the base.
+    """One mixture of a composition: {content hash: weight} and {content hash: adapter}, both empty for the base model.
 
-    Where there is a `router`, it weighs `adapters`, under its own names for them, for each token. `share` is the member's
-    part of the average of probabilities, `task` puts inputs into prompts of its own where they are not asked as they stand.
+    A `router`, if not None, weighs `adapters`, which then have the router's names for them, at each token. `share` is the
+    member's part in the average of probabilities. `task`, if not None, writes the prompts around inputs.
     The compositions `before` answer first, one after the other; the last answer is the member's input.
     """
 
@@ -53,21 +53,21 @@ class Member:
 
     @property
     def is_alone(self) -> bool:
-        """True if a row under it shares no batch: its router looks at whole calls, and keeps a state beside their cache."""
+        """True if its rows share no batch: the router looks at whole calls of the model, and keeps a state between them."""
         return self.router is not None and (self.router.needs_call or bool(self.router.watched))
 
     @cached_property
     def is_activated(self) -> bool:
-        """True if one of its adapters counts from its invocation tokens on."""
+        """True if one of its adapters takes effect only from its invocation tokens on."""
         return any(adapter.invocation for adapter in self.adapters.values())
 
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """The members of a row, whose probabilities are averaged at each token; one member but for an average.
+    """A composition as a row runs it: members whose probabilities are averaged at each token, or one member.
 
-    `canonical` is the formula in its one form, `identity` the hash of what it says with the content of its adapters.
-    `stops` end an answer beside what a request asks for; one that others go on from has at most `max_new_tokens`.
+    `canonical` is the formula in its normal form, `identity` the hash of the formula and its adapters' contents.
+    `stops` end an answer besides the request's own; the answer of a step before others has at most `max_new_tokens`.
     """
 
     canonical: str = "base"
@@ -78,12 +78,12 @@ class Served:
 
     @property
     def router(self) -> TokenRouter | None:
-        """The router of its only member, or None."""
+        """The router, or None; a composition with a router has one member."""
         return self.members[0].router
 
     @cached_property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The adapters of all members, and of the steps before them."""
+        """The adapters of all members and of the steps before the members, by content hash or the router's names."""
         adapters: dict[str, Adapter] = {}
         for member in self.members:
             adapters |= member.adapters
@@ -94,12 +94,12 @@ class Served:
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
-        """The keys of what its rows keep in the engine: adapters by content, or a router by the composition's identity."""
+        """The keys that rows need in the engine: content hashes, or the identity of a composition with a router."""
         return tuple(self.adapters) if self.router is None else (self.identity,)
 
     @property
     def apart(self) -> str:
-        """The reason why a row's tokens have weights of their own, in a member or a step before it; "" if there is none."""
+        """The reason why weights differ between a row's tokens, in a member or a step before it; "" if they do not."""
         if self.router is not None:
             return f"router {self.router.name!r} weighs each token"
         for adapter in self.adapters.values():
@@ -111,9 +111,9 @@ class Served:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A formula with stored formulas and `auto` replaced, and the hash of the formula with the hub's contents.
+    """A requested formula with the stored formulas in it expanded, and the hash of the formula and its adapters' contents.
 
-    `merges` says that it is a merge by a method, or has one in it, which takes a while.
+    `merges` is True if the formula contains a merge by a method, which takes a while to make.
     """
 
     formula: Formula
@@ -122,9 +122,9 @@ class Wanted:
 
 
 class Names:
-    """The formulas over a hub, which may change meanwhile. Several threads may ask; only what the hub stores is opened.
+    """The compositions that model names stand for, over a hub that may change meanwhile; several threads may call it.
 
-    `auto` looks at adapters for the served model alone.
+    Only adapters that the hub stores are opened. `auto` considers adapters for the served model alone.
     """
 
     def __init__(self, hub: Hub, model: Any, tokenizer: Any, limits: Limits) -> None:
@@ -142,8 +142,8 @@ class Names:
     def found_for(self, prompt: str) -> Formula:
         """Return the formula that `auto` stands for with a prompt; for one thread at a time. The first search takes seconds.
 
-        The adapters nearest to the input, and to the instruction if the prompt has one, weigh softmax(score / 0.1); those
-        below a tenth are left out. It is the base where none is near enough.
+        The adapters nearest to the input, and to the instruction if the prompt has one, get weights softmax(score / 0.1);
+        weights below 0.1 are left out. The formula is `base` if no adapter is near enough.
         """
         instruction, text = _task_of(prompt)
         if not text.strip() or not len(self._hub):
@@ -157,7 +157,7 @@ class Names:
         return parse(" + ".join(terms) or "base")
 
     def _searching(self) -> Retriever:
-        """Return the retriever, calibrated to find nothing for a best score that inputs of other tasks reach too often."""
+        """Return the retriever, recalibrated if the hub changed, so that most inputs that fit no adapter find nothing."""
         if self._retriever is None:
             self._retriever = Retriever(self._hub)
         if (generation := self._hub.generation) == self._generation:
@@ -173,9 +173,9 @@ class Names:
         return self._retriever
 
     def wanted(self, name: str | Formula) -> Wanted:
-        """Return what a model's name or a formula means in the hub as it is now; no adapter is opened. `auto` stays so.
+        """Expand a model name or formula in the hub as it is now, without opening an adapter; `auto` is returned unchanged.
 
-        Raises FormulaError and what the hub raises for names that it does not have, Refusal for a formula above the limits.
+        Raises FormulaError, the hub's errors for names that it lacks, and Refusal for a formula above the limits.
         """
         if isinstance(name, str) and len(name) > (limit := self._limits.formula_characters):
             raise Refusal(400, f"the model's name has {len(name)} characters, above the limit of {limit}", param="model")
@@ -206,7 +206,7 @@ class Names:
         return replace(served, canonical=wanted.formula.canonical)
 
     def make(self, wanted: Wanted) -> Served:
-        """Make and keep the composition, of the hub's adapters as they are when this is called.
+        """Make the composition from the adapters that the hub has now, and keep it for later requests.
 
         Raises what the hub, `lw.merge`, `lw.router` and `Composition.from_pretrained` raise.
         """
@@ -216,7 +216,7 @@ class Names:
         if (stored := formula.stored(self._hub)) is not None:
             made = self._of_stored(stored, formula.canonical, formula.identity(self._hub))
         else:
-            # of these very adapters, whatever becomes of the hub meanwhile
+            # the identity is that of the pool's adapters, even if the hub changes meanwhile
             pool = formula.pool(self._hub)
             members = tuple([replace(_member(member, pool), share=share) for share, member in formula.members()])
             made = Served(formula.canonical, formula.identity(pool), members)
@@ -240,14 +240,14 @@ class Names:
         return Served(canonical, identity, (_routed(router, router.pool),))
 
     def _stops(self, task: Task | None) -> tuple[str, ...]:
-        """Return what ends an answer, as in Composition.predict: the task's stops, and the end of a chat's turn."""
+        """Return the strings that end an answer: the task's stops and a chat's end of turn; a line's end without a task."""
         if task is None:
             return LINE
         end = turn_end(self._tokenizer, Conversation((("user", "input"),))) if task.chat else ""
         return (*task.stops, *([end] if end else []))
 
     def _members(self, stored: StoredComposition) -> tuple[Member, ...]:
-        """Return each member in each of its prompt forms."""
+        """Return a member for each mixture of a stored composition and each order of its task's examples."""
         with stored.unpacked() as folder:
             read = Composition.from_pretrained(folder, self._model, self._tokenizer)
         members = list(read.members.values()) or [read]
@@ -255,7 +255,7 @@ class Names:
         return tuple(variant for member in members for variant in self._asked(member, member.share / total))
 
     def _asked(self, member: Composition, share: float) -> list[Member]:
-        """Return the member in each of its prompt forms; for a program, the last step after those before it."""
+        """Return a member for each order of the task's examples; a program's last step, with the others as `before`."""
         *earlier, last = list(member.steps.items()) or [("", member)]
         limit = answer_limit(self._tokenizer, member.task.examples) if earlier else 0
         before = []
@@ -271,9 +271,9 @@ class Names:
 
 
 def _member(formula: Formula, pool: ExpertPool) -> Member:
-    """Make one member of a formula."""
+    """Make the member for one mixture of a formula: a merged adapter, a router's experts, or a weighted sum."""
     if _has_merge(formula):
-        # it stays here: a license may forbid to give a merge away, and not to use it
+        # the merge stays on the server: a license may forbid to give it away, but not to use it
         return _whole(formula.merge(pool, progress=False, allow_licenses=True, interference=False))
     mixture = formula.mixture(pool)
     if not isinstance(mixture, dict):
@@ -286,7 +286,7 @@ def _member(formula: Formula, pool: ExpertPool) -> Member:
 
 
 def _has_merge(formula: Formula) -> bool:
-    """Return whether the formula, or a member of it, is a merge by a method or has one in its sum."""
+    """Return True if the formula, or a member of its average, is a merge by a method or a sum that contains one."""
     for _, member in formula.members():
         for _, term in member.root.terms if isinstance(member.root, Sum) else ():
             if isinstance(term, Merge):
@@ -295,7 +295,7 @@ def _has_merge(formula: Formula) -> bool:
 
 
 def _whole(adapter: Adapter) -> Member:
-    """Make a member of an adapter as it is."""
+    """Make a member of one adapter with weight 1."""
     return Member({adapter.hash: 1.0}, {adapter.hash: adapter})
 
 

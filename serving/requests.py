@@ -1,6 +1,6 @@
 """OpenAI's two generating calls: the supported parts of their bodies, their answers, and prompts as token ids.
 
-A field that is not there is refused rather than ignored, so that an answer is what the request says.
+An unsupported field is refused rather than ignored, so that an answer is always as the request specifies.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from loraweave.types import Task
 
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_ALTERNATIVES = 16, 256, 20
 
-# fields that are understood at the values that change nothing; None always is one
+# fields that are accepted with these values only, which change nothing, and with None
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -58,12 +58,12 @@ class StreamOptions(BaseModel):
 
 
 class Asked(BaseModel):
-    """The fields that both calls have."""
+    """The fields that the bodies of both calls share."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-    # new tokens where a request does not say: as many as the server gives
+    # the limit of new tokens for requests without one; infinity for the server's own limit
     usual_tokens: ClassVar[float] = math.inf
-    # what ids of answers begin with, and what an answer and a part of it are called
+    # the prefix of an answer's id, and the `object` field of a whole answer and of a streamed part
     prefix: ClassVar[str]
     whole: ClassVar[str]
     part: ClassVar[str]
@@ -77,7 +77,7 @@ class Asked(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # who asks, which changes no answer
+    # fields about the client, which change no answer
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -95,32 +95,32 @@ class Asked(BaseModel):
         return self
 
     def sampling(self, max_tokens: int, number: int, stops: tuple[str, ...] = ()) -> Sampling:
-        """Return the sampling of a prompt's answer of this number, which draws under the request's seed plus the number.
+        """Return the sampling of answer `number` to a prompt, which draws with the request's seed plus `number`.
 
-        It ends at `stops` too.
+        `stops` end the answer besides the request's own stop strings.
         """
         stop = (*one_or_many(self.stop), *stops)
         temperature = 1.0 if self.temperature is None else self.temperature
-        # into what a generator takes
+        # a generator takes no negative seed
         seed = None if self.seed is None else (self.seed + number) % 2**64
         return Sampling(max_tokens, temperature, self.top_p or 1.0, seed, stop, self.alternatives)
 
     @property
     def new_tokens(self) -> int | None:
-        """The number of new tokens that is asked for."""
+        """The requested limit of new tokens, or None."""
         return self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
-        """The number of alternatives told with each token's log-probability; None where none is asked for."""
+        """The number of likeliest tokens to return with each token's log-probability; None for no log-probabilities."""
         raise NotImplementedError
 
     def text(self, text: str, *, is_part: bool) -> dict[str, Any]:
-        """Return the fields of a choice that have the text of an answer, or of a part of one."""
+        """Return the fields of a choice that hold an answer's text, or a streamed part of the text."""
         raise NotImplementedError
 
     def logprobs_of(self, picks: Sequence[Pick], offset: int) -> dict[str, Any]:
-        """Return the log-probabilities of tokens, the first of which begins at this character of its answer."""
+        """Return the `logprobs` field for tokens, the first of which begins at character `offset` of the answer."""
         raise NotImplementedError
 
 
@@ -146,7 +146,7 @@ class CompletionRequest(Asked):
 
     def logprobs_of(self, picks: Sequence[Pick], offset: int) -> dict[str, Any]:
         offsets = [offset + sum(len(word) for word, *_ in picks[:number]) for number in range(len(picks))]
-        # of several tokens that are the same text, such as parts of characters, the likeliest counts
+        # of several tokens with the same text, such as parts of characters, the likeliest counts
         top = [dict(reversed(others)) for _, _, others in picks]
         words, values = [word for word, *_ in picks], [value for _, value, _ in picks]
         return {"tokens": words, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
@@ -212,18 +212,18 @@ class ChatRequest(Asked):
 
 @dataclass
 class Choice:
-    """One answer of a request, as far as it has come."""
+    """One answer of a request, as far as it has been generated."""
 
     row: Row
     text: str = ""
     chosen: list[Chosen] = field(default_factory=list)
     finish: str | None = None
-    # characters of the tokens told so far
+    # the number of characters of the tokens reported so far
     offset: int = 0
 
 
 class Answer:
-    """The answer to one request, in the form of its call."""
+    """The response to one request, which holds all its choices, in the form that the API call prescribes."""
 
     def __init__(self, asked: Asked, served: Served, tokenizer: Any, rows: Sequence[Row], num_prompt_tokens: int) -> None:
         self.served = served
@@ -239,7 +239,7 @@ class Answer:
         }
 
     async def hear(self, pieces: AsyncIterator[tuple[int, Piece]]) -> None:
-        """Take in all pieces. Raises what ended a row."""
+        """Append all pieces to their choices. Raises the error that ended a row."""
         async for index, piece in pieces:
             choice = self.choices[index]
             choice.text += piece.text
@@ -247,7 +247,7 @@ class Answer:
             choice.finish = piece.finish
 
     def body(self) -> dict[str, Any]:
-        """Return the whole answer's body."""
+        """Return the JSON body of a response that is not streamed, once all pieces are appended."""
         choices = [
             self._choice(index, self._asked.text(choice.text, is_part=False), choice.chosen, choice.finish)
             for index, choice in enumerate(self.choices)
@@ -255,17 +255,17 @@ class Answer:
         return {**self._head, "object": self._asked.whole, "choices": choices, "usage": self._usage()}
 
     def beginnings(self) -> list[dict[str, Any]]:
-        """Return the bodies that a stream begins with, before the first piece: of a chat's answers, who speaks."""
+        """Return the events that begin a stream: for a chat, one with the assistant's role for each choice, else none."""
         said = {"delta": {"role": "assistant", "content": ""}}
         numbers = range(len(self.choices)) if isinstance(self._asked, ChatRequest) else ()
         return [self._part([{"index": index, **said, "logprobs": None, "finish_reason": None}]) for index in numbers]
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Return the body that a stream has for a piece of one answer."""
+        """Return the stream's event for one piece of the choice `index`."""
         return self._part([self._choice(index, self._asked.text(piece.text, is_part=True), piece.chosen, piece.finish)])
 
     def ending(self) -> list[dict[str, Any]]:
-        """Return the bodies that a stream ends with: the usage, if it is asked for."""
+        """Return the events that end a stream: one with the numbers of tokens if the request wants them, else none."""
         options = self._asked.stream_options
         return [self._part([]) | {"usage": self._usage()}] if options is not None and options.include_usage else []
 
@@ -295,7 +295,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Given:
-    """The prompts of a request: `ids` of each as it stands; `inputs` are the same as inputs of a task, if they can be."""
+    """A request's prompts: the first one's `text`, all as token `ids`, and all as a task's `inputs`, None if impossible."""
 
     text: str
     ids: Sequence[tuple[int, ...]]
@@ -303,7 +303,7 @@ class Given:
 
 
 class Prompts:
-    """A reader of requests' prompts with a tokenizer of its own, since one tokenizer takes one call at a time."""
+    """A reader of requests' prompts, with its own copy of the tokenizer, which takes one call at a time."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
@@ -312,7 +312,7 @@ class Prompts:
         self.context = context_length(model)
 
     def read(self, asked: Asked) -> Given:
-        """Return the prompts of a request, and the text of the first. Raises Refusal for those that cannot be read."""
+        """Return the prompts of a request. Raises Refusal for prompts that cannot be read."""
         if isinstance(asked, ChatRequest):
             return self._of_chat(asked)
         assert isinstance(asked, CompletionRequest)
@@ -327,7 +327,7 @@ class Prompts:
         return Given(text, list(map(self._fitting, ids)), inputs or None)
 
     def _of_chat(self, asked: ChatRequest) -> Given:
-        """Return the template's prompt, and the last message's text. Raises Refusal without a template, or if it refuses."""
+        """Return the prompt that the chat template makes of messages. Raises Refusal if there is no template or it fails."""
         messages = [message.for_template() for message in asked.messages]
         with self._lock:
             if self._tokenizer.chat_template is None:
@@ -341,7 +341,7 @@ class Prompts:
                 raise Refusal(400, "this base's chat template does not show tools: leave them out", param="tools")
             ids = self._ids(text, add_special_tokens=False)
         turns = Conversation(tuple((message["role"], message["content"]) for message in messages))
-        # an input has neither tools nor what they said
+        # a task's input has neither tools nor their results
         plain = not asked.tools and all(message.keys() == {"role", "content"} for message in messages)
         is_input = plain and turns.turns[-1][0] == "user"
         return Given(messages[-1]["content"], [self._fitting(ids)], [turns] if is_input else None)
@@ -349,10 +349,10 @@ class Prompts:
     def of_members(
         self, given: Given, served: Served, between: Mapping[tuple[Served, ...], Sequence[Prompt]] = MappingProxyType({})
     ) -> list[list[tuple[int, ...]]]:
-        """Return the token ids that each member gets of each prompt: the prompt's, or its input in the member's own form.
+        """Return token ids by [prompt][member]: the prompt's, or for a member with a task, the task's prompt for that input.
 
-        `between` has what was answered before a member, which is then its input. Raises Refusal where members have forms of
-        their own, and what is given is more than the input of a task.
+        `between` maps the steps before a member to their answers, which are then the member's inputs. Raises Refusal if a
+        member has a task and the prompts cannot be a task's inputs.
         """
         asked_M: list[tuple[Task | None, Sequence[Prompt] | None]] = []
         for member in served.members:
@@ -374,9 +374,9 @@ class Prompts:
         return prompts
 
     def num_new(self, prompts: Sequence[Sequence[Sequence[int]]], asked: int | None, usual: float, most: int) -> int:
-        """Return the number of new tokens after these members' prompts: as asked, or the usual number if it fits.
+        """Return the limit of new tokens: the requested number `asked`, or if None, the `usual` number as far as it fits.
 
-        Raises Refusal above `most`, and where prompt and answer are beyond the model's context.
+        Raises Refusal if `asked` is above `most`, and if prompt and answer exceed the model's context.
         """
         longest = max(map(len, chain(*prompts)))
         if asked is not None and asked > most:
@@ -419,7 +419,7 @@ class Prompts:
 
 
 def _is_input(asked: Prompt, task: Task) -> bool:
-    """Return whether a task's prompt shows an input whole: turns need a chat, a system's turn a chat without its own."""
+    """Return True if a task's prompt shows all of an input: turns need a chat, a system turn one without its own."""
     if isinstance(asked, str):
         return True
     return (not asked.system or bool(task.chat and not task.system)) and (len(asked.turns) == 1 or bool(task.chat))

@@ -4,11 +4,11 @@
                        |                           |
                        '------- the client has gone, or its time is up
 
-A row joins as soon as there is room for it, in the order of arrival: so many lines run, and so many lines times the longest
-of them. Where a token has a time to keep, a row also waits while the step with it is predicted to take longer, and rows
-whose ranks cost less pass it, a few times at most. All rows of weighted sums and averages are one batch; those under one
-router are another, and each batch does a step in turn. Where the model fails on several rows together, each is read again
-alone, so that the one at fault fails alone.
+A row joins as soon as there is room for it, in the order of arrival: the number of lines (prompts of members) is limited,
+and so is that number times the longest line. With a time limit for a token, a row also waits while the step with it is
+predicted to take longer, and rows whose ranks cost less pass it, a few times at most. All rows of weighted sums and
+averages are one batch; those under one router are another, and each batch does a step in turn. If the model fails on
+several rows together, each is read again alone, so that only the row at fault ends.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ logger = logging.getLogger(__name__)
 
 
 class Metrics:
-    """The figures of one server: each method is told what just happened. This one counts nothing, an extension's does."""
+    """The figures of one server, which calls a method for each event. This class counts nothing; an extension's does."""
 
     content_type = "text/plain"
 
     def request(self, path: str, status: int, seconds: float) -> None:
-        """Count a request with its status and its seconds, of a stream up to its first token."""
+        """Count a request with its HTTP status and its seconds, for a stream up to the first token."""
 
     def watch(self, **figures: Callable[[], int]) -> None:
-        """Show what these functions return: running_rows, waiting_rows, open_requests or prefix_bytes."""
+        """Show the values that these functions return: running_rows, waiting_rows, open_requests or prefix_bytes."""
 
     def read(self, num_tokens: int, num_kept: int, num_rows: int) -> None:
-        """Count the tokens of prompts that were read, those that were kept, and a new token for each row."""
+        """Count the prompts' tokens that were read, those whose keys and values were kept, and a new token for each row."""
 
     def stepped(self, num_rows: int) -> None:
         """Count a step of the running batch, and a new token for each row."""
 
     def ended(self, *, gone: bool) -> None:
-        """Count a row that is over; `gone` says that its client had gone."""
+        """Count a row that has ended; `gone` is True if its client disconnected."""
 
     def text(self) -> bytes:
         """Return all figures as text."""
@@ -62,28 +62,28 @@ class Metrics:
 
 
 class Admission:
-    """The decision which rows run together, beside the limits of rows and tokens. This one lets all run."""
+    """The decision which rows run together, within the limits of rows and tokens. This class lets all run."""
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
-    # whether rows may pass one that has to wait
+    # whether later rows may run before a row that has to wait
     lets_pass = False
 
     def require_possible(self, row: Row) -> None:
         """Raise Refusal for a row that could not even run alone."""
 
     def has_room(self, rows: Sequence[Row]) -> bool:
-        """Return whether the rows fit once nothing is kept beside them."""
+        """Return True if the rows fit into memory without kept prefixes and unused adapters."""
         return True
 
     def make_room(self, rows: Sequence[Row]) -> None:
-        """Drop kept prefixes and unused adapters until the rest fits beside these rows."""
+        """Drop kept prefixes and unused adapters until the remaining ones fit into memory beside these rows."""
 
     def is_quick(self, rows: Sequence[Row]) -> bool:
-        """Return whether a token of each of these rows is predicted to come in time."""
+        """Return True if a step that gives each of these rows a token is predicted to be within the time limit."""
         return True
 
     def saw(self, rows: Sequence[Row], seconds: float) -> None:
-        """Remember the seconds of a step of these rows, by `clock`."""
+        """Record the seconds, by `clock`, that a step of these rows took."""
 
 
 class Scheduler:
@@ -140,18 +140,18 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """True if rows that are submitted will run."""
+        """True if submitted rows will run."""
         return self._thread.is_alive() and not self._closed
 
     def has(self, served: Served) -> bool:
-        """Return whether everything that a composition needs is in the engine."""
+        """Return True if a composition's adapters, or its router, are in the engine."""
         return self._experts.has(served)
 
     def prepare(self, served: Served) -> None:
         """Load a composition's adapters into the engine while others run.
 
-        Raises what `Experts.load` raises, and Refusal with status 400 where answers are to be batch-invariant and tokens of
-        a row have weights of their own.
+        Raises what `Experts.load` raises, and Refusal with status 400 if answers must be batch-invariant, but weights differ
+        between the tokens of a row.
         """
         if self._limits.batch_invariant and (why := served.apart):
             raise Refusal(
@@ -164,7 +164,7 @@ class Scheduler:
         self._experts.load(served)
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Let all rows wait for their turn, or none. Raises Refusal: 429 if too many wait, 413 for one too long."""
+        """Queue all rows, or none. Raises Refusal: 429 if too many wait, 413 for a row with too many tokens or prompts."""
         for row in rows:
             if len(row.prompts) * row.longest > self._limits.cache_tokens:
                 raise Refusal(
@@ -213,7 +213,7 @@ class Scheduler:
         return [row for batch in self._batches.values() for row in batch.rows]
 
     def turn(self) -> bool:
-        """Wait for something to do and do one step of it; return False when closed. The thread calls it again and again."""
+        """Wait until there are rows; admit waiting ones and run a step of each batch. Return False once closed."""
         with self._changed:
             while not (self._closed or self._waiting or self._running):
                 self._changed.wait()
@@ -241,7 +241,7 @@ class Scheduler:
             self._release(running)
 
     def _admit(self) -> None:
-        """Read the prompts of waiting rows that there is room for."""
+        """Load the adapters and read the prompts of waiting rows, as far as there is room."""
         joining: list[Row] = []
         while (row := self._next([*self._running, *joining])) is not None:
             self._admission.make_room([*self._running, *joining, row])
@@ -254,7 +254,7 @@ class Scheduler:
         first: dict[Hashable, list[Row]] = {}
         again: dict[Hashable, list[Row]] = {}
         for row in joining:
-            # further answers to a prompt begin with what the first has read
+            # further answers to a prompt use the keys and values of the first, once those are kept
             asked_before = any(row.asks_like(other) for other in first.get(row.batch, ()))
             (again if asked_before else first).setdefault(row.batch, []).append(row)
         for rows in (*first.values(), *again.values()):
@@ -310,7 +310,7 @@ class Scheduler:
         self._admission.make_room(self._running)
 
     def _apart(self, rows: Sequence[Row], error: Exception) -> None:
-        """Read again alone each row of a batch on which the model failed; one that fails so, or twice, ends."""
+        """Read each row of a batch on which the model failed again, alone; a row that fails alone or twice ends."""
         if len(rows) > 1:
             logger.warning("the model failed on %d rows together; each is read again alone", len(rows), exc_info=error)
         for row in rows:
@@ -322,7 +322,7 @@ class Scheduler:
                 self._read([row])
 
     def _release(self, rows: Sequence[Row]) -> None:
-        """Give back the experts of the rows that are over, once."""
+        """Release, once, the adapters of rows that have ended."""
         for row in rows:
             if row.over and not row.released:
                 row.released = True
@@ -331,5 +331,5 @@ class Scheduler:
 
 
 def too_busy(why: str) -> Refusal:
-    """Return the refusal of a request that may be sent again in a second."""
+    """Return a Refusal with status 429, which asks the client to try again after a second."""
     return Refusal(429, f"the server is busy: {why}; try again later", code="busy", headers={"Retry-After": "1"})
