@@ -78,7 +78,8 @@ def load_base(
     settings = {key: value for key, value in arguments.items() if value is not None}
     read_as = _torch_dtype(dtype)
     name = name or os.environ.get("LORAWEAVE_BASE") or None
-    if stored := None if revision is not None else gguf_base(name):
+    stored = None if revision is not None else gguf_base(name)
+    if stored is not None:
         folder = stored.folder()
         settings |= {"dtype": read_as or torch.float32, "local_files_only": True}
         with without_bars():
@@ -88,7 +89,7 @@ def load_base(
     else:
         settings |= {"dtype": read_as or "auto", "use_safetensors": True}
         shared = {"trust_remote_code": trust_remote_code, "revision": revision}
-        model, tokenizer = _named_errors(name, lambda: _load_named(name, settings, shared))
+        model, tokenizer = _named_errors(str(name), lambda: _load_named(str(name), settings, shared))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer

@@ -119,14 +119,14 @@ _MODULES = {
     "hub.adapter": "ExportReport cosine parent_of",
     "hub.adding": "Addition MAX_BATCH_BYTES checked_policy examiners prepare",
     "hub.base": (
-        "EMBEDDED PIPELINE_PARTS Parts base_config base_id fast_dtype fingerprint require_model require_same_base "
+        "PIPELINE_PARTS Parts base_config base_id fast_dtype fingerprint require_model require_same_base "
         "rounded_samples sampled_places says_nothing"
     ),
     "hub.base_layer": "BaseLayer ExpertMatrix as_base_layer base_layer expert_matrix head_size missing_layer",
     "hub.base_reference": "BaseReference base_loader",
     "hub.embedders": "sentence",
     "hub.embedders._embedder": "Embedder embed_in_batches embedder_of readable",
-    "hub.gguf_base": "GgufBase",
+    "hub.gguf_base": "EMBEDDED GgufBase",
     "hub.indexes.flat": "Flat saved_array",
     "hub.licenses": "canonical is_accepted stated_license",
     "hub.merge_report": "by_number mixture_interference",

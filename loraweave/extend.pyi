@@ -298,7 +298,6 @@ from loraweave.hub.adding import MAX_BATCH_BYTES as MAX_BATCH_BYTES
 from loraweave.hub.adding import checked_policy as checked_policy
 from loraweave.hub.adding import examiners as examiners
 from loraweave.hub.adding import prepare as prepare
-from loraweave.hub.base import EMBEDDED as EMBEDDED
 from loraweave.hub.base import PIPELINE_PARTS as PIPELINE_PARTS
 from loraweave.hub.base import Parts as Parts
 from loraweave.hub.base import base_config as base_config
@@ -356,6 +355,8 @@ from loraweave.hub.formats._safetensors import INTEGERS as INTEGERS
 from loraweave.hub.formats._safetensors import file_metadata as file_metadata
 from loraweave.hub.formats._safetensors import read_tensors as read_tensors
 from loraweave.hub.formats._safetensors import require_finite as require_finite
+from loraweave.hub.gguf_base import EMBEDDED as EMBEDDED
+from loraweave.hub.gguf_base import GgufBase as GgufBase
 from loraweave.hub.indexes.flat import Flat as Flat
 from loraweave.hub.indexes.flat import saved_array as saved_array
 from loraweave.hub.licenses import canonical as canonical

@@ -22,12 +22,12 @@ from loraweave import errors, extend, registry
 
 LIMITS = {
     "files of the core": 235,
-    "lines of the core": 45_909,
-    "lines of the product": 84_162,
+    "lines of the core": 45_896,
+    "lines of the product": 83_896,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,
-    "names for those who extend": 489,
+    "names for those who extend": 484,
     "imports below loraweave. in the pages": 0,
     "values named found, own, each, given or asked": 8,
     "docstrings that are no order": 0,

@@ -56,8 +56,8 @@ if __name__ == "__main__":
     with Hub(given["hub"]) as hub:
         app = replicated(hub, base={"name": given["base"]}, api_key="key", limits=Limits(rows=4))
         serve.run(app, route_prefix="/")
-        # The replicas tell the proxy what they have every 0.1 s. Two spellings of a formula that come before that may reach two
-        # replicas, which then both have it: a replica takes each formula in one spelling first.
+        # The replicas tell the proxy what they have every 0.1 s. Two spellings of a formula that come before that may reach
+        # two replicas, which then both have it: a replica takes each formula in one spelling first.
         for formula in given["once"]:
             send(port, {**given["fields"], "model": formula, "prompt": given["prompts"][0]})
         time.sleep(10.0)

@@ -10,7 +10,7 @@ import pytest
 import loraweave as lw
 from loraweave import registry
 from loraweave.composer.compose import program_search, ways
-from loraweave.composer.compose.instructed import SHARE
+from loraweave.composer.compose.compose import SHARE
 from loraweave.errors import InvalidTask
 
 WORDS = ["go", "on", "do", "it", "say", "no", "well"]
