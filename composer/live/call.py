@@ -75,7 +75,7 @@ def require_batch_first(layer: str, shape: Size) -> None:
 
 
 def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None:
-    """Raise ScopeError unless `num_tokens` on one axis are the call's rows of `of_weights` tokens each (1 fits any)."""
+    """Raise ScopeError unless `num_tokens` is the call's number of rows times `of_weights`, the weights' T (1 fits any)."""
     rows, beside = CALL.get()
     tokens_per_row, rest = divmod(num_tokens, rows or 1)
     if beside or rest or (rows and of_weights not in (1, tokens_per_row)):
@@ -171,7 +171,7 @@ class CallRouter:
         return of_call is not None and bool(getattr(of_call, "shares_weights", False))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return w_BTE for a layer's input. ScopeError outside a call, CompositionError for checkpointing after several."""
+        """Return w_BTE. ScopeError outside a call, CompositionError if checkpointing reruns a layer after several calls."""
         if (of_call := self._of_call()) is not None:
             return of_call.weights(x_BTI, layer)
         # gradient checkpointing runs layers again when the call has ended

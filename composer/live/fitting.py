@@ -105,7 +105,7 @@ class Fitting:
     def accepted(self, pool: ExpertPool) -> ExpertPool:
         """Return the pool, checked; if some experts fit by names and shapes alone, all get the model's fingerprint.
 
-        Experts with the model's fingerprint may be merged with each other, whatever base they name; weights in one are kept.
+        Experts with one fingerprint may be merged, whatever base they name; a fingerprint that samples weights stays.
         """
         if pool.lazy:
             return _each(pool, lambda name, adapter: self._mark(self._check(name, adapter)))
@@ -227,7 +227,7 @@ def _require_own_weights(layers: Mapping[str, TargetLayer]) -> None:
 
 
 class _Steps(NamedTuple):
-    """The modules on the paths to some layers: for each its path, its parent's children, its key among them, and itself."""
+    """Parallel lists over the modules on paths to layers: path, the parent's {key: child}, key in the parent, module."""
 
     paths: list[str]
     children: list[dict[str, nn.Module | None]]

@@ -30,7 +30,7 @@ from loraweave.types import Router
 
 
 class Prepared(Protocol):
-    """The state that a hook prepares for one mixture's activations; `remembered` has what layers made with it."""
+    """The state that a hook prepares for one mixture's activations; `remembered` has, by layer, the kernels made from it."""
 
     @property
     def remembered(self) -> dict[str, Any]: ...
@@ -61,7 +61,7 @@ Traced = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class LiveModel(Protocol):
-    """A model whose first activation has just begun."""
+    """The live layers of a Composer, as a hook sees them when the model's first activation has just begun."""
 
     model: nn.Module
 
@@ -142,15 +142,15 @@ class LiveHook:
         """Drop everything kept of an expert, so that another expert may get its name."""
 
     def traced(self, mixed: MixedLayer) -> tuple[Traced, Tensor] | None:
-        """Return a function for torch.compile to trace for a layer, and the layer's number; None mixes outside the graph.
+        """Return (a function for torch.compile to trace for a layer, a scalar tensor that tells it the layer), or None.
 
-        Layers with the same code share its compiled form if they share the function.
+        None mixes outside the graph. Layers with the same code share its compiled form if they share the function.
         """
         return None
 
 
 def traced_by(hooks: Iterable[LiveHook], mixed: MixedLayer) -> tuple[Traced | None, Tensor]:
-    """Return the first hook's function and number for torch.compile and this layer; (None, empty) if no hook has any."""
+    """Return the first `traced` result of the hooks for this layer, (function, number); (None, empty tensor) without one."""
     for hook in hooks:
         if (traced := hook.traced(mixed)) is not None:
             return traced

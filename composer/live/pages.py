@@ -60,9 +60,9 @@ class Part:
 class Layout:
     """The positions of all parts of an adapter in flat tensors; adapters of one form and the same ranks share a layout.
 
-    `places` has the device and dtype of each layer that is known; parts in other layers are left out. For layers in fp32 on
-    the CPU nothing is copied, unless `staged(device)` is True for the CPU, as for other devices. `num_bytes` has the bytes
-    of parts on devices that are staged (True) and on others (False), including parts that are not copied.
+    `places` has the device and dtype of each layer that is known; parts in other layers are left out. `staged(device)` is
+    True for a device that is filled from a copy in the CPU's memory. For layers in fp32 on a CPU that is not staged nothing
+    is copied. `num_bytes` has the bytes of parts on staged devices (True) and on others (False), copied or not.
     """
 
     def __init__(self, adapter: Adapter, places: Mapping[str, Place], staged: Callable[[torch.device], bool]) -> None:
@@ -90,7 +90,7 @@ class Layout:
         return tuple(self._num_elements)
 
     def make_flats(self, adapter: Adapter, *, staged: bool, pinned: bool = False) -> dict[Place, Tensor]:
-        """Return new flat tensors on the CPU with the adapter's numbers, those for staged devices or those for others."""
+        """Return {place: flat CPU tensor of the adapter's numbers} for places on staged devices, or for the others."""
         sizes = self._num_elements.items()
         exact = {place: np.empty(size, np.float32) for place, size in sizes if self._staged[place[0]] is staged}
         for layer, parts in self._layers.items() if exact else ():
@@ -193,7 +193,7 @@ def find_places(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str
 
 
 class Slot(Generic[Thing]):
-    """A slot of a shelf. `thing` is None until the slot's first user makes it, under `lock`."""
+    """An entry of a `Shelf`, for one cached object: `thing`, which is None until the first user makes it, under `lock`."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -203,7 +203,7 @@ class Slot(Generic[Thing]):
 
 
 class Shelf(Generic[Key, Thing]):
-    """A cache of slots by key, of at most `budget_bytes` together (None: no limit); drops the least recently used.
+    """A least-recently-used cache {key: slot}, one object per slot, of at most `budget_bytes` in all (None: no limit).
 
     `option` is the budget's name for messages. Slots in use are never dropped. The caller holds one lock around every call.
     """
@@ -243,7 +243,7 @@ class Shelf(Generic[Key, Thing]):
             )
 
     def take(self, sizes: Mapping[Key, int], what: str) -> dict[Key, Slot[Thing]]:
-        """Return a slot for each key, in use until `give_back`; new slots are empty.
+        """Return {key: slot}, each slot in use until `give_back`; slots of new keys are empty (`thing` is None).
 
         `sizes` are in bytes. Idle slots make room, least recently used first. Raises BudgetExceeded, which says that `what`
         needs the bytes, if the slots do not fit beside those in use.

@@ -115,7 +115,7 @@ class Plan:
 
     @cached_property
     def _by_token(self) -> TokenWeights:
-        """The same weights, for layers whose hidden values are no product with a matrix."""
+        """The plan's weights as `TokenWeights`, for layers that are no matrix product (embeddings, convolutions)."""
         if isinstance(self._weights, TokenWeights):
             return self._weights
         assert self.mixture is not None
@@ -158,7 +158,7 @@ class Plan:
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, lease: Lease, usage: Usage
     ) -> Tensor | None:
-        """Return update_NO of a fused parameter's expert for inputs x_NI, those of the call's tokens `token_N`, or None.
+        """Return update_NO, or None, of `layer`, a fused MoE expert of the base, for inputs x_NI of the tokens `token_N`.
 
         `num_tokens` is the number of the call's tokens, which are indexed row by row. Raises ScopeError if rows or tokens do
         not match the weights, and inside the block of a single kernel.
@@ -187,7 +187,7 @@ class Plan:
         return Plan(self.experts, None, routed, self.invocations)
 
     def with_calls(self, by_call: Any) -> Plan:
-        """Return a copy of the plan with `by_call`, each call's mixtures; the copy shares the weights by token."""
+        """Return a copy of the plan with `by_call`, which finds each call's mixture; it shares the weights by token."""
         plan = copy.copy(self)
         plan.by_call, plan._by_token = by_call, self._by_token
         return plan
@@ -337,7 +337,7 @@ LARGEST_KEPT = 2**16
 
 
 class KeptPlans:
-    """A maker of plans that keeps the last few plans, and released memory for reuse, each up to `max_bytes` together."""
+    """A maker of plans that caches the last few plans and released tensors for reuse, up to `max_bytes` of either."""
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
         self._max_bytes = max_bytes

@@ -59,7 +59,7 @@ class Note(NamedTuple):
 class Usage:
     """The last call of every layer under one activation of `owner`.
 
-    `experts` are active, with the weights of `mixture`, which is None where the calls make them.
+    `experts` are active, with the weights of `mixture`; None if each call computes them, by a router or from parameters.
     """
 
     def __init__(self, owner: object, experts: tuple[str, ...], mixture: MixtureWeights | None) -> None:
@@ -149,7 +149,7 @@ class Trace:
         return tuple(dict.fromkeys(expert for usage in self._usages.values() for expert in usage.experts))
 
     def calls(self, layer: str) -> list[UsedLayer]:
-        """Return the calls of a layer, over `experts`; consecutive calls with the same weights and rows are one entry."""
+        """Return a layer's weights in each call, over `experts`; consecutive calls of equal weights and rows are one."""
         experts, target = self.experts, self._setting.fitting.layers[layer]
         calls = []
         for (_, by_input, _), group in groupby(self._calls.get(layer, []), key=_kind_of_call):
@@ -287,7 +287,7 @@ class UsedWeights(Mapping[str, Tensor]):
 
 
 def spread(w_BTE: Tensor, num_rows: int, num_tokens: int) -> Tensor:
-    """Return w_BTE for `num_rows` and `num_tokens`: a size of 1 is expanded, and each of B rows repeated for k of k B rows.
+    """Return the weights expanded to (`num_rows`, `num_tokens`, E); each of B rows serves num_rows / B consecutive rows.
 
     Raises ScopeError if rows or tokens are not such multiples.
     """

@@ -42,7 +42,7 @@ def is_accelerator(device: torch.device) -> bool:
 
 
 class _Key(NamedTuple):
-    """The key of an expert's page on its layers' devices, or of its `copy` on the host, after so many model `moves`."""
+    """The cache key of an expert's factors, or of their host `copy`; `moves` counts changes of the layers' places."""
 
     name: str
     copy: bool
@@ -157,7 +157,7 @@ class Residents:
 
     @property
     def residency(self) -> Residency:
-        """The counts and sizes so far."""
+        """The hits, misses, evictions and copied bytes so far, and the resident experts and their bytes now."""
         with self._lock:
             return Residency(
                 num_hits=self._hits,
@@ -202,7 +202,7 @@ class Residents:
                 return Lease(self, moves, layouts, *taken, opened)
 
     def _lay_out(self, names: tuple[str, ...]) -> tuple[int, dict[str, Layout], list[Adapter]]:
-        """Return the model's number of moves, each expert's layout since the last move, and the adapters opened for this."""
+        """Return (number of changes of layers' places so far, {expert: its layout for the places now}, adapters opened)."""
         opened: dict[str, Adapter] = {}
         while True:
             with self._lock:

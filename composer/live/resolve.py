@@ -79,7 +79,7 @@ def _by_block(weight: Any) -> Mapping[str, float]:
 
 
 def _at(layer: str, row: Mapping[str, Any] | None) -> dict[str, float]:
-    """Return {name: weight} of one layer; of {start of a path: weight} the longest start of the layer's path, else 0."""
+    """Return {name: weight} of one layer; if a weight is {start of a path: weight}, by the longest fitting start, else 0."""
     weights = {}
     for name, weight in (row or {}).items():
         by_block = _by_block(weight)
@@ -98,7 +98,7 @@ def _require_blocks(rows: list[Mapping[str, Any] | None], layers: Iterable[str])
 
 
 def _resolve_row(number: int, row: Any, pool: ExpertPool, bound: ExpertPool | None) -> Router | None:
-    """Return row `number` of a mixture as a router over all of the pool's experts; weights that learn keep their own."""
+    """Return row `number` of a mixture as a router over all the pool's experts; weights that learn stay over theirs."""
     if row is None:
         return None
     resolved = resolve(row, pool, bound)
@@ -172,7 +172,7 @@ def _names_by_row(weights: MixtureWeights | Router, names: tuple[str, ...]) -> I
 
 
 class LiveLimits:
-    """The limits of one model's target layers; `add` adds those of adapters that are opened later."""
+    """The target layers that live mixing cannot serve, or not by row, with the reasons; `add` examines further layers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -183,7 +183,7 @@ class LiveLimits:
         self._experts: dict[str, None] = {}
 
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
-        """Add the limits of these layers."""
+        """Note which of these layers never run, have no batch axis first, or are experts of fused parameters."""
         of_tokens: set[int] | None = None
         for name, layer in layers.items():
             if layer.number is not None:

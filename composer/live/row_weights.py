@@ -191,7 +191,7 @@ class RowWeights:
         return _LayerRows(device, dtype, ranked, affine)
 
     def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
-        """Return the kernel for `tokens` tokens per row of the mixture; numbers of tokens with one choice share a kernel."""
+        """Return the layer's kernel for `tokens` tokens per row, made once for each kind and dtype that is chosen."""
         choice = Choice(self.only) if self.only else choose(found.workload(layer.num_inputs, layer.num_outputs, tokens))
         dtype = torch.promote_types(found.dtype, torch.float32) if choice.exact else found.dtype
         key = choice.path, dtype
@@ -237,7 +237,7 @@ class RankedRows:
 
     @classmethod
     def of(cls, rows: RowSets, ranks: tuple[int, ...]) -> RankedRows:
-        """Return the ranked rows of `rows`, for experts of these `ranks`; 0 is an expert without factors."""
+        """Return `rows` without the experts of rank 0, which have no factors; `ranks` has one rank for each expert."""
         places = tuple(place for place, rank in enumerate(ranks) if rank)
         if len(places) < len(ranks):
             number = {place: number for number, place in enumerate(places)}
@@ -269,7 +269,7 @@ class RankedRows:
 
 @dataclass(eq=False)
 class _LayerRows:
-    """The rows of one layer, and the kernels made for them."""
+    """The mixture's rows in one layer: device, dtype, ranks, mixed gains and biases, and the kernels made so far."""
 
     device: torch.device
     dtype: torch.dtype
@@ -378,7 +378,7 @@ class Workspace:
         self.num_bytes = 0
 
     def take(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a flat tensor of any content, not in use elsewhere."""
+        """Return an uninitialised tensor (`num_elements`,): a stored one if one is free, else a new one."""
         with self._lock:
             kept = self._free.get((num_elements, dtype, device))
             if kept:

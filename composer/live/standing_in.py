@@ -175,7 +175,7 @@ class WatchedBlock(StandIn):
             vars(block)[CHECKPOINT] = self.checkpoint
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block's forward, with its input published by `running`."""
+        """Run the block's forward, and let `running_block` find the block's input meanwhile."""
         with self._running(args, kwargs):
             return self._forward(*args, **kwargs)
 
@@ -221,7 +221,7 @@ class PromptedGenerate(StandIn):
         vars(model)["generate"] = self.run
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's generate, with its prompts published by `prompted`."""
+        """Run the model's generate, and let `current_prompts` return its prompts meanwhile."""
         ids_BT = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2 or ids_BT.is_floating_point():
             return self._generate(*args, **kwargs)

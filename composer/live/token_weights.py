@@ -53,7 +53,7 @@ class _LayerStack:
     turned_by: tuple[Tensor, int] | None = None
 
     def of_experts(self, w_BTE: Tensor) -> Tensor:
-        """Return the weights of the experts with factors."""
+        """Return w_BTP, the columns of w_BTE that belong to experts with factors in the layer."""
         return w_BTE if self.place_P is None else w_BTE[..., self.place_P]
 
     def joined(self, stack: Stack, v_PI: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class _LayerStack:
 
 @dataclass(eq=False)
 class _Known:
-    """Facts about weights: the mean number per token that is not 0, whether a layer met them, and products made of them."""
+    """Facts about weights: products `made` of them, nonzero ones per token (`chosen`), `met` if a layer has used them."""
 
     w_BTP: Tensor | None = None
     made: Made | None = None
@@ -194,10 +194,10 @@ class TokenWeights:
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, dtype: torch.dtype, lease: Lease
     ) -> tuple[Kernel | None, Tensor]:
-        """Return a fused parameter's expert as a kernel, None without factors, and w_1NE or w_11E for N of a call's tokens.
+        """Return (kernel or None, w_1NE or w_11E) of `layer`, a fused MoE expert of the base, for N of the call's tokens.
 
-        `token_N` are their indices among the call's `num_tokens`, row by row; a router sees each token as a row. Raises as
-        `mixture` does.
+        The kernel is None if no adapter has factors there. `token_N` are the tokens' indices among the call's `num_tokens`,
+        row by row; a router sees each token as a row. Raises as `mixture` does.
         """
         layer_stack = self._stack(layer.name, x_NI.device, dtype, lease)
         if self.is_routed and self.num_mixtures == 1:
@@ -221,7 +221,7 @@ class TokenWeights:
         return self._side_by_side(layer_stack, layer, lease).weigh(w_1NP), w_1NE
 
     def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
-        """Return the facts about these weights: fixed ones by layer, a router's by call if several layers share them."""
+        """Return the `_Known` of w_BTP: fixed weights have one per layer, a router's one per call if layers share them."""
         if not self.learns:
             return self._given.setdefault(layer, _Known())
         # weights that need gradients need a graph of their own in each layer

@@ -285,7 +285,7 @@ class SomeRows(AddsInPlace):
 
 
 def row_sets(w_BTP: Tensor) -> RowSets | None:
-    """Return the sets of (index, weight) pairs of weights that all tokens share; None if they vary by token, or learn."""
+    """Return each row's (expert index, weight) pairs other than 0; None if weights vary by token or need gradients."""
     if w_BTP.shape[1] != 1 or w_BTP.requires_grad:
         return None
     return tuple(tuple((p, w) for p, w in enumerate(row) if w != 0) for row in w_BTP[:, 0].tolist())

@@ -84,7 +84,7 @@ class Dense(RowKernel):
 
     @staticmethod
     def token_cost(work: TokenWorkload) -> Cost:
-        """Return the cost of this path where weights vary by token."""
+        """Return the cost of `Dense` for one layer's weights by token."""
         width, elements = work.num_inputs + work.num_outputs, work.num_tokens * work.stacked
         return Cost(2 * elements * width, work.itemsize * (work.stacked * width + 8 * elements), calls=6)
 
@@ -188,7 +188,7 @@ class RankRows(NamedTuple):
     b_row_S: Tensor | None = None
 
     def of_a(self, hidden: Tensor) -> Tensor:
-        """Return hidden values by rank row on the last axis, from hidden values by row of a."""
+        """Return hidden values (.., S), one for each rank row, from x a^T, which has one for each row of a."""
         return _pick(hidden, self.a_row_S)
 
     def of_b(self, b: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def _add(y: Tensor | None, mixed: Tensor, b: Tensor) -> Tensor:
 
 
 def _pick(values: Tensor, row_S: Tensor | None) -> Tensor:
-    """Return values by rank row on the last axis, from values by the rows that rank rows share."""
+    """Return values (.., S) for S rank rows, each from its row's column of `values` (.., R); R rows may be shared."""
     return values if row_S is None else values[..., row_S]
 
 
