@@ -179,7 +179,7 @@ class ExpertModel(LikeBase, ExpertParts):
 
     @property
     def reader(self) -> Gate | None:
-        """The gate that sees each call for all other gates, or None if each gate sees it."""
+        """The one gate that is shown each call, on behalf of all gates, or None if every gate is shown the call."""
         return dict(self.gates.items()).get(READER)  # type: ignore[return-value]
 
     def expert(self, number: int) -> Adapter:
@@ -334,12 +334,12 @@ class ExpertModel(LikeBase, ExpertParts):
         self.set_again(by_hand)
 
     def set_by_hand(self) -> dict[str, bool]:
-        """Return {parameter: whether it trains} for the parameters of experts and gates that differ from the recipe."""
+        """Return {name: requires_grad} of experts' and gates' parameters where it differs from the recipe's."""
         trainable = {name: parameter.requires_grad for name, parameter in self.expert_parameters().items()}
         return {name: learns for name, learns in trainable.items() if learns != self._learns[name]}
 
     def set_again(self, by_hand: Mapping[str, bool]) -> None:
-        """Set whether parameters train, from what `set_by_hand` returned."""
+        """Set `requires_grad` of parameters of experts and gates by `by_hand`, a result of `set_by_hand`."""
         for name, parameter in self.expert_parameters().items():
             parameter.requires_grad_(by_hand.get(name, parameter.requires_grad))
 
@@ -422,7 +422,7 @@ class ExpertModel(LikeBase, ExpertParts):
 
 
 def trainer() -> Any:
-    """Return the module of an extension that trains expert models and begins them as adapters.
+    """Return the module of an extension that trains expert models, and makes new ones whose experts start as adapters.
 
     Raises PackageMissing if no extension does.
     """

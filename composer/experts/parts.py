@@ -113,7 +113,7 @@ def key_of(path: str) -> str:
 
 
 class Parts(NamedTuple):
-    """The sites with experts by their names; their experts and gates, by keys."""
+    """{path: site} of the sites with experts, and modules of their experts (`layers`) and gates by `key_of` the path."""
 
     sites: dict[str, Site]
     layers: nn.ModuleDict
@@ -258,7 +258,7 @@ def make_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
 
 
 def places_of(recipe: Recipe, task: Any) -> list[int] | None:
-    """Return the task ids of names or ids, for each row or one for all; None if `task` is None.
+    """Return the ids of `task`, a task's name or id or a list of one per row, as a list; None if `task` is None.
 
     Raises UnknownName for an unknown task, ScopeError for None if the recipe needs a task.
     """

@@ -33,9 +33,9 @@ class Running:
     """A running call of an expert model, or a running generation, which makes many calls of the base.
 
     `owner` is the expert model. `task_B` are the tasks of the given rows, each for several consecutive rows where a call
-    that `generates` copies them. With `notes` each call has a `Step`; `kept` is `Call.kept`, and `call` the base's current
-    call. `within` is {site: the mapping `seen` of its running parts}. `beside` is state of the experts' form, `begun_BT` the
-    real tokens at the beginning of a generation.
+    that `generates` copies them. With `notes` each call has a `Step`, which records scores and weights for losses; `kept` is
+    `Call.kept`, `call` the base's current call. `within` is {site: data that its parts share in one run (`Form`)}, `beside`
+    data of the experts' form, `begun_BT` marks the real tokens at the beginning of a generation.
     """
 
     owner: object
@@ -49,7 +49,7 @@ class Running:
     within: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Begin a call of the base with these arguments. Raises ScopeError for no rows, and for tasks of other rows."""
+        """Begin a base's call with these arguments. Raises ScopeError for no rows or if the number of tasks does not fit."""
         arguments = arguments_of(model, args, kwargs)
         tensors = tensors_in(arguments)
         ids_BT, embeds_BTI = tensors.get("input_ids"), tensors.get("inputs_embeds")
@@ -209,7 +209,7 @@ def _decoder_tokens(found: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _of_beams(real_BT: Tensor, main: Tensor) -> Tensor | None:
-    """Return real_BT for a call with k times as many rows, each k times; None if `main` has another number of tokens."""
+    """Return real_BT with each row repeated for the k beams that `main` has of it; None if the shapes do not fit."""
     copies, beyond = divmod(len(main), len(real_BT))
     if beyond or main.ndim < 2 or main.shape[1] != real_BT.shape[1]:
         return None

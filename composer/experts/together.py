@@ -97,7 +97,7 @@ class ExpertJob(TrainingJob):
         self._rows, self._step, self._num_drawn = rows, step, 0
 
     def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
-        """Prepare the gates for the job's rows of a call with `inputs`; with gradients, take notes for the losses."""
+        """Prepare the gates for the job's rows of a call with `inputs`; with gradients, record scores for the losses."""
         learns = torch.is_grad_enabled()
         # not the base, which keeps its own mode
         self.model.layers.train(learns)
@@ -151,7 +151,7 @@ class ExpertJob(TrainingJob):
 
 
 def require_shareable(name: str, model: ExpertModel) -> None:
-    """Raise TrainingError unless the experts are updates of linear layers, with no parameter that `fit` moves."""
+    """Raise TrainingError unless the experts update linear layers and `fit` changes no parameter without a gradient."""
     if model.moved():
         raise TrainingError(
             f"job {name!r}: recipe {model.recipe.name!r} has a bias that fit() moves after each step and a shared pass does "

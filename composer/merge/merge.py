@@ -140,10 +140,10 @@ def layer_calls(
     statistics: Mapping[str, AdapterStatistics | None] | None = None,
     rank: int | None = None,
 ) -> Iterator[LayerCall]:
-    """Yield (layer, experts' factors, the call that merges them) for {layer: {expert: weight}}, without layers of no expert.
+    """Yield (layer, experts' factors, the call that merges them) for each layer of `weights` that an expert updates.
 
-    `rank` reaches the methods whose formula limits the rank; None is the method's default. A method that surveys all layers
-    first needs the same weights in every layer: raises WeightingError otherwise.
+    `weights` is {layer: {expert: weight}}; `rank` is for methods whose formula limits the rank (None: their default). Raises
+    WeightingError for a method that surveys all layers first, if the layers' weights differ.
     """
     by_layer = {layer: {name: experts[name].get(layer) for name in of_layer} for layer, of_layer in weights.items()}
     survey = None

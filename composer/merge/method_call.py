@@ -344,7 +344,7 @@ def _is_within(factors: Factors, limit: float) -> bool:
 
 
 def _unsound_part(factors: Factors, bound: float) -> str | None:
-    """Return the name of the first tensor with a NaN or infinity, or None; a finite `bound` |B| |A| clears a and b."""
+    """Return the name of the first tensor with a NaN or infinity, or None; if `bound`, |B| |A|, is finite, a and b are."""
     sound = ("a_RI", "b_OR") if math.isfinite(bound) else ()
     return next((part for part, tensor in factors.tensors().items() if part not in sound and not all_finite(tensor)), None)
 

@@ -202,7 +202,7 @@ def token_losses(model: Any, batch: TargetBatch) -> Tensor:
 
 
 def token_scores(model: Any, batch: TargetBatch) -> tuple[Tensor, Tensor]:
-    """Return (loss_BK, hit_BK): also whether a target token is the most likely one; False beyond a shorter target."""
+    """Return (loss_BK, hit_BK); hit is True where the target token is the likeliest, False beyond a shorter target."""
     logits_BKV = target_logits(model, batch)
     return losses_of(logits_BKV, batch.targets_BK), logits_BKV.argmax(dim=2) == batch.targets_BK
 

@@ -55,7 +55,7 @@ class GenerationCall:
         return list(self.tokenizer.batch_decode(self.new_tokens(output), skip_special_tokens=True))
 
     def require_streaming(self) -> None:
-        """Raise CompositionError for beam search, whose tokens come at the end, and for a streamer or decoder."""
+        """Raise CompositionError for beams, whose tokens come at the end, and for a `streamer` or `custom_generate`."""
         if "beam" in self.mode:
             raise CompositionError(
                 "beam search knows its tokens only at the end, and has nothing to stream: use generate(), or num_beams=1"

@@ -168,7 +168,7 @@ class Convolution(LayerKind):
         return output.reshape(*x_BC.shape[:2], -1).mT
 
     def rows(self, module: Any, y: Tensor) -> Tensor:
-        """Return the output's channels by row and position; an output without a batch axis is one row."""
+        """Return the output as (rows, positions, channels); an output without a batch axis is one row."""
         return (y if y.ndim == 2 + len(module.kernel_size) else y[None]).flatten(2).mT
 
     def put_back(self, y_BTO: Tensor, y: Tensor) -> Tensor:

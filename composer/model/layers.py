@@ -228,7 +228,7 @@ def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
-    """Return a phrase for a missing layer `name`: the nearest name, its other path, or fused experts; "" for none."""
+    """Return a phrase that suggests what was meant by a missing layer `name`: a like path, or fused experts; "" for none."""
     with suppress(AttributeError, KeyError):
         module = modules[""].get_submodule(name)
         first = next(place for place, other in modules.items() if other is module)

@@ -413,7 +413,7 @@ def label_losses(
 
 
 def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tensor, cache: Any) -> Tensor:
-    """Return a decoder's loss_NK for N targets, N / B for each of B prompts in order, by a pass over each."""
+    """Return a decoder's loss_NK for N targets, N / B after each of B prompts, by one pass of prompts and one of targets."""
     count, width, name = len(targets_NK) // len(ids_BT), targets_NK.shape[1], cache_name(model)
     prompt_inputs = with_positions(model, ids_BT, mask_BT)
     if cache is not None:

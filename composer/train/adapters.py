@@ -262,7 +262,7 @@ class Apart:
         return PlannedJob(name, make, num_parameters, self.rows[name], settings, self.held_out.get(name))
 
     def groups(self, here: int) -> tuple[list[list[str]], int | None]:
-        """Return the groups of tasks that share steps, and a step's bytes if `here` processes share the free memory."""
+        """Return (groups of tasks that share steps, bytes for a step if `here` processes share the free memory)."""
         planned, shared = [self.plan(name) for name in self.tasks], self.shared
         largest = max(planned, key=lambda job: job.num_parameters).make()
 
@@ -324,7 +324,7 @@ def require_startable(model: Any, tasks: Collection[str], start: Mapping[str, Ad
 
 
 def require_plain(model: Any, adapters: Mapping[str, Adapter]) -> None:
-    """Raise for adapters that do not fit the model, or have more than a and b of linear layers, for every token.
+    """Raise an error unless the adapters fit the model, have only a and b, of linear layers, and need no invocation tokens.
 
     The keys begin the error messages: {"task 'x' cannot start from": adapter}.
     """

@@ -210,7 +210,7 @@ class JobKind:
         """Raise if the model lacks what jobs of this kind need, or if a task's `start` does not suit the kind."""
 
     def make(self, name: str, pairs: Pairs, scale: float) -> LoraJob:
-        """Return a job that begins with these factors."""
+        """Return a job that starts from `pairs`, {layer: (a_RI, b_OR)}; updates are `scale` times their products."""
         return LoraJob(name, pairs, scale)
 
     def recipe(self) -> dict[str, Any]:
@@ -341,7 +341,7 @@ def lora_job(
     start: Mapping[str, Factors] | None,
     kind: JobKind = LORA,
 ) -> LoraJob:
-    """Return a job of the kind with new factors, or with those of `start`."""
+    """Return a job of the kind that trains new factors for `layers`, {path: (O, I)}, or copies of those in `start`."""
     scale, device = settings.alpha / settings.rank, next(model.parameters()).device
     if start is None:
         key = "" if kind.linearized else name

@@ -343,7 +343,7 @@ class Watch:
     def __init__(
         self, experts_of_layers: Iterable[Sequence[int]], report: TrainingReport, steps: int, taught: Sequence[int]
     ) -> None:
-        """Store the places of each layer's experts as equal shares of load; `taught` are those that own training rows."""
+        """Store the shares of load that equal use would give, from each layer's experts; `taught` experts own rows."""
         self._report = report
         self._every = max(1, steps // POINTS)
         # rows of one expert alone are rightly all its own

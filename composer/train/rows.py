@@ -30,11 +30,11 @@ SPLITS = {"train", "training", "test", "validation", "valid", "dev", "eval"}
 
 @dataclass(frozen=True)
 class Owners:
-    """The owners that rows may have, as {name: place}: a router's experts, or the tasks of a recipe of trained experts.
+    """The owners of training rows, as {name: index}: a router's experts, or the tasks of a recipe of trained experts.
 
     `learner` names the router or recipe in messages, and `key` is the key of a row's owner. With `needed` every row must
-    have an owner. With `grows` an unknown name gets the next place. Named parts of the data whose name is not an owner's
-    have no owner, or are refused with `heeded`.
+    have an owner. With `grows` an unknown name gets the next index. Rows under a name that is no owner's, in {name: rows},
+    have no owner; with `heeded` such a name is refused.
     """
 
     places: dict[str, int]
@@ -61,7 +61,7 @@ class Owners:
         return replace(self, grows=False)
 
     def known(self, name: Any, where: str) -> int:
-        """Return the place of the owner called `name`. Raises the error that `unknown` makes for any other name."""
+        """Return the index of the owner called `name`. Raises the error that `unknown` makes for any other name."""
         if isinstance(name, str):
             if self.grows:
                 self.places.setdefault(name, len(self.places))
@@ -71,7 +71,7 @@ class Owners:
         raise type(error)(f"{where}: {error}")
 
     def of_row(self, row: Any, own: int, where: str) -> int:
-        """Return the place of the owner a row names, or else `own`, its part's. Raises InvalidTask for a missing owner."""
+        """Return the index of the owner that a row names, else `own`. Raises InvalidTask if a needed owner is UNKNOWN."""
         match row:
             case {self.key: named} if named is not None:
                 return self.known(named, where)
@@ -314,7 +314,7 @@ class Texts:
 
     @property
     def examples(self) -> Sequence[str]:
-        """The texts."""
+        """The texts, for code that takes a Task's examples."""
         return self.texts
 
     def rows(self, model: Any, tokenizer: Any) -> list[EncodedRow]:

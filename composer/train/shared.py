@@ -248,7 +248,7 @@ class SharedTraining:
         self.report.num_computed += len(rows) * width
 
     def _losses(self, chosen: Sequence[Sequence[EncodedRow]]) -> Tensor:
-        """Return loss_J of each job's rows and its penalty; each of several processes returns its part of the sum."""
+        """Return loss_J, each job's mean target loss plus its penalty; each of several processes returns a share of it."""
         own_J = [self.processes.share(rows) for rows in chosen]
         counts = [len(part) for part in own_J]
         for run, job_rows in zip(self._running, own_J, strict=True):

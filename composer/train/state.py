@@ -136,7 +136,7 @@ class Best:
 
     @classmethod
     def again(cls, losses: Iterable[float], values: Sequence[Tensor]) -> Self:
-        """Return the state after these losses in a row, with `values` as the best parameters."""
+        """Return the state after evaluations with these held-out losses, in order; `values` are the best parameters."""
         best = cls()
         for loss in losses:
             best.judge(loss, ())

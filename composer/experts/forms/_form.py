@@ -25,9 +25,9 @@ Seen = dict[str, Any]
 class Form(nn.Module, ABC):
     """The base class of the forms in this folder: the experts of one site as a module.
 
-    For sites with parts, `before` and `after` run around each part, where `module` is that of the whole site and `seen` is
-    one mapping for all parts of a run; for other sites `forward` runs. A form defines the methods that run for its sites,
-    and `factors` if it `is_update`.
+    For sites with parts, `before` and `after` run around each part, where `module` is that of the whole site and `seen` a
+    dict for their own use, empty at the start of each run of the site; for other sites `forward` runs. A form defines the
+    methods that run for its sites, and `factors` if it `is_update`.
     """
 
     # True if the sum of its experts at constant weights can be written as factors of the layer's update

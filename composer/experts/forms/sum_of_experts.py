@@ -107,7 +107,7 @@ class SumOfExperts(Form):
         return [slice(end - rank, end) for end, rank in zip(ends, self.shape.ranks, strict=True)]
 
     def _shared_rows(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the rows of a and b that the rank rows use, None for one row each; gains give each expert its own b."""
+        """Return (a_row_S, b_row_S), the row of a and of b that each rank row uses; None for its own, as b with gains."""
         b_row_S = self.own_row_S if self.shape.shared_b and self.gain_EO is None else None
         return self.own_row_S if self.shape.shared_a else None, b_row_S
 

@@ -188,7 +188,7 @@ class Entries:
     def narrow(
         self, expert: int, low: float, high: float, room: int, within: slice = EVERY_ROW
     ) -> tuple[int, NDArray[np.float32]]:
-        """Return how many magnitudes of one expert exceed `high`, and those in low..high, about `room` of them."""
+        """Return (number of an expert's magnitudes above `high`, the magnitudes in low..high, about `room` of them)."""
         compiled = library()
         if compiled is None:
             above, between = 0, []
