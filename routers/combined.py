@@ -198,7 +198,7 @@ _ANSWERING: ContextVar[Answering | None] = ContextVar("loraweave_answering", def
 
 
 def answering(with_weights: Answering) -> AbstractContextManager[None]:
-    """Let `under` call `with_weights({name: weight})` inside the context, which makes the model answer with that mixture."""
+    """Let `under` enter `with_weights({name: weight})` inside the context, in which the model answers with that mixture."""
     return holding(_ANSWERING, with_weights)
 
 

@@ -122,7 +122,7 @@ class Recipe(Declared):
         raise NotImplementedError
 
     def roles(self, site: Site, shape: ExpertShape) -> tuple[Hashable, ...]:
-        """Return a key for each expert of a site, which stays the same under other options; by default its index."""
+        """Return a key for each expert of a site, by which it is found under other options; by default its index."""
         return tuple(range(shape.num_experts))
 
     def gate_key(self, site: Site) -> str:
@@ -134,7 +134,7 @@ class Recipe(Declared):
         raise NotImplementedError
 
     def reader(self, sites: Sequence[Site]) -> Gate | None:
-        """Return a gate that sees each call, before layers run, on behalf of all sites' gates; None if each gate sees it."""
+        """Return the one gate to be shown each call before layers run, on behalf of all; None to show it to every gate."""
         return None
 
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

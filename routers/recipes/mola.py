@@ -49,7 +49,7 @@ class Mola(Recipe):
         return max(self.num_experts) + 1
 
     def shape(self, site: Site) -> ExpertShape:
-        """Return the shape of the block's group. Raises WeightingError for more groups than the model has blocks."""
+        """Return the shape of experts in the site's group of blocks. Raises WeightingError for more groups than blocks."""
         if len(self.num_experts) > max(1, site.num_blocks):
             self.refuse(
                 "num_experts", f"it takes a number for each group of blocks, and the model has {site.num_blocks} blocks"

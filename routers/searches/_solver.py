@@ -256,7 +256,7 @@ class Solver(Declared, ABC):
 
 
 def require_one_clock(seconds: float | None) -> None:
-    """Raise WeightingError for seconds in one of several launched processes, whose clocks would part their searches."""
+    """Raise WeightingError for a limit in seconds if several processes were launched, whose searches would end apart."""
     if seconds is not None and (count := launched_processes()) > 1:
         raise WeightingError(
             f"{count} processes were launched, and each would end its search after another number of candidates with "
@@ -290,7 +290,7 @@ class ClosedForm(Solver):
         """Return the weights of the formula."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings without the formula's inputs: the start determines the result."""
+        """Return the settings but for the formula's inputs, since `start` holds the weights that the formula gave."""
         return {name: value for name, value in super().settings().items() if name not in OF_THE_TASK}
 
     @property

@@ -87,7 +87,7 @@ class Space:
         return vector
 
     def pull(self, gradient_BTLE: Tensor) -> np.ndarray:
-        """Return the gradient by the vector for one by a mixture's values: the sum over the layers of each group."""
+        """Return d loss / d vector from d loss / d values_BTLE of its mixture: the sum over the layers of each group."""
         gradient_LE = gradient_BTLE.detach().double().cpu()[0, 0]
         if not self.groups:
             return gradient_LE.sum(dim=0).numpy()

@@ -27,7 +27,7 @@ LEAST_SHARE = 0.1
 
 
 class Free:
-    """The form w = p, of any sign and sum; a subclass maps parameters p to vectors of a space by another formula."""
+    """The form w = p of the weights, of any sign and sum; a subclass has another formula from parameters p to weights w."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
@@ -38,19 +38,19 @@ class Free:
         return self.space.size
 
     def parameters(self, vector: np.ndarray) -> np.ndarray:
-        """Return the parameters of this vector, or of a near vector if the form cannot express it."""
+        """Return the p that gives the weights `vector`, or near weights if the form cannot express them."""
         return vector
 
     def vector(self, parameters: np.ndarray) -> np.ndarray:
-        """Return the vector that the parameters give."""
+        """Return the weights w(p) for the parameters p, flat, as one vector of the space."""
         return parameters
 
     def pull(self, parameters: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """Return the gradient by the parameters, given the gradient by the vector."""
+        """Return d loss / d p at the parameters p, given d loss / d w as `gradient`."""
         return gradient
 
     def inside(self, parameters: np.ndarray) -> np.ndarray:
-        """Return the parameters, changed as little as needed to bring their vector into the box."""
+        """Return the parameters, changed as little as needed to bring their weights into [low, high]."""
         return np.asarray(np.clip(parameters, self.space.low, self.space.high))
 
 
@@ -88,7 +88,7 @@ class Softmax(Free):
         return np.asarray((w_GE * (gradient_GE - mean_G1)).flatten())
 
     def inside(self, parameters: np.ndarray) -> np.ndarray:
-        """Return the parameters: a softmax is inside the box."""
+        """Return the parameters unchanged, since the weights of a softmax are always within [low, high]."""
         return parameters
 
     def _by_group(self, vector: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ class Prompts:
 
     @cached_property
     def rows(self) -> list[list[int]]:
-        """The real tokens of each prompt."""
+        """The token ids of each prompt, without padding."""
         return real_tokens(self.ids_BT, self.mask_BT)
 
 
@@ -119,13 +119,13 @@ class CallText:
         return cls(state.ids_BT, mask_BT, state.num_first, new_BT.shape[1])
 
     def rows(self) -> list[list[int]]:
-        """Return the real tokens among the first `num_first` of each row."""
+        """Return each row's token ids among its first `num_first`, without padding."""
         return real_tokens(self.ids_BT[:, : self.num_first], self.mask_BT[:, : self.num_first])
 
     def contexts(self, router: str, refresh: int) -> tuple[list[list[int]], Tensor]:
-        """Return the tokens that decide on each new real token's weights, row by row, and which new tokens are real, (B, T).
+        """Return (contexts, real_BT): for each new real token, row by row, the token ids that its weights depend on.
 
-        `refresh` is the number of tokens after which a longer context decides (`context_length`).
+        real_BT marks the new tokens that are real. A context grows after every `refresh` tokens (`context_length`).
         """
         rows, own_BT = real_tokens(self.ids_BT, self.mask_BT), self.mask_BT[:, -self.num_new :].bool()
         begins = _prompt_lengths(router, len(rows))

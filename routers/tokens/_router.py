@@ -226,7 +226,7 @@ def option_names(router: type[TokenRouter]) -> list[str]:
 
 
 class _Placed(TokenRouter):
-    """A router spread over a larger or reordered pool; it is saved as the router inside."""
+    """A wrapper of `router` for a larger or reordered pool, whose other experts get weight 0; saved as `router` alone."""
 
     place_P: Tensor
 

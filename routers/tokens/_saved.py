@@ -94,7 +94,7 @@ def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> Token
 
 
 def _require_room(made_of: type[TokenRouter], saved: Saved, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Raise AdapterCorrupt, before any memory is taken, if members and options ask for more than the file's tensors."""
+    """Raise AdapterCorrupt, before allocating, if the router that `saved` describes exceeds the file's bytes of tensors."""
     with torch.device("meta"):
         needed = sum(tensor.nbytes for tensor in made_of(saved.members, **saved.options).state_dict().values())
     if needed > (held := sum(tensor.nbytes for tensor in tensors.values())):

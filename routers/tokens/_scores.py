@@ -63,7 +63,7 @@ def top_k_native(scores_BTE: Tensor, top_k: int) -> Tensor | None:
 
 
 def _is_traced() -> bool:
-    """Return True if torch records or transforms operations, which is impossible for a call of the library."""
+    """Return True if torch traces or transforms operations, which it cannot do with calls of the compiled library."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return torch._C._are_functorch_transforms_active() or compute.is_watched() > 0
