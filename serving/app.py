@@ -197,7 +197,7 @@ class Making:
 
 
 class Face:
-    """The handlers of the routes."""
+    """The handlers of the HTTP routes, with the scheduler, names and prompts that they share."""
 
     def __init__(self, hub: Hub, model: Any, tokenizer: Any, limits: Limits, api_key: str | None) -> None:
         self._limits = limits
@@ -300,7 +300,7 @@ class Face:
         return Answer(asked, served, self._tokenizer, exchange.rows, num_read)
 
     async def _asked(self, given: Given, served: Served, deadline: float) -> list[list[tuple[int, ...]]]:
-        """Run the steps that precede the composition's members; return token ids by [prompt][member]."""
+        """Run the compositions `before` each member; return the members' prompts as token ids, by [prompt][member]."""
         between: dict[tuple[Served, ...], Sequence[Prompt]] = {}
         for member in served.members:
             if member.before and member.before not in between:
@@ -311,7 +311,7 @@ class Face:
         return await self._in(self._readers, deadline, self._prompts.of_members, given, served, between)
 
     async def _said(self, given: Given, step: Served, deadline: float) -> list[Prompt]:
-        """Return a step's answer to each prompt, which is the input of the next step."""
+        """Return the answers of `step`, a composition that runs before others, to each prompt: the next step's inputs."""
         prompts = await self._asked(given, step, deadline)
         num_new = self._prompts.num_new(prompts, step.max_new_tokens, 0, self._limits.new_tokens)
         with Exchange(self.scheduler, lambda: None) as exchange:

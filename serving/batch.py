@@ -170,7 +170,7 @@ class Row:
 
     @property
     def ids(self) -> list[tuple[int, ...]]:
-        """The token ids of each member's line so far: its prompt and the new tokens."""
+        """The token ids of each member so far: its prompt and the new tokens."""
         return [prompt + tuple(self.tokens) for prompt in self.prompts]
 
     @property
@@ -241,7 +241,7 @@ class Prefixes:
         """Drop the beginning that was used longest ago."""
 
     def begin(self, model: Any, tokenizer: Any, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Any, Tensor]:
-        """Return the model's inputs for these rows' lines, the cache of kept beginnings or None, and the mask of both.
+        """Return (the model's inputs, a cache of kept beginnings or None, mask_BW of both) for each member of each row.
 
         Sets `num_kept` of rows whose beginning is kept.
         """
@@ -259,7 +259,7 @@ class Prefixes:
 class Batch:
     """The rows of one model that run together, their keys and values, and a mask of the columns that each has filled.
 
-    A row has a line of its own for each of its members. Rows with equal `Row.batch` share a batch. The
+    A row has one line (row of the tensors) for each member. Rows with equal `Row.batch` share a batch. The
     beginnings that `prefixes` has are not read again. Raises CompositionError for a model that is not a decoder, takes no
     positions, or keeps more than plain keys and values: rows of different ages cannot share its cache.
     """
@@ -351,7 +351,7 @@ class Batch:
 
 
 def _by_line(rows: Sequence[Row]) -> list[Row]:
-    """Return the row that each line belongs to, in the order of lines."""
+    """Return each row as many times as it has members: one entry for each line of the batch's tensors."""
     return [row for row in rows for _ in row.prompts]
 
 

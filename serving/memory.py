@@ -148,7 +148,7 @@ class Experts:
                     self._drop(key)
 
     def activate(self, rows: Sequence[Served]) -> AbstractContextManager[Any]:
-        """Return a context for one call of the model, with a line for each member of each row, under the member's mixture.
+        """Return a context for one call of the model with one batch entry for each member of each row, under its mixture.
 
         If one row has a router, all rows must have the same.
         """

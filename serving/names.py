@@ -83,7 +83,7 @@ class Served:
 
     @cached_property
     def adapters(self) -> Mapping[str, Adapter]:
-        """The adapters of all members and of the steps before the members, by content hash or the router's names."""
+        """All adapters that an answer uses, of members and of their `before`, by content hash or by the router's names."""
         adapters: dict[str, Adapter] = {}
         for member in self.members:
             adapters |= member.adapters
@@ -99,7 +99,7 @@ class Served:
 
     @property
     def apart(self) -> str:
-        """The reason why weights differ between a row's tokens, in a member or a step before it; "" if they do not."""
+        """The reason why weights vary by token, in a member or a composition of its `before`; "" if they do not."""
         if self.router is not None:
             return f"router {self.router.name!r} weighs each token"
         for adapter in self.adapters.values():
@@ -247,7 +247,7 @@ class Names:
         return (*task.stops, *([end] if end else []))
 
     def _members(self, stored: StoredComposition) -> tuple[Member, ...]:
-        """Return a member for each mixture of a stored composition and each order of its task's examples."""
+        """Return a `Member` for each mixture of a stored composition and each order of its task's examples."""
         with stored.unpacked() as folder:
             read = Composition.from_pretrained(folder, self._model, self._tokenizer)
         members = list(read.members.values()) or [read]
@@ -255,7 +255,7 @@ class Names:
         return tuple(variant for member in members for variant in self._asked(member, member.share / total))
 
     def _asked(self, member: Composition, share: float) -> list[Member]:
-        """Return a member for each order of the task's examples; a program's last step, with the others as `before`."""
+        """Return a `Member` for each order of the task's examples; of a program's steps the last, the others in `before`."""
         *earlier, last = list(member.steps.items()) or [("", member)]
         limit = answer_limit(self._tokenizer, member.task.examples) if earlier else 0
         before = []
@@ -295,7 +295,7 @@ def _has_merge(formula: Formula) -> bool:
 
 
 def _whole(adapter: Adapter) -> Member:
-    """Make a member of one adapter with weight 1."""
+    """Return a `Member` with one adapter, at weight 1."""
     return Member({adapter.hash: 1.0}, {adapter.hash: adapter})
 
 

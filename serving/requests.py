@@ -58,7 +58,7 @@ class StreamOptions(BaseModel):
 
 
 class Asked(BaseModel):
-    """The fields that the bodies of both calls share."""
+    """The fields that the bodies of /v1/completions and /v1/chat/completions share."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
     # the limit of new tokens for requests without one; infinity for the server's own limit
@@ -295,7 +295,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Given:
-    """A request's prompts: the first one's `text`, all as token `ids`, and all as a task's `inputs`, None if impossible."""
+    """A request's prompts: the first one's `text`, token `ids` of all, and `inputs`, all as a task's inputs, if possible."""
 
     text: str
     ids: Sequence[tuple[int, ...]]
@@ -419,7 +419,7 @@ class Prompts:
 
 
 def _is_input(asked: Prompt, task: Task) -> bool:
-    """Return True if a task's prompt shows all of an input: turns need a chat, a system turn one without its own."""
+    """Return True if a task's prompt can show the whole input: several turns need a chat task, a system turn one without."""
     if isinstance(asked, str):
         return True
     return (not asked.system or bool(task.chat and not task.system)) and (len(asked.turns) == 1 or bool(task.chat))

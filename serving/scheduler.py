@@ -310,7 +310,7 @@ class Scheduler:
         self._admission.make_room(self._running)
 
     def _apart(self, rows: Sequence[Row], error: Exception) -> None:
-        """Read each row of a batch on which the model failed again, alone; a row that fails alone or twice ends."""
+        """After the model failed on `rows`, read each row again, alone; end a row that failed alone, or a second time."""
         if len(rows) > 1:
             logger.warning("the model failed on %d rows together; each is read again alone", len(rows), exc_info=error)
         for row in rows:
