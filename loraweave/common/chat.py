@@ -1,6 +1,6 @@
 """Conversations as prompts: the turns of a chat, and the tokens that a tokenizer's chat template makes of them.
 
-Nothing else applies a template. A prompt is a text, or a `Conversation` whose answer comes next.
+No other module applies a chat template. A prompt is a text, or a `Conversation` whose answer comes next.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loraweave.errors import InvalidTask
 class Conversation:
     """The turns of a chat as (role, content) pairs. `str()` gives the only turn's text, else lines "role: content".
 
-    Turns of the system are left out of that text.
+    A system turn at the beginning is left out of that text.
     """
 
     turns: tuple[tuple[str, str], ...]
@@ -40,12 +40,12 @@ class Conversation:
 
     @property
     def system(self) -> str:
-        """The system's turn at the beginning, or ""."""
+        """The content of a system turn at the beginning, or ""."""
         return self.turns[0][1] if self.turns and self.turns[0][0] == "system" else ""
 
     @property
     def without_system(self) -> Conversation:
-        """The conversation after the system's turn."""
+        """The conversation without a system turn at the beginning."""
         return Conversation(self.turns[1:]) if self.turns and self.turns[0][0] == "system" else self
 
     @property
@@ -72,7 +72,7 @@ def is_messages(given: Any) -> bool:
 
 
 def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, answered: bool = False, **given: Any) -> str:
-    """Render messages by the chat template, up to where the assistant's answer begins, or to their end if `answered`.
+    """Render messages by the tokenizer's chat template, up to where an answer begins, or to their end if `answered`.
 
     `given` goes to `apply_chat_template`. Raises InvalidTask without a template, and for messages that the template refuses.
     """
@@ -93,7 +93,7 @@ def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, answered:
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Return each prompt's token ids: a text's with the special tokens that it begins with, a conversation's by template.
+    """Return every prompt's token ids: a text's with the tokenizer's special tokens, a conversation's by the chat template.
 
     Raises what `rendered` raises.
     """
@@ -103,10 +103,10 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 def answered_ids(tokenizer: Any, prompt: Conversation, answer: str) -> tuple[list[int], list[int]]:
-    """Return the token ids of a prompt, and of the assistant's answer to it with what ends the turn.
+    """Return the token ids of a prompt, and those of the assistant's answer, with the tokens that end the turn.
 
-    The answer begins where the template of the prompt ends, as in TRL's SFTTrainer. Raises InvalidTask where the template of
-    the whole does not begin with that of the prompt, and what `rendered` raises.
+    The answer begins where the template of the prompt ends, as in TRL's SFTTrainer. Raises InvalidTask if the tokens of the
+    answered conversation do not begin with those of the prompt, and what `rendered` raises.
     """
     prefix = _ids(tokenizer, prompt, answered=False)
     whole = _ids(tokenizer, Conversation((*prompt.turns, ("assistant", answer))), answered=True)
@@ -123,7 +123,7 @@ def answered_ids(tokenizer: Any, prompt: Conversation, answer: str) -> tuple[lis
 
 
 def turn_end(tokenizer: Any, prompt: Conversation) -> str:
-    """Return what the template writes after an answer to a prompt; "" if it changes the answer itself."""
+    """Return the text that the chat template writes after an answer to `prompt`; "" if the template changes the answer."""
     answer = "answer"
     whole = rendered(tokenizer, [*prompt.messages, {"role": "assistant", "content": answer}], answered=True)
     before, separator, end = whole.rpartition(answer)
@@ -131,7 +131,7 @@ def turn_end(tokenizer: Any, prompt: Conversation) -> str:
 
 
 def prompt_texts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
-    """Return prompts as routers that read text see them: a conversation's tokens as text, without special ones."""
+    """Return prompts as texts, for routers that read text: a conversation's tokens are decoded, without special tokens."""
     ids = prompt_ids(tokenizer, [prompt for prompt in prompts if not isinstance(prompt, str)])
     decoded = iter([tokenizer.decode(row, skip_special_tokens=True) for row in ids])
     return [prompt if isinstance(prompt, str) else next(decoded) for prompt in prompts]

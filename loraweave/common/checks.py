@@ -29,7 +29,7 @@ def is_number(value: object, least: float = -sys.float_info.max, most: float = s
 
 
 def is_list(value: object, of: type | UnionType = object) -> TypeGuard[Sequence[Any]]:
-    """Return whether a value is a list, a tuple or another sequence, not a text, whose elements are all of one type."""
+    """Return whether a value is a list, a tuple or another sequence, not a text, whose elements are all of type `of`."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(isinstance(item, of) for item in value)
 
 

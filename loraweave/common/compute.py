@@ -1,9 +1,9 @@
-"""Two ways to make small pieces of arithmetic fast: threads that each take a whole piece, and libraries of C files.
+"""Fast arithmetic on small arrays: a thread for each piece of work, and libraries compiled from C files.
 
 A library is compiled for this processor at first use, kept in the cache folder and loaded once a process. Any C compiler
 does (`CC`, else cc, gcc or clang), in about a second; without one, or with LORAWEAVE_NATIVE=0, callers compute the same in
-PyTorch. LORAWEAVE_NATIVE may name an older processor as the compiler's -march does: x86-64 has what every such processor
-has.
+PyTorch. LORAWEAVE_NATIVE may also be a value of the compiler's -march, such as x86-64, to which every processor of that kind
+conforms.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _SECONDS = 60
 
 _logger = logging.getLogger(__name__)
 
-# whether something takes notes of torch's operations, which a call of a library is not: tracing, a count of operations
+# the number of modes, such as tracing, that record torch's operations: they would not see a call of a compiled library
 is_watched = torch._C._len_torch_dispatch_stack
 
 _blas_lock = threading.Lock()
-# the blocks of `one_blas_thread` that are open, and the limit that the first of them set
+# one entry for each open block of `one_blas_thread`: the limit that the first block set, None for every other block
 _blas_limits: list[Any] = []
 
 
@@ -55,9 +55,9 @@ def _blas() -> ThreadpoolController:
 
 @contextmanager
 def one_blas_thread(wanted: bool = True) -> Iterator[None]:
-    """Limit BLAS and LAPACK of numpy and scipy to one thread in the whole process, until the last such block ends.
+    """Limit numpy's and scipy's BLAS and LAPACK to one thread in the whole process, until the last open block ends.
 
-    On matrices of a few hundred rows their threads wait longer than they work. Does nothing unless `wanted`.
+    On matrices of a few hundred rows, several threads wait longer than they compute. Does nothing unless `wanted`.
     """
     if not wanted:
         yield
@@ -68,7 +68,7 @@ def one_blas_thread(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         with _blas_lock:
-            # whichever block ends last, the limit is that of the first
+            # the first block set the limit, and the last open block restores it
             limit = _blas_limits[0]
             _blas_limits.pop()
             if not _blas_limits:
@@ -78,10 +78,10 @@ def one_blas_thread(wanted: bool = True) -> Iterator[None]:
 def side_by_side(
     function: Callable[[Item], Result], items: Iterable[Item], *, worth: Callable[[Item], bool] = lambda item: True
 ) -> Iterator[Result]:
-    """Yield `function` of each item, in order, on as many threads as torch uses, while further items are produced.
+    """Yield `function(item)` for every item, in order, computed on as many threads as torch uses.
 
-    At most two more items than threads exist at a time. Items not `worth` a thread run in the caller's. BLAS has one thread
-    meanwhile. An error is raised in place of its result, after running calls have finished.
+    Items are drawn while threads compute, at most two more than there are threads. If `worth(item)` is False, the caller's
+    thread computes. BLAS has one thread meanwhile. An error is raised in place of its result, after running calls ended.
     """
     threads = torch.get_num_threads()
     waiting: deque[Future[Result]] = deque()
@@ -101,9 +101,9 @@ def side_by_side(
 
 @cache
 def library(source: Path, *, brief: bool) -> ctypes.CDLL | None:
-    """Compile and load a C file as a library; return None where that fails, which is logged, or if LORAWEAVE_NATIVE is 0.
+    """Compile and load the C file `source`; return None if LORAWEAVE_NATIVE is 0, or if compiling fails, which is logged.
 
-    Pass `brief` if its calls take microseconds: they then hold Python's lock, which costs less than releasing it.
+    Pass `brief` for functions that take microseconds: to keep Python's lock then costs less than to release it.
     """
     if os.environ.get("LORAWEAVE_NATIVE") == "0":
         return None
@@ -116,13 +116,13 @@ def library(source: Path, *, brief: bool) -> ctypes.CDLL | None:
 
 
 def _compiled(source: Path) -> Path:
-    """Return the library's file, compiled if it is missing. Raises OSError or SubprocessError if that fails."""
+    """Return the path of the library made from a C file, compiled on first use. Raises OSError or SubprocessError."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
     if compiler is None:
         raise OSError("there is no C compiler (cc, gcc, clang, or $CC)")
     named = os.environ.get("LORAWEAVE_NATIVE", "")
     flags = *FLAGS, f"-march={'native' if named in ('', '1') else named}"
-    # for this very processor: a folder may be shared by several machines
+    # the processor is a part of the file's name, since several machines may share the cache folder
     parts = source.read_bytes(), " ".join(flags).encode(), compiler.encode(), _processor().encode()
     target = cache_folder() / "native" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""What all training shares: the steps of gradient descent, the random numbers that it draws, and the state that it keeps.
+"""The parts that all training shares: steps of gradient descent, random numbers, and saved states.
 
-Adapters, continual training, routers, experts, encoders and reward heads bring parameters and losses; all take steps here.
-Random numbers are derived from their purpose, and leave the caller's generators unchanged. A state is safetensors, visible
-only once complete.
+The trainings of adapters, routers, experts, encoders and reward heads bring parameters and losses, and take their steps
+here. Random numbers are derived from their purpose, and leave the caller's generators unchanged. A state is a safetensors
+file, visible only once complete.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def warmed_cosine(highest: float, step: int, steps: int, warmup: int) -> float:
 
 
 class Descent:
-    """An AdamW optimizer at the rates `rate(step)`, with gradients clipped to the norm `limit` (None: not clipped).
+    """An AdamW optimizer with learning rates `rate(step)` and gradients clipped to the norm `limit` (None: not clipped).
 
-    `fused` makes one pass over the parameters and rounds differently.
+    `fused` updates all parameters in one pass, which rounds differently.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ def descend(
     first: int = 0,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Take the steps from `first` on, each along the gradient of `losses(step)`: one loss for each learner, in their order.
+    """Train the learners from step `first` to the end; `losses(step)` returns one loss for each learner, in their order.
 
-    A loss depends on the parameters of its own learner alone. Raises TrainingError for one that is not finite.
+    A loss must depend on its own learner's parameters alone. Raises TrainingError if a loss is not finite.
     """
     shown = bar.add_task(title, total=steps, completed=first, loss="")
     for step in range(first, steps):
@@ -105,8 +105,8 @@ def descend(
 def backward(loss_J: Tensor, steps: Mapping[str, int], *, whole_J: Tensor | None = None) -> list[float]:
     """Backpropagate the sum of `loss_J`, one loss for each of J learners, and return the losses as floats.
 
-    `steps` is {learner: step from 0}, in the order of `loss_J`. If `loss_J` holds parts of larger losses, `whole_J` has
-    those, which are checked and returned. Raises TrainingError, before any gradient changes, for one that is not finite.
+    `steps` is {learner: step from 0}, in the order of `loss_J`. If `loss_J` holds only parts of losses, `whole_J` has the
+    whole losses, which are checked and returned. Raises TrainingError, before any gradient changes, if a loss is not finite.
     """
     losses: list[float] = (loss_J if whole_J is None else whole_J).tolist()
     for (name, step), loss in zip(steps.items(), losses, strict=True):
@@ -117,9 +117,9 @@ def backward(loss_J: Tensor, steps: Mapping[str, int], *, whole_J: Tensor | None
 
 
 class FlatParameters:
-    """Parameters and their gradients, moved into one vector for each dtype; all keep their shapes, strides and identity.
+    """Parameters and gradients, moved into one vector for each dtype; parameters keep their shapes, strides and identity.
 
-    Pass `vectors` to an optimiser. A parameter without a gradient has one of zeros.
+    Pass `vectors` to an optimiser. A parameter without a gradient gets a gradient of zeros.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -155,13 +155,13 @@ def _like(parameter: Tensor, vector: Tensor, start: int) -> Tensor:
 
 
 def seeded(*parts: object) -> torch.Generator:
-    """Make a generator on the CPU whose numbers are a function of the parts' representations alone."""
+    """Make a generator on the CPU, seeded with a hash of repr(parts) and nothing else."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 
 def with_seed(seed: int, make: Callable[[], Made]) -> Made:
-    """Return make() under a seed of torch; the caller's random numbers continue unaffected."""
+    """Return make(), called with torch's generator seeded; the caller's random numbers continue unaffected."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -182,13 +182,13 @@ def caller_randomness() -> Iterator[None]:
 
 # the subfolder of a checkpoint for states of unfinished jobs
 RUNNING = "running"
-# the tensor of a file that holds `about`, as the bytes of JSON
+# the name of the tensor in a state's file that holds `about`, as the bytes of JSON
 REPORT = "report"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The parameters and AdamW moments after `step` steps; `about` is any JSON that is kept with them."""
+    """The parameters and AdamW moments after `step` steps; `about` is any JSON value that is saved with them."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -204,7 +204,7 @@ class TrainingState:
         return cls(step, tensors)
 
     def restore(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
-        """Put the state back and return the number of steps already done."""
+        """Copy the state into the parameters and the optimizer; return the number of steps already taken."""
         with torch.no_grad():
             for index, parameter in enumerate(parameters):
                 parameter.copy_(self.tensors[f"{index}.value"])
@@ -217,9 +217,9 @@ class TrainingState:
 
 
 def checkpoint_folder(given: str | Path | None) -> Path | None:
-    """Return the folder for the states of a training, created if needed; None for None.
+    """Return the folder `given` for the states of a training, created if needed; None for None.
 
-    Raises TrainingError unless the value is a path, and for a folder that cannot be created or written to.
+    Raises TrainingError unless `given` is a path, and for a folder that cannot be created or written to.
     """
     if given is None:
         return None
@@ -239,7 +239,7 @@ def checkpoint_folder(given: str | Path | None) -> Path | None:
 
 
 def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUNNING) -> None:
-    """Write the state under a temporary name, then rename. A full disk is logged and does not end the training."""
+    """Write the state to its file, which appears whole; if that fails, log a warning and let the training go on."""
     path = folder / place / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"step": torch.tensor([state.step]), **state.tensors}
@@ -253,7 +253,7 @@ def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUN
 
 
 def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState | None:
-    """Return the last complete state, or None; a damaged file is logged and ignored."""
+    """Return the state saved under `key`, or None if there is none; a damaged file is logged and ignored."""
     path = folder / place / f"{key}.safetensors"
     if not path.is_file():
         return None
@@ -269,22 +269,22 @@ def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState
 
 
 def drop_state(folder: Path, key: str) -> None:
-    """Remove the state of jobs that are finished."""
+    """Remove the saved state of jobs that are finished, if there is one."""
     (folder / RUNNING / f"{key}.safetensors").unlink(missing_ok=True)
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return the tensors as a file of safetensors: the same bytes for the same bits."""
+    """Return the tensors as the bytes of a safetensors file; tensors of the same bits give the same bytes."""
     raw: bytes = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
     return raw
 
 
-# what safetensors says of a failed write: "I/O error: No space left on device (os error 28)"
+# in the message of safetensors about a failed write: "I/O error: No space left on device (os error 28)"
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the file. Raises OSError with the error number if the file system fails; safetensors hides it."""
+    """Write tensors to a safetensors file. Raises OSError with its number, hidden by safetensors, if that fails."""
     try:
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
@@ -296,7 +296,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, *, metadata: M
 
 @dataclass(frozen=True)
 class Processes:
-    """The launched processes: this one is number `rank` of `count`, with its model on `device`. All make the same calls."""
+    """The processes that train together, all of which make the same calls: this is number `rank`, from 0, of `count`."""
 
     device: torch.device
     rank: int = 0
@@ -304,7 +304,7 @@ class Processes:
 
     @classmethod
     def launched(cls, device: torch.device) -> Self:
-        """Return the launched processes, connected by accelerate; without a launch this one alone."""
+        """Connect the processes that torchrun or accelerate launched; without a launch return this process alone."""
         if launched_processes() == 1:
             return cls(device)
         from accelerate import PartialState
@@ -313,31 +313,31 @@ class Processes:
         return cls(device, state.process_index, state.num_processes)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return the items of this process."""
+        """Return this process's share of the items: every `count`-th item from number `rank` on."""
         return items[self.rank :: self.count]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of all processes' values, to the same bits in each."""
+        """Return the elementwise sum of `values` over all processes, the same bits in each."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Give every parameter the sum of its gradients over processes; a missing one counts as zero."""
+        """Replace every parameter's gradient by its sum over all processes; a missing gradient counts as zero."""
         for parameter in parameters if self.count > 1 else ():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
 
     def least(self, value: int | None) -> int | None:
-        """Return the smallest of the values, which all processes have, or none has."""
+        """Return the smallest value that a process passes; None for None, which all processes or none must pass."""
         return None if value is None else int(self._reduced(torch.tensor(value), dist.ReduceOp.MIN))
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until every process has made this call."""
         if self.count > 1:
             dist.barrier()
 
     def require_alike(self, what: str, said: str, tensors: Iterable[Tensor] = ()) -> None:
-        """Raise TrainingError in every process if one begins with something else."""
+        """Raise TrainingError, which names `what` is trained, in all processes unless all pass equal `said` and tensors."""
         if self.count == 1:
             return
         digest = hashlib.sha256(said.encode() + tensor_bytes({str(n): tensor for n, tensor in enumerate(tensors)})).digest()

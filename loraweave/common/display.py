@@ -20,18 +20,18 @@ from rich.table import Column, Table
 from loraweave.errors import PackageMissing
 
 PATIENCE_S = 1.0
-# how a number or a time may stand in a text: 0.5, [80.1, +3%], 1e-05 or 2026-12-01T10:30:00Z
+# a number or a time inside a text, such as 0.5, [80.1, +3%], 1e-05 or 2026-12-01T10:30:00Z
 NUMBER = re.compile(r"[(\[]?[-+]?\.?\d[\d.,:TZ+-]*(e[-+]?\d+)?%?[)\],;:]*")
-# the fewest characters of a column of texts, and of the first one, before the last column is left out
+# the least widths of a text column and of the first column, in characters; the last columns are left out to keep them
 LEAST, LEAST_NAME = 8, 25
 
 Item = TypeVar("Item")
 
 
 def progress_bar(shown: bool | Progress, *, field: str = "") -> Progress:
-    """Make a bar with the task's description, count and time left, and the text of the task's `field`, if given.
+    """Make a rich bar with a task's description, count and time left, and the text of the task's `field`, if named.
 
-    A `Progress` is itself: whoever gives one shows it in a way of their own.
+    The bar is hidden if `shown` is False. A `Progress` passed as `shown` is returned as it is.
     """
     if isinstance(shown, Progress):
         return shown
@@ -41,7 +41,7 @@ def progress_bar(shown: bool | Progress, *, field: str = "") -> Progress:
 
 
 def tracked(items: Iterable[Item], label: str, *, total: int | None, shown: bool = True) -> Iterator[Item]:
-    """Yield the items one by one; a bar is on stderr from the first second on, if that is a terminal and `shown`."""
+    """Yield the items; show a progress bar on stderr after one second, if `shown` and if stderr is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not (shown and sys.stderr.isatty()))
     task = bar.add_task(label, total=total)
@@ -59,7 +59,7 @@ def tracked(items: Iterable[Item], label: str, *, total: int | None, shown: bool
 
 
 def blank_figure(why: str, **settings: Any) -> Any:
-    """Make a matplotlib Figure with these settings. Raises PackageMissing, which says `why`, without matplotlib."""
+    """Make a matplotlib Figure with these arguments. Without matplotlib raises PackageMissing, which begins with `why`."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -68,15 +68,15 @@ def blank_figure(why: str, **settings: Any) -> Any:
 
 
 class ShownTable(Table):
-    """A rich Table that a plain Python prompt prints as a table and a notebook shows as HTML that holds only text.
+    """A rich Table that prints itself at a Python prompt and shows as escaped HTML in a notebook.
 
-    However narrow the terminal is, no number and no word of a heading is broken: texts wrap first, then columns go, the last
-    ones first, and a line below the table names them.
+    Numbers and the words of headings are never broken. In a narrow terminal texts wrap first; then the last columns are left
+    out, and a line below the table names them.
     """
 
     @classmethod
     def of(cls, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> ShownTable:
-        """Make a table of these rows; columns of numbers are right-aligned, other values appear as text."""
+        """Make a table from headings and rows; columns of numbers are right-aligned, and floats have four digits."""
         listed = [list(row) for row in rows]
         table = cls(title=title, title_justify="left")
         for position, column in enumerate(columns):
@@ -102,7 +102,7 @@ class ShownTable(Table):
         columns = [copy.copy(column) for column in self.columns[:kept]]
         wanted = [max(0, _natural_width(column) - least[at]) for at, column in enumerate(columns)]
         left = max(0, spare(kept))
-        # those that want little get it, and the others share the rest
+        # columns that need little extra width get all of it, and the others share the rest
         for served, at in enumerate(sorted(range(kept), key=wanted.__getitem__)):
             extra = min(wanted[at], left // (kept - served))
             left -= extra
@@ -116,7 +116,7 @@ class ShownTable(Table):
     def __repr__(self) -> str:
         written = io.StringIO()
         width = shutil.get_terminal_size().columns
-        # in a kernel rich would display the table, and write nothing to the file
+        # in a notebook's kernel rich would display the table instead of writing it to the file
         plain = Console(file=written, width=width, markup=False, emoji=False, color_system=None, force_jupyter=False)
         plain.print(self, highlight=False)
         return written.getvalue().rstrip("\n")
@@ -141,7 +141,7 @@ def _natural_width(column: Column) -> int:
 
 
 def _least_width(column: Column, *, is_first: bool) -> int:
-    """Return the characters of the column's longest number and of its heading's longest word, and what a text keeps."""
+    """Return a column's least width in characters: numbers and words of the heading stay whole, other texts may wrap."""
     cells = [str(cell) for cell in column.cells]
     words = [word for cell in cells for word in cell.split() if NUMBER.fullmatch(word)]
     whole = [*(cells if column.justify == "right" else words), *str(column.header).split()]

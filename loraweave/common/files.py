@@ -1,6 +1,6 @@
-"""Files and folders that appear whole, written beside their target, synced, renamed; what stores raise, as the hub's errors.
+"""Files and folders that appear whole (written beside the target, synced, renamed), and storage errors as a hub's errors.
 
-Every room saves this way. A user's YAML is read here, too.
+All packages save this way. A user's YAML is read here, too.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ MAX_YAML_BYTES = 2**20
 def whole_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target` to write to; the file durably replaces `target` when the block ends.
 
-    Readers of `target` see the old file or the complete new one. An error leaves nothing else behind. Raises OSError if the
-    file system fails, also for a folder that does not exist.
+    Readers of `target` see the old file or the complete new one; an error in the block leaves the old one. Raises OSError if
+    the file system fails, also for a folder that does not exist.
     """
     temporary = target.with_name(f".{uuid.uuid4().hex}.unfinished")
     try:
@@ -61,7 +61,7 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the only folder outside the environment that is written to: $LORAWEAVE_CACHE, else ~/.cache/loraweave."""
+    """Return the cache folder, $LORAWEAVE_CACHE or else loraweave in ~/.cache: no other is written to unasked."""
     configured = os.environ.get("LORAWEAVE_CACHE")
     if configured:
         return Path(configured)
@@ -84,7 +84,7 @@ def unsynced() -> AbstractContextManager[None]:
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, survive a power failure."""
+    """Flush a file's bytes, or a folder's list of names, to the disk, so that they survive a power failure."""
     if not _syncing.get():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -104,9 +104,9 @@ def remove_file(path: Path) -> None:
 
 
 def require_replaceable(folder: Path, is_own: Callable[[Path], bool]) -> Path:
-    """Return the folder to replace: `folder`, or the target of a link. `is_own` says which entries of it may be lost.
+    """Return the folder to replace: `folder`, or the folder that it links to. `is_own(entry)`: if the entry may be lost.
 
-    Raises AdapterExists for a file, and for a folder with anything else in it.
+    Raises AdapterExists if there is a file, or a folder with any other entry.
     """
     target = folder.resolve() if folder.is_symlink() else folder
     if not os.path.lexists(target):
@@ -126,9 +126,9 @@ def require_replaceable(folder: Path, is_own: Callable[[Path], bool]) -> Path:
 def replacing(target: Path) -> Iterator[Path]:
     """Yield an empty folder to write into, which takes the place of `target` when the block ends without an error.
 
-    Its files are on the disk before that. What was at `target` comes back when the renaming fails, and is removed only
-    afterwards; after an error everything is as it was. HubFull for a full disk, HubReadOnly where nothing can be written,
-    HubError for another failure of the file system.
+    Its files are synced first. The old folder is removed after the new one is in place, and restored if renaming fails;
+    after an error in the block, `target` is unchanged. Raises HubFull for a full disk, HubReadOnly where nothing can be
+    written, HubError for another failure of the file system.
     """
     token = secrets.token_hex(8)
     new, old = target.parent / f".loraweave-{token}.tmp", target.parent / f".loraweave-{token}.old"
@@ -162,7 +162,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# by path, time, size and inode
+# {(path, modification time, size, inode): sha256}
 _digests: dict[tuple[str, int, int, int], str] = {}
 _digests_lock = threading.Lock()
 
@@ -181,7 +181,7 @@ def known_digest(path: Path, *, trust_cache: bool = True) -> str:
 
 
 def read_yaml(path: Path, error: type[LoraweaveError]) -> dict[str, Any]:
-    """Read the mapping that a YAML file holds as plain values, without what YAML would guess at or expand.
+    """Read a YAML file that holds a mapping of texts to plain values; aliases and repeated keys are refused.
 
     Raises `error`, with the line, for anything else.
     """
@@ -202,7 +202,7 @@ def read_yaml(path: Path, error: type[LoraweaveError]) -> dict[str, Any]:
 
 @cache
 def _plain_loader(yaml: Any) -> Any:
-    """Return a YAML loader without aliases, which could stand for any amount, and without keys that are given twice."""
+    """Return a YAML loader that refuses aliases, which could expand without limit, and repeated keys."""
 
     class Plain(yaml.SafeLoader):  # type: ignore[misc]
         def compose_node(self, parent: Any, index: Any) -> Any:
@@ -253,7 +253,7 @@ _WAY_OUT = "Hub.verify() lists what can still be read, and docs/extensions/upkee
 
 @contextmanager
 def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
-    """Raise a leaf of HubError, with the cause attached, for any OSError or sqlite3.Error inside. `doing`: "adding 'x'"."""
+    """Turn an OSError or sqlite3.Error of the block into a HubError, which begins with `doing`, such as "adding 'x'"."""
     try:
         yield
     except HubError:
@@ -273,7 +273,7 @@ def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Return whether the database itself is at fault, and not its file system, its lock or the room for it."""
+    """Return whether an error means a damaged database, and not a failed file system, a lock or a full disk."""
     return _code(error) not in _PASSING
 
 
@@ -288,7 +288,7 @@ def _from_os(error: OSError, path: Path | str, doing: str) -> HubError:
 def _from_sqlite(error: sqlite3.Error, path: Path | str, doing: str) -> HubError:
     code = _code(error)
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHMSIZE:
-        # the file that readers share; SQLite names no cause, but it can fail to grow for one alone
+        # the file that readers share could not grow: SQLite names no cause, but only a full disk can be one
         return HubFull(
             f"{doing}: no space left below {path} ({error}): SQLite needs 32 kB beside a catalogue to read it when nobody "
             "else does; free some space and try again"

@@ -62,16 +62,16 @@ def printable(text: str) -> str:
 
 
 def text_digest(text: str) -> str:
-    """Return the sha256 of a text, in hexadecimal, to stand for it in a path, a row or a key."""
+    """Return the sha256 of a text, in hexadecimal, which stands for the text in a path, a database row or a key."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def now() -> str:
-    """Return the time in ISO 8601, in UTC, to the second."""
+    """Return the current time in UTC, as ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-# a pool may have thousands, and people read messages
+# how many names an error message lists: a pool may have thousands
 NUM_SHOWN = 8
 
 

@@ -1,7 +1,7 @@
-"""The options of a method, search, router or recipe, as its own signature declares them, and the one check of their values.
+"""Options of the entries of registries (methods, searches, routers, recipes): their declaration, and the check of values.
 
-A file of a registry says what it takes where it is defined: the parameters of its function or class, and their kinds.
-Errors, near misses and the tables of the command line follow from that alone, for a file of another package too.
+The parameters and annotations of an entry's function or class declare its options. Errors, near misses and the tables of the
+command line follow from that alone, also for another package's entries.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ Seed = Whole
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
-# a probability that is not certainty
+# a probability below 1
 Rate = Annotated[float, Range(least=0, below=1)]
-# a part of a whole that is not nothing
+# a part of a whole, above 0
 Share = Annotated[float, Range(above=0, most=1)]
 
 
 def options_of(thing: Callable[..., Any], *, after: int = 0, beside: Collection[str] = ()) -> dict[str, Any]:
-    """Return {name: kind} of a function's or class's parameters by name, without the first `after` and those in `beside`.
+    """Return {parameter: annotation} of a function or class, without the first `after` parameters and those in `beside`.
 
-    The kind is the annotation, Any where there is none or where it names what is imported for type checkers alone.
+    Where an annotation is missing it is Any; all are Any if one of them names an import for type checkers alone.
     """
     parameters = list(inspect.signature(thing).parameters.values())[after:]
     named = [
@@ -123,13 +123,13 @@ def check_options(
 
 
 class UnknownWord(UnknownName, WeightingError):
-    """A text that is none of the few that an option takes."""
+    """A text that is not among the texts that an option accepts."""
 
 
 class Declared:
-    """A class that checks its options, given by name, against their annotations before its __init__ sees them."""
+    """A base class that checks keyword options against their annotations before `__init__` runs."""
 
-    # what its instances are called in messages, and what a value outside its kind raises
+    # the noun for instances in error messages, and the error for a value that does not fit its annotation
     noun: ClassVar[str]
     error: ClassVar[type[LoraweaveError]] = WeightingError
 
@@ -139,21 +139,21 @@ class Declared:
 
     @classmethod
     def check(cls, options: Mapping[str, Any]) -> None:
-        """Raise `error` for a value outside its kind; Python itself refuses an unknown name."""
+        """Raise `error` for a value that does not fit its annotation; Python itself refuses an unknown name."""
         kinds = options_of(cls)
         known = {name: value for name, value in options.items() if name in kinds}
         check_options(f"{cls.noun} {cls.registered_name()!r}", known, kinds, error=cls.error)
 
     @classmethod
     def registered_name(cls) -> str:
-        """Return the name in the registry, which is that of its file."""
+        """Return the class's name in its registry, which is the name of its file."""
         return cls.__module__.rpartition(".")[2]
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Return whether a value is of an annotated kind and in its range.
+    """Return whether a value fits an annotation, its `Range` included.
 
-    Numbers are finite; True and False are not numbers. Every value fits a kind that this function does not know.
+    Numbers must be finite; True and False are not numbers. Any value fits an annotation that this function does not know.
     """
     origin = get_origin(kind)
     if origin is Annotated:
@@ -172,7 +172,7 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def described(kind: Any, value: object = None) -> str:
-    """Describe values of a kind in words, with the nearest to `value` where only a few texts are allowed."""
+    """Describe the values that fit an annotation, in words; for a Literal, add the allowed text nearest to `value`."""
     origin = get_origin(kind)
     if origin is Annotated:
         plain, *rules = get_args(kind)

@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 @contextmanager
 def paused_collector() -> Iterator[None]:
-    """Pause the cyclic collector of the process for the length of a `with` block; one that was off stays off.
+    """Pause Python's cyclic garbage collector inside the block; a collector that was off stays off.
 
     Opening an adapter makes some thousand objects, and with hundreds of adapters open the collector takes half the time.
     """
@@ -63,7 +63,7 @@ def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
 
 
 def launched_processes() -> int:
-    """Return how many processes were launched to work together: torch.distributed's, or those of `torchrun`; 1 without."""
+    """Return how many processes were launched together, by torch.distributed or torchrun; 1 without a launch."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -76,7 +76,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_host_bytes() -> int | None:
-    """Return the memory that a process may still take, within a container's limit; None if the system does not tell."""
+    """Return how many bytes of memory this process may still take, within a container's limit; None if unknown."""
     if not MEMINFO.is_file():
         return None
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())

@@ -1,9 +1,9 @@
-"""Rows of examples in every usual form, read in one place for the whole project.
+"""Readers of rows, which are examples with an input and a target, in every usual form.
 
-A row is a pair (input, target), a mapping with the columns of one of `COLUMNS` or with `messages`, or these messages alone.
-An input may be messages too. Rows come as an iterable of such, as a data set with named columns (`datasets.Dataset`, whose
-integer labels get their names), as a data frame, or as the path of a .jsonl or .csv file. Anything else is refused, never
-guessed at.
+A row is a pair (input, target), a mapping with a pair of columns in `COLUMNS` or with `messages`, or a list of chat
+messages. An input may be chat messages, too. Rows come as an iterable of rows, as a data set with named columns
+(`datasets.Dataset`, whose integer labels get their names), as a data frame, or as the path of a .jsonl or .csv file.
+Anything else is refused, never guessed at.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from loraweave.errors import InvalidTask
 
 GivenRows: TypeAlias = Iterable[Any] | os.PathLike[str]
 
-# "one": every row has one target. "blank": it may be empty. "several": it may be a list of accepted ones. "any": there may
-# be one, several, empty ones or none, and a text alone is an input. "none": inputs alone count, and texts are inputs.
+# the targets of a row. "one": one text, not empty. "blank": one text, perhaps empty. "several": one, or a list of accepted
+# ones. "any": one, several, empty ones or none. "none": targets are ignored. With the last two a text alone is an input.
 Targets = Literal["one", "blank", "several", "any", "none"]
 _LISTS = ("several", "any")
 
-# the column of the input, and those that may have its target
+# {column of the input: columns that may have its target}
 COLUMNS = {"input": ("target", "output"), "prompt": ("completion", "target"), "question": ("answer",), "text": ("label",)}
 ENDINGS = (".jsonl", ".json", ".csv")
 _BEYOND = "beyond the header"
@@ -42,11 +42,11 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Row:
-    """The texts of one row. Of several accepted `targets` the first is the one to learn.
+    """One example: its input, and its accepted targets, the first of which is the one to learn.
 
-    `instruction` is the row's own (a column `instruction` or `definition`, or a system turn), `whole_prompt` says that the
-    input came as a text `prompt`, and `split` is the column of that name; both texts are empty where the row has none. Of a
-    row of messages, `chat` has the turns before the answer, the system's among them, and `input` is their text.
+    `instruction` is that of a column `instruction` or `definition`, or a system turn, and `split` that of a column `split`;
+    both are "" if missing. `whole_prompt` is True if the input came from a column `prompt`. For a row of chat messages,
+    `chat` has the turns before the answer, a system turn included, and `input` is their text.
     """
 
     input: str
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def asked(self) -> Prompt:
-        """The turns before the answer of a row of messages; the input of any other row."""
+        """The input as a prompt: for a row of chat messages the conversation before the answer, else the text."""
         return self.input if self.chat is None else self.chat
 
 
@@ -71,11 +71,11 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     one_split: bool = True,
 ) -> list[Row]:
-    """Return the rows in their order. `noun` and `of` name them in messages: "row 3 of dataset".
+    """Read rows of any form, in order. `noun` and `of` name a row in error messages: "row 3 of dataset".
 
-    `columns` has {column: usual name} of rows whose columns have other names; their other columns do not count.
-    Raises InvalidTask if these are not rows, for a row of another form, with its number and contents, and, with `one_split`,
-    for rows of more than one `split`.
+    `columns` maps columns of the data to names in `COLUMNS`; all other columns are then ignored. Raises InvalidTask if
+    `given` is not rows, if a row has another form (with its number and contents), and, with `one_split`, if rows are of
+    several splits.
     """
     rows = []
     for where, row in located(given, noun=noun, of=of, one_split=one_split and targets != "none"):
@@ -86,17 +86,17 @@ def read_rows(
 
 
 def read_inputs(given: GivenRows, *, of: str = "") -> list[str]:
-    """Read texts, or the inputs of rows, in their order. Raises InvalidTask for anything else, such as a single text."""
+    """Return the inputs of texts or rows, in order, as texts. Raises InvalidTask for other values, or a single text."""
     return [row.input for row in read_rows(given, noun="input", of=of, targets="none")]
 
 
 def read_asked(given: GivenRows) -> list[Prompt]:
-    """Read inputs as `read_inputs` does, but those of rows of messages as conversations."""
+    """Return the inputs of texts or rows, in order, as prompts: chat messages as a `Conversation`, others as texts."""
     return [row.asked for row in read_rows(given, noun="input", targets="none")]
 
 
 def shared_instruction(rows: Sequence[Row]) -> str:
-    """Return the instruction that all rows have, "" where none has one. Raises InvalidTask where rows differ."""
+    """Return the instruction that all rows share, "" if they have none. Raises InvalidTask if two rows differ."""
     for number, row in enumerate(rows, start=1):
         if row.instruction != rows[0].instruction:
             raise InvalidTask(
@@ -107,10 +107,9 @@ def shared_instruction(rows: Sequence[Row]) -> str:
 
 
 def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: bool = True) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) for each row, such as ("row 3 of x", row); class numbers of a data set become class names.
+    """Yield (place, unread row) for every row, with a place such as "row 3 of x"; a data set's class numbers become names.
 
-    Raises InvalidTask if these are not rows, for an unreadable file, and, with `one_split`, for rows of more than one
-    `split`.
+    Raises InvalidTask if `given` is not rows, for an unreadable file, and, with `one_split`, if rows are of several splits.
     """
     first = ""
     for where, row in _source(given, noun, of):
@@ -125,7 +124,7 @@ def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: boo
 
 
 def read_row(row: Any, where: str, *, targets: Targets = "one") -> Row:
-    """Read one row, which is called `where` in messages. Raises InvalidTask for another form, or without a target."""
+    """Read one row; `where` names it in error messages. Raises InvalidTask for another form, or without a target."""
     match row:
         case Mapping():
             return _of_mapping({str(name): value for name, value in row.items() if not _is_missing(value)}, where, targets)
@@ -166,7 +165,7 @@ def _source(given: GivenRows, noun: str, of: str) -> Iterator[tuple[str, Any]]:
 
 
 def _records(given: Any) -> Iterable[Any] | None:
-    """Return the rows of a frame (pandas, polars), whose iteration gives columns; else an iterator, or None without one."""
+    """Return the rows of a pandas or polars frame, else an iterator over `given`; None for a text or without an iterator."""
     if isinstance(given, str | bytes):
         return None
     if hasattr(given, "to_dicts"):
@@ -180,7 +179,7 @@ def _records(given: Any) -> Iterable[Any] | None:
 
 
 def _class_names(features: Any) -> dict[str, Sequence[str]]:
-    """Return the names of the classes of each column that has integers for them."""
+    """Return {column: names of its classes} for those columns of a data set that store classes as integers."""
     if not isinstance(features, Mapping):
         return {}
     named = {column: getattr(feature, "names", None) for column, feature in features.items()}
@@ -190,7 +189,7 @@ def _class_names(features: Any) -> dict[str, Sequence[str]]:
 def _with_names(row: Mapping[str, Any], names_of: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     changed = dict(row)
     for column, names in names_of.items():
-        # -1 stands for a label that is not known
+        # -1 is an unknown label
         if isinstance(row.get(column), int) and 0 <= row[column] < len(names):
             changed[column] = names[row[column]]
     return changed
@@ -198,7 +197,7 @@ def _with_names(row: Mapping[str, Any], names_of: Mapping[str, Sequence[str]]) -
 
 def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        # no other line break than this ends a line: texts may hold the rest
+        # line breaks are not translated: only a line feed ends a line, and texts may contain the others
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidTask(f"{path} is not UTF-8 text (byte {error.start}); give a JSONL or CSV file") from error
@@ -211,7 +210,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def located_lines(lines: Iterable[str], of: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) of each line of JSON that is not blank. Raises InvalidTask for a line that is not JSON."""
+    """Yield (place, unread row) for every line of JSON that is not blank. Raises InvalidTask for a line that is not JSON."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -263,7 +262,7 @@ def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
 
 
 def _of_chat(chat: Conversation, given: Any, instruction: str, where: str, targets: Targets) -> Row:
-    """Make a row of the turns before an answer, and of the answer, if there is one."""
+    """Make a row from the turns before an answer, and the answer or answers `given` (None: no answer)."""
     roles = [role for role, _ in chat.turns]
     if (given is None and targets not in ("any", "none")) or not roles or roles[-1] != "user":
         said = ", ".join([*roles, *([] if given is None else ["assistant"])]) or "nobody"
@@ -284,13 +283,13 @@ def _texts(given: Any, answer: str, where: str, targets: Targets) -> list[str]:
 
 
 def _columns(row: Mapping[str, Any], where: str, targets: Targets) -> tuple[str, str | None]:
-    """Return the columns of the input and of the target. Raises InvalidTask where none or several have them."""
+    """Return the columns of the input and the target (None: no target). Raises InvalidTask unless just one pair fits."""
     columns: list[tuple[str, str | None]] = [
         (column, answer) for column, answers in COLUMNS.items() if column in row for answer in answers if answer in row
     ]
     if not columns and targets in ("any", "none"):
         columns = [(column, None) for column in COLUMNS if column in row]
-    # a prompt has been made of the input beside it
+    # a column `prompt` was made from the column `input` beside it, and takes precedence
     if any(column == "prompt" for column, _ in columns):
         columns = [pair for pair in columns if pair[0] != "input"]
     columns += [("messages", None)] if "messages" in row else []
@@ -300,7 +299,7 @@ def _columns(row: Mapping[str, Any], where: str, targets: Targets) -> tuple[str,
     if columns:
         pairs = " and ".join("/".join(filter(None, pair)) for pair in columns)
         raise InvalidTask(f"{has:.300}, in which {pairs} could be the texts: leave the columns of one")
-    # the form of which most is there
+    # the error names what is missing of the form that has most columns in the row
     column, answers = max(COLUMNS.items(), key=lambda form: (form[0] in row) + any(answer in row for answer in form[1]))
     missing = [] if column in row else [repr(column)]
     missing += [] if any(answer in row for answer in answers) else [" or ".join(map(repr, answers))]
@@ -324,7 +323,7 @@ def _are_targets(value: Any, targets: Targets) -> bool:
 
 def _checked(value: Any, text: str, where: str, targets: Targets) -> tuple[str, ...]:
     row_targets = () if targets == "none" else tuple(_listed(value))
-    # what is not learned or compared may be empty
+    # targets that are neither learned nor compared may be empty
     if targets in ("one", "several") and not all(target.strip() for target in row_targets):
         raise InvalidTask(f"{where} (input {text!r:.60}) has an empty target; there is nothing to learn from it")
     return row_targets

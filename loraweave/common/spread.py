@@ -1,7 +1,7 @@
-"""Independent pieces of work on the workers that joblib names: processes of this machine, or an entry of `workers`.
+"""Independent pieces of work, run by joblib's workers: processes of this machine, or an entry of the registry `workers`.
 
-Where pieces run is joblib's to say, as in scikit-learn: `n_jobs=`, or `with joblib.parallel_config(backend="dask"):`. They
-are handed out by the backend's own executor and not by `joblib.Parallel`, which ends all pieces when one worker is lost
+As in scikit-learn, `n_jobs=` or `with joblib.parallel_config(backend="dask"):` says where pieces run. They are submitted to
+the backend's own executor, not to `joblib.Parallel`, which ends all pieces when one worker is lost
 (https://joblib.readthedocs.io/en/stable/generated/joblib.parallel_config.html names the backends).
 """
 
@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# workers that a piece may lose before it is given up: it may be what kills them
+# how many workers may be lost with a piece before it is given up, since the piece may be the cause
 TRIES = 5
-# how long a look at running pieces, and at the process that started this one, is believed
+# seconds from one look at the running pieces, or at whether the parent process still lives, to the next
 LOOK_S = 2.0
 
 
@@ -51,7 +51,7 @@ class Failed:
 
 
 class Workers(Protocol):
-    """Workers that run pieces, `room` of them at a time. Raises WorkersFailed where no worker will come back."""
+    """Workers that run up to `room` pieces at a time. Raises WorkersFailed if no worker is left, or will come back."""
 
     @property
     def room(self) -> int: ...
@@ -62,10 +62,10 @@ class Workers(Protocol):
 
 
 def processes_here(n_jobs: int | None) -> int | None:
-    """Return how many processes of this machine would work at once: 1 if only this one does, or a cluster.
+    """Return how many processes of this machine would work at once: 1 if only this one would, or a cluster.
 
-    None where neither `n_jobs` nor joblib.parallel_config asks for anything. Raises WorkersFailed for a number that is none,
-    and for a backend that pieces cannot be spread over.
+    Returns None if neither `n_jobs` nor joblib.parallel_config is set. Raises WorkersFailed for an invalid `n_jobs`, and for
+    a backend that cannot run pieces.
     """
     _, kind, jobs = _asked(n_jobs)
     if kind not in HERE:
@@ -74,7 +74,7 @@ def processes_here(n_jobs: int | None) -> int | None:
         return None if n_jobs is None else 1
     if jobs is None or jobs > 0:
         return jobs
-    # as many as have cores for their threads; -2 leaves one of them out
+    # -1 is as many processes as have cores for their threads, -2 one fewer
     every: int = joblib.cpu_count() // torch.get_num_threads()
     return max(1, every + 1 + jobs)
 
@@ -87,19 +87,19 @@ def spread(
     label: str,
     bar: Progress,
 ) -> Iterator[tuple[str, Result | Failed]]:
-    """Yield (name, work(piece)) of every piece as it ends, or why it failed; in this process and in order unless spread.
+    """Yield (name, work(piece) or Failed) for every piece as it ends; without workers, in this process and in order.
 
-    `work` and the pieces are pickled. A worker has as many threads of torch as this process, and runs one piece at a time,
-    so that a result has the bits that it has here. A piece whose worker dies runs again on another, at most TRIES times, and
-    costs the others nothing: what it writes must be the same, and whole, when it is written twice. Leaving the iteration
-    ends what runs. Raises WorkersFailed as `processes_here` does, and as a cluster's workers do.
+    `work` and the pieces are pickled. A worker has as many torch threads as this process and runs one piece at a time, so
+    that a result has the same bits as here. A piece whose worker dies runs again on another, at most TRIES times, without
+    loss to other pieces: files that a piece writes must be the same, and whole, when it runs twice. Leaving the iteration
+    ends the pieces that run. Raises WorkersFailed as `processes_here` does, and if a cluster has no workers left.
     """
     with crew(n_jobs) as workers:
         yield from workers.spread(work, pieces, label=label, bar=bar)
 
 
 def spreader(part: str, n_jobs: int | None) -> Any:
-    """Return the extension's module that spreads this part of the work, or None where this process does it all.
+    """Return the extension's module that spreads `part`, the name of some work, or None if this process does it all.
 
     Raises WorkersFailed as `processes_here` does, PackageMissing if workers are asked for and no extension spreads the part.
     """
@@ -116,7 +116,7 @@ def spreader(part: str, n_jobs: int | None) -> Any:
 
 @contextmanager
 def crew(n_jobs: int | None) -> Iterator[Crew]:
-    """Yield the workers for rounds of pieces. Leaving the block ends what runs, and the processes of loky.
+    """Yield workers for several rounds of pieces. Leaving the block ends running pieces and worker processes.
 
     Raises WorkersFailed as `processes_here` does.
     """
@@ -134,7 +134,7 @@ def crew(n_jobs: int | None) -> Iterator[Crew]:
 
 
 class Crew:
-    """Workers that keep between rounds what they have loaded; without `workers` this process does all."""
+    """Workers that keep loaded models between rounds of pieces; if `workers` is None, this process does all the work."""
 
     def __init__(self, workers: Workers | None) -> None:
         self._workers = workers
@@ -147,7 +147,7 @@ class Crew:
     def spread(
         self, work: Callable[[Item], Result], pieces: Mapping[str, Item], *, label: str, bar: Progress
     ) -> Iterator[tuple[str, Result | Failed]]:
-        """Run one round, as the function `spread` does."""
+        """Yield (name, work(piece) or Failed) for every piece of one round, as the function `spread` does."""
         workers = self._workers
         shown = bar.add_task(label, total=len(pieces), loss="", left="")
         if workers is None:
@@ -160,14 +160,14 @@ class Crew:
         running: dict[Future[Any], str] = {}
         call = partial(_carry_out, work, torch.get_num_threads())
         while waiting or running:
-            # also where none waits: a cluster that is gone is found out here
+            # `room` is read even if no piece waits: it raises if the cluster is gone
             while len(running) < workers.room and waiting:
                 name = waiting.popleft()
                 running[workers.submit(partial(call, pieces[name]))] = name
             bar.update(shown, description=f"{label} {_listed(running.values())}")
             for future in wait(running, timeout=LOOK_S, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
-                # a cluster that goes away cancels what it had
+                # a cluster that goes away cancels its futures
                 lost = CancelledError("cancelled") if future.cancelled() else future.exception()
                 tries[name] += 1
                 if lost is not None and tries[name] < TRIES:
@@ -179,7 +179,7 @@ class Crew:
 
 
 def require_all(outcomes: Mapping[str, Result | Failed]) -> dict[str, Result]:
-    """Return the results, or raise the error of the first piece that failed, with a note of the others that did."""
+    """Return the results by name, or raise the error of the first piece that failed, with notes about the other failures."""
     failed = {name: outcome.error for name, outcome in outcomes.items() if isinstance(outcome, Failed)}
     for name, error in failed.items():
         error.add_note(f"this was piece {name!r} of {len(outcomes)}; the same call runs what failed again")
@@ -213,19 +213,19 @@ _ONE_AT_A_TIME = threading.Lock()
 def _carry_out(work: Callable[[Item], Result], threads: int, piece: Item) -> Result | Failed:
     """Set torch's number of threads to the caller's `threads` in a worker, and return work(piece), or Failed."""
     with _ONE_AT_A_TIME:
-        # sums of another number of threads round otherwise
+        # a sum rounds differently with another number of threads
         torch.set_num_threads(threads)
         return _attempt(work, piece)
 
 
 def _attempt(work: Callable[[Item], Result], piece: Item) -> Result | Failed:
     try:
-        # a piece spreads nothing itself
+        # work inside a piece is not spread again
         with joblib.parallel_config(backend="sequential"):
             return work(piece)
     except Exception as error:
         try:
-            # an error whose parts cannot travel would look like a lost worker
+            # an error that cannot be pickled would look like a lost worker
             pickle.loads(pickle.dumps(error))
         except Exception:
             return Failed(RuntimeError(f"{type(error).__name__}: {error}"))
@@ -238,7 +238,7 @@ HERE = ("loky", "sequential")
 def _asked(n_jobs: int | None) -> tuple[Any, str, int | None]:
     """Return (backend, kind, number of workers): joblib's active backend, and `n_jobs` or else joblib's own (None: unset).
 
-    The kind is the first word of the backend's class, or of one that it extends: of `HERE`, or an entry of `workers`.
+    The kind is the first word in the class name of the backend or of a base class: one of `HERE`, or an entry of `workers`.
     """
     backend, said = get_active_backend()
     if n_jobs is not None and not (is_whole(n_jobs, -sys.maxsize) and n_jobs):
@@ -259,7 +259,7 @@ def _asked(n_jobs: int | None) -> tuple[Any, str, int | None]:
 
 
 class _Processes:
-    """Processes of this machine, each with an executor of its own, since one that lost a process ends all of its others."""
+    """Processes of this machine, each in an executor of its own: an executor that loses one process ends all its others."""
 
     def __init__(self, number: int) -> None:
         self.room = number
@@ -293,7 +293,7 @@ class _Processes:
 
 
 def _end_with(driver: int) -> None:
-    """End this process soon after the one that started it: a driver that is killed cannot see to that itself."""
+    """End this process soon after its parent, whose process id is `driver`: a parent that is killed cannot end it."""
 
     def watch() -> None:
         while os.getppid() == driver:
