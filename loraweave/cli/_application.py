@@ -1,6 +1,6 @@
 """The parts that commands share: errors as one line and an exit status, `--debug` wherever it is written, flags, output.
 
-Tables and JSON go to stdout, notes and progress to stderr. The root group also takes in the verbs of extensions and of
+Tables and JSON go to stdout, notes and progress to stderr. The root group also takes in the commands of extensions and of
 other packages.
 """
 
@@ -108,7 +108,7 @@ app = typer.Typer(
 def quiet_libraries() -> None:
     """Silence what other libraries log or warn of below errors, such as parts of theirs that did not load at start-up.
 
-    Of libraries that set a level of their own only what stands above every command is left out.
+    Libraries that set a level of their own keep it, but for the part of torch that would warn before every command.
     """
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("loraweave").setLevel(logging.WARNING)
@@ -120,7 +120,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def _unverified_bases_as_lines() -> Iterator[None]:
-    """Print which check of the base model was possible, one line of stderr for each text; other warnings as usual."""
+    """Print each different BaseModelUnverified warning once, as a line of stderr; show other warnings as usual."""
     said: set[str] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("always", BaseModelUnverified)
@@ -163,7 +163,7 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def show_rows(as_json: bool, value: Any, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print the value as JSON on stdout, or rows as a table."""
+    """Print the value as JSON on stdout if `as_json`, else the rows as a table."""
     if as_json:
         print_json(value)
     else:
@@ -176,7 +176,7 @@ def note(text: str) -> None:
 
 
 def answer(as_json: bool, value: Any, *notes: str) -> None:
-    """Print the value as JSON on stdout, or notes for a person."""
+    """Print the value as JSON on stdout if `as_json`, else the notes on stderr, for a person."""
     if as_json:
         print_json(value)
         return
@@ -185,7 +185,7 @@ def answer(as_json: bool, value: Any, *notes: str) -> None:
 
 
 def progress_to_stderr() -> None:
-    """Make the bars of long calls, which use rich's own console, leave stdout to the result."""
+    """Send the progress bars of long calls, on rich's global console, to stderr, so that stdout has only results."""
     import rich
 
     rich.reconfigure(stderr=True)
@@ -205,7 +205,7 @@ def composition_row(stored: StoredComposition) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Convert a value to JSON types."""
+    """Convert a value to JSON types: NaN and infinity to None, and unknown types to text."""
     match value:
         case Mapping():
             return {str(key): plain(inner) for key, inner in value.items()}

@@ -1,4 +1,4 @@
-"""Readers of what commands are given: rows of examples, weights, options, and adapters from folders or a hub."""
+"""Readers of the arguments of commands: rows of examples, weights, options, and adapters from folders or a hub."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ DTYPES = ("float32", "bfloat16", "float16", "fast")
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file, at least one; none where a task has only an instruction."""
+    """The rows of a file of examples; no rows for a task that only has an instruction."""
 
     rows: tuple[Row, ...]
 
     def examples(self) -> list[tuple[Prompt, str]]:
-        """Return (input, target) of each row, with the first of its targets."""
+        """Return (input, first accepted target) of every row."""
         return [(row.asked, row.targets[0]) for row in self.rows]
 
     def accepted(self) -> list[tuple[Prompt, list[str]]]:
-        """Return (input, accepted targets) of each row."""
+        """Return (input, accepted targets) of every row."""
         return [(row.asked, list(row.targets)) for row in self.rows]
 
     def task(
@@ -56,9 +56,9 @@ class Rows:
         labels: Sequence[str] | None = None,
         num_examples: int | None = None,
     ) -> Task:
-        """Make a task of these rows, or of the first of them; a `system`, also an empty one, makes a chat of it.
+        """Make a task of the first `num_examples` rows, by default all; a `system` turn, even an empty one, makes it a chat.
 
-        Raises InvalidTask where no instruction is given and theirs differ.
+        Raises InvalidTask if no instruction is passed and those of the rows differ.
         """
         if instruction is None:
             instruction = shared_instruction([row for row in self.rows if row.chat is None])
@@ -69,7 +69,7 @@ class Rows:
 def read_rows(path: Path, *, split: str) -> Rows:
     """Read a .jsonl or .csv file, or stdin for `-`, without the rows whose field "split" differs from `split`.
 
-    Raises InvalidTask with the file and line.
+    Raises InvalidTask, with the file and line, for a row that cannot be read, and if no row is left.
     """
     located_rows = _of_stdin() if path == STDIN else located(path, one_split=False)
     read = [read_row(row, where, targets="several") for where, row in located_rows]
@@ -85,7 +85,7 @@ def read_rows(path: Path, *, split: str) -> Rows:
 
 
 def _of_stdin() -> Iterator[tuple[str, Any]]:
-    """Yield (place, row): lines of JSON from a pipe, or what the person at the terminal answers, up to an empty input."""
+    """Yield (place, unread row): lines of JSON from a pipe, or answers typed at a terminal until an empty input."""
     if is_terminal():
         note("give examples of the task, one at a time; an empty input ends them")
         while text := typer.prompt("input", default="", show_default=False, err=True):
@@ -95,7 +95,7 @@ def _of_stdin() -> Iterator[tuple[str, Any]]:
 
 
 def is_terminal() -> bool:
-    """Return whether a person types what stdin gives."""
+    """Return whether stdin is a terminal, at which a person types, and not a pipe or a file."""
     return sys.stdin.isatty()
 
 
@@ -105,7 +105,7 @@ def read_weights(text: str | None, sources: Sequence[str]) -> list[float]:
     if text is None:
         return [1 / count] * count
     parts = text.split(",")
-    # the shell splits at blanks, and numbers after one come as adapters
+    # the shell splits at blanks, so that numbers after a blank arrive as names of adapters
     stray = [source for source in sources if _is_number(source)]
     if stray and len(parts) != count:
         whole = ",".join([*filter(None, parts), *stray])
@@ -117,7 +117,7 @@ def read_weights(text: str | None, sources: Sequence[str]) -> list[float]:
 
 
 def read_options(given: Sequence[str], *, reserved: Sequence[str] = ()) -> dict[str, Any]:
-    """Read NAME=VALUE pairs; a value is JSON if it can be read so, else text. `reserved` names have a flag of their own."""
+    """Parse NAME=VALUE pairs, each value as JSON if possible, else as text. `reserved` names are refused: flags set them."""
     options: dict[str, Any] = {}
     for pair in given:
         name, equals, value = pair.partition("=")
@@ -135,7 +135,7 @@ def read_options(given: Sequence[str], *, reserved: Sequence[str] = ()) -> dict[
 
 
 def read_named_weights(given: Sequence[str]) -> dict[str, float]:
-    """Read NAME=NUMBER pairs; the last equals sign separates, since names are free text."""
+    """Parse NAME=NUMBER pairs, split at the last equals sign, since the name of an adapter may contain others."""
     weights: dict[str, float] = {}
     for pair in given:
         name, equals, value = pair.rpartition("=")
@@ -148,7 +148,7 @@ def read_named_weights(given: Sequence[str]) -> dict[str, float]:
 
 
 def read_labels(text: str | None) -> list[str] | None:
-    """Split labels at commas; None if there is no text."""
+    """Split a text of labels at its commas; return None for None."""
     if text is None:
         return None
     labels = [label.strip() for label in text.split(",")]
@@ -165,12 +165,12 @@ def open_hub(place: str) -> lw.Hub:
         raise HubError(
             f"no hub in {place!r}; `loraweave hub add FOLDER --hub {place}` makes one, --hub or LORAWEAVE_HUB names another"
         )
-    # a hub in a folder knows where its blobs are, and one on PostgreSQL when they are at a URL
+    # a hub in a folder has recorded where its blobs are; a hub on PostgreSQL has so if they are at a URL
     return lw.Hub(place, blobs=os.environ.get("LORAWEAVE_BLOBS") if "://" in place else None)
 
 
 def read_adapter(source: str, hub: str) -> lw.Adapter:
-    """Open the adapter in a folder, or of that name in the hub. Raises BadParameter for a word that is both."""
+    """Open the adapter in the folder `source`, or the hub's adapter of that name. Raises BadParameter if both exist."""
     import loraweave as lw
 
     has_hub = hub_exists(hub)
@@ -189,7 +189,7 @@ def read_adapter(source: str, hub: str) -> lw.Adapter:
 
 
 def read_formula(sources: Sequence[str], hub: str) -> lw.Formula | None:
-    """Parse the formula that the only source is; None for a folder, a name of the hub, several sources, or without a hub."""
+    """Parse a single source as a formula; return None for a folder, a name in the hub, several sources, or without a hub."""
     import loraweave as lw
 
     if len(sources) != 1 or Path(sources[0]).is_dir() or not hub_exists(hub):
@@ -199,15 +199,15 @@ def read_formula(sources: Sequence[str], hub: str) -> lw.Formula | None:
 
 
 def is_recipe(sources: Sequence[str]) -> bool:
-    """Return whether the only source is a YAML file."""
+    """Return whether `sources` is a single YAML file that exists."""
     return len(sources) == 1 and sources[0].lower().endswith((".yaml", ".yml")) and Path(sources[0]).is_file()
 
 
 def merge_recipe(path: Path, hub: str, seed: int, rules: Mapping[str, Any]) -> tuple[lw.Adapter, str]:
-    """Merge by a recipe; return the adapter, and the dtype to write it in. Given flags take precedence over its keys.
+    """Merge adapters by the recipe in a YAML file; return the merged adapter, and the name of the dtype to save it in.
 
-    A formula is over the recipe's `pool`, its `hub`, or else `hub`. The adapters of a file that an extension reads are
-    folders beside it, or those of `hub`.
+    `rules`, from flags, take precedence over the recipe's keys. A formula names adapters of the recipe's `pool` or `hub`,
+    else of `hub`. A recipe that an extension reads names folders beside the file, or adapters of `hub`.
     """
     import loraweave as lw
 
@@ -232,10 +232,10 @@ def merge_recipe(path: Path, hub: str, seed: int, rules: Mapping[str, Any]) -> t
 
 
 def read_merge_file(path: Path) -> Any:
-    """Return the keys of a file with a formula, or the recipe that an extension's `merge_files` reads from another file.
+    """Return a YAML file's mapping if it has a formula, else the recipe that an extension's `merge_files` reads from it.
 
-    A recipe has `merge(find, seed=, **rules)`, which returns the merged adapter and calls `find(name)` for each parent, and
-    the `dtype` to write it in. Raises WeightingError for a file that nothing reads.
+    Such a recipe has `merge(find, seed=, **rules)`, which returns the merged adapter and calls `find(name)` for each parent,
+    and the `dtype` to save it in. Raises WeightingError for a file that no extension reads.
     """
     said = read_yaml(path, WeightingError)
     if "formula" not in said:
@@ -254,7 +254,7 @@ def read_merge_file(path: Path) -> Any:
 
 
 def read_pool(folder: Path) -> lw.ExpertPool:
-    """Open the adapter folders directly in `folder`, in order of their names. Raises WeightingError if there is none."""
+    """Open all adapter folders directly in `folder`, in order of their names. Raises WeightingError if there is none."""
     import loraweave as lw
     from loraweave.hub.sources import adapter_folders
 
@@ -265,7 +265,7 @@ def read_pool(folder: Path) -> lw.ExpertPool:
 
 
 def load_model(base: str | None, dtype: str | None = None) -> tuple[Any, Any]:
-    """Load (model, tokenizer) of a base model; the bar of its loading is for terminals only, not for logs and pipes."""
+    """Load (model, tokenizer) of a base model; a progress bar shows on terminals only, not in logs and pipes."""
     require_dtype(dtype)
     import loraweave as lw
     from loraweave.hub.base import fast_dtype
@@ -279,7 +279,7 @@ def load_model(base: str | None, dtype: str | None = None) -> tuple[Any, Any]:
 
 
 def require_dtype(dtype: str | None) -> None:
-    """Raise BadParameter for a --dtype that load_model does not take."""
+    """Raise BadParameter unless a --dtype is None or a name that `load_model` takes."""
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"--dtype takes {', '.join(DTYPES)}, not {dtype!r}")
 
@@ -291,9 +291,9 @@ def is_given(context: typer.Context, name: str) -> bool:
 
 
 def require_free(folder: Path, *own: str, replace: bool = True) -> None:
-    """Raise AdapterExists, before long work, if `folder` holds anything but an earlier result, known by a file of `own`.
+    """Raise AdapterExists unless `folder` is missing, empty, or an earlier result, which has one of the files `own`.
 
-    Without `replace` also if it holds a result, which --force would overwrite.
+    With replace=False an earlier result raises, too: only --force would overwrite it. Meant to be called before long work.
     """
     earlier = any((folder / file).is_file() for file in own)
     if folder.exists() and not (folder.is_dir() and (earlier or not any(folder.iterdir()))):
@@ -303,16 +303,16 @@ def require_free(folder: Path, *own: str, replace: bool = True) -> None:
 
 
 def recorded_base(folder: Path) -> str | None:
-    """Return the base model that a composition folder names, or None; raises what reading the folder raises."""
+    """Return the base model that a composition folder names, or None. Raises as `SavedRecipe.read` does."""
     from loraweave.composer.compose.report import SavedRecipe
 
     return SavedRecipe.read(folder).base_model or None
 
 
 def require_one_adapter(folder: Path, command: str, *rest: str) -> None:
-    """Raise ScopeError if `folder` holds an average or a program, with `command` and `rest` for each of its parts.
+    """Raise ScopeError if the composition in `folder` is an average or a program of several parts, and not one adapter.
 
-    Parts that are averages or programs themselves are left out.
+    For every part that is one adapter, the message has a command line of `command`, the part's folder and `rest`.
     """
     from loraweave.composer.compose.report import SavedRecipe
 

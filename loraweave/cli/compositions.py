@@ -154,7 +154,7 @@ def compose(
 
 
 def _require_changeable(method: str, budget: int) -> None:
-    """Refuse methods whose result --prune, --tune and --rank cannot change."""
+    """Raise BadParameter for a method whose result --prune, --tune and --rank cannot change."""
     from loraweave.composer.compose.settings import routes
     from loraweave.composer.compose.ways import TRAINS_FROM
 

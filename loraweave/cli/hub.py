@@ -33,7 +33,7 @@ from loraweave.common.rows import read_rows
 from loraweave.errors import HubCorrupt
 from loraweave.hub.compositions import StoredComposition
 
-# what `show` prints of one field
+# the most characters of a field that `show` prints
 MAX_CELL = 400
 NamesArgument = Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters of the hub.")]
 NameArgument = Annotated[str, typer.Argument(help="An adapter of the hub.")]
@@ -254,7 +254,7 @@ def bind(
 
 
 def _samples(path: Path) -> list[str] | list[tuple[str, str]]:
-    """Return the inputs of the rows, with their first targets where every row has one."""
+    """Read a file of rows; return (input, first target) of each row if all have targets, else the inputs alone."""
     read = read_rows(path, targets="any", one_split=False)
     if all(row.targets for row in read):
         return [(row.input, row.targets[0]) for row in read]
