@@ -46,7 +46,7 @@ def delta(factors: Factors) -> Tensor:
 
 
 def bind(factors: Factors, weight_OI: Tensor, bias_O: Tensor | None) -> Factors:
-    """Return the update without what depends on the base layer, whose weight and bias (None: no bias) are given.
+    """Return the update in a form that no longer needs the base layer, given its weight and bias (None: no bias).
 
     DoRA (Liu et al. 2024, eq. 5) with m = magnitude: y = m/|W + b a| * (W + b a) x, hence gain = m/|W + b a| - 1 and b is
     scaled by 1 + gain. A trained bias becomes its difference to the base's.
@@ -106,7 +106,7 @@ def negate(factors: Factors) -> Factors:
 
 
 def add(terms: Sequence[Factors]) -> Factors:
-    """Return the exact sum of updates; ranks add up (concatenation). The sum of one update is itself."""
+    """Return the exact sum of updates; ranks add up (concatenation). A single update is returned as it is."""
     first = terms[0]
     if len(terms) == 1:
         return first
@@ -155,7 +155,7 @@ def orthonormal(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def within_sides(factors: Factors) -> Factors:
-    """Return the update at a rank of at most min(O, I): above, one factor is the identity, the other b a, in float64."""
+    """Return the update at a rank of at most min(O, I): above, the identity times the dense b a, in float64."""
     num_out, num_in = factors.b_OR.shape[0], factors.a_RI.shape[1]
     if factors.rank <= min(num_out, num_in):
         return factors
@@ -183,8 +183,8 @@ def require_in_range(factors: Factors, where: str) -> None:
 def within_range(tensors: Iterable[Tensor]) -> bool:
     """Return whether all values, and all products and sums of products of two tensors, are surely finite in fp32.
 
-    By Cauchy and Schwarz the norm of all together bounds them, which takes one pass; tensors that fill one memory, as those
-    read from a file do, are one vector. False says only that each has to be looked at; so do tensors of whole numbers.
+    By Cauchy and Schwarz the norm of all tensors together bounds them, which takes one pass; tensors that fill one storage,
+    as those read from a file do, are read as one vector. False, also for integer tensors, says only that each needs a check.
     """
     by_memory: dict[tuple[int, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
@@ -208,7 +208,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """Return the tensor for storage: detached, fp32, in this machine's memory; itself if it is all that already."""
+    """Return the tensor for storage: detached, fp32, in this machine's memory; the tensor itself if it is so already."""
     # three calls that do nothing take longer than this question, and an adapter has hundreds of tensors
     if tensor.dtype is torch.float32 and tensor.is_cpu and not tensor.requires_grad:
         return tensor
@@ -216,7 +216,7 @@ def on_host(tensor: Tensor) -> Tensor:
 
 
 def is_zero(factors: Factors) -> bool:
-    """Return whether the update leaves every output alone; unbound parts count as an effect."""
+    """Return whether the update changes no output; False for an update that needs its base layer."""
     if not factors.bound:
         return False
     rest = [part for part in (factors.gain_O, factors.bias_O) if part is not None]
@@ -286,7 +286,7 @@ def components(factors: Factors) -> list[Factors]:
 
 
 class CutSum(NamedTuple):
-    """A weighted sum at a smaller rank, the relative error of the cut, and <w_i D_i, w_j D_j> where the cut needed it."""
+    """A weighted sum cut to a smaller rank, the cut's relative error, and <w_i D_i, w_j D_j> if the cut computed these."""
 
     factors: Factors
     error: float
@@ -336,16 +336,16 @@ def summed_by_owner(product_SS: Array, ranks: Sequence[int]) -> Array:
 
 
 def among(values_PP: Array, places: Sequence[int], size: int) -> Array:
-    """Return a matrix (size, size) of zeros with these values in the rows and columns of `places`."""
+    """Return a matrix (size, size) of zeros, with `values_PP` in the rows and columns that `places` numbers."""
     matrix: Array = np.zeros((size, size), dtype=values_PP.dtype)
     matrix[np.ix_(places, places)] = values_PP
     return matrix
 
 
 def truncated(a_SI: Array, b_OS: Array, rank: int, grams: tuple[Array, Array] | None = None) -> Triplets:
-    """Return (a_RI, b_OR, error) of the best approximation of b a; `rank` is at most the smaller of O, S and I.
+    """Return (a_RI, b_OR, error) of the best approximation of b a; `rank` is at most the smallest of O, S and I.
 
-    `grams` are a a^T and b^T b if they are known already; they stay as they are.
+    `grams` are a a^T and b^T b if they are known already; they are not changed.
     """
     num_out, num_in = b_OS.shape[0], a_SI.shape[1]
     if a_SI.shape[0] < min(num_out, num_in):
@@ -361,7 +361,7 @@ def truncated(a_SI: Array, b_OS: Array, rank: int, grams: tuple[Array, Array] | 
 
 
 def _by_grams(a_SI: Array, b_OS: Array, rank: int, gram_a_SS: Array, gram_b_SS: Array) -> Triplets | None:
-    """Truncate by Gram matrices, or return None if their rounding could be seen."""
+    """Return `truncated`, computed from Gram matrices; None where their rounding could be seen."""
     size = float(np.linalg.norm(gram_a_SS) * np.linalg.norm(gram_b_SS))
     if size == 0.0:
         return _nothing(a_SI, b_OS, rank)
@@ -381,7 +381,7 @@ def _by_grams(a_SI: Array, b_OS: Array, rank: int, gram_a_SS: Array, gram_b_SS: 
 
 
 def by_dense_gram(delta_OI: Array, rank: int) -> Triplets | None:
-    """Return (a_RI, b_OR, error) of a dense matrix with O <= I; None where the rounding of its Gram matrix could be seen."""
+    """Return `truncated` of a dense matrix with O <= I; None where the rounding of its Gram matrix could be seen."""
     gram_OO = delta_OI @ delta_OI.T
     size, total = float(np.linalg.norm(gram_OO)), float(gram_OO.trace())
     if total == 0.0:
@@ -423,7 +423,7 @@ def _numpy(tensor: Tensor) -> NDArray[Any]:
 
 
 def weighted_sum(parts: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
-    """Return the sum of w_e part_e over the parts that are there, fp32; None when none is."""
+    """Return the sum of w_e part_e over the parts that are not None, fp32; None if all are."""
     present = [part.double() * weight for part, weight in zip(parts, weights, strict=True) if part is not None]
     return torch.stack(present).sum(dim=0).float() if present else None
 

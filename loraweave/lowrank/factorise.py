@@ -49,11 +49,11 @@ def factorise(delta_OI: Tensor, *, rank: int | None = None, max_error: float = 0
     """Return (a_RI, b_OR, error): factors with b a = delta, fp32, and their relative Frobenius error, 0 to 1.
 
     With `rank`, the best approximation of at most that rank (Eckart-Young). With `max_error` above 0, the smallest rank
-    whose relative error is at most that (and at most `rank` where both are given, which wins). With neither, b a is delta
-    in fp32, bit for bit: one factor is the identity. A delta of zeros gives factors of rank 0.
+    whose relative error is at most that (and at most `rank` where both are given, which wins). With neither, b a is delta in
+    fp32, bit for bit: one factor is the identity. A delta of zeros gives factors of rank 0.
 
-    The error is at most 1e-6 of itself, or 5e-7, above that of the best approximation: what was found in fp32 is checked
-    against a bound, and done again in float64 where the bound does not show it. The largest entry of each column of b is
+    The error is at most 1e-6 of itself, or 5e-7, above that of the best approximation: a result in fp32 is checked against a
+    bound, and computed again in float64 where the bound does not show this. The largest entry of each column of b is
     positive. Takes the memory of the Gram matrix of the smaller side, at sides above 1,024 usually a small part of that.
     """
     num_out, num_in = delta_OI.shape
@@ -248,7 +248,7 @@ def _orthonormal(x_NW: Array) -> Array:
 
 @lru_cache(maxsize=4)
 def _start(size: int, width: int) -> Array:
-    """Return fixed pseudo-random columns, so that a search gives the same every time."""
+    """Return fixed pseudo-random columns (size, width), so that a search gives the same result every time."""
     return np.random.Generator(np.random.Philox(key=0)).standard_normal((size, width), dtype=np.float32)
 
 
