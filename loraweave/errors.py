@@ -111,7 +111,7 @@ class RetrievalError(LoraweaveError):
 
 
 class EmptyIndex(RetrievalError, LookupError):
-    """A search in which there is nothing to find."""
+    """A search of a hub or an index that holds nothing to find."""
 
 
 class DimensionMismatch(RetrievalError, ValueError):
@@ -135,7 +135,7 @@ class InvalidTask(WeightingError):
 
 
 class FormulaError(WeightingError):
-    """A formula that cannot be read, or that names what is not there; the message ends in it with a caret at the place."""
+    """A formula that cannot be read or names a missing adapter; the message ends with the formula, a caret at the place."""
 
 
 class SearchFailed(WeightingError, RuntimeError):
@@ -187,4 +187,4 @@ class UnknownName(LoraweaveError, LookupError):
 
 
 class BaseModelUnverified(UserWarning):
-    """Adapters whose layers fit the model by names and shapes, while neither weights nor ids say that it is their base."""
+    """Adapters whose layers fit the model by names and shapes, while neither weights nor ids show that it is their base."""

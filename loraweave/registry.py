@@ -1,8 +1,8 @@
 """A folder is a registry: `get("methods", "ties")` imports `composer/merge/methods/ties.py` and returns its `ties`.
 
-An extension adds files of its own by a folder of the registry's name, `extensions/x/methods/` for a method; another package
-adds a file by an entry point, `loraweave.methods` with `name = package.name`. A name of ours stays ours. Nothing has to be
-listed anywhere else.
+An extension adds its own files in a folder of the registry's name, `extensions/x/methods/` for a method; another package
+adds a file by an entry point, `loraweave.methods` with `name = package.name`. The core's names take precedence. Nothing has
+to be listed anywhere else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loraweave.errors import PluginFailed, UnknownName
 FOLDERS: dict[str, tuple[str, ...]] = {
     "methods": ("loraweave.composer.merge.methods",),
     "kernels": ("loraweave.composer.live.kernels",),
-    # of extensions alone
+    # filled by extensions alone
     "bases": (),
     "hooks": (),
     "pipelines": (),
@@ -42,23 +42,23 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "keys": ("loraweave.retrieval.keys",),
     "indexes": ("loraweave.hub.indexes",),
     "formats": ("loraweave.hub.formats",),
-    # of extensions alone, too: `save_pretrained` writes PEFT's folder
+    # filled by extensions alone, too: `save_pretrained` writes PEFT's own format
     "targets": (),
-    # and by the scheme of a hub's URL (`open_stores`): the core keeps hubs in folders
+    # likewise, and named after the scheme of a hub's URL (`open_stores`): the core keeps hubs in folders
     "catalogues": (),
     "blobs": (),
-    # and by the first word of joblib's backend (`spread`): the core's workers are processes of this machine
+    # likewise, and named after the first word of joblib's backend (`spread`): the core's workers are local processes
     "workers": (),
 }
 
 _SAVED = "of the same adapters (adapters/0, adapters/1 and so on of a router saved with its pool; see docs/tried.md)"
-# names that a folder had once: why they went, and what to use
+# {(registry, former name): why it was withdrawn, and what to use instead}
 WITHDRAWN = {
     ("routers", "mass"): f"it did not choose as the published MASS does; make 'arrow' or 'spectr' {_SAVED}",
     ("routers", "hilora"): f"it did not route as the published HiLoRA does; make 'similarity' or 'logistic' {_SAVED}",
 }
 
-# the words that `traits` takes, by registry, for its conformance suite; docs/registries.md lists them
+# {registry: {trait, a word that `traits` takes: meaning}} for conformance suites; docs/registries.md lists them
 TRAITS: dict[str, dict[str, str]] = {
     "methods": {
         "lossy": "an adapter comes back only in part, by the formula, however the weights are set",
@@ -83,7 +83,7 @@ TRAITS: dict[str, dict[str, str]] = {
     },
 }
 
-# parameters that are not a user's options: the caller of an entry gives their values
+# {registry: {parameter: meaning}} of parameters that are not a user's options: the code that calls an entry sets them
 RESERVED: dict[str, dict[str, str]] = {
     "methods": {
         "seeds": "a seed for each expert, of the merge's `seed`, the expert's content and the layer",
@@ -105,15 +105,15 @@ T = TypeVar("T", bound=Callable[..., Any])
 # the module of each entry that `get` has returned
 _got: dict[tuple[tuple[str, ...], str, str], str] = {}
 
-# the name of a registry in folders of extensions and in entry points, where it is another
+# {registry: its name in the folders of extensions and in entry points} where the two names differ
 CALLED = {"experts": "recipes"}
 
-# whose folders are the extensions; no other file of the core names one
+# the package whose folders are the extensions; no file of the core names an extension
 EXTENSIONS = "loraweave.extensions"
 
 
 def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package that imports a name's module when the name is first asked for (PEP 562).
+    """Return a package's `__getattr__`, which imports the module of a name when the name is first used (PEP 562).
 
     `names` maps dotted modules to their public names, separated by blanks. An `__init__.py` shows type checkers the same:
 
@@ -134,7 +134,7 @@ def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def extensions() -> dict[str, Path]:
-    """Return {name: folder} of the extensions that are installed, sorted by name; none of them is imported."""
+    """Return {name: folder} of the installed extensions, sorted by name, without importing any."""
     return _extensions(tuple(sys.path))
 
 
@@ -148,7 +148,7 @@ def registries() -> list[str]:
 
 
 def brought(part: str) -> dict[str, str]:
-    """Return {name: module} of what brings a part: extensions' files `part`.py, then entry points `loraweave.part`.
+    """Return {name: module} of the modules that bring a part: extensions' files `part.py`, entry points `loraweave.part`.
 
     An extension takes precedence over an entry point of the same name. No module is imported.
     """
@@ -157,31 +157,31 @@ def brought(part: str) -> dict[str, str]:
 
 
 def bringing(part: str) -> Iterator[Any]:
-    """Return an iterator over the modules that bring a part, as `brought` orders them, each imported when it is reached."""
+    """Iterate over the modules of `brought(part)`, in its order; each module is imported when the iteration reaches it."""
     return map(importlib.import_module, brought(part).values())
 
 
 def names(folder: str) -> list[str]:
-    """Return the sorted names that `get(folder, name)` accepts; only the folder is read, none of its files is imported."""
+    """Return the sorted names that `get(folder, name)` accepts. The folder is listed, and none of its files is imported."""
     return sorted(modules(folder))
 
 
 def modules(folder: str) -> dict[str, str]:
-    """Return {name: module} of a registry by the core's file, else an extension's, else what another package registers."""
+    """Return {name: module} of a registry; of one name the core's file counts, then an extension's, then a package's."""
     return {name: point.module for name, point in _plugins(folder, tuple(sys.path)).items()} | _files(folder)
 
 
 def get(folder: str, name: str) -> Any:
-    """Return the function `name` or the class `Name` of the file `name.py` in a registry folder, or of another package's.
+    """Return the function `name` or the class `Name` from the file `name.py` of a registry folder, or from another package.
 
-    Raises UnknownName, which names near misses, and PluginFailed for another package's file that cannot be used.
+    Raises UnknownName, with the nearest names, and PluginFailed for another package's file that cannot be used.
     """
     if not isinstance(name, str):
         raise UnknownName(f"{name!r:.80} is not a name of {folder}; there are {', '.join(names(folder))}")
     packages = FOLDERS.get(folder, ())
     module = _got.get((packages, folder, name))
     if module not in sys.modules:
-        # a folder takes a millisecond to list, and reading an adapter asks for every format
+        # found without listing the folder, which takes a millisecond: reading an adapter asks for every format
         module = _file_of(packages, name) or _files(folder).get(name)
         if module is None:
             return _from_plugin(folder, name)
@@ -190,10 +190,10 @@ def get(folder: str, name: str) -> Any:
 
 
 def traits(*names: str) -> Callable[[T], T]:
-    """Declare what is true of a function or class of a registry, by words of `TRAITS`; a subclass inherits its bases' own.
+    """Return a decorator that declares traits, words of `TRAITS`, of a registry's entry; subclasses inherit them.
 
-    The conformance suite skips what a trait rules out, so that no list has to name the newcomer. Raises UnknownName for a
-    word that is not declared.
+    The conformance suite skips tests that a trait rules out, so that no list has to name a new entry. Raises UnknownName for
+    a word that is not in `TRAITS`.
     """
     known: set[str] = set().union(*TRAITS.values())
     for name in names:
@@ -208,7 +208,7 @@ def traits(*names: str) -> Callable[[T], T]:
 
 
 def traits_of(thing: Any) -> frozenset[str]:
-    """Return what `traits` declares of a function or class; an empty set if nothing."""
+    """Return the traits that `traits` declared of a function or class; an empty set if none."""
     return frozenset(getattr(thing, "__traits__", ()))
 
 
@@ -222,7 +222,7 @@ def _entry(module: ModuleType, name: str) -> Any:
 
 
 def _file_of(packages: Iterable[str], name: str) -> str | None:
-    """Return the module of a file of the core, found without a list of its folder."""
+    """Return the module of the file `name.py` in the core's `packages`, found without a listing; None if there is none."""
     for package in packages if name.isidentifier() and not name.startswith("_") else ():
         try:
             spec = find_spec(f"{package}.{name}")
@@ -234,7 +234,7 @@ def _file_of(packages: Iterable[str], name: str) -> str | None:
 
 
 def _files(folder: str) -> dict[str, str]:
-    """Return {name: module} of the core's files and those of extensions."""
+    """Return {name: module} of a registry's files in the core and in extensions; the core's take precedence."""
     files: dict[str, str] = {}
     for package in _packages(folder):
         for module in pkgutil.iter_modules(_paths(package)):
@@ -244,7 +244,7 @@ def _files(folder: str) -> dict[str, str]:
 
 
 def _paths(package: str) -> Iterable[str]:
-    """Return the folders of a registry's package; that of an extension is not imported for it."""
+    """Return the folders of a registry's package, [] for a missing one; an extension's package is not imported."""
     if package.startswith(f"{EXTENSIONS}."):
         extension, folder = package.removeprefix(f"{EXTENSIONS}.").split(".")
         return [str(extensions()[extension] / folder)]
@@ -256,7 +256,7 @@ def _paths(package: str) -> Iterable[str]:
 
 @cache
 def _extensions(path: tuple[str, ...]) -> dict[str, Path]:
-    """Return what `extensions` returns, for a path on which modules are looked for."""
+    """Return {name: folder} of the installed extensions, sorted by name; `path` is sys.path, the key of the cache."""
     spec = find_spec(EXTENSIONS)
     places = [] if spec is None or spec.submodule_search_locations is None else spec.submodule_search_locations
     packages = [(module.name, place) for place in places for module in pkgutil.iter_modules([place]) if module.ispkg]
@@ -265,20 +265,20 @@ def _extensions(path: tuple[str, ...]) -> dict[str, Path]:
 
 @cache
 def _extension_packages(folder: str, path: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the packages that extensions add to a registry; registries are asked for often, folders do not change."""
+    """Return the dotted packages that extensions add to a registry; `path` is sys.path, the key of the cache."""
     inner = _called(folder)
     holders = [name for name, place in _extensions(path).items() if (place / inner / "__init__.py").is_file()]
     return tuple(f"{EXTENSIONS}.{name}.{inner}" for name in holders)
 
 
 def _called(folder: str) -> str:
-    """Return what a registry is called by folders of extensions and by entry points."""
+    """Return the name of the registry `folder` in the folders of extensions and in entry points."""
     return CALLED.get(folder, str(folder))
 
 
 @cache
 def _plugins(folder: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
-    """Return {name: entry point} of the packages on a path; nothing of them is imported."""
+    """Return {name: entry point} that packages register for a registry, none loaded; `path` is sys.path, the cache's key."""
     points: dict[str, EntryPoint] = {}
     for point in entry_points(group=f"loraweave.{_called(folder)}"):
         points.setdefault(point.name, point)
@@ -293,7 +293,7 @@ def _from_plugin(folder: str, name: str) -> Any:
         raise UnknownName(f"no {what} {name!r}{nearest(name, known, folder)}; there are {', '.join(sorted(known))}")
     whose = f"{what} {name!r} of package {point.dist.name if point.dist else '?'!r} ({point.value})"
     if point.module.rpartition(".")[2] != name:
-        # saved folders know a thing by the name of its file
+        # saved folders refer to an entry by the name of its file
         raise PluginFailed(f"{whose} is registered by another name than its file has; give both the same")
     try:
         loaded = point.load()

@@ -1,7 +1,7 @@
-"""The nouns that two rooms share. Nothing here imports torch, so that the catalogue and the command line open at once.
+"""The data types that several packages share. Nothing here imports torch, so that catalogue and command line start fast.
 
-Shape letters, also used as suffixes of tensor names: B instances, T tokens, L adapted layers, E experts, R rank,
-S rank rows of a pool (the sum of its ranks), I input features, O output features.
+Shape letters, also used as suffixes of tensor names: B instances, T tokens, L adapted layers, E experts, R rank, S rank rows
+of a pool (the sum of its ranks), I input features, O output features.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Factors:
 
 
 def own_memory(tensor: Tensor) -> Tensor:
-    """Return the tensor, copied if it is a part of a larger one, of which a pickle would hold all."""
+    """Return the tensor, or a copy if it is a view of a larger tensor, which a pickle would contain as a whole."""
     return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.detach().clone()
 
 
@@ -78,7 +78,7 @@ class Fingerprint:
     shapes: str
     samples: tuple[float, ...] = ()
 
-    # one unit in the last place of bf16, so that one checkpoint loaded in fp32, bf16 or fp16 is still itself
+    # one unit in the last place of bf16, so that a checkpoint loaded in fp32, bf16 or fp16 counts as the same
     TOLERANCE = 2.0**-7
 
     def differs(self, other: Fingerprint) -> str:
@@ -103,10 +103,10 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class BaseKey:
-    """The identification of a base model: its id, and its revision and fingerprint where they are known.
+    """The identity of a base model: its id, with its revision and fingerprint if they are known.
 
-    Weights decide where both sides have sampled them, whatever the ids; else ids, and what else both know, must agree.
-    `alike` are other keys that somebody holds for this model, though only names and shapes speak for it.
+    If both keys have sampled weights, the fingerprints alone decide whether they are of one model; otherwise ids, and
+    revisions and fingerprints that both have, must agree. `alike` are keys accepted as this model by names and shapes alone.
     """
 
     id: str
@@ -115,7 +115,7 @@ class BaseKey:
     alike: tuple[BaseKey, ...] = ()
 
     def differs(self, other: BaseKey) -> str:
-        """Return why `other` is not taken for this base model, as a phrase; "" if it is, as far as can be told."""
+        """Return why `other` is not accepted as this base model, as a phrase; "" if it is accepted."""
         if why := self.contradicts(other):
             return why
         if self.id == other.id or self._has_weights_of(other) or other in self.alike:
@@ -123,7 +123,7 @@ class BaseKey:
         return f"the ids are {self.id!r} and {other.id!r}"
 
     def contradicts(self, other: BaseKey) -> str:
-        """Return why `other` cannot be this base model, as a phrase; "" if what both know does not exclude it."""
+        """Return why `other` cannot be this base model, as a phrase; "" if nothing that both keys have excludes it."""
         fingerprint, its = self.fingerprint, other.fingerprint
         if fingerprint and its and (why := fingerprint.differs(its)):
             return why
@@ -134,24 +134,24 @@ class BaseKey:
         return ""
 
     def proves(self, other: BaseKey) -> bool:
-        """Return whether `other`, which nothing contradicts, is this base model by its weights or by its id."""
+        """Return whether sampled weights or ids show that `other`, which must not contradict this key, is the same model."""
         return self._has_weights_of(other) or (bool(self.id) and self.id == other.id)
 
     def _has_weights_of(self, other: BaseKey) -> bool:
-        """Return whether both have sampled weights, which are the same where the fingerprints do not differ."""
+        """Return whether both keys have sampled weights, which then agree unless the fingerprints differ."""
         fingerprint, its = self.fingerprint, other.fingerprint
         return bool(fingerprint and its and fingerprint.samples and its.samples)
 
 
 def _other_commits(left: str, right: str) -> bool:
-    """Return whether both are commits and not the same one; a branch or tag can stand for any commit."""
+    """Return whether two revisions are different commits; False for a branch or tag, which can stand for any commit."""
     commits = [text for text in (left.lower(), right.lower()) if len(text) >= 7 and not set(text) - set("0123456789abcdef")]
     return len(commits) == 2 and not commits[0].startswith(commits[1]) and not commits[1].startswith(commits[0])
 
 
 @dataclass(frozen=True)
 class Source:
-    """The origin of an adapter: the folder as it was named, or the repository and the commit that was read."""
+    """The origin of an adapter: its folder as the user named it, or a repository and the commit that was read."""
 
     location: str
     revision: str | None = None
@@ -159,7 +159,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Anomaly:
-    """An oddity of an adapter: which check found it, a sentence, and by how much (docs/anomalies.md)."""
+    """An oddity of an adapter: the check that noticed it, a sentence about it, and its size (docs/anomalies.md)."""
 
     kind: str
     detail: str
@@ -170,7 +170,7 @@ class Anomaly:
 class Record:
     """A row of the hub's catalogue: everything about an adapter but its tensors.
 
-    `version` counts the contents that the name has stood for; `restored` is the version that a rollback brought back.
+    `version` counts the contents that the name has had, from 1; `restored` is the version that a rollback restored.
     """
 
     name: str
@@ -183,7 +183,7 @@ class Record:
     description: str
     size_bytes: int
     created: str
-    # what takes pages stays out of the representation
+    # long fields stay out of the representation
     examples: tuple[str, ...] = field(default=(), repr=False)
     fingerprint: Fingerprint | None = field(default=None, repr=False)
     card: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -202,7 +202,7 @@ class Record:
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """The hashes of the adapters that this one was merged from; none for one that was trained."""
+        """The hashes of the adapters that this one was merged from; () for a trained adapter."""
         match self.card.get("recipe"):
             case {"parents": [*parents]}:
                 return tuple(str(parent["hash"]) for parent in parents if isinstance(parent, Mapping) and "hash" in parent)
@@ -211,9 +211,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A hit of a search: which adapter, how well it fits (inner product of unit vectors, -1 to 1), and why.
+    """A hit of a search: an adapter, how well it fits (inner product of unit vectors, -1 to 1), and the reason.
 
-    After `rerank` the score is the fall of a loss, and the evidence begins with what was measured.
+    After `rerank` the score is the decrease of a loss, and the evidence begins with that measurement.
     """
 
     name: str
@@ -226,9 +226,9 @@ class Candidate:
 class Router(Protocol):
     """A maker of mixture weights from a layer's input: x_BTI -> w_BTE, where B and T may be 1 (shared).
 
-    A router that looks at the model's whole input first also has `begin(model, arguments) -> Router`: it gets the arguments
-    of each call by name, while the model answers as the base, and returns the router for that one call. Inside `begin`,
-    `loraweave.routers.combined.under` makes the model answer with other weights.
+    A router that reads the model's whole input first also has `begin(model, arguments) -> Router`. It is called with the
+    named arguments of each call of the model, while the model answers as the base, and returns the router for that call.
+    Inside `begin`, `loraweave.routers.combined.under` makes the model answer with other weights.
     """
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
@@ -236,10 +236,10 @@ class Router(Protocol):
 
 @runtime_checkable
 class AlongDirections(Protocol):
-    """A router that looks at how far inputs go along some directions, z_BTP = x v^T, which come with the experts' products.
+    """A router that scores inputs by z_BTP = x v^T, their products with P directions v, computed with the experts' products.
 
-    `weights_along(x v^T, x, layer)` equals `weights(x, layer)` up to rounding, with z in the dtype of v. `directions` gives
-    the same tensor as long as it does not change.
+    `weights_along(z, x, layer)` equals `weights(x, layer)` up to rounding, with z in the dtype of v. `directions` returns v,
+    the same tensor as long as v does not change.
     """
 
     def directions(self, layer: str) -> Tensor: ...
@@ -249,9 +249,9 @@ class AlongDirections(Protocol):
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
 
 
-# inputs that say nothing of their label
+# inputs without content, which say nothing about a label
 NEUTRAL = ("N/A", "[MASK]", "")
-# what ends an answer of one line
+# the text that ends an answer of one line
 LINE = ("\n",)
 DEFAULT_TEMPLATE = "{instruction}\nInput: {input}\nOutput:"
 CHAT_TEMPLATE = "{instruction}\n\n{input}"
@@ -261,24 +261,25 @@ CHAT_TEMPLATE = "{instruction}\n\n{input}"
 class Task:
     """A task given by a few (input, target) examples, an instruction, and how its answers are scored.
 
-    Examples are rows in any form of `loraweave.common.rows`, kept as pairs of texts. The instruction is the rows' own where
-    none is given and all rows have the same. Every input is put into the template, whatever its column is called.
-    `labels` closes the set of answers: the label with the highest likelihood is predicted and `metric` becomes
-    "rank_classification". Otherwise the first line of a greedy generation is compared with the target ("exact_match");
-    `stop` has other texts that end an answer, () for one that goes on to its end of sequence.
-    `template` has the fields {instruction} and {input}. `demonstrations` are (input, target) pairs that every prompt shows
-    first, each in the template with its answer; True shows the examples. A prompt never shows its own input, so that what is
-    learned on an example is learned under the others (MetaICL, Min et al. 2022, arXiv 2110.15943). With `orders` answers are
-    averaged over so many orders of the demonstrations, as probabilities. With `calibrated` the probability of a label is
-    divided by its geometric mean over the inputs given, of rows with a label over those of other labels; with True by its
-    mean over inputs that say nothing (Zhao et al. 2021, arXiv 2102.09690; over inputs: Zhou et al. 2024, arXiv 2309.17249).
+    Examples are rows in any form of `loraweave.common.rows`, stored as pairs of texts. Without an `instruction` the task
+    takes the one that all rows share. Every input is put into the template, whatever its column is called. `labels` is the
+    closed set of answers: the label with the highest likelihood is predicted and `metric` becomes "rank_classification".
+    Otherwise the first line of a greedy generation is compared with the target ("exact_match"); `stop` lists other texts
+    that end an answer, () if only the end of the sequence does. `template` has the fields {instruction} and {input}.
+    `demonstrations` are (input, target) pairs that every prompt shows first, each in the template with its answer; True
+    shows the examples. A prompt never shows its own input, so that an example is learned under the other examples (MetaICL,
+    Min et al. 2022, arXiv 2110.15943). With `orders`, answers are averaged, as probabilities, over that many orders of the
+    demonstrations. With `calibrated=True` the probability of a label is divided by its mean over inputs without content
+    (Zhao et al. 2021, arXiv 2102.09690); with a list of inputs, by its geometric mean over these (Zhou et al. 2024, arXiv
+    2309.17249), for inputs with labels over those of other labels.
 
-    With `chat`, by default where the examples are messages, prompts are conversations in the tokenizer's chat template. They
-    begin with `system`, by default what all rows have as the system's turn; where it is empty, an input has its own, if any.
-    Demonstrations are earlier turns, and the input, after the instruction, is the user's last (docs/chat.md). The answer is
-    the assistant's whole turn, unless `stop` ends it before. An input of several turns is kept as a `Conversation`.
+    With `chat`, by default if the examples are messages, prompts are conversations in the tokenizer's chat template. They
+    begin with `system`, by default the system turn that all rows share; if it is empty, an input keeps its own, if any.
+    Demonstrations are earlier turns, and the input, after the instruction, is the user's last turn (docs/chat.md). The
+    answer is the assistant's whole turn, unless `stop` ends it before. An input of several turns is stored as a
+    `Conversation`.
 
-    Raises InvalidTask for what cannot be used.
+    Raises InvalidTask for examples and settings that cannot be used.
     """
 
     examples: Sequence[tuple[Prompt, str]]
@@ -308,7 +309,7 @@ class Task:
         for name, read in (("examples", rows), ("demonstrations", shown)):
             object.__setattr__(self, name, tuple((self._as_kept(row.asked), row.targets[0]) for row in read))
         if not self.instruction:
-            # what a system says is its turn in a chat
+            # in a chat, the instruction of a row of messages is already its system turn
             plain_rows = [row for row in rows if row.chat is None] if self.chat else rows
             object.__setattr__(self, "instruction", shared_instruction(plain_rows))
         if self.labels is not None:
@@ -340,19 +341,19 @@ class Task:
 
     @classmethod
     def of(cls, given: Task | GivenRows) -> Task:
-        """Return `given` if it is a Task, else a task of these rows with default settings."""
+        """Return `given` if it is a Task, else a task of the rows `given`, with default settings."""
         return given if isinstance(given, Task) else cls(cast(Sequence[tuple[Prompt, str]], given))
 
     def prompt(self, asked: Prompt) -> Prompt:
         """Return the prompt for one input `asked`, the demonstrations included.
 
-        A text, which the answer follows after a space; of a chat a Conversation, which the assistant's turn follows.
+        A text is followed by a space and the answer, a Conversation, in a chat, by the assistant's turn.
         """
         return self._prompt(asked, self.instruction)
 
     @property
     def shown(self) -> tuple[tuple[Prompt, str], ...]:
-        """The demonstrations as pairs."""
+        """The demonstrations as (input, target) pairs."""
         return cast(tuple[tuple[Prompt, str], ...], self.demonstrations)
 
     @property
@@ -362,17 +363,17 @@ class Task:
 
     @property
     def neutral(self) -> tuple[tuple[Prompt, str | None], ...]:
-        """The inputs that tell the prior of each label, with their own label or None; () to rank labels as they are."""
+        """The (input, label or None) pairs that calibrate the probabilities of labels; () for a task without calibration."""
         inputs = (NEUTRAL if self.calibrated else ()) if isinstance(self.calibrated, bool) else self.calibrated
         return tuple(entry if isinstance(entry, tuple) else (entry, None) for entry in inputs)
 
     @property
     def answer_end(self) -> str | None:
-        """The text that ends an answer: a line break after demonstrations, as theirs; None is the end of the sequence."""
+        """The text that ends an answer: a line break if demonstrations show it, else None for the end of sequence."""
         return "\n" if self.demonstrations else None
 
     def in_orders(self) -> list[Task]:
-        """Return the task in each of its orders: the demonstrations turned in a ring, so that each has several places."""
+        """Return one task for each of `orders` rotations of the demonstrations, at most one for each demonstration."""
         pairs = self.shown
         count = max(1, min(self.orders, len(pairs)))
         if count == 1:
@@ -381,7 +382,7 @@ class Task:
         return [replace(self, demonstrations=pairs[start:] + pairs[:start], orders=1) for start in starts]
 
     def prompt_of(self, row: Row) -> Prompt:
-        """Return the prompt of a row that may have an instruction of its own, or be a whole prompt already."""
+        """Return a row's prompt: its input if a whole prompt already, else with the instruction of the row or the task."""
         if row.whole_prompt:
             return row.input
         if row.chat is not None and self.chat is not False:
@@ -393,7 +394,7 @@ class Task:
             return self._conversation(asked, instruction)
         text = str(asked)
         template = DEFAULT_TEMPLATE if self.template is None else self.template
-        # replaced in one pass over the template, so that braces in the user's text stay what they are
+        # fields are replaced in one pass over the template, so that braces in the user's text are not read as fields
         parts = [part.replace("{instruction}", instruction) for part in template.split("{input}")]
         shown = [f"{str(prompt).join(parts)} {target}\n\n" for prompt, target in self.shown if prompt != text]
         return "".join([*shown, text.join(parts)])
@@ -416,7 +417,7 @@ class Task:
         return Conversation((*messages, *turns(asked)))
 
     def _read_chat(self, rows: Sequence[Row]) -> None:
-        """Set whether this is a chat, and its system's turn, as far as the rows tell. Raises InvalidTask where they differ.
+        """Set `chat` and `system`, if they are None, from the rows. Raises InvalidTask if only some rows are of messages.
 
         The rows are the examples, then the demonstrations.
         """
