@@ -95,7 +95,7 @@ def in_context_adapter(hub_or_pool: Hub | ExpertPool, model: nn.Module) -> Adapt
 
 
 class _Beside:
-    """The comparison of a hub's adapters with a model's layers, each made once; `why` is the reason of the first misfit."""
+    """A cache of which of a hub's adapters fit a model's layers; `why` is the reason of the first that does not."""
 
     def __init__(self, hub: Hub, modules: Mapping[str, nn.Module]) -> None:
         self._hub, self._modules = hub, modules
@@ -131,7 +131,7 @@ def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch 
 def skills(space: KeySpace, records: Sequence[Record], task: Task, texts: Sequence[str]) -> tuple[list[Record], str]:
     """Return the one or two adapters whose descriptions match the instruction, in the order they answer, and the reason.
 
-    The list is empty where no description is near enough. `texts` are inputs of the task, by which two are ordered.
+    The list is empty if no description is near enough. `texts` are inputs of the task, which decide the order of two.
     """
     said_ND, asked_D = space.embed([record.description for record in records]), space.embed([task.instruction])[0]
     cosine_N = said_ND @ asked_D
@@ -151,9 +151,9 @@ def skills(space: KeySpace, records: Sequence[Record], task: Task, texts: Sequen
 
 
 def _flow(space: KeySpace, order: Sequence[Record], texts: Sequence[str]) -> float:
-    """Return how like `texts` the first adapter's inputs are, plus how like the second's inputs the first's outputs are.
+    """Return the likeness of `texts` to the first adapter's inputs, plus that of its outputs to the second's inputs.
 
-    Either is a cosine of meanings plus one of forms, since the sentence encoder reads capitals as small letters.
+    Each is a cosine of meanings plus a cosine of forms, since the sentence encoder reads capitals as small letters.
     """
     first, second = order
     outputs = [answer for _, answer in space.pairs(first)]

@@ -151,7 +151,7 @@ def _compose(
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
     # trainings share their steps, and have nothing to spread over workers
     with closing(engine), joblib.parallel_config(backend="sequential"), progress_bar(progress) as bar:
-        # the total is unknown until the searches are made, and after that, too, where only time bounds them
+        # the total is unknown until the searches are made, and stays unknown if only time bounds them
         shown = bar.add_task("measuring adapters", total=None)
         bench = Bench(
             engine,
@@ -231,20 +231,20 @@ class ComposeCall:
         return Settings.of(**named, options=bound.arguments["search_options"])
 
 
-# the adapters that answer beside the base, and its share where each of them has 1
+# how many adapters answer beside the base, and the share of the base if each of them has 1
 NEAREST, SHARE = 3, 3.0
 
 
 def _instructed(model: Any, tokenizer: Any, hub: Hub, task: Task, settings: Settings) -> Composition:
     """Return the composition for a task's instruction, without examples; the settings' unlabelled inputs help to choose it.
 
-    Where the descriptions of two adapters together are nearer to the instruction than any one is, the two answer one after
-    the other. Otherwise nothing stored has the skill alone, and the nearest adapters answer beside the base, or beside the
-    hub's in-context adapter, which reads instructions better. The limits were chosen on the example pool, each task without
-    its own adapter, and on tasks joined from it.
+    If the descriptions of two adapters together are nearer to the instruction than any single one, these two answer one
+    after the other. Otherwise no stored adapter has the skill alone, and the nearest adapters answer beside the base, or
+    beside the hub's in-context adapter, which reads instructions better. The limits were chosen on the example pool, each
+    task without its own adapter, and on tasks joined from it.
 
-    Raises what `fitting_hits` raises, InvalidTask where no adapter has a description, InvalidLicense for adapters that may
-    not be combined.
+    Raises what `fitting_hits` raises, InvalidTask if no adapter has a description, InvalidLicense for adapters that may not
+    be combined.
     """
     started, retriever, task = time.perf_counter(), Retriever.of(hub), calibrated(task, settings)
     texts = [str(text) for text in settings.inputs or ()][:CALIBRATING]
@@ -258,7 +258,7 @@ def _instructed(model: Any, tokenizer: Any, hub: Hub, task: Task, settings: Sett
         )
     skilled, reason = skills(retriever.space, records, task, texts)
     reader = None if skilled else in_context_adapter(hub, model)
-    # labels are ranked better by several; what is written is spoilt by those that write something else
+    # several adapters rank labels better, but spoil a written answer if some of them write something else
     answering = skilled or ([] if reader is not None and task.labels is None else records[:NEAREST])
     parts: dict[str, Composition] = {}
     if answering:

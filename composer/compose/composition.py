@@ -51,13 +51,13 @@ from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
 
-# the files that are downloaded of a repository: in its folder, in those of members, and in those of a router's adapters
+# the files of a repository that are downloaded: in its folder, in members' folders, and in those of a router's adapters
 FILES = tuple(f"*{name}" for name in (FILE, "router.json", "router.safetensors", *ADAPTER_FILES))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Composition(TaskMixture):
-    """The result of `compose`: a mixture for a task that can be refined, kept and given away.
+    """The result of `compose`: a mixture for a task that can be refined, saved and shared.
 
     Its fields, weights, adapter and answers are those of `TaskMixture`.
     """
@@ -80,8 +80,8 @@ class Composition(TaskMixture):
     ) -> Composition:
         """Return the composition that answers a task with `what`, without any search.
 
-        That is an adapter, a router over the adapters of `pool`, members by name whose probabilities are averaged, or None
-        for the base model. `name` and `reason` are what its report says of it.
+        `what` is an adapter, a router over the adapters of `pool`, {name: member} for an average of the members'
+        probabilities, or None for the base model. `name` and `reason` are the chosen name and the reason in its report.
         Raises WeightingError for anything else, ScopeError for a member that is more than one adapter.
         """
         fields: dict[str, Any]
@@ -107,10 +107,10 @@ class Composition(TaskMixture):
         return replace(cls(model, tokenizer, task, None, {}, "linear", report, seed), **fields)
 
     def leave_one_out(self) -> dict[str, float]:
-        """Return {name: by how much the examples' mean loss rises without that adapter}, the others' weights as they are.
+        """Return {name: by how much the examples' mean loss rises without that adapter}; the other weights stay as they are.
 
-        A rise is negative where the composition is better without the adapter. All are measured in one pass, with a mixture
-        per row; where a router weighs, in a pass for each adapter, and the others have the weights that the router gives.
+        A rise is negative if the composition is better without the adapter. All are measured in one pass, with a mixture per
+        row; with a router, in a pass for each adapter, and the other adapters have the weights that the router gives.
         """
         if self.router is not None:
             return self.engine.leave_one_out(self.task, self.router, progress=False)
@@ -119,8 +119,8 @@ class Composition(TaskMixture):
     def prune(self, tolerance: float = 0.01, *, progress: bool = True) -> Composition:
         """Return the composition without the adapters missed least, as long as the loss rises by at most `tolerance` nats.
 
-        The limit is on the rise in all. Raises CompositionError for a composition of which only the merged adapter is left,
-        ScopeError where a router weighs, WeightingError for a tolerance below 0.
+        The limit is on the total rise. Raises CompositionError for a composition of which only the merged adapter is left,
+        ScopeError if a router weighs, WeightingError for a tolerance below 0.
         """
         started = time.perf_counter()
         pruned = prune_mixture(*self._loss_and_mixture("prune"), tolerance, progress=progress)
@@ -277,8 +277,8 @@ class Composition(TaskMixture):
     ) -> Composition:
         """Read a saved composition, from its folder or `owner/name` on the model hub, for the same base model.
 
-        Raises BaseModelMismatch for another, AdapterNotFound without one, and what a download raises. Warns where neither
-        weights nor ids say that the model is the same, and names and shapes do.
+        Raises BaseModelMismatch for another model, AdapterNotFound if there is no composition, and what a download raises.
+        Warns if only the names and shapes of layers, neither weights nor ids, show that the model is the same.
         """
         wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
         folder = find_folder(source, f"a composition, which has a {FILE}", FILES, **wanted)  # type: ignore[arg-type]

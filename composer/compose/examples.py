@@ -109,7 +109,7 @@ class EncodedExamples:
         return batch(self._model, self._tokenizer, [*chain.from_iterable(self._by_example)])
 
     def prepare(self) -> None:
-        """Decide whether rows run as trees, for which the model may run. Call it while no mixture is active."""
+        """Decide whether rows run as trees, which may run the model. Call it while no mixture is active."""
         if self._shares is None:
             self._shares = runs_trees(self._model, self._tokenizer, [*chain.from_iterable(self._by_example)])
 
@@ -127,7 +127,7 @@ class EncodedExamples:
         return int(self.counts(examples).gather(1, self.right_N[list(examples)][:, None]).sum())
 
     def size(self, examples: tuple[int, ...]) -> tuple[int, int]:
-        """Return the numbers of tokens that one job reads, and of logits over the vocabulary that it makes."""
+        """Return the numbers of tokens, and of logits over the vocabulary, in the forward pass of one job."""
         if trees := self.trees_of(examples):
             longest, kept = max(map(len, trees)), max(tree.num_predictors for tree in trees)
             return len(trees) * longest, len(trees) * kept
@@ -160,10 +160,10 @@ class EncodedExamples:
         return JobBatch(chosen.inputs, num_kept, slot_BRK, target_BRK, real_BR, rows_of_job)
 
     def trees_of(self, examples: tuple[int, ...]) -> list[TokenTree]:
-        """Return the trees of a job, one per row of the batch; none where plain rows cost less.
+        """Return the trees of a job, one per row of the batch; [] if plain rows cost less.
 
-        The cost is that of a decoder layer's products, in units of two products of a token's hidden values with a number:
-        12 h^2 a token in the weights, and 2 h for each token that it meets in attention, whether it sees it or not.
+        The cost counts the products of a decoder layer of hidden size h, in units of 2 h: 12 h^2 for a token's weights, and
+        2 h for each token of the row that it meets in attention, whether it sees it or not.
         """
         if (known := self._trees.get(examples)) is not None:
             return known
@@ -176,7 +176,7 @@ class EncodedExamples:
             weights = 6 * int(self._model.config.get_text_config().hidden_size)
             least = len(rows) * longest * (weights + longest)
             size = min(len(examples), max(1, MAX_TREE // (self.num_texts * longest)))
-        # in more, smaller trees more tokens are read, and each sees fewer
+        # smaller trees read more tokens in all, and each token meets fewer
         while size:
             groups = [examples[start : start + size] for start in range(0, len(examples), size)]
             trees = [token_tree(self._rows_of(group)) for group in groups]
@@ -194,10 +194,10 @@ class EncodedExamples:
 
 @dataclass(frozen=True, eq=False)
 class TokenTree:
-    """The tokens that a model has to read for R rows; the last `num_predictors` of them are those that predict a target.
+    """The tokens of R rows, common beginnings only once; the last `num_predictors` tokens are those that predict a target.
 
-    sees_TT says which tokens are a token's ancestors, or itself. slot_RK has the predictor of each target token, counted
-    from the last one (-1) backwards; target_RK is `IGNORED` where a row's target is shorter than K.
+    sees_TT[i, j] is True if token j is token i, or one of its ancestors. slot_RK has the predictor of each target token,
+    counted from the last one (-1) backwards; target_RK is `IGNORED` where a row's target is shorter than K.
     """
 
     ids_T: Tensor
@@ -221,7 +221,7 @@ class TokenTree:
 
 
 def token_tree(rows: Sequence[EncodedRow]) -> TokenTree:
-    """Return the tree of rows that each have a prompt. A row's last token predicts nothing, and is left out."""
+    """Merge rows, each with a prompt, into a tree of common beginnings, without their last tokens, which predict nothing."""
     nodes: dict[tuple[int, int], int] = {}
     ids: list[int] = []
     paths: list[list[int]] = []
@@ -245,7 +245,7 @@ def token_tree(rows: Sequence[EncodedRow]) -> TokenTree:
     for number, (row, path) in enumerate(zip(rows, paths, strict=True)):
         placed_L = place_T[path]
         position_T[placed_L] = torch.arange(len(path))
-        # of the row's tokens, each sees those before it
+        # each token of the row sees itself and the row's tokens before it
         sees_TT[placed_L[:, None], placed_L] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
         slot_RK[number, : len(row.target)] = placed_L[len(row.prompt) - 1 :] - size
         target_RK[number, : len(row.target)] = torch.tensor(row.target)
@@ -253,14 +253,14 @@ def token_tree(rows: Sequence[EncodedRow]) -> TokenTree:
 
 
 def tree_logits(model: Any, inputs: dict[str, Tensor], num_kept: int) -> Tensor:
-    """Return logits_BPV of the last `num_kept` tokens of trees, among which are all that predict a target."""
+    """Return logits_BPV at the last `num_kept` tokens of trees, which include all tokens that predict a target."""
     # in a tree the last token predicts too, in a plain row it is predicted
     ids_BT = inputs["input_ids"]
     return logits_at(model, inputs, torch.arange(ids_BT.shape[1] - num_kept, ids_BT.shape[1], device=ids_BT.device))
 
 
 def tree_inputs(model: nn.Module, trees: Sequence[TokenTree]) -> dict[str, Tensor]:
-    """Return one row of a batch for each tree, padded on the left, with a mask of four axes that is added to the scores."""
+    """Return one row of a batch for each tree, padded on the left, with an additive attention mask of four axes."""
     dtype, device = _dtype(model), next(model.parameters()).device
     longest = max(len(tree) for tree in trees)
     ids_BT = torch.zeros(len(trees), longest, dtype=torch.long)
@@ -277,19 +277,19 @@ def tree_inputs(model: nn.Module, trees: Sequence[TokenTree]) -> dict[str, Tenso
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-# attention over less than the whole row, whose masks are the model's own affair
+# settings of models whose attention sees less than the whole row, by masks of their own
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
 MASKED = ("eager", "sdpa")
 NUM_TRIED = 4
-# whether a model gave the rows that were tried the same losses in a tree, by its attention and dtype; windows are no matter
+# {model: {(attention, dtype): whether rows had the same losses in a tree when this was tried}}; windows are checked apart
 _TRIED: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], bool]] = WeakKeyDictionary()
 
 
 def runs_trees(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> bool:
-    """Return True if the model, as it is, gives rows the same losses in a tree as alone, to rounding; tries the first few.
+    """Return True if the model, as it is, gives rows the same losses in a tree as alone, to rounding; a few rows are tried.
 
-    False, without a trial, for encoder-decoders, for models that take no positions (recurrent ones, ALiBi), for attention
-    that takes no mask of four axes, and for windows that are shorter than the longest row.
+    Returns False, without a trial, for encoder-decoders, for models that take no positions (recurrent ones, ALiBi), for
+    attention that takes no mask of four axes, and for windows that are shorter than the longest row.
     """
     config = model.config
     if config.is_encoder_decoder or not takes(model, "position_ids") or not all(row.prompt for row in rows):

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 # leave-one-out on the example pool, with ORDERS orders of the demonstrations in the prompts
 FEW_SHOT = Tuning(steps=10, lr=5e-4, batch_size=2)
 BEGUN = Tuning(steps=6, lr=8e-4, batch_size=1)
-# the share of a member of an average, where it is not 1; by leave-one-out, too
+# {member of an average: its share}, for shares other than 1; they were also chosen by leave-one-out
 SHARES = {"few_shot": 3.0, "program": 3.0}
 # how a LoRA is trained on many examples
 LONG = Tuning(steps=80, lr=3e-3, batch_size=8)
@@ -71,7 +71,7 @@ def search_of(bench: Bench, settings: Settings) -> Trial:
     Raises what the solver's settings raise, before the first forward pass.
     """
     start_name = settings.start_name(solver_class(settings.name))
-    # a start that is found on examples is not known yet
+    # a start with a name depends on the examples of a split, and is not known yet
     solver = solver_of(bench, settings, None if start_name else settings.options.get("start"))
     merge_method = settings.meaning or solver.merge_method
     if (groups := solver.space.groups) and merge_method != "linear":
@@ -89,7 +89,7 @@ def search_of(bench: Bench, settings: Settings) -> Trial:
 
 
 def solver_of(bench: Bench, settings: Settings, start: Start) -> Solver:
-    """Return a solver of the settings that begins at `start`; None is its own default."""
+    """Return a solver with the settings' method and options, which begins at `start`, by default at its own start."""
     supplied: dict[str, Any] = {
         "scores": bench.scores,
         "layers": list(bench.engine.target_layers),
@@ -108,10 +108,10 @@ def solver_of(bench: Bench, settings: Settings, start: Start) -> Solver:
 def _search(
     settings: Settings, made: Solver, start_name: str | None, trial: Trial, splits: Sequence[Split]
 ) -> list[Selection]:
-    """Run a search like `made` for each split, all in step, and return the best candidate of each.
+    """Run one search for each split, by solvers like `made`, in step; return the best candidate of each as a selection.
 
-    Each search keeps a file of its own in the folder of a checkpoint. An objective of inputs without targets has nothing to
-    hold out: its search sees all of them, whatever the split.
+    Each search keeps a file of its own in the folder of a checkpoint. An objective of inputs without targets holds nothing
+    out: its search sees all inputs, whatever the split.
     """
     bench, objective = trial.bench, _objective(settings, made, trial)
     searches: list[tuple[Solver, ExampleLoss, partial[None] | None]] = []
@@ -177,7 +177,7 @@ def _objective(settings: Settings, solver: Solver, trial: Trial) -> ExampleLoss:
 
 @contextmanager
 def _explained(objective: ExampleLoss) -> Iterator[None]:
-    """Add to a SearchFailed of the block why the first candidate could not be scored."""
+    """Add to a SearchFailed that the block raises the reason why the first candidate could not be scored."""
     try:
         yield
     except SearchFailed as error:
@@ -285,7 +285,7 @@ GAIN, BEAM = 0.2, 1
 
 
 def program(bench: Bench, retriever: Retriever, settings: Settings) -> Trial:
-    """Return the trial of the program that `lw.order` finds on the first of a split's seen examples.
+    """Return the trial of the program that `lw.order` finds on the first MAX_PACKED examples that a split may see.
 
     Its choices raise InvalidTask without descriptions, InvalidLicense for steps that may not be combined.
     """
@@ -312,7 +312,7 @@ def program(bench: Bench, retriever: Retriever, settings: Settings) -> Trial:
 
 
 def stated_program(bench: Bench, records: Sequence[Record]) -> Trial:
-    """Return the trial of the program whose steps are these adapters in order, each asked by its own description."""
+    """Return the trial of a program whose steps are these adapters, in order, each asked by its own description."""
     # loaded for tasks that need a program
     from loraweave.composer.compose.program_search import Step
 
@@ -328,7 +328,7 @@ def stated_program(bench: Bench, records: Sequence[Record]) -> Trial:
 def _program_choice(
     bench: Bench, chosen: Order, pool: ExpertPool | None, read: Mapping[tuple[Order, int], Reading]
 ) -> Selection:
-    """Return the selection of a program whose steps are adapters of the pool; `read` has the readings that are known."""
+    """Return the selection of a program, whose steps are adapters of the pool; `read` has readings measured before."""
 
     def scores(examples: Sequence[int]) -> Scores:
         if all((chosen, place) in read for place in examples):
@@ -356,7 +356,7 @@ ROUTER_STEPS, ROUTER_BATCH = 20, 8
 def routed(bench: Bench, settings: Settings) -> Trial:
     """Return the trial of a router, which weighs the adapters for every token; a router that learns is fitted on each split.
 
-    What its options or the pool forbid is raised before anything runs.
+    Raises an error, before anything runs, for what its options or the pool forbid.
     """
     match settings.method:
         case str():
@@ -405,7 +405,7 @@ def _new_router(bench: Bench, settings: Settings) -> Any:
 
 
 def _fitted(trial: Trial, settings: Settings, split: Split, steps: int) -> Any:
-    """Return a new router, trained on a split's examples."""
+    """Return a new router, trained on a split's seen examples for `steps` steps."""
     bench, folder = trial.bench, trial.bench.checkpoint
     learned = _new_router(bench, settings)
     learned.fit(

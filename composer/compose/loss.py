@@ -79,7 +79,7 @@ def together_with_gradients(
 
 # longer answers tell little more of how sure a model is
 MAX_NEW_TOKENS = 16
-# the answer in place of an empty one, so that the place of its first token is looked at
+# stands for an empty answer, so that the prediction of its first token counts
 NOTHING = "."
 
 
@@ -114,7 +114,7 @@ class Failures:
         self.first = self.first or why
 
 
-# an expert whose weights are all of this size or smaller is not counted
+# `sparsity` does not count an expert whose weights are all of this size or smaller
 COUNTED = 0.01
 
 
@@ -185,7 +185,7 @@ class ExampleLoss:
             )
         self.engine, self.merge_method, self.penalty = engine, merge_method, Penalty(**terms)
         self.task = task if inputs is None else with_own_answers(engine, tokenizer, task, inputs)
-        # the examples that count, by index: a view has others
+        # the indices of the examples that count; they differ between views
         self.only = tuple(range(len(self.task.examples)))
         self.failures = Failures()
         self.function = kind if callable(kind) else None
@@ -200,7 +200,7 @@ class ExampleLoss:
                 self._deal = workers.dealing(made)
 
     def view(self, only: Sequence[int]) -> Self:
-        """Return the same objective on these examples, by index among all of the task's, with failures of its own.
+        """Return the same objective on the examples of these indices among all of the task's, with failures of its own.
 
         Views share what the objective has prepared.
         """
@@ -285,7 +285,7 @@ class ExampleLoss:
         return float(term.detach()), gradient.detach()
 
     def shown(self) -> Examples:
-        """Return the examples that a function is called with."""
+        """Return the (input, target) pairs with which an objective that is a function is called."""
         return [self.task.examples[index] for index in self.only]
 
 
@@ -377,7 +377,7 @@ def _written(needs: frozenset[str], on: ExampleLoss, job: Job) -> RowSums:
 
 
 def _summed(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list[RowSums]:
-    """Return the sums of jobs whose candidates are sums of factors; each is made an expert, so that all share passes."""
+    """Return the sums of jobs whose candidates are sums of factors; each becomes an expert, so that all share passes."""
     engine = factor_sums(on.engine, [job.mixture for job in part if job.mixture is not None])
     rows = torch.eye(len(part))[:, None, None, None]
     jobs = [replace(job, mixture=MixtureWeights(row, engine.pool.names)) for row, job in zip(rows, part, strict=True)]
@@ -402,7 +402,7 @@ def _slopes(pairs: Pairs) -> list[Scored]:
 
 
 def _live_slopes(on: ExampleLoss, jobs: Sequence[Job]) -> tuple[list[float], Tensor]:
-    """Return the share of each of C jobs in its loss, and the slopes of these shares by values_CTLE; in fp32 or better.
+    """Return the share of each of C jobs in its loss, and the gradients of these shares by values_CTLE, in fp32 or better.
 
     A share is the sum over a job's examples, divided by the number of examples of the whole job.
     """

@@ -35,9 +35,9 @@ MAX_TOKENS_WITH_GRADIENTS = 1024
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A candidate to score on some examples, given by index; without a mixture, the base model.
+    """The scoring of a mixture (None: the base model) on some examples, given by index.
 
-    A large job runs in parts, each a Job again: `whole` has the examples of the job that they are parts of.
+    A large job is split into several; `whole` has the examples of the job before it was split.
     """
 
     mixture: MixtureWeights | None
@@ -54,7 +54,7 @@ def in_passes(encoded: EncodedExamples, jobs: Sequence[Job], *, backward: bool =
     """Split jobs into parts and group them into forward passes; return the passes, and the number of parts of each job.
 
     Parts keep the order of their jobs. They share a pass if one activation can serve them and their tokens and logits fit;
-    passes with a `backward` hold fewer tokens.
+    with `backward`, a pass holds fewer tokens.
     """
     max_tokens = MAX_TOKENS_WITH_GRADIENTS if backward else MAX_TOKENS
     encoded.prepare()
@@ -84,7 +84,7 @@ def in_passes(encoded: EncodedExamples, jobs: Sequence[Job], *, backward: bool =
 
 
 def joined(sums: Iterable[Sequence[RowSums]], counts: Sequence[int]) -> list[RowSums]:
-    """Return the sums of each job from those of each pass; job j has counts[j] parts."""
+    """Join the sums of the parts in all passes into one RowSums for each job; job j has counts[j] parts."""
     in_order = chain.from_iterable(sums)
     return [RowSums.join(list(islice(in_order, count))) for count in counts]
 
@@ -116,7 +116,7 @@ def task_values(jobs: Sequence[Job]) -> Tensor:
 def forward_sums(
     engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str], values_CTLE: Tensor | None = None
 ) -> list[RowSums]:
-    """Return each job's sums from one forward pass; `values_CTLE` replace the jobs' weights, and get their gradients."""
+    """Return each job's sums from one forward pass; `values_CTLE`, if given, replace the jobs' weights and get gradients."""
     batch = encoded.batch([job.examples for job in jobs])
     first = jobs[0].mixture
     with ExitStack() as stack:
@@ -169,7 +169,7 @@ def active_candidate(engine: Composer, candidate: MixtureWeights, merge_method: 
 def can_be_factor_sums(pool: ExpertPool, mixtures: Sequence[MixtureWeights]) -> bool:
     """Return True if all mixtures are sums of the same experts, factor by factor, with one weight for each expert.
 
-    Otherwise the merge method itself says why not, or leaves out experts of weight 0 that cannot be summed.
+    If not, each mixture is merged by its method, which raises the reason, or leaves out experts of weight 0.
     """
     first = mixtures[0]
     if not set(first.experts) <= set(pool.names):
@@ -215,5 +215,5 @@ def factor_sums(engine: Composer, mixtures: Sequence[MixtureWeights]) -> Compose
 
 
 def _factor_sums(w_CP: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """Return the sum over p of w_cp part_p, for each c."""
+    """Return the sum over p of w_cp part_p, for each of C mixtures, as a tensor (C, shape of a part)."""
     return (w_CP @ torch.stack(list(parts)).float().flatten(1)).view(len(w_CP), *parts[0].shape)

@@ -65,9 +65,9 @@ class OrderReport:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A chain of steps, each of which answers the answer of the step before it; `pool` has the steps' adapters of the `hub`.
+    """A chain of steps, each given the answer of the step before it; `pool` has the steps' adapters of the `hub`.
 
-    The task's labels, where it has some, are those of the last step.
+    The task's labels, if it has some, are those of the last step.
     """
 
     model: Any
@@ -93,7 +93,7 @@ class Program:
         return self._answers(last, self._between(before, read_asked(inputs)), self.last_task)
 
     def evaluate(self, pairs: GivenRows) -> dict[str, float]:
-        """Return the figures of `Composition.evaluate`; `loss` is that of the targets under the last step."""
+        """Return the figures of `Composition.evaluate`; `loss` is the targets' loss under the last step."""
         return self.score(pairs).figures()
 
     def score(self, pairs: GivenRows) -> scoring.Score:
@@ -106,7 +106,7 @@ class Program:
             return scoring.evaluate(self.model, self.tokenizer, self.last_task, rows)
 
     def save(self, path: str | Path) -> Path:
-        """Write a JSON file of the steps, their adapters' hashes, the task and the report, no weights; return its path."""
+        """Write steps, hashes of adapters, task and report, without weights, to a JSON file; return its path."""
         target = as_path(path, "the file of a program", CompositionError)
         fields = {"format": FORMAT, "steps": [asdict(step) for step in self.steps], "task": task_json(self.task)}
         with whole_file(target) as new:
@@ -115,10 +115,10 @@ class Program:
 
     @classmethod
     def load(cls, path: str | Path, model: Any, tokenizer: Any, hub: Hub) -> Program:
-        """Read a saved program, whose adapters the hub must have as they were.
+        """Read a saved program, whose adapters the hub must have with the same content.
 
-        Raises AdapterNotFound for a file or an adapter that is gone, AdapterCorrupt for a damaged file, CompositionError for
-        one of another format and for an adapter whose content has changed, BaseModelMismatch for another model.
+        Raises AdapterNotFound for a missing file or adapter, AdapterCorrupt for a damaged file, CompositionError for a file
+        of another format and for an adapter whose content has changed, BaseModelMismatch for another model.
         """
         source = as_path(path, "the file of a program", CompositionError)
         if not source.is_file():
@@ -143,11 +143,11 @@ class Program:
 
     @property
     def last_task(self) -> Task:
-        """The task of the last step, with the labels of the program's own."""
+        """The task that the last step answers, with the labels of the program's task."""
         return replace(self.steps[-1].task(self.task), labels=self.task.labels)
 
     def _between(self, steps: Sequence[Step], texts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Return the last step's answer to each text; without steps, the texts themselves."""
+        """Return the answers of the last of `steps`, one for each text; without steps, the texts themselves."""
         answers = texts
         for step in steps:
             answers = self._answers(step, answers, step.task(self.task))
@@ -169,7 +169,7 @@ class Program:
 def pool_of(steps: Sequence[Step], hub: Hub, model: nn.Module) -> ExpertPool | None:
     """Return the steps' adapters as experts of the model, or None if all steps are asked of the base.
 
-    Raises CompositionError for one of other content, BaseModelMismatch or LayerMismatch for one of another model.
+    Raises CompositionError if an adapter's content has changed, BaseModelMismatch or LayerMismatch for another model.
     """
     named = {step.name: step.hash for step in steps if step.name is not None}
     for name, wanted in named.items():
@@ -199,19 +199,19 @@ def order(
     gain: Annotated[float, Range(least=0, below=1)] = 0.1,
     progress: bool = True,
 ) -> Program:
-    """Return the program `a > b > ...`, each step asked by its own description, with the lowest mean loss of the targets.
+    """Find the program `a > b > ...` of adapters with the lowest mean loss of the targets, each asked by its description.
 
-    The description is the one in the hub. First steps are the `k` adapters whose sample inputs are most like the task's,
-    later ones those and the `k` whose sample outputs are most like its targets. All single steps are measured, then pairs
-    that end in one of the eight best of them, then the `beam` best programs with one more step at any place, up to
-    `max_steps`; the worse ones are dropped after one example, and again after two. Where the task has an instruction, the
-    base asked by it is a step like others, the last among equal ones. A longer program is taken where its loss is lower by
-    more than the share `gain`; three steps are tried only where two would be taken. No adapter occurs twice in a program,
-    and the model is asked no question twice.
+    Descriptions are those in the hub. First steps are the `k` adapters whose sample inputs are most like the task's, later
+    steps those and the `k` whose sample outputs are most like its targets. All single steps are measured, then pairs that
+    end in one of the eight best of them, then the `beam` best programs with one more step at any place, up to `max_steps`;
+    the worse ones are dropped after one example, and again after two. If the task has an instruction, the base asked by it
+    is a step like others, the last among equal ones. A longer program is taken if its loss is lower by more than the share
+    `gain`; three steps are tried only if two would be taken. No adapter occurs twice in a program, and the model is asked no
+    question twice.
 
     Raises InvalidTask for a task without examples and a hub without descriptions, WeightingError for settings out of range
-    and for anything but a hub, EmptyIndex and BaseModelMismatch for a hub without an adapter for the model, SearchFailed
-    where no program has a finite loss.
+    and for anything but a hub, EmptyIndex and BaseModelMismatch for a hub without an adapter for the model, SearchFailed if
+    no program has a finite loss.
     """
     target_task = Task.of(task)
     limits: dict[str, Any] = {"k": k, "max_steps": max_steps, "beam": beam, "gain": gain}

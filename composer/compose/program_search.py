@@ -40,7 +40,7 @@ MAX_ROWS = 64
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a program: an adapter, or the base (`name` None), with the hash of its content and the instruction it gets.
+    """A step of a program: an adapter, or the base (`name` None), with its content's hash and the instruction it is given.
 
     An answer ends at a line break, at the latest after `max_new_tokens`.
     """
@@ -77,7 +77,7 @@ Target = tuple[Step, Prompt, str]
 
 
 class Asked:
-    """A model's answers and readings, none asked for twice; `on_progress` is called with the number of new ones.
+    """A cache of a model's answers and readings; `on_progress` is called with the number of newly computed ones.
 
     Answers end after `most` tokens, or at the step's own limit if that is lower.
     """
@@ -107,7 +107,7 @@ class Asked:
         """Return the greedy answer of each question's step to its text: the first line, or the turn of a chat."""
         new = [question for question in dict.fromkeys(questions) if question not in self._answers]
         prompts = {question: self._prompt(*question) for question in new}
-        # rows of one limit, so that no row's answer depends on those beside it
+        # a batch has rows of one limit, so that no row's answer depends on the rows beside it
         new.sort(key=lambda question: (self._limit(question), len(str(prompts[question]))))
         for limit, group in groupby(new, key=self._limit):
             for rows in scoring.in_chunks(list(group), MAX_ROWS):
@@ -119,7 +119,7 @@ class Asked:
         return [self._answers[question] for question in questions]
 
     def readings(self, targets: Sequence[Target]) -> list[Reading]:
-        """Return the loss of each target, and whether it would be written, under its step after the prompt for its text."""
+        """Return each target's loss, and whether greedy decoding would write it, after its step's prompt for its text."""
         new = [target for target in dict.fromkeys(targets) if target not in self._readings]
         new.sort(key=lambda target: target[0].label)
         prompts, wanted = [self._prompt(step, text) for step, text, _ in new], [target for _, _, target in new]
@@ -184,11 +184,11 @@ def _up_to(items: Iterable[Any], size: Callable[[Any], int], limit: int) -> Iter
         yield some
 
 
-# after so many examples, at most so many programs of one length go on
+# (number of examples, the most programs of one length that go on after these)
 ROUNDS = ((1, 32), (2, 12))
-# the number of steps, those of the lowest loss alone, that may be the last of longer programs
+# how many steps, those with the lowest losses alone, may be the last step of longer programs
 LASTS = 8
-# adapters that a search by outputs compares
+# how many adapters a search by outputs compares
 SHORTLIST = 1000
 Order = tuple[Step, ...]
 
@@ -229,7 +229,7 @@ def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any)
     by_inputs = fitting_hits(hub, partial(retriever.for_task, inputs, evidence=False), k, model)
     by_outputs: list[Candidate] = []
     if len(by_inputs) == k < len(hub):
-        # otherwise these are all that there are
+        # else the search by inputs has returned all adapters
         search = hub.kept("retriever by outputs", partial(Retriever, hub, keys=("outputs",), shortlist=SHORTLIST))
         # a hub whose cards have no outputs has nothing to compare
         with suppress(BaseModelMismatch):
@@ -256,7 +256,7 @@ def labels_of(path: Order) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ProgramRow:
-    """A program measured on `num_examples` examples: the targets' mean loss in nats, and the share that it would write."""
+    """A program measured on `num_examples` examples: the targets' mean loss in nats, and the share it would write."""
 
     steps: tuple[str, ...]
     loss: float
@@ -268,8 +268,8 @@ class ProgramRow:
 class ProgramSearch:
     """A search for programs, short ones first; each is measured on more examples as long as it is among the best.
 
-    A longer program is better where its loss is lower by more than the share `gain`. `left_out` are adapters without a
-    description, which cannot be asked.
+    A longer program is better only if its loss is lower by more than the share `gain`. `left_out` are adapters without a
+    description, which is the instruction that a step needs.
     """
 
     asking: Asked
@@ -286,8 +286,8 @@ class ProgramSearch:
     def run(self, max_steps: int) -> None:
         """Measure programs of up to `max_steps` steps.
 
-        Ends early where one writes every example, where no program of the last length is better than all shorter ones, and
-        where none of those that are measured now is better than the best shorter one on the same examples.
+        Ends early if a program would write every target, if the best program is shorter than the last length, or if no
+        program of the current length beats the best shorter one on the same examples.
         """
         self._measure([(step,) for step in dict.fromkeys([*self.first, *self.later])], len(self.task.examples))
         for length in range(2, max_steps + 1):
@@ -302,7 +302,7 @@ class ProgramSearch:
             else:
                 lasts = self._lasts()
                 tried = [(first, last) for first in self.first for last in lasts if first != last]
-                # most pairs come to the second round: one batch has the answers of both
+                # most pairs come to the second round: one batch has the answers for both rounds
                 self._texts({path[:-1] for path in tried}, [text for text, _ in self.task.examples[: ROUNDS[1][0]]])
             for num_examples, kept in [*ROUNDS, (len(self.task.examples), 0)]:
                 if num_examples <= len(self.task.examples):
@@ -320,9 +320,9 @@ class ProgramSearch:
         return chosen, f"loss {self._losses[chosen]:.3f}, of the best single step {least:.3f}"
 
     def _chosen(self) -> Order:
-        """Return the best program; () where no loss is finite."""
+        """Return the best program, a longer one only if it gains more than `gain`; () if no loss is finite."""
         by_length: dict[int, Order] = {}
-        # the base is last among equal ones, else the earlier
+        # among equal losses, programs with the base come last, and then the earlier comes first
         for path in sorted(self._whole(), key=lambda path: (self._losses[path], any(step.name is None for step in path))):
             by_length.setdefault(len(path), path)
         chosen: Order = ()
@@ -340,7 +340,7 @@ class ProgramSearch:
         return sorted(rows, key=lambda row: (-row.num_examples, row.loss))
 
     def _lasts(self) -> list[Step]:
-        """Return the steps whose loss alone is lowest: adapters that answer in the targets' form, whatever the question."""
+        """Return the LASTS steps with the lowest loss alone: they answer in the targets' form, whatever the question."""
         return sorted(dict.fromkeys([*self.first, *self.later]), key=lambda step: self._losses[step,])[:LASTS]
 
     def _longer(self, length: int) -> list[Order]:
@@ -361,7 +361,7 @@ class ProgramSearch:
         return [path for path, readings in self.readings.items() if len(readings) == len(self.task.examples)]
 
     def _measure(self, paths: Sequence[Order], num_examples: int) -> None:
-        """Read the targets of the first `num_examples` examples under the last step of each program."""
+        """Measure the losses of programs, under their last steps, on the targets of the first `num_examples` examples."""
         examples = self.task.examples[:num_examples]
         texts = self._texts({path[:-1] for path in paths}, [text for text, _ in examples])
         targets = [

@@ -32,7 +32,7 @@ from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
 
-# the passes of a training step: forward, backward by the activations and backward by the factors
+# the cost of a training step in passes: forward, backward through the activations, and backward to the factors
 STEP_COST = 3
 # the layers of a new adapter, where no pool says otherwise
 TARGETS = ("q_proj", "v_proj")
@@ -40,7 +40,7 @@ TARGETS = ("q_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Tuning:
-    """The settings of a training that goes on from a merged adapter; each step sees up to `batch_size` examples.
+    """The settings of a training that continues a merged adapter; each step sees up to `batch_size` examples.
 
     An adapter whose rank is above `rank` is cut to it before the first step.
     """
@@ -66,7 +66,7 @@ def tuned_adapters(
 ) -> dict[str, Adapter]:
     """Train an adapter for each name of `examples`, on the examples of these indices, all together; return them by name.
 
-    An adapter begins as that of its name in `starts`; None begins a new one, of the layers whose paths end in
+    An adapter begins as the one of its name in `starts`, or, for None, as a new adapter of the layers whose paths end in
     `target_modules`. Raises BudgetExceeded if memory is too short.
     """
     begun = {
@@ -148,7 +148,7 @@ def linear_targets(model: Any) -> Sequence[str]:
 def example_loss(
     model: Any, tokenizer: Any, task: Task, pool: ExpertPool, merge_method: str = "linear", *, turned: bool = False
 ) -> ExampleLoss:
-    """Return the loss on the task's examples by mixtures of a pool, without terms for the weights."""
+    """Return an objective, the loss of mixtures of a pool on the task's examples, without terms for the weights."""
     engine = Composer(model, pool, tokenizer=tokenizer)
     return ExampleLoss(engine, tokenizer, task, merge_method=merge_method, turned=turned, l1=0.0)
 
@@ -183,9 +183,9 @@ class Pruned:
 
 
 def prune_mixture(objective: ExampleLoss, mixture: MixtureWeights, tolerance: float, *, progress: bool = True) -> Pruned:
-    """Leave out experts one by one, always the one that is missed least, while the loss rises by at most `tolerance`.
+    """Leave out experts one by one, always the expert missed least, while the loss rises in all by at most `tolerance`.
 
-    `tolerance` is in nats of the mean loss on the examples, in all, and at least 0. One expert stays.
+    `tolerance` is in nats of the mean loss on the examples, and at least 0. One expert stays.
     """
     if not is_number(tolerance, 0):
         raise WeightingError(
@@ -198,7 +198,7 @@ def prune_mixture(objective: ExampleLoss, mixture: MixtureWeights, tolerance: fl
         left = [name for name in mixture.experts if name not in out]
         losses = _losses(objective, [_without(mixture, [*out, name]) for name in left])
         evaluations += len(left)
-        # NaN, of a mixture that cannot be scored, is never the least
+        # a mixture that cannot be scored has the loss NaN, which is never the least
         least = min(range(len(left)), key=lambda place: (math.isnan(losses[place]), losses[place]))
         if not losses[least] <= whole + tolerance:
             break

@@ -109,15 +109,15 @@ FORMATS = (FORMAT, FORMAT_WITH_ROUTER, *PARTS)
 FILE = "composition.json"
 MAX_FILE_BYTES = 2**26
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
-# the fields of a task that are kept, beside those that make it a chat
+# the fields of a task that are saved, beside `chat` and `system`
 TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template", "demonstrations", "orders", "calibrated", "stop")
 
 
 @dataclass(frozen=True)
 class SavedRecipe:
-    """The task, the report and the base of a composition that was saved; `rest` has all other entries of the file.
+    """The task, the report and the base of a saved composition; `rest` has all other entries of its file.
 
-    `parts` is "members", "steps" or None; those in `part_names` have the folders member-0, member-1 and so on.
+    `parts` is "members", "steps" or None; the parts in `part_names` have the folders member-0, member-1 and so on.
     """
 
     folder: Path
@@ -131,7 +131,7 @@ class SavedRecipe:
 
     @classmethod
     def read(cls, folder: str | Path) -> SavedRecipe:
-        """Read a recipe. Raises AdapterNotFound without one, AdapterCorrupt, and CompositionError for a newer format."""
+        """Read the file. Raises AdapterNotFound if it is missing, AdapterCorrupt, CompositionError for a newer format."""
         path = as_path(folder, "the folder of a composition", CompositionError) / FILE
         if not path.is_file():
             raise AdapterNotFound(f"{folder} holds no {FILE}; save_pretrained() of a composition writes it")
@@ -153,7 +153,7 @@ class SavedRecipe:
     def fields_on(self, model: Any) -> dict[str, Any]:
         """Return the composition's fields on the model, without its members. Raises BaseModelMismatch for another base.
 
-        Warns where neither weights nor ids say that the model is the same, and names and shapes do.
+        Warns if only the names and shapes of layers, neither weights nor ids, show that the model is the same.
         """
         require_model(model)
         recipe, model_base, its = self.rest, base_key(model), BaseKey(str(self.base_model), None, self.base)
@@ -168,7 +168,7 @@ class SavedRecipe:
             raise AdapterCorrupt(
                 f"{self.folder} has the share {fields['share']!r}, which is no number above 0; compose again"
             )
-        # the model is the one that it was composed on, whatever its experts say of their base
+        # the model was just checked, so experts get its fingerprint, whatever base they name
         if recipe["format"] == FORMAT_WITH_ROUTER:
             # every router that can be read is loaded with it
             from loraweave.routers.tokens._saved import router as read_router
@@ -192,7 +192,7 @@ class SavedRecipe:
 
 
 def task_json(task: Task) -> dict[str, Any]:
-    """Return the arguments that make the task by Task(), as JSON."""
+    """Return the arguments of Task() that make this task, as JSON."""
     fields = {name: getattr(task, name) for name in TASK_FIELDS}
     for name in ("examples", "demonstrations"):
         fields[name] = [[prompt_json(prompt), target] for prompt, target in fields[name]]

@@ -28,13 +28,13 @@ from loraweave.types import Router, Task
 
 # the merge method whose weights a search looks for, by the name of the space
 SPACES = {"deltas": "linear", "factors": "factor_sum"}
-# an average of ways needs no guard
+# the default numbers of folds: "auto" averages several ways, which needs no guard
 FOLDS, FOLDS_OF_AUTO = 3, 0
-# the number of examples from which on "auto" compares its ways on some of them, a long training among these
+# from this number of examples on, "auto" compares its ways, with a long training, on a fifth of the examples
 MANY = 50
 # the most inputs without targets that calibrate labels, or that find adapters for a task without examples
 CALIBRATING = 20
-# ways of compose() that are no solvers
+# the methods of compose() that are no solvers
 OTHER_WAYS = ("auto", "base", "best_single", "in_context", "few_shot")
 # the options that compose() itself passes to a solver that takes them
 SUPPLIED = tuple(registry.RESERVED["routers"])
@@ -114,11 +114,11 @@ class Settings:
 
     @property
     def meaning(self) -> str | None:
-        """The merge method whose weights the search looks for; None for the search's own."""
+        """The merge method whose weights the search looks for; None for the search's own default."""
         return self.merge_method if self.space is None else SPACES[self.space]
 
     def start_name(self, solver_type: type[Solver]) -> str | None:
-        """Return the name of the search's start; None for a start given as weights, and for the solver's own default."""
+        """Return the name of the search's start; None for a start given as weights, and for the solver's default start."""
         start = self.options.get("start", solver_type.begins(self.options))
         return start if isinstance(start, str) else None
 
@@ -130,7 +130,7 @@ class Settings:
         return smooth and self.meaning in (None, "linear")
 
     def solver(self, experts: Sequence[str], supplied: Mapping[str, Any]) -> Solver:
-        """Return the method's solver with its limits and options; the options that it takes of `supplied` override these."""
+        """Return the method's solver with its limits and options; options that are in `supplied` are taken from it."""
         solver_type = solver_class(self.name)
         arguments = {**supplied, "budget": self.budget, "seconds": self.seconds, "seed": self.seed}
         known = options_of(solver_type)
@@ -139,8 +139,8 @@ class Settings:
     def require_combinable(self, pool: ExpertPool) -> None:
         """Raise InvalidLicense if the composition would combine adapters whose licenses exclude each other.
 
-        Raises CompositionError if it would combine adapters that count from different tokens on. A single adapter, the base,
-        and mixtures that a router makes live combine nothing.
+        Raises CompositionError if it would combine adapters that act from different invocation tokens on. A single adapter,
+        the base, and mixtures that a router makes live combine nothing.
         """
         weights = {name: weight for name, weight in (self.weights or dict.fromkeys(pool.names)).items() if weight != 0.0}
         alone = self.method in ("base", "best_single", "in_context", "few_shot") or list(weights.values()) == [1.0]
@@ -210,7 +210,7 @@ class Settings:
             raise WeightingError(
                 f"space={self.space!r} and merge_method={self.merge_method!r} both say what weights mean; leave one out"
             )
-        # merging is loaded for those who ask for it
+        # imported here, since few searches need merging
         from loraweave.composer.merge.method_call import MethodCall
 
         if MethodCall(self.merge_method or "").takes("statistics"):
@@ -226,7 +226,7 @@ class Settings:
         known = {} if solver_type is None else options_of(solver_type, beside=("experts", *LIMITS, *SUPPLIED))
         require_known(f"method {self.name!r}", self.options, known)
         if solver_type is not None:
-            # a start may have a name, whatever the solver takes
+            # a start may be a name, whatever the solver itself takes as its start
             solver_type.check({name: value for name, value in self.options.items() if name != "start"})
             self._check_start(solver_type, from_hub)
             if solver_type.learns:

@@ -33,14 +33,14 @@ NUM_NAMED, NAME_WIDTH = 3, 40
 class TaskMixture:
     """The weights over the adapters of a pool for one task, on one model.
 
-    `pool` is None when nothing but the base is used, and for weights that were read from a folder. `merge_method` says
-    what the weights mean (a name of `names("methods")`). `all_weights` are means over the layers where `by_layer`,
-    {layer: {name: weight}}, has them. `stored` is the adapter itself where it is more than the weights say: read from a
-    folder, cut in rank, or trained on for `tuned_steps` steps. Where there is a `router`, it weighs the experts of the pool
-    for every token and layer: such a composition answers live, and no adapter and no merge has what it does. Its adapter is
-    made of adapters whose licenses exclude each other only where `allow_licenses` says so. Where it has `members`, {name:
-    composition}, each is asked in its own prompts, and their probabilities are averaged by their `share` of all shares;
-    where it has `steps`, {name: composition}, each answers what the one before it answered. Neither has one adapter.
+    `pool` is None if only the base is used, and for weights read from a folder. `merge_method` says what the weights mean (a
+    name of `names("methods")`). `all_weights` are means over the layers if `by_layer`, {layer: {name: weight}}, has the
+    weights. `stored` is the adapter itself if the weights do not determine it: read from a folder, cut in rank, or trained
+    on for `tuned_steps` steps. A `router` weighs the experts of the pool for every token and layer: such a composition
+    answers live, and no adapter or merge can replace it. `allow_licenses` permits an adapter made of adapters whose licenses
+    exclude each other. `members`, {name: composition}, are each asked in their own prompts, and their probabilities are
+    averaged in proportion to their `share`; of `steps`, {name: composition}, each answers the answer of the step before it.
+    Neither has one adapter.
     """
 
     model: Any
@@ -118,7 +118,7 @@ class TaskMixture:
 
     @property
     def parts(self) -> Mapping[str, TaskMixture]:
-        """The members, or the steps; empty for one mixture."""
+        """The members, or the steps, by name; empty for a single mixture."""
         return self.members or self.steps
 
     @property
@@ -126,12 +126,12 @@ class TaskMixture:
         return [part.share for part in self.parts.values()]
 
     def _average(self, values: Sequence[float]) -> float:
-        """Return the average of one value for each part, by their shares."""
+        """Return the average of one value for each part, weighted by the parts' shares."""
         return sum(value * share for value, share in zip(values, self._shares, strict=True)) / sum(self._shares)
 
     @property
     def _said(self) -> str:
-        """The name of all parts together, for messages."""
+        """The average or program as a phrase that names all parts, for error messages."""
         return f"the average of {' and '.join(self.members)}" if self.members else f"the program {' > '.join(self.steps)}"
 
     @property
@@ -145,9 +145,8 @@ class TaskMixture:
     def adapter(self) -> Adapter:
         """The composition as one adapter.
 
-        Raises CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router
-        weighs and for members or steps, InvalidLicense for licenses that exclude each other, or derived works, unless
-        `allow_licenses`.
+        Raises CompositionError if it is the base model itself, which no adapter expresses, ScopeError if a router weighs and
+        for members or steps, InvalidLicense for licenses that exclude each other, or derived works, unless `allow_licenses`.
         """
         self._require_one("be one adapter")
         if self.stored is not None:
@@ -156,7 +155,7 @@ class TaskMixture:
             return replace(self.stored, card={**self.stored.card, **known})
         if self.is_base or self.pool is None:
             raise CompositionError("this composition is the base model itself: there is no adapter to give")
-        # what only answers live merges nothing
+        # imported here, since a composition that only answers live needs no merging
         from loraweave.composer.merge.merge import merge, merge_by_layer
 
         # DoRA's magnitudes and trained biases are resolved against the model
@@ -167,10 +166,10 @@ class TaskMixture:
         return merge(list(used.adapters.values()), list(self.mean_weights.values()), progress=False, **options)
 
     def predict(self, inputs: GivenRows, *, max_new_tokens: int = scoring.MAX_NEW_TOKENS) -> list[str]:
-        """Return one answer for each input: a label when the task has labels, else the first line of a greedy generation.
+        """Return one answer for each input: a label if the task has labels, else the first line of a greedy generation.
 
-        In a chat it is the whole turn. Inputs are texts, conversations, or those of rows. Raises InvalidTask for anything
-        else, such as a single text.
+        In a chat an answer is the whole turn. Inputs are texts, conversations, or those of rows. Raises InvalidTask for
+        anything else, such as a single text.
         """
         return self._predict(read_asked(inputs), max_new_tokens)
 
@@ -195,7 +194,7 @@ class TaskMixture:
         return scoring.score(said, read, self._losses(read))
 
     def losses(self, pairs: GivenRows | None = None) -> list[float]:
-        """Return each pair's mean loss of the (first) target's tokens, and over members, by default for the examples."""
+        """Return each pair's mean loss of the first target's tokens, averaged over members; by default of the examples."""
         return self._losses(self.task.examples if pairs is None else scoring.read_answers(pairs))
 
     @property

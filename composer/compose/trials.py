@@ -116,7 +116,7 @@ class Bench:
     def best(self, examples: Sequence[int], count: int) -> dict[str, float]:
         """Return equal weights of sum 1 for the `count` adapters, or fewer, of the lowest mean losses on these examples."""
         means_E = self.alone[0][:, list(examples)].mean(axis=1)
-        # stable, and NaN is last: of equal ones the earlier
+        # stable, so that of equal losses the earlier comes first; NaN comes last
         order = np.argsort(means_E, kind="stable")[:count]
         return {self.names[place]: 1 / len(order) for place in order}
 
@@ -163,7 +163,7 @@ class Selection:
 
 
 def reported(made: Composition, report: Report, **fields: Any) -> Composition:
-    """Return the composition with the report, and its parts with copies that name the part; all get these `fields`."""
+    """Return the composition with the report, and its parts with copies that name the part; `fields` are set in all."""
     members, steps = dict[str, Composition](), dict[str, Composition]()
     for name, member in made.members.items():
         members[name] = reported(member, replace(report, chosen=name, reason="a member of average"), **fields)
@@ -173,7 +173,7 @@ def reported(made: Composition, report: Report, **fields: Any) -> Composition:
     return replace(made, report=report, members=members, steps=steps, **fields)
 
 
-# makes a selection for each split, without a look at the examples held out
+# a function that makes a selection for each split without using the split's held-out examples
 Choose = Callable[["Trial", Sequence[Split]], list[Selection]]
 
 

@@ -39,15 +39,15 @@ EACH = 10
 TRAINS_FROM = 40
 # a single adapter of less than this share of the loss without adapters is taken as it is
 SURE = 0.5
-# what learns nothing from the examples, and takes no adapter of a skill
+# the ways that neither learn from the examples nor take an adapter of a skill
 UNLEARNED = ("base", "in_context", "in_context_adapter")
-# with labels, unless the adapter suits these by luck with at least this probability
+# a task with labels does not take it if its loss is luck with at least this probability
 LUCK = 0.05
-# no program is sought where something that did not learn has a lower loss, in nats a token
+# no program is sought if a way that learned nothing has a lower loss, in nats a token
 NEAR = 0.5
-# a program of FAR times that loss is no member
+# a program is no member of the average if its loss is FAR times that of the best way that learned nothing
 FAR = 2.0
-# the search of "auto"; the other one where the objective has no gradients
+# the search of "auto", and the search that replaces it for an objective without gradients
 SEARCHES = ("gradient", "lorahub")
 
 
@@ -55,7 +55,7 @@ SEARCHES = ("gradient", "lorahub")
 class Outcome:
     """The trials that were run, in order; `to_return` is the name of the way to return, unless a guard finds a better one.
 
-    `remarks` say what was left out and why, and where a training began. "auto" has nothing to return if it learned nothing.
+    It is None if "auto" learned nothing. `remarks` say what was left out and why, and where a training began.
     """
 
     trials: list[Trial]
@@ -73,8 +73,8 @@ def calibrated(task: Task, settings: Settings) -> Task:
 def ways_of(bench: Bench, settings: Settings) -> tuple[list[Trial], list[Trial]]:
     """Return two lists of trials, none of which has run: plain ones to compare with, and those of the settings' method.
 
-    With "auto" the latter are what it may average; some of its trials follow from what others come to. Raises what settings
-    and pool forbid, before anything runs.
+    With "auto" the latter are those that it may average; `measure` adds trials that depend on the losses of others. Raises
+    an error, before anything runs, for what the settings or the pool forbid.
     """
     learning = _learning(bench, settings)
     plain: list[Trial] = []
@@ -89,7 +89,7 @@ def ways_of(bench: Bench, settings: Settings) -> tuple[list[Trial], list[Trial]]
 
 
 def _learning(bench: Bench, settings: Settings) -> list[Trial]:
-    """Return the trials of the method beside the plain ones; for "auto", those that it may average."""
+    """Return the trials of the settings' method that are not plain; for "auto", those that it may average."""
     if settings.routes:
         return [routed(bench, settings)]
     match settings.method:
@@ -110,7 +110,7 @@ def _learning(bench: Bench, settings: Settings) -> list[Trial]:
 
 
 def _search_and_trainings(bench: Bench, settings: Settings) -> list[Trial]:
-    """Return the search of "auto", where there are several adapters to weigh, and its trainings."""
+    """Return the trials of the search of "auto", if there are several adapters to weigh, and of its trainings."""
     trials = []
     if len(bench.names) > 1:
         method, budget = next(method for method in SEARCHES if settings.can_run(method)), settings.budget
@@ -129,9 +129,9 @@ def _in_context(bench: Bench) -> Trial:
 
 
 def measure(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Settings, folds: Sequence[Split]) -> Outcome:
-    """Run the trials: base, best single, uniform mixture and, for "auto", the base in context first.
+    """Run the plain trials, then those of the method; "auto" decides by their losses which others to run.
 
-    With "auto", a trial none of whose candidates can be scored is left out.
+    With "auto", a trial is left out if none of its candidates can be scored.
     """
     for trial in [*plain, *(learning if settings.method != "auto" else [])]:
         trial.run(folds)
@@ -145,7 +145,7 @@ def measure(plain: list[Trial], learning: list[Trial], bench: Bench, settings: S
 
 
 def _auto(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Settings, folds: Sequence[Split]) -> Outcome:
-    """Run the trials of "auto" after the plain ones; return all that ran, and the name of the one to return."""
+    """Run the trials of "auto", once the plain ones have run; return all that ran, and the name of the one to return."""
     task, remarks, run = bench.task, list[str](), methodcaller("run", folds)
     is_one = _is_one(task, settings)
     prompts: list[Trial] = []
@@ -164,12 +164,12 @@ def _auto(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Set
         remarks.append("one example is shown in prompts, and not learned from: two would tell how well ways do")
         return _averaged([*plain, *stated], prompts, folds, remarks)
     least, untrained, searched = min(trial.held_out_loss for trial in plain), _untrained(settings), list[Trial]()
-    # sought where the instruction states none, for tasks without labels that neither prompts nor one adapter come near to
+    # a program is sought if the instruction states none, and neither prompts nor one adapter come near a task without labels
     is_far = task.labels is None and not untrained and len(task.examples) > 1 and least >= NEAR
     if is_far and not stated and bench.retriever is not None:
         searched = [program(bench, bench.retriever, settings)]
     if settings.has_many(task):
-        # only the best on the examples held out goes on to learn from all
+        # only the way that is best on held-out examples goes on to learn from all
         learned = _that_run([*learning, *searched], methodcaller("hold_out", folds), remarks)
         best = min([*plain, *stated, *learned], key=attrgetter("held_out_loss"))
         if best in learned:
@@ -185,7 +185,7 @@ def _auto(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Set
 
 
 def _that_run(trials: Iterable[Trial], run: Callable[[Trial], object], remarks: list[str]) -> list[Trial]:
-    """Run the trials; return those that ran, and add the reasons why others did not to `remarks`."""
+    """Run the trials; return those that succeeded, and add to `remarks` why the others failed."""
     ran = []
     for trial in trials:
         try:
@@ -198,7 +198,7 @@ def _that_run(trials: Iterable[Trial], run: Callable[[Trial], object], remarks: 
 
 
 def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split], remarks: list[str]) -> Outcome:
-    """Run the average of several members; return the outcome that returns the average, or the only member."""
+    """Run the average of `members`, if there are several; the outcome returns the average, or the only member."""
     average: list[Trial] = [averaged(members)] if len(members) > 1 else []
     for trial in average:
         trial.run(folds)
@@ -206,9 +206,9 @@ def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split],
 
 
 def _stated(bench: Bench, plain: Sequence[Trial], run: Callable[[Trial], object], remarks: list[str]) -> list[Trial]:
-    """Run the program of the two adapters whose descriptions together say what the instruction asks for, if any do.
+    """Run the program of the two adapters whose descriptions together match the instruction, if there are such two.
 
-    Return its trial if both together answer better than the best single adapter, and not far worse than prompts alone.
+    Return [its trial] if it answers better than the best single adapter, and not far worse than prompts alone; else [].
     """
     if bench.retriever is None or not says_something(bench.task.instruction):
         return []
@@ -229,7 +229,7 @@ def _stated(bench: Bench, plain: Sequence[Trial], run: Callable[[Trial], object]
 
 
 def _joins(program: Trial, least: float, remarks: list[str]) -> bool:
-    """Return True if the program becomes a member, and note it; one step does not, since its weight is learned anyway."""
+    """Return True if the program joins the average, and note it; one step does not, since its weight is learned anyway."""
     steps = [] if program.chosen is None else list(program.chosen.composition.steps)
     loss, why = program.held_out_loss, ""
     if len(steps) == 1:
@@ -243,8 +243,8 @@ def _joins(program: Trial, least: float, remarks: list[str]) -> bool:
 def _is_sure(plain: Sequence[Trial], bench: Bench, settings: Settings) -> bool:
     """Return True if the best single adapter's loss is far below that of prompts alone, and not by luck.
 
-    No prompt can show the only example that it asks for: of one, the adapter must also be the one that retrieval finds.
-    An adapter that writes labels whatever the input has a low loss, too, and a few labels suit one of many by luck.
+    A single example cannot be shown in its own prompt: the adapter must then also be the first that retrieval finds. With
+    labels the loss must not be luck: many adapters were tried, and some write labels whatever the input.
     """
     losses = {trial.name: trial.held_out_loss for trial in plain}
     if _is_one(bench.task, settings) and bench.best([0], 1).keys() != set(list(bench.scores)[:1]):
@@ -255,7 +255,7 @@ def _is_sure(plain: Sequence[Trial], bench: Bench, settings: Settings) -> bool:
 
 
 def _luck_of_best(bench: Bench) -> float:
-    """Return the `luck` of the best single adapter among those that retrieval ranks no lower, or among the whole pool."""
+    """Return the `luck` of the best single adapter; adapters that retrieval ranks below it do not count as tried."""
     examples = bench.task.examples
     (single,) = best = bench.best(range(len(examples)), 1)
     loss = ExampleLoss(bench.engine, bench.tokenizer, bench.task, kind="labels", l1=0.0)
@@ -283,7 +283,7 @@ def _is_one(task: Task, settings: Settings) -> bool:
 
 
 def _untrained(settings: Settings) -> str:
-    """Return the reason why "auto" does no more than search, by its settings; "" where they let it train."""
+    """Return why the settings let "auto" do no more than search; "" if it may train."""
     if settings.seconds is not None:
         return f"seconds={settings.seconds:g} bounds auto"
     if settings.budget is not None and settings.budget < TRAINS_FROM:
@@ -291,7 +291,7 @@ def _untrained(settings: Settings) -> str:
     return "" if settings.asks_the_task else "auto is given another loss than the task's, or another meaning of weights"
 
 
-# what a searched composition is compared with
+# the ways that a searched composition is compared with
 PLAIN = ("base", "best_single")
 REASONS = {
     "average": "the members' probabilities, averaged",
@@ -305,9 +305,9 @@ def guard(
 ) -> tuple[str, str]:
     """Return the name of the trial to return, and the reason; `held_out_losses` has the losses of all trials by name.
 
-    Without an `asked` way, that is the better of "base" and "best_single". Otherwise it is `asked`, except that a `guarded`
-    one gives way to the better of these two if its loss is higher. With `best_of_all`, guarded, it is the way of the lowest
-    loss, of equal ones the plain one.
+    If `asked` is None, that is the better of "base" and "best_single". Otherwise it is `asked`, unless it is `guarded` and
+    has a higher loss than the better of these two, which then replaces it. With `best_of_all` a guarded choice is the trial
+    of the lowest loss, among equal ones the better of these two.
     """
     if asked is not None and not guarded:
         return asked, REASONS.get(asked, f"auto became {asked}") if best_of_all else "as asked"

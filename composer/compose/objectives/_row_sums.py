@@ -12,17 +12,17 @@ from torch import Tensor
 
 from loraweave.types import Task
 
-# the sums that there are: of negative log-likelihoods, of tokens that are not the most likely ones, and of the entropies of
+# the names of the sums: of negative log-likelihoods, of tokens that are not the most likely ones, and of the entropies of
 # the predicted distributions, in nats
 LOSS, MISS, ENTROPY = "loss", "miss", "entropy"
 
 
 @dataclass(frozen=True, eq=False)
 class RowSums:
-    """The sums of N examples with R rows each: `sums` over a row's target tokens, (N, R) each, by the names asked for.
+    """Sums over the target tokens of each row, {name: (N, R)} for N examples with R rows each.
 
-    count_NR is the number of target tokens, right_N which of its rows is an example's target. `num_targets` counts the
-    tokens of the targets of all examples of the loss, of which these N may be a part.
+    count_NR is a row's number of target tokens, right_N the index of the row with an example's own target. `num_targets`
+    counts the tokens of the targets of all examples of the loss, of which these N may be a part.
     """
 
     count_NR: Tensor
@@ -53,9 +53,9 @@ class RowSums:
 class Kind(ABC):
     """A kind of loss on the examples of one task.
 
-    `targets` are the texts that follow each example's prompt: its own target, or all `labels`; `right` says which of them is
-    its target. `needs` and `hit_needs` name the sums that `losses` and `hits` look at. `differentiable` is True if gradients
-    of `losses` mean anything.
+    `targets` are the texts that follow each example's prompt: its own target, or all `labels`; `right` has the index of its
+    target among them. `needs` and `hit_needs` name the sums that `losses` and `hits` read. `differentiable` is True if
+    `losses` has useful gradients.
     """
 
     differentiable: ClassVar[bool] = True
@@ -70,7 +70,7 @@ class Kind(ABC):
 
     @abstractmethod
     def losses(self, sums: RowSums) -> Tensor:
-        """Return loss_N, one for each example."""
+        """Return loss_N, one loss for each example."""
 
     def hits(self, sums: RowSums) -> Tensor:
         """Return hit_N: whether the target is the likeliest label or, without labels, what greedy decoding would write."""

@@ -11,5 +11,5 @@ class CrossEntropy(Kind):
     """The mean negative log-likelihood, in which each example counts the same, however long its target."""
 
     def losses(self, sums: RowSums) -> Tensor:
-        """Return the mean over each target's tokens."""
+        """Return loss_N, the mean over the tokens of each example's target, in nats."""
         return (sums.negative_logs / sums.count_NR)[:, 0]

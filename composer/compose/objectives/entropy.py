@@ -14,7 +14,7 @@ from loraweave.types import Task
 
 
 class Entropy(Kind):
-    """The entropy of predictions, which looks at no target but for where its tokens are."""
+    """The entropy of predictions, which depends on a target only through the places of its tokens."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task, task.labels)

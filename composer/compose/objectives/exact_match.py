@@ -25,5 +25,5 @@ class ExactMatch(Kind):
         self.needs = self.hit_needs
 
     def losses(self, sums: RowSums) -> Tensor:
-        """Return 0 or 1 for each example."""
+        """Return loss_N: 0 for an example that is answered with its target, else 1."""
         return (~self.hits(sums)).float()

@@ -10,7 +10,7 @@ from loraweave.types import Task
 
 
 class Labels(Kind):
-    """The ranking loss -log softmax over the labels' summed log-likelihoods, at the target: what predictions rank by.
+    """The ranking loss -log softmax over the labels' summed log-likelihoods, at the target; predictions rank by these sums.
 
     A label ends with the end-of-sequence token. Raises InvalidTask for a task without labels.
     """
@@ -24,5 +24,5 @@ class Labels(Kind):
         super().__init__(task, task.labels)
 
     def losses(self, sums: RowSums) -> Tensor:
-        """Return each example's loss in nats: log of the number of labels where all are as likely."""
+        """Return loss_N in nats, which is the log of the number of labels if all are equally likely."""
         return -sums.log_shares().gather(1, sums.right_N[:, None])[:, 0]
