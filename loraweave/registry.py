@@ -167,7 +167,7 @@ def names(folder: str) -> list[str]:
 
 
 def modules(folder: str) -> dict[str, str]:
-    """Return {name: module} of a registry; of one name the core's file counts, then an extension's, then a package's."""
+    """Return {name: module} of a registry; of equal names the core's file wins, then an extension's, then a package's."""
     return {name: point.module for name, point in _plugins(folder, tuple(sys.path)).items()} | _files(folder)
 
 

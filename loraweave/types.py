@@ -369,7 +369,7 @@ class Task:
 
     @property
     def answer_end(self) -> str | None:
-        """The text that ends an answer: a line break if demonstrations show it, else None for the end of sequence."""
+        """The text that ends an answer: a line break if there are demonstrations, else None, the end of the sequence."""
         return "\n" if self.demonstrations else None
 
     def in_orders(self) -> list[Task]:

@@ -40,11 +40,11 @@ PIPE_WIDTH = 10_000
 class Application(TyperGroup):
     """The root group of commands. Exit status 0 done, 1 a named error on one line of stderr, 2 wrong usage, 130 interrupted.
 
-    Below an error in a formula stand the formula and a caret. With --debug an error keeps its traceback.
+    The error of a formula is followed by the formula and a caret. With --debug an error keeps its traceback.
 
     The file `commands.py` of an extension, or the module of an entry point `loraweave.commands`, has a `typer.Typer` named
-    `app`, whose commands stand beside ours, or one named `hub`, whose commands are those of `loraweave hub`. Names of ours
-    stay ours.
+    `app`, whose commands stand beside the core's, or one named `hub`, whose commands join those of `loraweave hub`. The
+    core's commands take precedence over others of the same name.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:

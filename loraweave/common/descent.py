@@ -284,7 +284,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file. Raises OSError with its number, hidden by safetensors, if that fails."""
+    """Write tensors to a safetensors file. Raises OSError, whose number safetensors hides, if the file system fails."""
     try:
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:

@@ -104,7 +104,7 @@ def remove_file(path: Path) -> None:
 
 
 def require_replaceable(folder: Path, is_own: Callable[[Path], bool]) -> Path:
-    """Return the folder to replace: `folder`, or the folder that it links to. `is_own(entry)`: if the entry may be lost.
+    """Return the folder to replace: `folder`, or the folder that it links to. `is_own` is True of entries that may be lost.
 
     Raises AdapterExists if there is a file, or a folder with any other entry.
     """
