@@ -69,7 +69,7 @@ class ExportReport:
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Upload the folder to `owner/name` on the model hub; return the commit's id. Raises as `Adapter.push_to_hub`."""
+        """Upload the export to `owner/name` on the model hub; return the commit's id. Raises as `Adapter.push_to_hub`."""
         message = commit_message or f"an export for {self.target}"
         return upload(self.folder, repository, token=token, private=private, message=message)
 
@@ -242,7 +242,7 @@ class Adapter:
 
     @property
     def base(self) -> BaseKey:
-        """The base model as a key, whose revision is the one that PEFT's config names."""
+        """The base model's key: its id, the revision in PEFT's config, and its fingerprint."""
         return BaseKey(self.base_model, entry(self.card.get("peft"), "revision", str) or None, self.fingerprint)
 
     @property

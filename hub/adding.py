@@ -272,7 +272,7 @@ def examine(
 
 
 def examiners() -> list[Any]:
-    """Return the entries of the registry `examiners`, which have `measure` and `examine`."""
+    """Return the entries of the registry `examiners`, which look for anomalies by `measure` and `examine`."""
     return [registry.get("examiners", name) for name in registry.names("examiners")]
 
 

@@ -79,7 +79,7 @@ class StoredComposition:
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
-        """The content of its recipe, the only file named in RECIPES. Raises AdapterCorrupt if it is damaged or missing."""
+        """The JSON object in the one file named in RECIPES. Raises AdapterCorrupt if the file is damaged or missing."""
         (path,) = [path for path in RECIPES if path in self._row.files]
         try:
             content: Mapping[str, Any] = json.loads(self.read(path))

@@ -53,7 +53,7 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
 
 
 def _whole(factors: Factors, layer: BaseLayer, where: str) -> Factors | Dense:
-    """Return the update with its gain multiplied out: factors if nothing but the bias needs the base, else one matrix."""
+    """Return the update with its gain multiplied out: factors if it has no gain or magnitude, else one dense matrix."""
     # a layer with only a trained bias is stored without its number of inputs
     inputs = factors.a_RI.shape[1] if factors.rank else layer.num_inputs
     shape = (factors.b_OR.shape[0], inputs, factors.kind)

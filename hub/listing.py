@@ -118,12 +118,12 @@ class Listing:
             return read_changes(connection, embedder_id, since=since, after=after, limit=limit, where=where)
 
     def records_at(self, seqs: Sequence[int]) -> dict[int, Record]:
-        """Return the records with these numbers in the order of addition, without those that were removed."""
+        """Map each of these adapter numbers to its record, in order of addition; removed adapters are left out."""
         with self._catalogue.reading() as connection:
             return {row.seq: row.record for row in rows.stored_rows(connection, seqs)}
 
     def seqs(self, filters: Filters) -> list[int]:
-        """Return the numbers of those that pass and are not in quarantine, in order of addition; reads no records."""
+        """Return the numbers of adapters that pass and are not in quarantine, in order of addition; reads no records."""
         with self._catalogue.reading() as connection:
             return matching(connection, filters)
 

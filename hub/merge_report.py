@@ -55,7 +55,7 @@ def group_of(layer: str) -> str:
 
 @dataclass(frozen=True)
 class MergeReport(Mapping[str, LayerReport]):
-    """The layers of a merged adapter, by module path; empty for an adapter that was not merged."""
+    """The figures of a merge or a mixture, a `LayerReport` by layer path; empty for an adapter that was not merged."""
 
     method: str = ""
     names: tuple[str, ...] = ()
@@ -219,7 +219,7 @@ def interference(
     ranks: tuple[int, int] = (0, 0),
     relative_error: float = 0.0,
 ) -> LayerReport:
-    """Return how the experts' weighted updates of one layer agree; only b a counts of DoRA and (IA)3.
+    """Return the report of how the experts' weighted updates of one layer agree; for DoRA and (IA)3, only b a counts.
 
     `inner_EE` has <w_i D_i, w_j D_j> of the experts that have the layer; if it is None, it is computed in fp32.
     `ranks` (before and after the cut) and `relative_error` are passed on to the report.

@@ -154,7 +154,7 @@ class ExpertPool:
 
     @cached_property
     def places(self) -> Mapping[str, int]:
-        """The place of each expert in the order of the pool."""
+        """The index of each expert in the pool, by name."""
         return {name: place for place, name in enumerate(self.adapters)}
 
     @cached_property
@@ -192,7 +192,7 @@ class ExpertPool:
         return {}
 
     def stacked(self, layer: str) -> StackedFactors:
-        """Return one layer's factors of all experts, stacked, fp32. Raises AdapterUnsupported if unbound or with heads."""
+        """Return a layer's stacked fp32 factors of all experts. Raises AdapterUnsupported if one is unbound or has heads."""
         parts: dict[int, Factors] = {}
         for index, (name, adapter) in enumerate(self.adapters.items()):
             if layer in adapter.layers:

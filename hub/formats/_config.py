@@ -101,7 +101,7 @@ class AdapterConfig:
         return self._typed(name, self.fields.get(name) or {}, dict, "an object of layer patterns")
 
     def matched(self, pattern: str, layer: str, default: str) -> float:
-        """Return a layer's number by PEFT's rule: by the first match in field `pattern`, else the one of field `default`."""
+        """Return a layer's number by PEFT's rule: that of field `pattern`'s first match, else that of field `default`."""
         numbers, disputed = resolve_patterns(self.folder, pattern, self.numbers(pattern), [layer], self.number(default))
         if disputed:
             raise AdapterUnsupported(f"{self.folder}: {pattern} gives layer {layer!r} several values, {disputed[layer]}")
@@ -143,7 +143,7 @@ def resolve_patterns(
 
 
 def extension_module(part: str, what: str, *missing: str) -> Any:
-    """Return an extension's module `part`. Raises AdapterUnsupported if none has it, naming the extension `missing`."""
+    """Return the module `part` of an extension; else raise AdapterUnsupported: `what`, and `missing_extension(*missing)`."""
     module = next(bringing(part), None)
     if module is None:
         raise AdapterUnsupported(f"{what}: nothing here reads or writes this form{missing_extension(*missing)}")

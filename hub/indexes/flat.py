@@ -53,7 +53,7 @@ Choice = Callable[[int], Any]
 
 
 def index_choice(index: str) -> Choice:
-    """Map a number of keys to the index class of that name, or for "auto" to that of `default_from`. Raises UnknownName."""
+    """Return a function from the number of keys to class `index`, or for "auto" by `default_from`. Raises UnknownName."""
     if index == "auto":
         return _kind_for
     kind = registry.get("indexes", index)

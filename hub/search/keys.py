@@ -174,7 +174,7 @@ class Keys:
 
     @property
     def num_late(self) -> int:
-        """The number of rows that a search reads beyond one unmasked segment: those of later segments, and masked ones."""
+        """The number of keys that a search reads beyond one unmasked segment: those of later segments, and masked ones."""
         masked = sum(len(segment.seqs_N) - segment.num_alive for segment in self.segments)
         return masked + sum(len(segment.seqs_N) for segment in self.segments[1:])
 
@@ -256,7 +256,7 @@ class IndexFiles(Protocol):
         """Save keys of one segment and return them memory-mapped; None if they are too few or cannot be saved."""
 
     def problems(self, place: Path) -> Iterator[str]:
-        """Yield a sentence for each damaged file."""
+        """Yield a sentence for each damaged file of the index saved at `place`."""
 
 
 def index_files() -> list[IndexFiles]:

@@ -25,7 +25,7 @@ from loraweave.types import Record
 
 
 def beside(existing: rows.Row | None, record: Record, *, as_version: bool) -> Record:
-    """Return `record`, as the next version of `existing` if that has other content: AdapterExists without `as_version`."""
+    """Return `record`, as the next version of `existing` if contents differ (AdapterExists unless `as_version`)."""
     if existing is None or existing.record.hash == record.hash:
         return record
     if not as_version:
@@ -90,7 +90,7 @@ class Prepared:
 
     @property
     def has_written(self) -> bool:
-        """True if its blob was written to the store when it was read."""
+        """True if the adapter's blob was written to the store when the adapter was read."""
         return False
 
     def read(self, blobs: BlobStore) -> Adapter:
@@ -99,7 +99,7 @@ class Prepared:
         return self.adapter
 
     def usable_blob(self, catalogue: CatalogueStore, blobs: BlobStore) -> rows.BlobRow | None:
-        """Return the row of the stored blob of its content, or None if the blob must be written."""
+        """Return the row of the stored blob of this adapter's content, or None if the blob must be written."""
         return usable_blob(catalogue, blobs, self.record.hash)
 
 

@@ -318,7 +318,7 @@ def put_labels(connection: Connection, seq: int, record: Record) -> None:
 
 
 def labels(record: Record) -> set[tuple[str, str]]:
-    """Return a record's labels as (kind, value): tags, license, languages, rank, and a digest of all known of its base."""
+    """Return a record's labels as (kind, value): tags, license, languages, rank, and the digest of its base's key."""
     pairs = {("base", base_digest(record)), ("rank", rank_label(record.rank))}
     pairs |= {("tag", storable(tag)) for tag in record.tags}
     pairs |= {("language", language) for language in languages(record.language)}
