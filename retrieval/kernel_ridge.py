@@ -140,5 +140,5 @@ def _targets(labels_N: np.ndarray) -> np.ndarray:
 
 
 def _norms(squares_C: np.ndarray, whole_C: np.ndarray) -> np.ndarray:
-    """Return sqrt(squares_C); inf where at most 1e-9 of `whole_C` is left, so that every cosine with that class is 0."""
+    """Return sqrt(squares_C); inf for a class whose square is at most 1e-9 of `whole_C`, so that its cosines are 0."""
     return np.where(squares_C > _NOTHING * whole_C, np.sqrt(np.maximum(squares_C, 0.0)), np.inf)

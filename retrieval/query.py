@@ -47,7 +47,7 @@ class SearchOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """The keywords of one search. Raises RetrievalError for a value that makes no sense."""
+    """The keywords of one search. Raises RetrievalError for a value that is invalid or excludes another."""
 
     k: int = 20
     base_model: str | BaseKey | None = None

@@ -359,7 +359,7 @@ class Retriever:
         return results
 
     def _hits(self, query_QD: np.ndarray, request: Request) -> list[list[Hit]]:
-        """Return each query's page from the index, or the hits that diversity chooses from."""
+        """Return each query's page of hits from the index or, with diversity, the hits to choose from."""
         num_choice = request.num_choice
         num_asked = num_choice
         while True:
@@ -381,7 +381,7 @@ class Retriever:
         ]
 
     def _abstain(self, query: Query, found: list[Candidate], request: Request) -> list[Candidate]:
-        """Return the candidates, or [] if the best is below the threshold; later pages follow the first."""
+        """Return the candidates, or [] if the best is below the threshold; pages after the first are not checked."""
         if self.abstention is None or not found or request.after is not None:
             return found
         # a description beside the inputs moves the scores of every search a little, by whatever keys
@@ -405,7 +405,7 @@ def _description_key(query: Query) -> tuple[str, ...]:
 
 
 def _query(rows: Sequence[Row]) -> Query:
-    """Return a query by the rows' inputs, and their outputs if all have one."""
+    """Return the query made of the rows' inputs, and of their outputs if every row has one."""
     outputs = tuple(row.targets[0] for row in rows if row.targets and row.targets[0].strip())
     return Query(tuple(row.input for row in rows), outputs if len(outputs) == len(rows) else ())
 

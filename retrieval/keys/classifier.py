@@ -89,14 +89,14 @@ class _Look:
         return cls(dense_ND, Form().embed(texts).astype(np.float64), tfidf.rows(texts))
 
     def kernels(self, other: _Look) -> list[np.ndarray]:
-        """Return the three kernels with another look's M texts, (N, M) each, at most 1."""
+        """Return the three kernels between these N texts and the M texts of `other`, (N, M) each, at most 1."""
         form_NM = np.exp(-_FORM_RATE * (1.0 - self.form_NF @ other.form_NF.T))
         return [self.dense_ND @ other.dense_ND.T, form_NM, (self.words_NV @ other.words_NV.T).toarray()]
 
 
 @dataclass(frozen=True, eq=False)
 class _Fitted:
-    """A fit to N samples of C adapters: looks at their inputs and perhaps outputs, the mixture chosen, and the solution."""
+    """A classifier fitted to N samples of C adapters: their features (`looks`), the kernels' mixture, and the solution."""
 
     labels_N: np.ndarray
     tfidfs: list[TfIdf]
@@ -249,7 +249,7 @@ def _relation(pairs: Sequence[_Pair]) -> np.ndarray:
 
 
 def _kernels(looks: list[_Look], relation_NF: np.ndarray, others: list[_Look], relation_MF: np.ndarray) -> np.ndarray:
-    """Return the kernels (P, N, M): three of the inputs, then, with outputs, three of these and one of the relation."""
+    """Return the kernels (P, N, M): three by inputs; with outputs, also three by outputs and one by their relation."""
     kernels = [kernel for look, other in zip(looks, others, strict=True) for kernel in look.kernels(other)]
     return np.stack(kernels + [relation_NF @ relation_MF.T] * (len(looks) > 1))
 
