@@ -59,7 +59,7 @@ def batch_invariant(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def fixing(model: nn.Module) -> Iterator[None]:
-    """Fix the shapes of the model's own products within the block; raise CompositionError if some cannot be fixed."""
+    """Fix the shapes of the model's matrix products within the block; raise CompositionError if some cannot be fixed."""
     _require_sound(model)
     running = ExitStack()
 
@@ -112,7 +112,7 @@ def _require_sound(model: nn.Module) -> None:
 
 
 class _FixedShapes(TorchFunctionMode):
-    """The torch mode in which matrix products have fixed shapes, or raise ScopeError if that is impossible."""
+    """The torch mode in which matrix products have fixed shapes; one whose shape cannot be fixed raises ScopeError."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -208,7 +208,7 @@ def _products(x_NTI: Tensor, weight_NOI: Tensor) -> Tensor:
 
 
 def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the elementwise function `func` so that it runs on whole vectors of LANES elements, in one thread."""
+    """Return a function that runs the elementwise `func` on whole vectors of LANES elements, in one thread."""
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         alone = x.numel() <= PIECE or torch.get_num_threads() == 1

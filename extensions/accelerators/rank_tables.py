@@ -33,7 +33,7 @@ def _is_installed() -> bool:
 
 @dataclass(frozen=True, eq=False)
 class RankTables:
-    """The D distinct rank rows of a batch, of which mixture g uses index_GR[g, :count_G[g]], with weights w_GR in fp32."""
+    """The D distinct rank rows (of a and b) of a batch; mixture g uses index_GR[g, :count_G[g]], with fp32 weights w_GR."""
 
     a_DI: Tensor
     b_DO: Tensor
@@ -68,7 +68,7 @@ class RankTables:
 
 
 class TableKernel(RowKernel):
-    """A kernel whose factors are rank rows of `tables`."""
+    """A kernel whose factors lie in `tables`, with one row of a and one of b for each rank."""
 
     is_shared: ClassVar[bool | None] = False
     devices: ClassVar[tuple[str, ...] | None] = DEVICES

@@ -45,7 +45,7 @@ class _Table(NamedTuple):
 
 @dataclass(eq=False)
 class _Slot:
-    """An expert's rank rows in the arena: `size` from row `start` on. `profile` numbers its ranks by layer."""
+    """An expert's rank rows in the arena: `size` rows from `start` on. `profile` is the number of its rank profile."""
 
     start: int
     size: int
@@ -55,7 +55,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Groups:
-    """Layers in G groups: in all layers of a group, each of P profiles of experts has the same rank, `ranks_GP`."""
+    """Layers in G groups: in all layers of group g, an expert of rank profile p (ranks by layer) has ranks_GP[g, p]."""
 
     of_layer: Mapping[str, int]
     ranks_GP: NDArray[np.int64]
@@ -63,7 +63,7 @@ class _Groups:
 
 @dataclass(frozen=True, eq=False)
 class Board:
-    """A mixture for M batch rows: the numbers and weights of the rank rows that each uses in each group of layers.
+    """A mixture for M batch rows: the numbers and weights of the rank rows that each batch row uses per group of layers.
 
     They lie at fixed addresses, an int32 tensor for each device, so that a captured graph can read the next mixture.
     `remembered` and `kernels` keep what was made for these addresses; a board that is lent again keeps them.
@@ -82,7 +82,7 @@ class Board:
 
 
 class Arena(LiveHook):
-    """A lender of boards that keeps experts' rank rows at fixed addresses. Any thread may call.
+    """The lender of boards, which keeps the experts' rank rows at fixed addresses. Any thread may call.
 
     Above `max_bytes`, it drops experts that no board uses, the least recently used first; those in use have no limit.
     """

@@ -21,9 +21,9 @@ from loraweave.extensions.accelerators.fixed_shapes import TILE, fixed_products,
 
 @dataclass(frozen=True, eq=False)
 class FixedShape(RowKernel):
-    """The kernel that adds one expert of each row after the other.
+    """The kernel that adds the experts of each batch row one after the other, by products of fixed shapes.
 
-    `slots` has, for each slot and rank, the row numbers M, a_MRI, and b_MOR with the weights multiplied in.
+    `slots` has, for each place in the rows' lists of experts and each rank, M row numbers, a_MRI, and weighted b_MOR.
     """
 
     block: ClassVar[str] = "batch_invariant()"

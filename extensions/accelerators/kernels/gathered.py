@@ -73,10 +73,10 @@ class Gathered(RowKernel):
 
 
 class _Filling(NamedTuple):
-    """The pieces that a batch's factors are gathered from, in order, as pairs (index of the part, None for all of it).
+    """The pieces that a batch's factors are joined from, in order: (index of a part, number of its rows or None for all).
 
-    The index after the last part means padding: so many rows of zeros. `padded`: whether there is any. `largest` is the rank
-    that all batch rows are padded to. `weights` has one for each gathered rank row; None where all are 1.
+    A part has one expert's factors; the index after the last part stands for zeros, and `padded` is True if these are used.
+    `largest` is the rank that all batch rows are padded to. `weights` has one for each joined rank row; None if all are 1.
     """
 
     largest: int
@@ -104,7 +104,7 @@ def _filling(rows: RowSets, ranks: tuple[int, ...]) -> _Filling:
 
 
 def _joined(factors: list[Tensor], filling: _Filling, num_rows: int, lend: Lend | None) -> Tensor:
-    """Return (rows x largest rank, width): the pieces of `factors`, one matrix a part, one below the other."""
+    """Return the pieces of `factors`, which has one matrix per part, below each other: (num_rows * largest rank, width)."""
     width = factors[0].shape[1]
     if filling.padded:
         factors.append(factors[0].new_zeros(filling.largest, width))

@@ -45,7 +45,7 @@ MOST_TOKENS = 64
 
 
 class Table(ctypes.Structure):
-    """The struct `Table` of native.c."""
+    """The struct `Table` of native.c: sizes, and pointers to factors, counts, weights and scratch memory."""
 
     _fields_ = [
         (name, ctypes.c_int64) for name in ("num_rows", "num_tokens", "num_inputs", "num_outputs", "num_factors")
@@ -106,7 +106,7 @@ def library() -> ctypes.CDLL | None:
 
 
 class Beside(NamedTuple):
-    """The cost of the library's operations and calls, as multiples of torch's."""
+    """The cost of an operation and of a call of native.c, as multiples of torch's."""
 
     flops: float
     calls: float
@@ -119,7 +119,7 @@ NATIVE = {4: Beside(1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" e
 
 @dataclass(frozen=True, eq=False)
 class NativeRows(RowKernel):
-    """The distinct factors of M mixtures, whose D rank rows each lie there once.
+    """The kernel of native.c for M mixtures; each expert's rank rows are among the D rank rows once.
 
     `entries` has, for each mixture, (first rank row, rank, weight) of each of its experts; `of_layer` is the layer's dtype.
     """
@@ -230,7 +230,7 @@ class NativeRows(RowKernel):
         return add_native
 
     def _table(self, tokens: int) -> Table:
-        """Return the table that the library reads for so many `tokens` a mixture; the kernel keeps it."""
+        """Return the table that native.c reads for `tokens` tokens a mixture, made once for each number of tokens."""
         if tokens in self._tables:
             return self._tables[tokens]
         entries = enumerate(self.entries)
@@ -252,7 +252,7 @@ class NativeRows(RowKernel):
         y_BTO.add_(self._formula(x_BTI.to(self.dtype)))
 
     def _formula(self, x_BTI: Tensor) -> Tensor:
-        """Return the update_BTO by the naive twin, with gradients: one mixture after the other."""
+        """Return update_BTO, one mixture after the other, in plain torch, which has gradients."""
         wide = torch.promote_types(self.dtype, torch.float32)
         updates = []
         for x_NI, row in zip(group_by_mixture(x_BTI, len(self.entries)).to(wide), self.entries, strict=True):
@@ -282,7 +282,7 @@ class _Product(torch.autograd.Function):
 
 
 def row_by_row(dense: Any, *, only_b: bool) -> list[Tensor]:
-    """Return and keep [a, b] of a stack, or [b] if `only_b`, contiguous, in 16 bits where these hold the same numbers."""
+    """Return a kernel's stacked [a, b], or [b] if `only_b`, contiguous, in 16 bits if no number changes; cached."""
     stack = dense.stack
     if only_b not in stack.beside:
         factors = [stack.b_SO] if only_b else [stack.a_SI.contiguous(), stack.b_SO]
@@ -292,9 +292,9 @@ def row_by_row(dense: Any, *, only_b: bool) -> list[Tensor]:
 
 
 def _table_of(dense: Any, num_tokens: int, stride: int | None) -> Table:
-    """Return the table that the library reads, which the stack keeps.
+    """Return the table that native.c reads for a `Dense` kernel, cached with the kernel's stacked factors.
 
-    It is for inputs x or, with a `stride` (elements from token to token), for hidden values x a^T.
+    The table is for inputs x or, with a `stride` (elements from token to token), for hidden values x a^T.
     """
     stack = dense.stack
     table: Table | None = stack.beside.get((num_tokens, stride))
@@ -312,7 +312,7 @@ def _table_of(dense: Any, num_tokens: int, stride: int | None) -> Table:
 
 @lru_cache(maxsize=256)
 def _uses(ranks: tuple[int, ...], num_tokens: int) -> Tensor:
-    """Return `Table.counts` for layers of these ranks, where each token is a row that uses every expert: an int64 tensor."""
+    """Return `Table.counts`, int64, for experts of these `ranks`, where each token is a row that uses every expert."""
     starts = [num_tokens * number for number in range(len(ranks) + 1)]
     return torch.tensor([*ranks, *starts, *(len(ranks) * [*range(num_tokens)])])
 

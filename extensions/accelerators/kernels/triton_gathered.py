@@ -18,7 +18,7 @@ from loraweave.extensions.accelerators.rank_tables import RankTables, TableKerne
 
 @dataclass(frozen=True, eq=False)
 class TritonGathered(TableKernel):
-    """The kernel of a mixture for each of B batch rows. Rows without an expert get zeros."""
+    """The Triton kernel for B batch rows with a mixture each. Rows without an expert get zeros."""
 
     tables: RankTables
 
