@@ -176,7 +176,7 @@ class PeftReader(Reader):
 
     @classmethod
     def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """Return `recognises` for a folder whose config has been read, as `fields`."""
+        """Return whether the folder's config, already read as `fields`, names this PEFT type."""
         return fields.get("peft_type") == cls.peft_type
 
 
@@ -282,9 +282,9 @@ class ForeignFormat(PeftReader):
 def peft_type(
     parts: str, fields: str = "", *, shared: str = "", refused: Mapping[str, str] | None = None, linear_only: bool = False
 ) -> Callable[[Callable[[StoredLayer], Factors | Dense]], type[ForeignFormat]]:
-    """Return a decorator that makes a function, the `update` of one layer, the format of the PEFT type of its name.
+    """Return a decorator that makes a format of a function, its `update` of a layer; the function's name is the PEFT type.
 
-    The other arguments are the class variables of `ForeignFormat`, with names as words of a text.
+    The arguments are the class variables of `ForeignFormat`; names of tensors and fields are separated by spaces.
     """
 
     def format_of(update: Callable[[StoredLayer], Factors | Dense]) -> type[ForeignFormat]:

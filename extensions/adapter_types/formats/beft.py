@@ -6,7 +6,7 @@ from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, pef
 
 @peft_type("beft_bias")
 def beft(layer: StoredLayer) -> Factors:
-    """Return an update of rank 0 with a bias, exactly."""
+    """Return the trained bias as an update of rank 0, exactly."""
     num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
     bias_O = layer.part("beft_bias", 1, num_out)[0]
     return plain_factors(bias_O.new_zeros(0, num_in), bias_O.new_zeros(num_out, 0), bias_O=bias_O)

@@ -10,7 +10,7 @@ from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, pef
 
 @peft_type("boft_R boft_s", "boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout", linear_only=True)
 def boft(layer: StoredLayer) -> Dense:
-    """Return diag(s) W R^T - W with R = B_m ... B_1, each factor a block-diagonal Cayley transform between permutations."""
+    """Return diag(s) W R^T - W, s trained, R = B_m ... B_1, each a block-diagonal Cayley transform between permutations."""
     num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
     stored = layer.part("boft_R", None, None, None, None)
     factors, blocks, block, _ = stored.shape

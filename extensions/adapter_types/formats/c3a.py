@@ -8,7 +8,7 @@ from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, che
 
 @peft_type("c3a_kernel", "block_size block_size_pattern")
 def c3a(layer: StoredLayer) -> Dense:
-    """Return blocks (m, n), b x b, with w[m, n, (k - j) mod b] / I in row j and column k; I is the number of inputs."""
+    """Return blocks (m, n), b x b, with trained w[m, n, (k - j) mod b] / I at (j, k); I is the number of inputs."""
     kernel_MNB = layer.part("c3a_kernel", None, None, None)
     block = kernel_MNB.shape[2]
     check_size(layer, kernel_MNB.shape[0] * block, kernel_MNB.shape[1] * block)

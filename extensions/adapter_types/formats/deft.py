@@ -8,7 +8,7 @@ from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, pef
 
 @peft_type("deft_P deft_R", "decomposition_method alpha para r init_scale deft_dropout")
 def deft(layer: StoredLayer) -> Factors:
-    """Return Q (s R - P^T W) with s = alpha/r or 1, and Q, P from the trained matrix by QR or ReLU: exactly of rank r."""
+    """Return Q (s R - P^T W), R trained, s = alpha/r or 1, Q and P by QR or ReLU of a trained matrix: exactly of rank r."""
     p_OR = layer.part("deft_P", layer.base.num_outputs, None)
     rank = p_OR.shape[1]
     if layer.choice("decomposition_method", ("relu", "qr"), "relu") == "qr":

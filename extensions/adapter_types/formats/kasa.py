@@ -9,7 +9,7 @@ from loraweave.extensions.adapter_types.formats._foreign import LoraVariant, Sto
 
 
 class Kasa(LoraVariant):
-    """Delta = alpha/r B diag(d) A minus the r smallest singular terms of the base's weight: exactly of rank 2 r."""
+    """Delta = alpha/r B diag(d) A, d trained, minus the base's r smallest singular terms: exactly of rank 2 r."""
 
     field = "kasa_config"
     parts = frozenset({"lora_A.weight", "lora_B.weight", "lora_diag"})

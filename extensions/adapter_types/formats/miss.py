@@ -9,7 +9,7 @@ from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, pef
 
 @peft_type("miss_block", "init_weights mini_r r miss_dropout")
 def miss(layer: StoredLayer) -> Factors | Dense:
-    """Return D[i mod r, o] at (o, i), of rank r; "bat" has W_nm D_m + D_m in block (m, n) and needs the weights."""
+    """Return trained D[i mod r, o] at (o, i), of rank r; "bat" has W_nm D_m + D_m in block (m, n) and needs the weights."""
     form = layer.choice("init_weights", (True, False, "bat", "mini"), True)
     num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
     if form == "bat":

@@ -12,7 +12,7 @@ from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, pef
     refused={"target_svd_config": "ranks by module name of another version of OSF"},
 )
 def osf(layer: StoredLayer) -> Factors:
-    """Return U S V - U0 S0 V0, with U0, S0, V0 the base's r smallest singular terms: exactly of rank 2 r or less."""
+    """Return trained U S V - U0 S0 V0, U0, S0, V0 the base's r smallest singular terms: exactly of rank 2 r or less."""
     s_R = layer.part("osf_svd_params.S_low", None, empty=True)
     num_out, num_in, rank = layer.base.num_outputs, layer.base.num_inputs, s_R.shape[0]
     u_OR, v_RI = layer.part("osf_svd_params.U_low", num_out, rank), layer.part("osf_svd_params.V_low", rank, num_in)

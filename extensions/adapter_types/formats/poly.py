@@ -18,10 +18,10 @@ MAX_TASKS = 10_000
 
 
 class Poly(ForeignFormat):
-    """One task's adapter, exactly of rank r: a = sum of w_s a_s and b = sum of w_s b_s / r over the skills, split by split.
+    """One task's adapter, exactly of rank r: in each split of the features, a = sum of w_s a_s, b = sum of w_s b_s / r.
 
-    w_s = sigmoid(z_s) / sum of the sigmoids, z the task's logits. A folder of several tasks has an adapter for each: the
-    path `<folder>/task_N` means one, and `lw.router(folder).pool` has all.
+    s are skills, w_s = sigmoid(z_s) / sum of the sigmoids, z the task's logits. A folder of several tasks has an adapter
+    for each: the path `<folder>/task_N` means one, and `lw.router(folder).pool` has all.
     """
 
     peft_type = "POLY"

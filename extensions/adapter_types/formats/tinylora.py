@@ -12,7 +12,7 @@ from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, pef
     shared="tinylora_v.",
 )
 def tinylora(layer: StoredLayer) -> Factors:
-    """Return B (sum over u of v_u P_u) A, A and B being the base's leading singular vectors: exactly of rank r."""
+    """Return B (sum of v_u P_u) A, v trained, P random, A and B the base's leading singular vectors: exactly of rank r."""
     if not layer.has("tinylora_P"):
         raise AdapterUnsupported(
             f"{layer.where}: the random matrices are not in the file, only the seed they were drawn with, which gives "
@@ -26,7 +26,7 @@ def tinylora(layer: StoredLayer) -> Factors:
 
 
 def _group(layer: StoredLayer) -> int:
-    """Return which trained vector a layer uses: groups of consecutive layers, in the order of the base model's modules."""
+    """Return the number of the trained vector that a layer uses; consecutive layers of the base model share a vector."""
     if len(layer.shared) == 1:
         return 0
     if layer.position is None:

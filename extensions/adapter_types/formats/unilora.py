@@ -12,7 +12,7 @@ from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, S
 
 
 class Unilora(ForeignFormat):
-    """A = theta[places] * scales, and B likewise: exactly of rank r."""
+    """Delta = B A, exactly of rank r: A = theta[places] * scales, B likewise, theta a trained vector for all layers."""
 
     peft_type = "UNILORA"
     parts = frozenset({"unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B"})
