@@ -209,9 +209,9 @@ def _uploads_whole(store: Any) -> bool:
 
 @contextmanager
 def _errors(place: str, doing: str, *, writing: bool = False) -> Iterator[None]:
-    """Raise a leaf of HubError for any failure inside but FileNotFoundError. `place` is a URL, `doing` a verb.
+    """Raise a subclass of HubError for any failure inside but FileNotFoundError. `place` is a URL, `doing` a verb.
 
-    Stores raise what the library below them does, which has no common root.
+    Each store raises the errors of its own library, which have no common base class.
     """
     try:
         yield
