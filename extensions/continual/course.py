@@ -75,7 +75,7 @@ class Course:
 
     @property
     def first(self) -> Layers:
-        """The layers that the model has before the first task."""
+        """The update, {layer: factors}, that the model has before the first task; {} without a start."""
         return {} if self.start is None else self.start.layers
 
     def jobs(self, names: Sequence[str], start: Layers | None = None) -> LoraJobs:
@@ -120,7 +120,7 @@ class Course:
         return jobs.layers_of(name)
 
     def encoded(self, examples: Task | GivenRows) -> list[EncodedRow]:
-        """Return the examples that an option has, as rows of token ids."""
+        """Return `examples`, the value of an option, as rows of token ids."""
         task = Task.of(examples)
         return encode_pairs(self.model, self.tokenizer, task, task.examples)
 
@@ -270,7 +270,7 @@ def _require_sense(
     tasks: Mapping[str, Sequence[Task | Texts]],
     start: Mapping[str, Adapter],
 ) -> None:
-    """Raise TrainingError for options that the way does not take, lists of tasks, later starts, and launched processes."""
+    """Raise TrainingError for unknown options, several tasks under a name, a later task's start, and launched processes."""
     if (count := launched_processes()) > 1:
         raise TrainingError(f"{count} processes were launched, but tasks are trained in order in one: start it alone")
     if several := [name for name, parts in tasks.items() if len(parts) > 1]:

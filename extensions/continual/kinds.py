@@ -51,11 +51,11 @@ class Beside(JobKind):
         return BesideJob(name, pairs, scale, self.adapter.layers)
 
     def recipe(self) -> dict[str, Any]:
-        """Return the adapter's hash and name."""
+        """Return the hash and name of the frozen adapter, as {"beside": ..}."""
         return {"beside": {"hash": self.adapter.hash, "name": self.adapter.name}}
 
     def identity(self) -> list[str]:
-        """Return the adapter's hash."""
+        """Return the hash of the frozen adapter, in a list."""
         return [self.adapter.hash]
 
 
@@ -115,7 +115,7 @@ class BesideJob(LoraJob):
         return LowRank(a_RI, b_OR, self.scale)
 
     def result(self) -> dict[str, Factors]:
-        """Return the job's own update alone."""
+        """Return the job's update, {layer: factors}, without the frozen adapter's."""
         return {
             layer: Factors(self._projected(layer).detach().cpu(), (b_OR.detach().cpu() * self.scale).contiguous())
             for layer, (_, b_OR) in self.factors.items()

@@ -92,7 +92,7 @@ def follow(slow: LoraJobs, fast: LoraJobs, decay: float) -> None:
 
 
 def lag(plastic: Tensor, stable: Tensor) -> Tensor:
-    """Return mean((h - max(h, h_slow))^2), which penalises the fast state only where the slow one's is larger."""
+    """Return mean((plastic - max(plastic, stable))^2), which penalises the fast state only where the slow one is larger."""
     return (plastic - torch.maximum(plastic, stable)).square().mean()
 
 

@@ -93,13 +93,13 @@ def input_grams(course: Course, name: str, update: Layers, max_examples: int) ->
 
 
 def designed(gram_II: Tensor, basis_IM: Tensor, rank: int) -> Tensor:
-    """Return a_RI: the largest left singular vectors of H - M M^T H orthogonal to M, as rows of norm 1 / sqrt(3)."""
+    """Return a_RI: the top left singular vectors of H - M M^T H (H gram, M basis), orthogonal to M, of norm 1 / sqrt(3)."""
     outside_II = gram_II - basis_IM @ (basis_IM.T @ gram_II)
     return _largest(outside_II @ outside_II.T, basis_IM)[1][:, :rank].T / 3**0.5
 
 
 def grown(basis_IM: Tensor, gram_II: Tensor, energy: float) -> Tensor:
-    """Return the basis with the fewest more directions that leave at most (1 - energy) * tr H outside it."""
+    """Return the basis with the fewest more directions that leave at most (1 - energy) * tr gram_II outside the basis."""
     outside_II = gram_II - basis_IM @ (basis_IM.T @ gram_II)
     outside_II = outside_II - (outside_II @ basis_IM) @ basis_IM.T
     values, directions_IM = _largest(outside_II, basis_IM)
