@@ -28,7 +28,7 @@ def switch(names: Sequence[str], *, every: int = 1, weight: float = 1.0) -> Sche
 
 
 def composite(names: Sequence[str], *, weight: float = 1.0) -> Composite:
-    """Return the mean of the predictions with each expert alone, in every step: LoRA Composite (2402.16843)."""
+    """Return the mixture whose prediction is the mean of those by each expert alone: LoRA Composite (2402.16843)."""
     if not is_list(names, str):
         raise WeightingError(f"composite() takes a list of names, not {names!r}")
     return Composite(tuple({name: weight} for name in names))
@@ -37,12 +37,12 @@ def composite(names: Sequence[str], *, weight: float = 1.0) -> Composite:
 def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float = 0.5) -> Schedule:
     """Return a schedule that uses one of two adapters alone in each layer and step.
 
-    It is the content where
+    A layer uses the content adapter at a step where
 
         topK |B_c A_c| / gamma > topK |B_s A_s| * (alpha step / steps + beta),    K = rank_c * rank_s,
 
     topK being the sum of the K largest entries and gamma the mean, over the layers of both, of the ratio of the sums of all
-    entries. Layers of one adapter alone have that adapter. Dense updates are made one layer at a time, once.
+    entries. A layer that only one adapter has uses that. Dense updates are made one layer at a time, once.
 
     K-LoRA (2502.18461), after its authors' code (klora.py, utils.py), which has K = 64, that of rank 8, and counts the calls
     of layers instead of steps. Pool names are the adapters' own. Raises WeightingError where they share no layer or have one

@@ -181,6 +181,6 @@ def _overlap(mergers: Mapping[str, _Merger]) -> Tensor:
 
 @torch.no_grad()
 def _terms(model: nn.Module, calls: list[list[Call]], mergers: Mapping[str, _Merger]) -> list[float]:
-    """Return both errors, as means over all calls, and the overlap."""
+    """Return each adapter's mean squared error of prediction over its calls, and the overlap term."""
     errors = [sum(float(_error(model, call)) for call in of_one) / len(of_one) for of_one in calls]
     return [*errors, float(_overlap(mergers))]

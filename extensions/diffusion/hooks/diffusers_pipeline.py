@@ -69,7 +69,7 @@ class CallWeights(MixtureWeights):
 
 
 class ByCall:
-    """The mixtures of one activation by call of the pipeline's parts."""
+    """The mixtures of one activation, which may differ between calls of the pipeline's parts."""
 
     def __init__(self, pipeline: Diffusers, mixture: Any, resolve: Resolve, activate: Activate) -> None:
         self._pipeline = pipeline
@@ -144,7 +144,7 @@ class ByCall:
         return values_BTLE.repeat_interleave(images, dim=0).repeat(times, 1, 1, 1)
 
     def _step(self, part: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[int, int]:
-        """Return (step, steps): the index of the call's timestep among the scheduler's, and the number of these."""
+        """Return (step, steps): the index of the call's timestep among the scheduler's timesteps, and their number."""
         pipe = self._pipeline.pipe
         t = torch.as_tensor(inspect.signature(forward).bind(*args, **kwargs).arguments["timestep"]).flatten()[0].cpu()
         times = torch.unique_consecutive(pipe.scheduler.timesteps.cpu())
@@ -168,7 +168,7 @@ class DiffusersPipeline(LiveHook):
     def calls(
         self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
     ) -> tuple[MixtureWeights | Router, ByCall | None] | None:
-        """Return (weights, None) for a mixture that all calls share, (the base's weights, mixtures by call) else.
+        """Return (weights, None) for a mixture that all calls share, else (no expert's weights, the mixtures by call).
 
         For a pipeline, `mixture` may also be a function of (step, steps) that returns one, or a Composite. Returns None for
         another model. Raises ScopeError for rows in a pipeline whose batches are not known, and for routers that need the
@@ -191,7 +191,7 @@ class DiffusersPipeline(LiveHook):
         return resolve({}), ByCall(model, mixture, resolve, activate)
 
     def install(self, live: LiveModel) -> Iterator[Handle]:
-        """Make each part's calls begin and end like a model's, each under its own mixture; yield the changes."""
+        """Make calls of each part of a pipeline count as model calls, each with its own mixture; yield the handles."""
         if isinstance(live.model, Diffusers):
             for name, part in live.model.named_children():
                 yield from live.enters(part)
