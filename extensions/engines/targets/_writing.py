@@ -82,8 +82,8 @@ def stored_factors(factors: Factors) -> tuple[Tensor, Tensor]:
 def place(contents: Contents, folder: Path, library: str, files: Mapping[str, Callable[[Path], object]]) -> None:
     """Write a folder all at once: `files`, {name: function that writes to a path}, a README and the adapter's own files.
 
-    `library` is the README's. Raises AdapterUnsupported for an adapter without effect or values that are not finite;
-    AdapterExists for a folder with anything else in it.
+    `library` is the README's entry for the program. Raises AdapterUnsupported for an adapter without effect or values that
+    are not finite; AdapterExists for a folder with anything else in it.
     """
     contents.require_effect(str(folder))
     for layer, factors in contents.layers.items():
