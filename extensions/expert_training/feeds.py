@@ -94,7 +94,7 @@ def _is_numbered(rows: Any) -> bool:
 
 
 class Feed(ABC):
-    """The way training rows pass through a model; a step's loss is a mean over rows if `counts_rows`, else over tokens."""
+    """A reader of rows and maker of batches; a step's loss is a mean over rows if `counts_rows`, else over tokens."""
 
     counts_rows: bool
 
@@ -129,7 +129,7 @@ class Feed(ABC):
         return None if self.counts_rows else inputs[LABELS]
 
     def _own_loss(self, output: Any) -> tuple[Any, Tensor]:
-        """Return (output, the base's own loss of the call with labels that gave it). Raises TrainingError without one."""
+        """Return (output, the loss that the base computed from the batch's labels). Raises TrainingError without one."""
         if self._model.own_loss is None:
             raise TrainingError(
                 f"{type(self._model.base_model).__name__} gives no loss for labels, so there is nothing to learn: pass "

@@ -123,7 +123,7 @@ def _require_updates(pool: ExpertPool) -> None:
 
 
 def _following(name: str, pool: ExpertPool, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the option of recipe `name` that sets its number of experts to the pool's: `num_experts`, else `tasks`."""
+    """Return {option: value} by which recipe `name` gets as many experts as the pool has: `num_experts`, else `tasks`."""
     known = {field.name: field for field in fields(get("experts", name))}
     if "num_experts" in known:
         return {"num_experts": (len(pool),) if isinstance(known["num_experts"].default, tuple) else len(pool)}

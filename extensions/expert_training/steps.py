@@ -86,7 +86,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
         self._totals: dict[str, Tensor] = {}
 
     def begin(self, trainer: Trainer) -> None:
-        """Set the Trainer whose steps these are."""
+        """Remember the Trainer whose steps this callback checks."""
         self._trainer = trainer
 
     def see(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
@@ -192,7 +192,7 @@ class FirstSteps:
         self._due = set(parameters)
 
     def silent(self, number: int) -> str:
-        """Return an error's text on parameters without a gradient that is due at step `number`; "" if there are none."""
+        """Return the error text on parameters that had no gradient by step `number` though one was due; "" for none."""
         if not self._due:
             return ""
         self._due -= {name for name in self._due if bool(self._parameters[name].grad.any())}  # type: ignore[union-attr]

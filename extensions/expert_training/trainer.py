@@ -33,7 +33,7 @@ from loraweave.extensions.expert_training.together import train_together as trai
 def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, Any], *, same_call: Callable[[], Any]) -> None:
     """Train `model` on a dataset with `given`, the fields of `ExpertSettings`, as `ExpertModel.fit` says.
 
-    `same_call` returns the contexts in which a checkpointed block runs again.
+    `same_call` returns the contexts in which a block that gradient checkpointing runs again sees the same call.
     """
     settings, owners = ExpertSettings.of(model.recipe, given), owners_of(model.recipe)
     feed = feed_of(model, dataset, tokenizer, settings.loss, digests=settings.checkpoint is not None)
