@@ -72,13 +72,13 @@ class TokenFigures:
 
     @property
     def load(self) -> dict[str, Load]:
-        """The load and entropy of each layer, over the tokens that it sees."""
+        """Each layer's `Load`, the experts' shares of the weight and their entropy, over the tokens that the layer sees."""
         seen_TL = ~self.w_TLE.isnan().any(dim=2)
         return {layer: load_of(self.w_TLE[seen_TL[:, at], at][None]) for at, layer in enumerate(self.layers)}
 
     @property
     def total(self) -> Load:
-        """The load and entropy over all tokens and layers."""
+        """The `Load`, the experts' shares of the weight and their entropy, over all tokens and layers."""
         return load_of(self.w_TLE[~self.w_TLE.isnan().any(dim=2)][None])
 
 

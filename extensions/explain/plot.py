@@ -278,7 +278,7 @@ class Glyphs:
                 self._known |= _characters(font.fname)
 
     def show(self, text: str, max_width: int) -> str:
-        """Return the text in the fonts' characters, its middle left out beyond `max_width` columns."""
+        """Return the text, with characters that no font has as codes, and shortened in its middle to `max_width` columns."""
         shown = "".join(
             character if ord(character) in self._known else character.encode("unicode_escape").decode()
             for character in _visible(text)

@@ -36,12 +36,12 @@ class Probed:
 
     @property
     def rise(self) -> float:
-        """The largest collapse under a probe minus that of the plain inputs: -1 to 1."""
+        """The largest score under a probe (`collapse`) minus that of the plain inputs: -1 to 1."""
         return max(self.collapse.values()) - self.plain
 
     @property
     def gap(self) -> float:
-        """The largest collapse under a probe minus the median over probes: large if only few probes resemble a trigger."""
+        """The largest score under a probe minus the median over probes: large if only few probes resemble a trigger."""
         return max(self.collapse.values()) - median(self.collapse.values())
 
 
@@ -49,11 +49,11 @@ class Probed:
 def probe(
     model: Any, tokenizer: Any, adapter: Adapter, task: Task, inputs: Sequence[str], *, probes: Sequence[str] = PROBES
 ) -> Probed:
-    """Return the adapter's collapse on inputs of its own task, alone, and with each probe before or after them.
+    """Return how much the adapter tends to one answer whatever the input (`Probed`): on plain inputs, and under each probe.
 
-    It runs one row for every input, and two for every input and probe; five different inputs are enough. `task` makes the
-    prompts; probes like words that attackers might use find more. Raises InvalidTask for fewer than two different inputs or
-    no probe, and what Composer raises for an adapter of another model.
+    A probe is an odd word, put before or after the input. One row runs for every input, and two for every input and probe;
+    five different inputs are enough. `task` makes the prompts; probes like words that attackers might use find more. Raises
+    InvalidTask for fewer than two different inputs or no probe, and what Composer raises for an adapter of another model.
     """
     if len(set(inputs)) < 2 or not probes:
         raise InvalidTask(

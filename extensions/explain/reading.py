@@ -171,9 +171,9 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _mean_over_calls(calls: Sequence[UsedLayer], length: int, *, only: bool) -> Tensor | None:
-    """Return w_TE of a layer for the part of this length, the mean over several calls; None if no call was for this part.
+    """Return a layer's weights w_TE for the text of `length` tokens, a mean over its calls; None if none was for it.
 
-    A layer that was called with only some tokens (an expert of a mixture in the base) counts if its tokens share weights.
+    With `only` (the model reads no other text) a call with some tokens alone counts if they share weights.
     """
     seen = []
     for call in calls:
