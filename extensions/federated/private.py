@@ -65,7 +65,7 @@ class Traffic:
     """The bytes of frames sent and received, including their heads.
 
     `tokens` is the number of tokens that ran through the base; `spared` are the bytes that would come on top if each layer's
-    whole input and output were sent instead of A x and M A x.
+    whole input and output were sent instead of A x and M A x, the low-rank parts of its update B M A x.
     """
 
     sent: int = 0

@@ -83,7 +83,7 @@ def _cut(mean: Adapter, whole: dict[str, Factors], rank: int, name: str) -> Adap
 
 
 def _figures(row: Any, factors: Factors, rank: int) -> Any:
-    """Return the figures of the mean, cut further to `rank`: energies of both cuts add up, as they are orthogonal."""
+    """Return `row`, a layer's figures of its mean update, for a further cut to `rank`: both cuts' lost energies add up."""
     energy_R = factors.b_OR.double().norm(dim=0).square()
     lost = row.relative_error**2
     tail = float(energy_R[rank:].sum() / energy_R.sum()) if bool(energy_R.any()) else 0.0

@@ -27,7 +27,7 @@ ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [*range(11, 64), 80, 96, 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateStrategy(Strategy):
-    """A strategy whose noise spends at most `epsilon` at `delta` over all rounds; `clip` bounds what one member adds."""
+    """A strategy whose noise spends at most `epsilon` at `delta` in all; `clip` bounds what one client or example adds."""
 
     epsilon: Positive = 8.0
     delta: Annotated[float, Range(above=0, below=1)] = 1e-5
@@ -43,12 +43,12 @@ class PrivateStrategy(Strategy):
         self.noise(course)
 
     def noise(self, course: Course) -> float:
-        """Return sigma, the noise's standard deviation in units of the most by which one member can change the sum."""
+        """Return sigma, the noise's standard deviation over the most by which a client or example can change the sum."""
         budget = {"epsilon": self.epsilon, "delta": self.delta}
         return least_noise(self.registered_name(), **budget, **self.exposure(course, course.rounds))
 
     def figures(self, course: Course, rounds_done: int) -> dict[str, float]:
-        """Return the guarantee after so many rounds, and the noise that gives it."""
+        """Return {"epsilon": spent in so many rounds, "delta", "noise_multiplier": sigma, "sample_rate"} for the report."""
         sigma, exposure = self.noise(course), self.exposure(course, rounds_done)
         epsilon = spent(self.registered_name(), sigma, delta=self.delta, **exposure)
         return {

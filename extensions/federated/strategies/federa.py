@@ -33,7 +33,7 @@ class Federa(Strategy):
     """
 
     def first(self, course: Course) -> Tensors:
-        """Return a0 and b0 of all layers. Raises AdapterUnsupported for weights that are not plain matrices of floats."""
+        """Return each layer's a0 and b0, from its weight's SVD. AdapterUnsupported unless it is a plain float matrix."""
         modules = dict(course.model.named_modules())
         weights = {layer: base_layer(modules, layer, "strategy 'federa'").weight_OI for layer in course.layers}
         cuts = {layer: factorise(weight_OI.float(), rank=course.rank) for layer, weight_OI in weights.items()}
