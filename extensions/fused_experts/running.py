@@ -38,7 +38,7 @@ class Reached(NamedTuple):
 
 
 class ExpertsForward(StandIn):
-    """A stand-in for the `forward` of a module of experts while an activation of `live` is open."""
+    """A stand-in for the `forward` of a module of experts, in use while `live`, a LiveModel, has a mixture active."""
 
     def __init__(self, module: nn.Module, live: LiveModel | None = None) -> None:
         self.module = module
@@ -185,7 +185,7 @@ _KNOWN: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
 
 
 def computes_as_known(module: nn.Module) -> bool:
-    """Return whether the loop above, on a few tokens, is the forward of the module's class; False without plain matrices."""
+    """Return True if this file's loop equals the module's forward on a few tokens; False without plain matrices."""
     weight = module._parameters.get("down_proj")
     if weight is None or weight.ndim != 3 or weight.is_meta or not is_floating(weight.dtype):
         return False

@@ -11,7 +11,7 @@ from loraweave.extensions.fused_experts.running import ExpertsForward, computes_
 
 
 class ExpertMatrices(LiveHook):
-    """The hook that stands in for the forward of such modules; `watched` shows their products."""
+    """The hook that replaces the forward of a module of fused experts; `watched` shows the products of its experts."""
 
     watched = staticmethod(watched)
 
@@ -21,7 +21,7 @@ class ExpertMatrices(LiveHook):
         return computes_as_known(module)
 
     def take_experts(self, live: LiveModel, module: nn.Module, layers: Sequence[TargetLayer]) -> Iterator[Handle]:
-        """Let the module's forward add the updates of these experts; yield the changes."""
+        """Let the module's forward add the updates of these experts; yield handles that undo each change."""
         running = getattr(module.forward, "__self__", None)
         if not isinstance(running, ExpertsForward) or running.live is not live:
             running = ExpertsForward(module, live)
