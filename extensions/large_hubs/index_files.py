@@ -141,9 +141,9 @@ def load(places: Sequence[Path], wanted: Stamp, dim: int, choice: Choice) -> tup
 
 
 def save(place: Path, stamp: Stamp, keys: Keys) -> Keys | None:
-    """Save keys of one segment in the folder `place`, under their stamp, and return them mapped from the file.
+    """Save the search keys (adapters' vectors) of one segment in the folder `place`; return them mapped from the file.
 
-    Returns None, without an error, for keys that are few or mapped already, and where a file cannot be written.
+    Named by `stamp`. Returns None, without an error, for keys that are few or mapped, and where a file cannot be written.
     """
     (segment,) = keys.segments
     if len(keys) < MIN_SAVED or not segment.keys_ND.flags.writeable:

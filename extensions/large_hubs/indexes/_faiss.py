@@ -149,7 +149,7 @@ class HalfScanner:
 
 
 class HalfScanners(threading.local):
-    """A pool of scanners of codes: one for each thread that searches without a mask, a new one for each mask."""
+    """A pool of `HalfScanner`s: one for each thread that searches without a mask of rows, a new one for each mask."""
 
     def __init__(self, faiss: Any, dim: int, *, numbered: bool) -> None:
         self._make = partial(HalfScanner, faiss, dim, numbered)
@@ -177,10 +177,10 @@ Search = Callable[[np.ndarray, int, float], np.ndarray]
 
 
 def least_effort(efforts: Sequence[float], search: Search, vectors_ND: np.ndarray) -> float:
-    """Return the effort one step above the least at which `search(query_QD, k, effort)` finds enough neighbours.
+    """Return the entry of ascending `efforts` (shares of lists to search) after the least with which `search` finds enough.
 
-    It finds enough with a share GOAL of the nearest. The next effort is taken since query texts lie less close to the
-    vectors than these to each other.
+    Enough is a share GOAL of the nearest vectors. The next effort is taken since query texts lie less close to the vectors
+    than these to each other.
     """
     chosen_Q = np.sort(np.random.default_rng(0).permutation(len(vectors_ND))[:_NUM_QUERIES])
     query_QD = np.ascontiguousarray(vectors_ND[chosen_Q])

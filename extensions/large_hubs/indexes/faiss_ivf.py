@@ -120,7 +120,7 @@ class FaissIvf(Flat):
         return np.concatenate([scores for scores, _ in rankings]), np.concatenate([at for _, at in rankings])
 
     def _near(self, scanner: HalfScanner, query_D: np.ndarray, nearness_C: np.ndarray, k: int, share: float) -> np.ndarray:
-        """Return the rows of one query to score again, at least k unless all lists have fewer."""
+        """Return a query's candidate rows, to score exactly: from the nearest `share` of lists, or more to have k."""
         assert self._lists is not None
         lists = self._lists
         num_probed, num_wanted = math.ceil(len(nearness_C) * share), min(len(self), max(k, NUM_RESCORED))
@@ -168,7 +168,7 @@ _NUM_PROBED, _LEAST_RIGHT = 1024, 0.95
 
 
 def _gathered(sample_SD: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return `count` unit vectors (count, D) that vectors gather around, by spherical k-means (Dhillon and Modha 2001)."""
+    """Return `count` centres (count, D), unit vectors, of the sample by spherical k-means (Dhillon and Modha 2001)."""
     centres_CD = sample_SD[np.sort(rng.permutation(len(sample_SD))[:count])]
     for _ in range(_NUM_ROUNDS):
         rows_S, starts = _by_list(nearest(sample_SD, centres_CD), count)
