@@ -24,7 +24,7 @@ from loraweave.extend import Count, Fraction, NonNegative, Positive, Share, alge
 
 
 def negate(adapter: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:
-    """Return -D (Zhang et al. 2023, arXiv 2306.14870): one factor of each layer, gains and biases change their sign.
+    """Return an adapter of update -D (Zhang et al. 2023, arXiv 2306.14870): one factor a layer, gains and biases negated.
 
     Negating twice gives the adapter itself, bit for bit. An unbound update is refused: what replaces the base's weight or
     bias has no opposite without the base.
@@ -34,29 +34,29 @@ def negate(adapter: Adapter, *, name: str | None = None, heads: str = "error") -
 
 
 def scale(adapter: Adapter, weight: float, *, name: str | None = None, heads: str = "error") -> Adapter:
-    """Return weight * D, for any finite weight but 0; with weight 1 the same factors, for an adapter of any kind."""
+    """Return the adapter times any finite weight but 0; with weight 1 the same factors, for an adapter of any kind."""
     return merge([adapter], [weight], name=name, heads=heads, progress=False)
 
 
 def add(*adapters: Adapter, name: str | None = None, heads: str = "error") -> Adapter:
-    """Return the sum of the D_e of one or more adapters."""
+    """Return an adapter whose update is the sum of the updates of one or more adapters."""
     if not adapters:
         raise WeightingError("add() takes one adapter or more, and got none")
     return merge(adapters, [1.0] * len(adapters), name=name, heads=heads, progress=False)
 
 
 def subtract(a: Adapter, b: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:
-    """Return D_a - D_b."""
+    """Return an adapter whose update is that of `a` minus that of `b`."""
     return merge([a, b], [1.0, -1.0], name=name, heads=heads, progress=False)
 
 
 def analogy(a: Adapter, b: Adapter, c: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:
-    """Return D_a + D_b - D_c: "what is to b as a is to c" (task analogies, Ilharco et al. 2023, arXiv 2212.04089)."""
+    """Return the adapter a + b - c: "what is to b as a is to c" (task analogies, Ilharco et al. 2023, arXiv 2212.04089)."""
     return merge([a, b, c], [1.0, 1.0, -1.0], name=name, heads=heads, progress=False)
 
 
 def unlearn(a: Adapter, b: Adapter, strength: float = 1.0, *, name: str | None = None, heads: str = "error") -> Adapter:
-    """Return D_a - strength * D_b: a without what b learned; `strength` is 0 or more, and 0 gives a."""
+    """Return the adapter a - strength * b: a without what b learned; `strength` is 0 or more, and 0 gives a."""
     check_options("unlearn", {"strength": strength}, {"strength": NonNegative})
     return merge([a, b], [1.0, -strength], name=name, heads=heads, progress=False)
 
@@ -76,7 +76,7 @@ def ema(slow: Adapter, fast: Adapter, decay: float, *, name: str | None = None, 
 def subtract_general(
     task: Adapter, generals: Sequence[Adapter], *, name: str | None = None, heads: str = "error"
 ) -> Adapter:
-    """Return D_task minus the mean of the generals' updates (GenKnowSub, arXiv 2505.10939); no generals give the task."""
+    """Return the task's update minus the mean of the generals' (GenKnowSub, arXiv 2505.10939); no generals give the task."""
     weights = [1.0] + [-1.0] * len(generals)
     return merge([task, *generals], weights, method="genknowsub", name=name, heads=heads, progress=False)
 
@@ -87,7 +87,7 @@ def genknowsub(
     *,
     progress: bool = True,
 ) -> ExpertPool:
-    """Return the pool with each D_e replaced by D_e - mean of D_g (GenKnowSub, arXiv 2505.10939), under the same names.
+    """Return the pool with the generals' mean update subtracted from each one's (GenKnowSub, arXiv 2505.10939), names kept.
 
     The general adapters are, say, trained on a language's encyclopedia. Updates are subtracted, exactly, so that ranks add
     up; PEFT's Arrow subtracts the mean of a and the mean of b apart, which leaves cross terms (0.5 of the update's norm on

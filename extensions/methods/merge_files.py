@@ -121,7 +121,7 @@ def _thinned(thinning: str, densities: Sequence[float], extras: Sequence[float],
 
 @dataclass(frozen=True)
 class _Scaled:
-    """A rule that multiplies what another rule leaves by a factor."""
+    """A pruning rule that applies `rule` to an update's entries, and then multiplies them by `factor`."""
 
     rule: Rule
     factor: float

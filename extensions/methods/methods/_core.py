@@ -101,7 +101,7 @@ def gram_svd(stack_NS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _of_gram(gram_SS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (t_SP, s_P, vh_PS) from the Gram matrix of a stack's columns."""
+    """Return (t_SP, s_P, vh_PS) of a stack with this Gram matrix of columns, its thin SVD being (stack t) diag(s) vh."""
     square_S, w_SS = torch.linalg.eigh(gram_SS)
     s_S, w_SS = square_S.clamp(min=0.0).sqrt().flip(0), w_SS.flip(1)
     keep = counted(s_S)

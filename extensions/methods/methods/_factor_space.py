@@ -23,7 +23,7 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 def merge_rooted(found: Sequence[Term], combine: Combine, prune: Prune = lambda tensor, place: tensor) -> Factors:
-    """Return one layer's a and b merged by `combine` with the roots of the weights, and its bias with the weights; fp32.
+    """Return one layer's a and b merged by `combine` with weights sqrt|w_e|, signed on a, and its bias with w_e; in fp32.
 
     `prune` is applied first to each expert's tensor.
     """
@@ -82,10 +82,10 @@ def weighted_sum(tensors: Tensor, weight_E: Tensor) -> Tensor:
 
 
 def disjoint_mean(majority: str) -> Combine:
-    """Return TIES's rule as PEFT has it: entries that have the elected sign, weighted, over how many they are.
+    """Return PEFT's TIES rule: the weighted sum of the entries that have the elected sign, divided by their number.
 
-    The sign is that of the sum of the unweighted entries ("total") or of their signs ("frequency"), + for 0; zeros have
-    no sign and do not count.
+    The sign is that of the sum of the unweighted entries ("total") or of their signs ("frequency"), + for 0; zeros have no
+    sign and do not count.
     """
 
     def combine(tensors: Tensor, weight_E: Tensor) -> Tensor:

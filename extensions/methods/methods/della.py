@@ -79,7 +79,7 @@ def magprune(
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """A rule that keeps an entry if its random draw is below the level of its rank; rank 0 is the row's least magnitude."""
+    """A rule that keeps an entry if its random draw is below the level of its rank by magnitude in the row, 0 the least."""
 
     seed: int
     level_of_rank_I: Tensor

@@ -54,7 +54,7 @@ def lego(
 
 
 def _units(found: Sequence[Term]) -> tuple[Tensor, Tensor]:
-    """Return the rows a_NI and columns b_NO of all units that are not zero, in an order that depends on them alone."""
+    """Return the experts' rank-one units other than zero, a_NI and weighted b_NO, in an order that depends on them alone."""
     a_NI = torch.cat([term.factors.a_RI.double() for term in found])
     b_NO = torch.cat([term.factors.b_OR.double().T * term.weight for term in found])
     alive_N = a_NI.any(dim=1) & b_NO.any(dim=1)

@@ -72,7 +72,7 @@ def wudi(
 
 
 def _released(experts_S: Joint, z_IS: Tensor, wanted_OS: Tensor) -> Tensor:
-    """Return T_OI in float64 after the released steps from the sum; the gradient is 2 (T z - wanted) z^T."""
+    """Return T_OI in float64 after the released code's Adam steps from the sum, with the gradient 2 (T z - wanted) z^T."""
     sum_OI = (experts_S.u_OS * experts_S.size_S) @ experts_S.v_IS.T
     met_OS = sum_OI @ z_IS
     # each row has a gradient of its own; at the minimum it is rounding, of which Adam would make steps
