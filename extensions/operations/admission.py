@@ -66,8 +66,8 @@ class Memory:
     Running rows, with their adapters, come first. Kept prefixes and adapters that no row uses make room for them, the least
     recently used first.
 
-    Each row counts with the longest length of all rows beside it, prompt and answer, since lines are padded. Bytes are only
-    added up: the common budget is S-LoRA's (Sheng et al. 2024, arXiv 2311.03285), without its paged memory.
+    Each prompt of a row counts with the longest length of all beside it, answer included, since a batch is padded. Bytes are
+    only added up: the common budget is S-LoRA's (Sheng et al. 2024, arXiv 2311.03285), without its paged memory.
     """
 
     def __init__(self, model: Any, max_bytes: float, prefixes: Any, experts: Any) -> None:
@@ -118,7 +118,7 @@ class StepTimes:
 
     One thread uses it.
 
-        seconds = c0 + c1 * lines + c2 * a        a: what composer/live/kernels/_parts.py prices the lines' updates at
+        seconds = c0 + c1 * prompts + c2 * a        a: what composer/live/kernels/_parts.py prices the prompts' updates at
 
     The model that picks a layer's kernel knows what ranks cost: rows padded to the largest, or each its own. What it prices
     is the updates' part; what the base and this machine take is fitted to the last steps. CaraServe (Li et al. 2024, arXiv
@@ -161,7 +161,7 @@ class StepTimes:
         return 1.0, float(sum(len(row.prompts) for row in rows)), self._updates(rows)
 
     def _updates(self, rows: Sequence[Any]) -> float:
-        """Return the seconds that the cost model predicts for the adapters' updates of one token in each line."""
+        """Return the seconds that the cost model predicts for adapters' updates of one token in each prompt of the rows."""
         lines = [tuple(member.adapters.items()) for row in rows for member in row.served.members if member.adapters]
         ranks = {content: self._ranks_of(adapter) for line in lines for content, adapter in line}
         shapes = {shape for by_shape in ranks.values() for shape in by_shape}

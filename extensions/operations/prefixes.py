@@ -101,9 +101,9 @@ class KeptPrefixes(Prefixes):
                 self._keep(weights, read[line][:length], kept)
 
     def _longest(self, states: States, ids: tuple[int, ...]) -> tuple[int, Kept | None]:
-        """Return (number of shared tokens, kept prefix) for the longest prefix kept under one of `states`, or (0, None).
+        """Return (number of shared tokens, kept prefix) for the prefix that shares most tokens with `ids`, or (0, None).
 
-        The last of `ids` is never taken from a prefix: the model has to read it.
+        Only prefixes under weights in `states` count. The last of `ids` is never taken: the model has to read it.
         """
         most = {weights: len(ids) if count is None else count for weights, count in states if weights is not None}
         best, best_key = MIN_TOKENS - 1, None
@@ -135,7 +135,7 @@ class KeptPrefixes(Prefixes):
 
 
 def states_of(row: Any) -> list[States]:
-    """Return, for each line of a row, the weights on which its keys and values depend; None if more than weights counts.
+    """Return each prompt's pairs (weights, count), as from `_states`; weights are None if keys depend on more than weights.
 
     A router is identified by its formula, not as an object, which would live as long as its keys and values.
     """
@@ -146,7 +146,7 @@ def states_of(row: Any) -> list[States]:
 
 
 def _states(member: Any, prompt: Sequence[int]) -> States:
-    """Return pairs (weights, count): the first `count` tokens of a member's line depend on these weights alone.
+    """Return pairs (weights, count): keys and values of the first `count` tokens (None: all) depend on these weights alone.
 
     An adapter with invocation tokens is among the weights from these tokens on; before them it has no part.
     """
@@ -163,7 +163,7 @@ def _states(member: Any, prompt: Sequence[int]) -> States:
 
 
 def _cache_of(known: Sequence[tuple[int, Kept | None]], width: int) -> DynamicCache | None:
-    """Make a cache of `width` tokens from each line's (length, kept prefix), padded on the left; None if no line has one."""
+    """Make a cache of `width` tokens from each prompt's (length, kept prefix), left-padded; None if no prompt has one."""
     like = next((kept for _, kept in known if kept is not None), None)
     if like is None:
         return None
