@@ -168,7 +168,7 @@ class _Added:
 
 
 def read_weight(layer: TargetLayer, module: Any, place: Place) -> Tensor:
-    """Return the weight (O, I) in fp32 with which the forward of `module`, the layer's own or its twin, computes."""
+    """Return the weight (O, I) in fp32 by which `module`, the layer's own or its requantised copy, computes."""
     weight = module._parameters.get("weight")
     if weight is not None and type(weight.data) is not Tensor:
         # torchao's, whose forward may round its inputs too
