@@ -19,9 +19,9 @@ MUCH, WINDOW = 0.2, 20
 
 
 class Overflow:
-    """A watcher that measures, step by step, the share of chosen experts that had no capacity left.
+    """A watcher that measures, step by step, the share of the tokens' choices that were dropped because an expert was full.
 
-    It counts tokens before a target, which are a row's last ones and so lose most. Where labels are not those of tokens,
+    Only tokens before a target count, which are a row's last ones and so lose most. Where labels are not those of tokens,
     all tokens count.
     """
 
@@ -53,7 +53,7 @@ class Overflow:
             self._counts += torch.tensor([chosen - int(kept), chosen], dtype=torch.float64)
 
     def end_step(self, summed: Callable[[Tensor], Tensor]) -> str:
-        """Return the step's share as text for the progress bar; `summed` adds a tensor up over processes.
+        """Return the step's share of dropped choices as text for the progress bar; `summed` adds a tensor up over processes.
 
         Warns once if the mean share of the last 20 steps is above 20 %.
         """
@@ -184,7 +184,7 @@ def even_share(real_BT: Tensor, num_experts: int, top_k: int, factor: float) -> 
 
 
 class Moves:
-    """A count of the choices of a step's real tokens, by which the gates of a model move their biases."""
+    """A watcher that counts how many real tokens of a step chose each expert, and then moves the gates' biases by that."""
 
     def __init__(self, model: Any, report: Any) -> None:
         gates = {name: model.gate_of(site) for name, site in model.sites.items()}

@@ -258,7 +258,7 @@ def require_beginning(call: Call) -> None:
 
 
 def of_rows(weighing: Weighing, num_rows: int) -> Weighing:
-    """Return weights for `num_rows` rows: each row's are repeated for its consecutive copies, such as beams."""
+    """Return weights for `num_rows` rows, each row's repeated for its consecutive copies, such as a prompt's beams."""
     w_BTE, scores_BTE, _ = weighing
     copies = num_rows // len(w_BTE)
     if copies <= 1:

@@ -26,10 +26,10 @@ from loraweave.extensions.recipes.recipes.mixlora_conditional import MixloraCond
 
 
 class SelectedFactors(Form):
-    """y0 + scale * sum over p of b_p (a_p dropout(x)), where a_p and b_p have the p-th best scores of their pools in a row.
+    """y0 + scale * sum over p of b_p (a_p dropout(x)), where a_p and b_p are the factors with a row's p-th best scores.
 
-    A site's weights are scores of the factors a, then of the factors b. With k_REI those of b get, times `a_weight`, a
-    softmax over the sum of softmax(k_p a_p).
+    A site's weights are the scores of all factors a, then those of all b. With k_REI, scores of b gain `a_weight` *
+    softmax(sum over p of softmax(k_p a_p)).
     """
 
     recipe: MixloraConditional
@@ -77,7 +77,7 @@ class SelectedFactors(Form):
         return (y_BTO + (inner_BTR @ b_BRO.to(dtype)).to(y.dtype)).view(y.shape)
 
     def _chosen(self, factors: Tensor, scores_BE: Tensor, p_BE: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (each row's best-scored factors, best first; a 1 for each (B, R), with the gradient of its p).
+        """Return (each row's R best-scored factors, best first; ones (B, R) with the gradient of the chosen factors' p).
 
         p is `p_BE`, by default the scores themselves.
         """

@@ -14,7 +14,7 @@ from loraweave.extensions.recipes.recipes.mtlora import Branch, BranchSite, Mtlo
 
 
 class TaskBranches(SumOfExperts):
-    """The sum of experts at a site of the shared stream, or of a task's branch, which adds its own to the shared stream's.
+    """The updates of a layer's experts: of the shared one in the shared stream, of each task's own in the task's branch.
 
     The recipe's `mode` says whether a branch adds to the base's output there, or to all of the shared stream's output. With
     "addition" the shared stream has y0 + LayerNorm(sum over t of y_t), so that the streams of all tasks run beside it.

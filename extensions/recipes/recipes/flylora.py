@@ -54,7 +54,7 @@ class Flylora(Recipe):
 
 
 class _RankGate(BiasedGate):
-    """A gate that sees the outputs of the site's own factors a."""
+    """A gate that chooses ranks by the outputs A x of the layer's own factor a, given to it as input."""
 
     def __init__(self, num_experts: int, *, top_k: int, rate: float, signed: bool) -> None:
         super().__init__(num_experts, top_k=top_k, rate=rate)

@@ -150,7 +150,7 @@ class _SparsegenGate(TokenGate):
 
 
 class _LambdaReader(Gate):
-    """The holder of lambda's MLPs, one for each number of inputs."""
+    """A holder of the MLPs that compute lambda, one for all sites with the same number of inputs."""
 
     def __init__(self, widths: Sequence[int], hidden: int) -> None:
         super().__init__(1)

@@ -16,7 +16,7 @@ from loraweave.extensions.recipes.row_gates import TaskSwitch
 
 @dataclass(frozen=True)
 class BranchSite(Site):
-    """A site that says whether it is `closing`: in the last block of its stage or stack, or outside the blocks."""
+    """A layer with experts (a site), `closing` if it is in the last block of its stage or stack, or outside the blocks."""
 
     closing: bool = True
 
@@ -25,8 +25,8 @@ class BranchSite(Site):
 class Branch:
     """Tensors that the branches of tasks take from the shared stream, by path: inputs of blocks and outputs of sites.
 
-    They are noted while the shared stream runs, and taken once the branches have `left` it. While it runs, the blocks where
-    branches leave see `num_streams` times its rows: its own, and those of each task where it is made of theirs.
+    They are noted while the shared stream runs, and taken once the branches have `left` it. Blocks where branches leave run
+    with `num_streams` times the shared stream's rows: its own, then, where it sums the tasks' outputs, each task's.
     """
 
     left: bool = False
@@ -65,7 +65,7 @@ class Branch:
         return None if self.num_streams == 1 else (torch.cat([args[0]] * self.num_streams), *args[1:])
 
     def leave(self, output: Any) -> Any:
-        """Return the block's output for the first of the streams; values of a tuple that are not tensors are kept."""
+        """Return the block's output for the shared stream, the first of the streams; non-tensors in a tuple are kept."""
         if self.left or self.num_streams == 1:
             return output
         return tuple(map(self._first, output)) if isinstance(output, tuple) else self._first(output)
