@@ -154,7 +154,7 @@ def _train(
 
 
 def _learning(model: Any) -> list[Tensor]:
-    """Return the parameters that learn: all but the word embeddings and the pooler, which the mean leaves out."""
+    """Freeze the word embeddings and the pooler, which mean pooling does not use; return the parameters that learn."""
     words = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     model.requires_grad_(False)
     learning = [p for name, p in model.named_parameters() if id(p) not in words and not name.startswith("pooler.")]
