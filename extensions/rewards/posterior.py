@@ -146,7 +146,7 @@ class LaplacePosterior:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """The curvature of one matrix W_OI, out (x) in, as both Kronecker factors' eigenvectors and eigenvalues, float64."""
+    """The curvature of W_OI, a Kronecker product of factors (O, O) and (I, I), as their eigenvectors and eigenvalues."""
 
     in_II: Tensor
     in_I: Tensor
