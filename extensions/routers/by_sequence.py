@@ -28,7 +28,7 @@ class BySequence(TokenRouter):
     decision: Decision
 
     def follow(self, decision: Decision) -> None:
-        """Set `decision` and the sums kept beside caches; a subclass calls this in __init__."""
+        """Set `decision` and make the store of running sums, one for each cache; a subclass calls this in __init__."""
         self.decision = decision
         self._beside: BesideCache[RunningSums] = BesideCache(self.name)
 
@@ -119,7 +119,7 @@ class RunningSums(RowsAndTokens):
 
 
 class _OfCall:
-    """A router for one call's tokens, whose sums continue those of the cache."""
+    """A router for the tokens of one call of the model, whose running sums continue from those of the call's cache."""
 
     def __init__(self, router: BySequence, state: RunningSums, real_BT: Tensor) -> None:
         self._router = router

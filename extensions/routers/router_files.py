@@ -25,7 +25,7 @@ def _is_arrow(folder: Path) -> bool:
 
 
 def read(folder: Path, pool: ExpertPool | None, model: Any) -> TokenRouter:
-    """Return the router, with its adapters as `pool`. `model` is the base, for an X-LoRA whose layers have own weights."""
+    """Return the router, with its adapters as `pool`. `model`, the base, is needed for an X-LoRA with weights by layer."""
     from loraweave.extensions.routers.from_peft import read_arrow, read_xlora
 
     return read_arrow(folder) if _is_arrow(folder) else read_xlora(folder, pool, model)

@@ -33,7 +33,7 @@ _REFERENCES = (
 
 @traits("base_model", "centred")
 class HiddenState:
-    """Unit vectors as wide as the base model, which is loaded on first use (`base_model`; None: the embedded default).
+    """Unit vectors of mean hidden states of a base model, loaded on first use (`base_model`; None: the embedded default).
 
     `model` and `tokenizer`, given together, replace it. Texts are cut at 256 tokens. An adapter that is active in the model
     counts: embed outside of `activate`.

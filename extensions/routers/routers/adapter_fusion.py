@@ -13,7 +13,7 @@ from loraweave.extend import Count, LayerTensors, Members, NonNegative, OutputRo
 
 
 class OutputAttention(OutputRouter):
-    """A router by s_e = scale * query(x) . k E_e(x), with learned query(x) = q x and k of each layer, not of each expert.
+    """A router by s_e = scale * query(x) . k E_e(x), E_e(x) the expert's output, with learned query(x) = q x and k by layer.
 
     A subclass puts q_DI into `queries_` and k_DO into `keys_` for each of the `informed` layers, D being any number; in all
     others the experts score 0.
@@ -100,11 +100,11 @@ class AdapterFusion(OutputAttention):
                 self.values_[layer] = torch.full((routed.num_outputs,) * 2, OFF_DIAGONAL).fill_diagonal_(1.0)
 
     def query_bias(self, layer: str) -> Tensor:
-        """Return c of the layer."""
+        """Return the layer's learned bias (D) of the queries."""
         return self.query_biases_[layer]
 
     def value_matrix(self, layer: str) -> Tensor | None:
-        """Return V_OO of the layer, None for the identity."""
+        """Return the layer's learned matrix V_OO, which multiplies the mixed outputs; None for the identity."""
         return self.values_[layer] if self.values and layer in self.values_ else None
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:

@@ -65,7 +65,7 @@ class Bayesian(Solver):
         return [low + (high - low) * unit for unit in chosen]
 
     def _fill_box(self) -> list[np.ndarray]:
-        """Return the other initial candidates: a Latin hypercube around the start, one in each part of a range."""
+        """Return the other initial candidates: a Latin hypercube of points around the start."""
         count, generator = self._num_initial - 1, np.random.default_rng([self.seed, 0])
         places = np.stack([generator.permutation(count) for _ in range(self.space.size)], axis=1)
         units = (places + generator.uniform(size=places.shape)) / max(count, 1)

@@ -112,7 +112,7 @@ LEAST_CURVATURE = 1e-3
 
 @dataclass(frozen=True)
 class Quadratic:
-    """The quadratic model: `centre` c, `slope` g and `diagonal` d (D entries each), basis_DQ is Q, inner_QQ is M."""
+    """The model g s + s^T (diag(d) + Q M Q^T) s / 2 of the loss's change by a step s from `centre`; `slope` is g."""
 
     centre: np.ndarray
     slope: np.ndarray
@@ -121,11 +121,11 @@ class Quadratic:
     inner_QQ: np.ndarray
 
     def hessian_times(self, step: np.ndarray) -> np.ndarray:
-        """Return H step."""
+        """Return the model's Hessian H times `step` (D), without forming H."""
         return np.asarray(self.diagonal * step + self.basis_DQ @ (self.inner_QQ @ (self.basis_DQ.T @ step)))
 
     def change(self, step: np.ndarray) -> float:
-        """Return m(c + step) - m(c)."""
+        """Return the change of the loss that the model predicts for a step (D) from the centre."""
         return float(self.slope @ step + step @ self.hessian_times(step) / 2)
 
     def lowest(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -151,7 +151,7 @@ class Quadratic:
 def fit_quadratic(
     centre: np.ndarray, slope: np.ndarray, steps_KD: np.ndarray, changes_KD: np.ndarray, *, curvature: float, ridge: float
 ) -> Quadratic:
-    """Fit the model to K steps s_k and changes y_k; `curvature` is h if no step curves upwards, `ridge` is r."""
+    """Fit the model to K steps and the slope's changes along them; `curvature` serves if no step curves upwards."""
     lengths_K1 = np.linalg.norm(steps_KD, axis=1, keepdims=True)
     s_KD, y_KD = steps_KD / lengths_K1, changes_KD / lengths_K1
     along_K = (s_KD * y_KD).sum(axis=1)

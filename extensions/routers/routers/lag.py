@@ -18,8 +18,8 @@ TOP_K = 1
 class Lag(ScoredRouter):
     """A router by softmax over the `top_k` largest |b_e a_e x| among the `candidates` with the largest |v_e x|.
 
-    By default 4 candidates (or all experts of a smaller pool), of which the best one has weight 1. Each token and layer
-    chooses for itself. Raises WeightingError for fewer candidates than top_k, and what `ScoredRouter` raises.
+    v_e is the top right singular vector of b_e a_e. By default 4 candidates (all of a smaller pool), of which the best has
+    weight 1, for each token and layer. Raises WeightingError for fewer candidates than top_k, and as `ScoredRouter`.
     """
 
     per_expert: ClassVar = {}

@@ -96,13 +96,13 @@ class Mole(OutputRouter):
         return tuple(place for place in self.members.layers[layer].experts if place not in masked)
 
     def _project(self, layer: str) -> Tensor:
-        """Return p_SE = each rank row of the bases times its expert's projections, once a call instead of once a token."""
+        """Return p_SE, each of the layer's S rank rows times its expert's e_OE: once a call instead of once a token."""
         q_SO, e_EOE = self.bases_[layer], self.gates_[layer]
         rows = [q_RO @ e_OE for q_RO, e_OE in zip(torch.split(q_SO, self._num_rows(layer)), e_EOE, strict=True)]
         return torch.cat(rows)
 
     def _num_rows(self, layer: str) -> list[int]:
-        """Count each expert's rank rows in the layer's bases; the device is asked once."""
+        """Return how many of the layer's S rank rows each expert has; counted on the device once, then remembered."""
         owner_S = self.owners_[layer]
         known = self._counted.get(layer)
         if known is None or known[0] is not owner_S:
