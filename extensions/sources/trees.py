@@ -190,9 +190,9 @@ class _Walk:
         ]
 
     def _read(self, source: Path, path: str, now: str, before: Noted | None) -> list[Noted]:
-        """Return [outcome] of the source at `path`, or [] if it waits for its batch.
+        """Return [the outcome of the source at `path`], or [] if it is new and waits to be added with a batch.
 
-        `now` is its stamp, `before` its note of an earlier walk. Raises AdapterExists if both its names are other adapters'.
+        `now` is its digest, `before` its note of an earlier walk. AdapterExists if both its names are other adapters'.
         """
         adapter: Adapter | None = None
         for name in self._names(path):
