@@ -155,7 +155,7 @@ class Recorder:
         return GradientTap.apply(output, self._wanted, x, receive)  # type: ignore[no-untyped-call, no-any-return]
 
     def _receive(self, by_text: Callable[[Tensor], list[Tensor]], gradient: Tensor, x: Tensor) -> None:
-        """Store the gradient of log p by the layer's output; call `finish` once those of all runs in the batch have come."""
+        """Store a run's input and gradient of log p by the layer's output; call `finish` after the batch's last run."""
         self._seen.append((by_text(gradient), by_text(x)))
         if len(self._seen) == self._num_calls:
             self.finish()
@@ -197,7 +197,7 @@ class ExpertRecorder(Recorder):
         self.place = matrix.parameter, matrix.number
 
     def saw(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """Count the batch's real tokens when the module that holds all experts runs; `reached` records the rest."""
+        """Count the batch's real tokens when the module of all experts runs; `reached` records this expert's values."""
         self.num_tokens += self._mask_BT.numel() if len(self._mask_BT) == 1 else int(self._mask_BT.sum())
 
     def reached(self, x_NI: Tensor, token_N: Tensor, made_NO: Tensor, num_tokens: int) -> Tensor:

@@ -44,11 +44,11 @@ def regression(found: Sequence[Share], *, off_diagonal: float, from_mean: bool) 
 
 @dataclass(frozen=True, eq=False)
 class _Inputs:
-    """The inverse S^+ and the projection onto the range of S, whose size varies by input over many orders of magnitude.
+    """The pseudo-inverse S^+ and the projection onto the range of S = sum of w_e G_e, the experts' weighted Gram matrices.
 
-    Inputs that never were other than 0 (`live_I` false) are left out, the others scaled to a diagonal of 1: the rounding
-    of a Gram matrix is relative to its diagonal, hence so is the rank that can be told from it. `basis_IK` spans the range
-    where that is not all of the live inputs.
+    Sizes vary by input over many orders of magnitude. Inputs that never were other than 0 (`live_I` false) are left out, the
+    others scaled to a diagonal of 1: the rounding of a Gram matrix is relative to its diagonal, hence so is the rank that
+    can be told from it. `basis_IK` spans the range where not all live inputs do.
     """
 
     live_I: Tensor
@@ -80,7 +80,7 @@ class _Inputs:
         return cls(live_I, scale_I, r_KK, basis_IK)
 
     def applied(self, rows_RI: Tensor) -> Tensor:
-        """Return rows S^+ (R, I)."""
+        """Return `rows_RI` times S^+, (R, I)."""
         result_RI = torch.zeros_like(rows_RI)
         rows_RL = rows_RI[:, self.live_I]
         if self.basis_IK is None:
