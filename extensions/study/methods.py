@@ -67,7 +67,7 @@ FIXED = ("model", "tokenizer", "hub_or_pool", "task", "tasks", "seed", "progress
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A method with its options: `said` has the settings of `SAID` in the study's file, `options` the method's own."""
+    """A method with its options: `said` has the study's settings of it (`SAID`), `options` those that the method takes."""
 
     name: str
     method: str

@@ -113,7 +113,7 @@ def _rouge(kind: str) -> Function:
 
 
 def _corpus_scorer(name: str) -> Any:
-    """Return sacrebleu's BLEU or CHRF with its defaults; `force` only leaves a remark on tokenised texts out."""
+    """Return sacrebleu's BLEU or CHRF with its defaults; `force` only silences its warning on tokenised texts."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
@@ -145,7 +145,7 @@ def _log_likelihoods(
 
 
 def _perplexity(sums_K: np.ndarray) -> np.ndarray:
-    """Return exp of the mean loss of a token of the first targets, their ends included."""
+    """Return exp of the mean loss per token of each item's first target, end token included, from (loss, token) sums."""
     return np.asarray(np.exp(np.minimum(sums_K[..., 0] / sums_K[..., 1], 700.0)))
 
 

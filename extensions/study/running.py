@@ -139,7 +139,7 @@ def _rows_of(read: Study, name: str) -> Task:
 
 
 def _check(read: Study, hub: Hub) -> None:
-    """Raise the first error in the oracles' names, or in a method's names and options if every task raises one."""
+    """Raise the error of the first unknown oracle (a task's best adapter), or of a method that fails on every task."""
     for task in read.tasks:
         if task.oracle is not None:
             hub.record(task.oracle)
