@@ -30,7 +30,7 @@ def choose_ridge(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: i
 
     An error is e = E|t - N s|^2 / E|t|^2 on the other half, and e / (1 - e) is noise over signal. A ridge is about as good
     if that is at most TOLERANCE times the least, as in the rule of one standard error (Breiman et al. 1984, 3.4.3): where
-    the rows do not decide, the larger ridge keeps N near P.
+    the rows do not decide, the larger ridge keeps N near P, the identity or zero.
     """
     errors = _errors(gram_2SS, cross_2TS, target_2TT, fit)
     odds = [error / (1 - error) if error < 1 else math.inf for error in errors]
@@ -38,10 +38,10 @@ def choose_ridge(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: i
 
 
 def _errors(gram_2SS: Tensor, cross_2TS: Tensor, target_2TT: Tensor, fit: int) -> list[float]:
-    """Return the error of every ridge, at least ROUNDING, from one decomposition.
+    """Return the held-out error of each ridge in RIDGES, at least ROUNDING, all from one eigendecomposition.
 
-    With G = V diag(g) V^T on the half `fit`, N = (C + w P) V diag(1 / (g + w)) V^T: the products with the other half are
-    made once, and each ridge only needs sums over their entries.
+    With G = V diag(g) V^T the Gram matrix and C the cross products of the half `fit`, N = (C + w P) V diag(1 / (g + w)) V^T:
+    the products with the other half are made once, and each ridge only needs sums over their entries.
     """
     judge = 1 - fit
     gram_SS, cross_TS = gram_2SS[fit], cross_2TS[fit]

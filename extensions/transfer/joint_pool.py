@@ -68,7 +68,7 @@ SKETCH = 8
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One adapter of a joint pool: its cluster, a middle for each layer, its error, and its number of values before."""
+    """One adapter of a joint pool: its cluster, M of each layer's U M V (`middles`), error, and number of values before."""
 
     cluster: int
     middles: Mapping[str, Tensor]
@@ -78,7 +78,7 @@ class Member:
 
 @dataclass(frozen=True)
 class JointReport:
-    """A summary of a joint pool: `share` is kept values over the adapters' values; errors are relative Frobenius norms."""
+    """A summary of a joint pool: `share` is stored numbers over the adapters' own; errors are relative Frobenius norms."""
 
     num_adapters: int
     share: float
@@ -101,7 +101,7 @@ class JointReport:
 
 @dataclass(frozen=True, eq=False)
 class JointPool:
-    """Adapters of one base, stored as shared bases and small middles. Immutable: `including` returns a new pool."""
+    """Adapters of one base, each near U M V of bases U and V that many share. Immutable: `including` returns a new pool."""
 
     base_model: str
     fingerprint: Fingerprint | None

@@ -98,7 +98,7 @@ def agreement(tokenizer: Any, one: Sequence[EncodedRow], other: Sequence[Encoded
 
 
 def split(prompts: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
-    """Return (prompts that teach, prompts that judge): every fourth judges, and its equals never teach."""
+    """Return (prompts that teach, prompts that judge): every fourth judges; prompts equal to a judging one never teach."""
     judges = list(prompts[::JUDGED])
     lessons = [prompt for place, prompt in enumerate(prompts) if place % JUDGED and prompt not in judges]
     if not lessons:

@@ -24,7 +24,7 @@ ROUNDS, STEPS = 12, 3
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """The pair of bases, u_OR and v_RI, in fp32."""
+    """The bases that a layer's updates share, in fp32: update i is near u_OR M_i v_RI, with a small M_i of its own."""
 
     u_OR: Tensor
     v_RI: Tensor
@@ -81,7 +81,7 @@ def _stacked(updates: list[Factors]) -> tuple[Tensor, Tensor]:
 
 
 def _turned(parts_EOR: Tensor, columns_OR: Tensor) -> Tensor:
-    """Take STEPS steps of the power method from `columns_OR` towards the first eigenvectors of the parts' sum of P P^T."""
+    """Return `columns_OR` after STEPS steps of the power method towards the top eigenvectors of sum over e of P_e P_e^T."""
     wide = parts_EOR.transpose(0, 1).flatten(1)
     for _ in range(STEPS):
         columns_OR = _orthonormal(wide @ (wide.T @ columns_OR))
