@@ -98,7 +98,7 @@ class BackdoorDetector:
 
     @classmethod
     def from_statistics(cls, projections: Sequence[str], x_NF: Array, poisoned_N: Any) -> BackdoorDetector:
-        """Return the detector for known signatures, one row each, and whether each adapter is poisoned."""
+        """Return the detector fitted to signatures x_NF, one row an adapter, and poisoned_N, True for poisoned ones."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
 
@@ -113,7 +113,7 @@ class BackdoorDetector:
         return float(self.probabilities(_row(signature(adapter), self.projections)[None])[0])
 
     def probabilities(self, x_NF: Array) -> Array:
-        """Return the probabilities of signatures, one row each."""
+        """Return the probability of a backdoor (N) for each row of x_NF, an adapter's signature."""
         z_N = self.intercept + (x_NF - np.array(self.means)) / np.array(self.scales) @ np.array(self.coefficients)
         probability_N: Array = 1 / (1 + np.exp(-z_N))
         return probability_N

@@ -201,7 +201,7 @@ def alike(connection: Connection, figures: Figures, name: str) -> list[str]:
 
 
 def _keys(figures: Figures) -> list[int]:
-    """Return a hash of each piece of the code together with the kin, as a signed 64-bit number for the database."""
+    """Return signed 64-bit hashes, of each piece of the sketch's `code` with `kin`, by which near codes are looked up."""
     keys = []
     for number in range(NUM_PIECES):
         piece = figures.code[number * _PIECE_BYTES : (number + 1) * _PIECE_BYTES]
