@@ -98,8 +98,8 @@ AS_ASKED = "as asked"
 class Finding:
     """The verdict on one name in one situation, `when` ("alone", "mixed", "after a reload").
 
-    `distance` is the largest between an answer and what was asked, in nats, `separation` the least between what was asked
-    and a likely fault on the best of the probes: a `weak` finding could not tell these two apart.
+    `distance` is the largest, in nats, of an answer from the right one. `separation` is the least of a likely fault from the
+    right one, on the best of the probes: a `weak` finding could not tell these two apart.
     """
 
     asked: str
@@ -120,9 +120,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class ServerReport:
-    """Findings for each name, the base's rounding and the resulting tolerance (nats), and notes on what was not verified.
+    """The findings, the base's distance (`rounding`) and the tolerance it gives (nats), and notes on what was not verified.
 
-    `basis` is "log-probabilities" or "texts"; `requests` counts all of them.
+    `basis`, what answers were compared by, is "log-probabilities" or "texts"; `requests` counts all of them.
     """
 
     url: str

@@ -62,7 +62,7 @@ def asked_of(
     num_probes: int,
     num_tokens: int,
 ) -> Asked:
-    """Return a server's name with its probes: the best of the given prompts, or else of its adapters' sample inputs.
+    """Return a server's name with its adapter and probes: the best of `prompts`, or else of the adapters' sample inputs.
 
     Raises ScopeError for routers and `auto`, CompositionError for adapters that are not for this base model.
     """
@@ -82,7 +82,7 @@ def asked_of(
 
 
 def base_of(listed: Listed, asked: Sequence[Asked], references: References, num_probes: int, num_tokens: int) -> Asked:
-    """Return the base with probes of the other names, to show if the server kept state of their prompts."""
+    """Return the base with the other names' probes, whose answers show if the server still has another name's state."""
     probes = [
         Probe(probe.ids, {AS_ASKED: probe.answers[BASE.verdict], f"got {name.name}": probe.asked})
         for name in asked[:NUM_OF_BASE]

@@ -32,7 +32,7 @@ class Hypothesis:
 
     @cached_property
     def mixture(self) -> dict[str, float] | None:
-        """The mixture of a row of a batch, {content hash: weight}; None for the base."""
+        """The weights of the adapters that answer if the hypothesis is true, {content hash: weight}; None for the base."""
         mixture: dict[str, float] = defaultdict(float)
         for adapter, weight in self.parts:
             mixture[adapter.hash] += weight

@@ -44,7 +44,7 @@ class Probe:
 
 
 class References:
-    """A source of reference answers. `load` returns the model when first needed; the folder, or None, keeps probes."""
+    """A source of reference answers by the model that `load` returns once needed; the folder, or None, keeps probes."""
 
     def __init__(self, load: Callable[[], tuple[Any, Any]], base: str, folder: Path | None) -> None:
         self._load = load

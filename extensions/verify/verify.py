@@ -197,7 +197,7 @@ class Visit:
             return error
 
     def _measure(self, base: Asked, replies: Sequence[tuple[Probe, Reply]]) -> None:
-        """Set the rounding, and so the tolerance: the base's distance, or that of the adapter that answers in its place."""
+        """Set `rounding` to the base's largest distance from known answers, or that of the adapter that answers instead."""
         answers = [(probe, reply) for probe, reply in replies if isinstance(reply, Answer)]
         if not answers:
             return
@@ -243,7 +243,7 @@ class Visit:
         return error <= self.tolerance and (error <= self._least or error <= 2 * min(others, default=error))
 
     def _named(self, asked: Asked, wrong: Replies) -> str:
-        """Return the verdict that explains these answers: one for all, or else one for each."""
+        """Return the verdict that explains the wrong answers: one for all of them, else one for each, joined by a slash."""
         best, score = self._culprits.nearest(asked, wrong, self._least)
         error = max(distance(reply, probe.asked) for probe, reply in wrong)
         # far better than the adapter that was asked, and close enough by itself
