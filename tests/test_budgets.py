@@ -23,7 +23,7 @@ from loraweave import errors, extend, registry
 LIMITS = {
     "files of the core": 235,
     "lines of the core": 45_896,
-    "lines of the product": 83_896,
+    "lines of the product": 83_913,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,

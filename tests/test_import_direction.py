@@ -18,7 +18,7 @@ FLOORS = ("errors", "registry", "common", "types", "lowrank", *ROOMS)
 
 # those of the hub: folders, and files of its root; a file of one floor may import another of the same
 HUB_FLOORS = (
-    {"base", "base_layer", "base_reference", "licenses"},
+    {"base", "base_layer", "base_reference", "gguf_base", "licenses"},
     {"formats"},
     {"sources"},
     {"adapter", "conversion", "merge_report", "pool"},

@@ -233,15 +233,16 @@ class NativeRows(RowKernel):
         """Return the table that native.c reads for `tokens` tokens a mixture, made once for each number of tokens."""
         if tokens in self._tables:
             return self._tables[tokens]
-        entries = enumerate(self.entries)
-        uses = sorted((first, count, row, weight) for row, entry in entries for first, count, weight in entry)
-        counts = {first: count for first, count, _, _ in uses}
-        ends = accumulate(Counter(first for first, *_ in uses).values(), initial=0)
-        numbers = torch.tensor([*counts.values(), *ends, *(row for _, _, row, _ in uses)])
-        weights = torch.tensor([weight for *_, weight in uses])
-        outputs, num_ranks = self.b_DO.shape[1], sum(count for _, count, _, _ in uses)
+        uses: list[tuple[int, int, int, float]] = []
+        for row, entry in enumerate(self.entries):
+            for first, count, weight in entry:
+                uses.append((first, count, row, weight))
+        firsts, counts, numbers_of_rows, weights_of_rows = zip(*sorted(uses), strict=True) if uses else ((),) * 4
+        ranks, ends = dict(zip(firsts, counts, strict=True)), accumulate(Counter(firsts).values(), initial=0)
+        numbers, weights = torch.tensor([*ranks.values(), *ends, *numbers_of_rows]), torch.tensor(weights_of_rows)
+        outputs, num_ranks = self.b_DO.shape[1], sum(counts)
         sums = work(tokens * (len(self.entries) * outputs + num_ranks))
-        sizes = len(self.entries), tokens, self.a_DI.shape[1], outputs, len(counts)
+        sizes = len(self.entries), tokens, self.a_DI.shape[1], outputs, len(ranks)
         factors = self.a_DI.data_ptr(), self.b_DO.data_ptr()
         table = Table(*sizes, *factors, numbers.data_ptr(), weights.data_ptr(), sums.data_ptr())
         # the memory that it points to

