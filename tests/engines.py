@@ -121,6 +121,9 @@ def _make(folder: Path, made: Environment) -> None:
         own = _call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
         # after the environment's own packages, which therefore win
         Path(own, "_shared.pth").write_text(sysconfig.get_path("purelib"))
+    if "--no-build-isolation" in made.requirements:
+        # a new environment of Python 3.11 has setuptools that cannot build a wheel by itself
+        _call(python, "-m", "pip", "install", "-q", "--upgrade", "setuptools==84.2.1", "wheel==0.45.1")
     _call(python, "-m", "pip", "install", "-q", *made.requirements)
     if made.removed:
         _call(python, "-m", "pip", "uninstall", "-q", "-y", *made.removed)

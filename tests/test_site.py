@@ -100,7 +100,7 @@ def test_how_to_answer_many_requests_in_one_batch(run_page):
 def test_how_to_compose_for_an_unseen_task(run_page):
     names = run_page("docs/howto/unseen_task.md")
     assert names["again"].mean_weights == names["composition"].mean_weights
-    assert names["composition"].report.chosen == "average"
+    assert list(names["composition"].steps) == ["passive", "negation"]
     assert (names["score"]["value"], names["score"]["count"]) == (1.0, 6)
     page = (ROOT / "docs" / "howto" / "unseen_task.md").read_text(encoding="utf-8")
     assert f"\n{names['answers'][:2]}\n1.000 ({names['score']['low']:.3f} to 1.000)\n" in page
