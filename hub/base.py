@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import os
 import warnings
@@ -23,17 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import loraweave.registry as registry
 from loraweave.common.names import text_digest
 from loraweave.common.options import options_of, require_known
-from loraweave.errors import (
-    BaseModelMismatch,
-    BaseModelUnverified,
-    CompositionError,
-    PackageMissing,
-    WeightingError,
-)
+from loraweave.errors import BaseModelMismatch, BaseModelUnverified, CompositionError, PackageMissing, WeightingError
 from loraweave.hub.gguf_base import EMBEDDED, gguf_base, without_bars
 from loraweave.types import BaseKey, Fingerprint
-
-logger = logging.getLogger(__name__)
 
 
 def load_base(

@@ -86,8 +86,11 @@ def gguf_base(name: str | Path | None) -> GgufBase | None:
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():
         return GgufBase(str(path.resolve()), known_digest(path), lambda: path, "it changed while it was read: try again")
-    entry = re.sub(r"\W", "_", str(name).lower())
-    return registry.get("bases", entry)() if entry in registry.names("bases") else None
+    entry = re.sub(r"\W", "_", str(name))
+    if path.is_dir() or entry not in registry.names("bases"):
+        return None
+    # other names have the same entry: an id such as "qwen2.5/coder-0.5b"
+    return known if (known := registry.get("bases", entry)()).id == str(name) else None
 
 
 def embedded_file() -> Path | None:

@@ -8,12 +8,14 @@ import zipfile
 
 import pytest
 from gguf_models import write_model
+from tiny_models import write_tiny_base
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import loraweave as lw
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch
 from loraweave.extensions.known_bases import fetching, gguf_file
 from loraweave.extensions.known_bases.bases import qwen2_5_coder_0_5b as entry
+from loraweave.hub.gguf_base import gguf_base
 
 NAME = "qwen2.5-coder-0.5b"
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
@@ -83,3 +85,11 @@ def test_bytes_of_another_size_or_hash_are_refused_and_leave_no_base(wheels, tmp
         with pytest.raises(AdapterCorrupt, match=r"has SHA-256 .*, but 0{64} is expected; delete .*gguf, and try again"):
             lw.load_base(NAME)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_folder_or_an_id_that_reads_alike_is_not_taken_for_the_name(wheels, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tiny_base(tmp_path / NAME)
+    assert lw.load_base(NAME)[0].config.model_type == "llama"
+    assert gguf_base("qwen2.5/coder-0.5b") is None
+    assert gguf_base(NAME.upper()) is None
