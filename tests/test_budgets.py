@@ -22,8 +22,8 @@ from loraweave import errors, extend, registry
 
 LIMITS = {
     "files of the core": 235,
-    "lines of the core": 45_896,
-    "lines of the product": 83_913,
+    "lines of the core": 45_892,
+    "lines of the product": 83_910,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -93,25 +92,32 @@ class EncodedExamples:
         self._trees: dict[tuple[int, ...], list[TokenTree]] = {}
 
     @cached_property
-    def _by_example(self) -> list[list[EncodedRow]]:
-        """The rows of each example, tokenised on first use."""
+    def _rows(self) -> list[EncodedRow]:
+        """The rows of all examples, tokenised on first use."""
         task = self._task
         tasks = in_turn(task) if self._turned else [task] * len(task.examples)
         prompts, targets = list[Prompt](), list[str]()
         for example_task, (text, _), texts in zip(tasks, task.examples, self._kind.targets, strict=True):
             prompts += [example_task.prompt(text)] * len(texts)
             targets += texts
-        rows = encode(self._model, self._tokenizer, prompts, targets, ends=[task.answer_end] * len(targets))
-        return in_chunks(rows, self.num_texts)
+        return encode(self._model, self._tokenizer, prompts, targets, ends=[task.answer_end] * len(targets))
+
+    @cached_property
+    def _by_example(self) -> list[list[EncodedRow]]:
+        return in_chunks(self._rows, self.num_texts)
+
+    @cached_property
+    def _count_NR(self) -> Tensor:
+        return torch.tensor([len(row.target) for row in self._rows]).view(-1, self.num_texts)
 
     @cached_property
     def _plain(self) -> TargetBatch:
-        return batch(self._model, self._tokenizer, [*chain.from_iterable(self._by_example)])
+        return batch(self._model, self._tokenizer, self._rows)
 
     def prepare(self) -> None:
         """Decide whether rows run as trees, which may run the model. Call it while no mixture is active."""
         if self._shares is None:
-            self._shares = runs_trees(self._model, self._tokenizer, [*chain.from_iterable(self._by_example)])
+            self._shares = runs_trees(self._model, self._tokenizer, self._rows)
 
     def digest(self, examples: Sequence[int]) -> str:
         """Return a hash of the tokens of these examples, and of which of their texts is right."""
@@ -120,7 +126,7 @@ class EncodedExamples:
 
     def counts(self, examples: Sequence[int]) -> Tensor:
         """Return count_NR, the number of target tokens of each row."""
-        return torch.tensor([[len(row.target) for row in self._by_example[example]] for example in examples])
+        return self._count_NR[list(examples)]
 
     def num_targets(self, examples: Sequence[int]) -> int:
         """Return the number of tokens of the examples' own targets."""

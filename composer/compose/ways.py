@@ -157,7 +157,7 @@ def _auto(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Set
     stated = [] if task.demonstrations else _stated(bench, plain, run, remarks)
     if not folds and not stated and _is_sure(plain, bench, settings):
         return Outcome(plain, "best_single", remarks)
-    unlearned = min((trial.held_out_loss for trial in plain if trial.name in UNLEARNED), default=math.inf)
+    unlearned = min(trial.held_out_loss for trial in plain if trial.name in UNLEARNED)
     if stated and stated[0].held_out_loss < SURE * unlearned:
         return Outcome([*plain, *stated], stated[0].name, remarks)
     if is_one:
@@ -219,13 +219,12 @@ def _stated(bench: Bench, plain: Sequence[Trial], run: Callable[[Trial], object]
     if len(pair) != 2:
         return []
     losses = {trial.name: trial.held_out_loss for trial in plain}
-    most = min(FAR * min(losses.values()), losses.get("best_single", math.inf))
+    most = min(FAR * min(losses.values()), losses["best_single"])
     stated = _that_run([stated_program(bench, pair)], run, remarks)
-    for trial in stated:
-        if trial.held_out_loss >= most:
-            steps = " > ".join(record.name for record in pair)
-            remarks.append(f"program {steps} was left out: its loss is {trial.held_out_loss:.3f}, not below {most:.3f}")
-    return [trial for trial in stated if trial.held_out_loss < most]
+    if not stated or (loss := stated[0].held_out_loss) < most:
+        return stated
+    remarks.append(f"program {pair[0].name} > {pair[1].name} was left out: its loss is {loss:.3f}, not below {most:.3f}")
+    return []
 
 
 def _joins(program: Trial, least: float, remarks: list[str]) -> bool:
