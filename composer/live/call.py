@@ -203,7 +203,7 @@ def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 # arguments of transformers' models whose first axis are the rows of the batch
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
-# inputs, some of them main inputs, of which a row of text may have several
+# inputs that have one or more rows for each row of text; some of these are main inputs
 BESIDE_TEXT = frozenset({"pixel_values", "pixel_values_videos", "input_features", "input_values"})
 
 # arguments that only transformers' continuous batching passes

@@ -193,7 +193,7 @@ def find_places(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str
 
 
 class Slot(Generic[Thing]):
-    """An entry of a `Shelf`, for one cached object: `thing`, which is None until the first user makes it, under `lock`."""
+    """An entry of a `Shelf`: `thing` is its cached object, or None until the first user makes it under `lock`."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes

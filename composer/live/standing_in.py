@@ -303,7 +303,7 @@ class _Traced:
 
 
 class _OwnForward:
-    """The class's forward set as a module's own until `remove`, so that torch.compile compiles anew, with the hooks."""
+    """A copy of the class's `forward` on one module until `remove`, which makes torch.compile compile again with hooks."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

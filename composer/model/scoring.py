@@ -141,8 +141,7 @@ def predict_together(
 
     `inputs_MN` has each input's text for each task, share_M the tasks' weights in the average. A batch has the rows of the
     first task, then those of the next. Labels' probabilities are averaged, without the prior if the tasks are `calibrated`.
-    Each step of decoding takes the token of the highest average, and all rows of an input continue with it. `share` is as in
-    `predict`.
+    Each step of decoding takes the token of the highest average for all rows of an input. `share` is as in `predict`.
     """
     labels, neutral = tasks[0].labels, tasks[0].neutral
     if labels is not None:
@@ -227,8 +226,7 @@ def without_prior(log_p_MNL: Tensor, log_prior_ML: Tensor) -> Tensor:
 class AveragedScores:
     """A logits processor for greedy decoding that gives each row the log of the members' averaged probabilities.
 
-    A member is a prompt or mixture that answers the same inputs. The rows of a batch are those of the first member, then
-    those of the next. share_M, the members' weights, sums to 1.
+    A member is a prompt or mixture for the same inputs; the rows of a batch are grouped by member. share_M sums to 1.
     """
 
     def __init__(self, share_M: Tensor) -> None:

@@ -122,7 +122,7 @@ Prune = Callable[["Entries"], Sequence[Rule]]
 class Entries:
     """One tensor of every expert, the update's matrix or its bias as a single row, each as a product b_OR a_RI in fp32.
 
-    A product is computed anew whenever it is read, always in the same blocks, so that two passes see the same bits. A bias
+    Each read computes a product again in the same blocks, so that two passes see the same bits. A bias
     is a product of rank 1, exactly itself, and an absent bias an empty sum of rank 0. `weights` and `places` (in the
     method's `experts`) are those of the experts, in order.
     """
