@@ -19,7 +19,8 @@ import typer
 import loraweave as lw
 from benchmarks._data import Key
 from benchmarks._run import Run, Table
-from benchmarks.unseen import Asked, Case, find, open_case, same_skill
+from benchmarks._unseen_ways import Case, find
+from benchmarks.unseen import Asked, open_case, same_skill
 
 TASKS = "antonym,country_capital,passive,past_tense,alphabetical_first_3,pick_middle_5,plural,uppercase"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bf16, permuted": torch.bfloat16}

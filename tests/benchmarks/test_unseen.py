@@ -14,7 +14,7 @@ import loraweave as lw
 from benchmarks import _control
 from benchmarks import _data as store
 from benchmarks import _unseen_report as report
-from benchmarks import unseen as ways
+from benchmarks import _unseen_ways as ways
 from benchmarks._run import RESAMPLES
 from loraweave.extensions.tour import DemoTask
 
