@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with MANIFEST.json and pool/*.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder that gets one PEFT folder a task")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/pool"), help="where unfinished work is kept")
+    parser.add_argument("--base", help="base model: a known name, folder, GGUF file or hub id; the embedded one by default")
     parser.add_argument("--tasks", nargs="*", help="only these tasks")
     parser.add_argument("--chat", action="store_true", help="ask in the base's chat template, in turns")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,7 +62,7 @@ def main() -> None:
     manifest = json.loads((options.data / "MANIFEST.json").read_text())["groups"]["pool"]
     entries = [entry for entry in manifest if (options.data / entry["file"]).is_file()]
     entries = [entry for entry in entries if not options.tasks or entry["task"] in options.tasks]
-    model, tokenizer = lw.load_base(dtype=torch.bfloat16)
+    model, tokenizer = lw.load_base(options.base, dtype=torch.bfloat16)
     rows = {entry["task"]: read_rows(options.data / entry["file"]) for entry in entries}
     tasks = {entry["task"]: _task(entry, rows[entry["task"]], options.chat) for entry in entries}
     adapters: dict[str, lw.Adapter] = {}
