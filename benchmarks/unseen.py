@@ -5,6 +5,7 @@
     python -m benchmarks --out runs/unseen --data DATA unseen --ways auto --control noise  (over a hub of noise)
     python -m benchmarks --out runs/unseen --report unseen                  (the tables of what has been measured so far)
     python -m benchmarks --out runs/unseen --report --save unseen unseen    (writes data/unseen.json)
+    python -m benchmarks --out runs/qwen --pool runs/qwen-pool --data DATA unseen --base qwen2.5-coder-0.5b --in-context DIR
     python -m benchmarks --out runs/left-out --data DATA unseen --left-out  (the pool's own tasks: what choices are made by)
 
 The ways: the base model without an example (`base`) and with the examples in its prompt (`in_context`); a LoRA trained
@@ -23,6 +24,8 @@ prompt (`in_context_adapter`), and the training that begins there (`few_shot_beg
 
 --control noise replaces the factors of the stored adapters by noise of the same norms, --control shuffled by those of
 another adapter (`_control.py`); cards and the in-context adapter stay. Its name stands behind the way's (`auto+noise`).
+
+--base names the model that --pool and --in-context were made for; its figures are data/unseen-BASE.json.
 
 --left-out takes each task of the pool as if it were unseen: its own adapter and those of the same skill are not in the hub,
 the in-context adapter is the one of `examples/make_in_context.py --folds` that was trained without it, and its examples and
@@ -79,6 +82,7 @@ class Asked:
     left_out: bool = False
     in_context: Path | None = None
     control: str | None = None
+    base: str | None = None
 
     def without(self, task: str) -> tuple[str, ...]:
         """What the hub may not have: the adapters of the task's own skill."""
@@ -126,10 +130,12 @@ def main(
     left_out: Annotated[bool, typer.Option(help="the pool's own tasks, each without its adapter")] = False,
     in_context: Annotated[Path | None, typer.Option(help="in-context adapter, or folder of folds")] = None,
     control: Annotated[str | None, typer.Option(help="noise or shuffled: in place of what is stored")] = None,
+    base: Annotated[str | None, typer.Option(help="base that --pool was made for, as load_base names it")] = None,
 ) -> None:
     """Right answers, the share of what training could gain, and the time to choose."""
     run: Run = context.obj
-    store = Store(run.folder(), DATA / ("left_out.json" if left_out else "unseen.json"))
+    name = "left_out" if left_out else "unseen"
+    store = Store(run.folder(), DATA / (f"{name}.json" if base is None else f"{name}-{Path(base).name}.json"))
     entries = run.entries("pool" if left_out else "unseen")
     kinds = {task: entry["category" if left_out else "relation"] for task, entry in entries.items()}
     if not run.report:
@@ -139,17 +145,17 @@ def main(
         chosen = [task for task in kinds if not tasks or task in tasks.split(",")][number - 1 :: count]
         of_seeds, of_shots = ([int(each) for each in text.split(",")] for text in (seeds, shots))
         relations = {task: kinds[task] for task in chosen}
-        limits = k, budget, num_test, {task for task in chosen if entries[task]["labels"]}, left_out, in_context, control
+        labelled = {task for task in chosen if entries[task]["labels"]}
+        limits = k, budget, num_test, labelled, left_out, in_context, control, base
         asked = Asked(relations, ways.split(","), of_seeds, of_shots, *limits)
         measure(run, asked, store, again.split(","))
-    name = "left out" if left_out else "unseen"
-    store.close(run, lambda known: list(report(known, name).values()))
+    store.close(run, lambda known: list(report(known, name.replace("_", " ")).values()))
 
 
 def measure(run: Run, asked: Asked, store: Store, again: list[str]) -> None:
     known = Store(store.folder).all() if any(again) else {}
     known |= {key: found for key, found in store.all().items() if key.way not in again}
-    model, tokenizer = lw.load_base(dtype=fast_dtype())
+    model, tokenizer = lw.load_base(asked.base, dtype=fast_dtype())
     keys = [key for key in asked.wanted() if key not in known]
     with ExitStack() as stack:
         hubs: dict[tuple[tuple[str, ...], int], lw.Hub] = {}

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with MANIFEST.json and pool/*.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="the adapter's folder, with --folds theirs")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/in_context"), help="where unfinished work is kept")
+    parser.add_argument("--base", help="base model: a known name, folder, GGUF file or hub id; the embedded one by default")
     parser.add_argument("--folds", type=int, default=0, help="make so many, each without its share of the tasks")
     parser.add_argument("--fold", type=int, help="only this one of them")
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
@@ -61,7 +62,7 @@ def main() -> None:
 def _make(
     options: argparse.Namespace, entries: list[dict[str, Any]], by_rule: list[lw.Task], left_out: set[str], out: Path
 ) -> None:
-    model, tokenizer = lw.load_base(dtype=torch.bfloat16)
+    model, tokenizer = lw.load_base(options.base, dtype=torch.bfloat16)
     trained = lw.train_adapters(
         model,
         tokenizer,
