@@ -185,8 +185,8 @@ def in_vllm(mixture: Mixture, python: Path) -> dict[str, Tensor | str]:
         saved(mixture, Path(folder) / "base")
         report = mixture.merged.export(Path(folder) / "adapter", target="vllm")
         job = {"model": f"{folder}/base", "adapter": str(report.folder), "prompts": mixture.prompts}
-        job |= {"vocabulary": mixture.expected_PV.shape[1], "max_lora_rank": max(8, report.rank)}
-        [(without, adapted)] = ask(python, "vllm_answers.py", [job], VLLM)
+        sizes = {"vocabulary": mixture.expected_PV.shape[1], "max_lora_rank": max(8, report.rank)}
+        [(without, adapted)] = ask(python, "vllm_answers.py", [{**job, **sizes}], VLLM)
     return {"vLLM, the base alone": torch.tensor(without), "vLLM": torch.tensor(adapted)}
 
 
@@ -194,9 +194,10 @@ def in_openvino(mixture: Mixture, python: Path) -> dict[str, Tensor | str]:
     with tempfile.TemporaryDirectory() as folder:
         saved(mixture, Path(folder) / "base")
         report = mixture.merged.export(Path(folder) / "adapter", target="openvino")
-        job = {"model": f"{folder}/base", "adapter": str(report.folder), "prompts": PROMPTS, "tokens": NUM_TOKENS}
+        adapter = str(report.folder / "adapter_model.safetensors")
+        job = {"model": f"{folder}/base", "adapter": adapter, "prompts": PROMPTS, "tokens": NUM_TOKENS}
         [(without, adapted)] = ask(python, "openvino_texts.py", [job])
-    counts = {}
+    counts: dict[str, Tensor | str] = {}
     for label, model, said in (("OpenVINO, the base alone", mixture.model, without), ("OpenVINO", mixture.copied, adapted)):
         same = sum(theirs == ours for theirs, ours in zip(said, texts(model, mixture), strict=True))
         counts[label] = f"{same} of {len(PROMPTS)} texts of {NUM_TOKENS} tokens"
