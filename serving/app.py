@@ -11,7 +11,6 @@ request whose composition is loaded waits for none of them. Requests for one com
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,6 +19,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
@@ -43,6 +43,7 @@ from loraweave.serving.http import (
     require_loopback,
     unless_gone,
 )
+from loraweave.serving.keys import KeyHolder, Keys, read_keys
 from loraweave.serving.limits import Limits, Refusal, refusal_of
 from loraweave.serving.names import Names, Served, Wanted
 from loraweave.serving.requests import Answer, Asked, ChatRequest, CompletionRequest, Given, Prompts
@@ -59,12 +60,21 @@ CLIENT_GONE = 499
 PLAIN = "".join(map(chr, range(32, 127))).replace("%", "")
 
 
-def make_app(hub: Hub, model: Any, tokenizer: Any, *, limits: Limits | None = None, api_key: str | None = None) -> Starlette:
+def make_app(
+    hub: Hub,
+    model: Any,
+    tokenizer: Any,
+    *,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    key_file: str | Path | None = None,
+) -> Starlette:
     """Make an ASGI application over a model and a hub; its scheduler runs between the application's start-up and shut-down.
 
-    Raises CompositionError for a model whose rows cannot share a cache.
+    Raises CompositionError for a model whose rows cannot share a cache, an empty key, and a file that has no valid keys.
     """
-    face = Face(hub, model, tokenizer, limits or Limits(), api_key)
+    keys = Keys(api_key, {} if key_file is None else read_keys(key_file))
+    face = Face(hub, model, tokenizer, limits or Limits(), keys)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -97,23 +107,26 @@ def make_server(
     port: int = 8000,
     limits: Limits | None = None,
     api_key: str | None = None,
+    key_file: str | Path | None = None,
     log_level: str = "info",
 ) -> Any:
     """Make a uvicorn server; its `run()` serves requests until interrupted, or until its `should_exit` is set.
 
-    Without `api_key`, the server accepts requests to loopback host names only.
-    Raises CompositionError if other machines reach `host` and there is no `api_key`, and for a model that cannot be served.
+    Without `api_key` and `key_file` (`read_keys`), the server accepts requests to loopback host names only.
+    Raises CompositionError if other machines reach `host` and there is no key, for an empty key or a faulty file of keys,
+    and for a model that cannot be served.
     """
     import uvicorn
 
-    if api_key is None:
+    is_open = api_key is None and key_file is None
+    if is_open:
         require_loopback(
             host,
             "without a key anyone there may use this server: give --api-key (or LORAWEAVE_API_KEY), or keep --host "
             "127.0.0.1",
         )
-    app = make_app(hub, model, tokenizer, limits=limits, api_key=api_key)
-    answering = loopback_only(app) if api_key is None else app
+    app = make_app(hub, model, tokenizer, limits=limits, api_key=api_key, key_file=key_file)
+    answering = loopback_only(app) if is_open else app
     # streams may be open for minutes, but a server that stops waits only seconds for them
     settings: dict[str, Any] = {"log_level": log_level, "ws": "none", "timeout_graceful_shutdown": 5}
     return uvicorn.Server(uvicorn.Config(answering, host=host, port=port, **settings))
@@ -125,8 +138,9 @@ class Exchange:
     `close`, called at the end of the `with` block or of the response's stream, tells the scheduler to end unfinished rows.
     """
 
-    def __init__(self, scheduler: Scheduler, ended: Callable[[], None]) -> None:
+    def __init__(self, scheduler: Scheduler, ended: Callable[[], None], holder: KeyHolder) -> None:
         self.rows: list[Row] = []
+        self.holder = holder
         self._scheduler = scheduler
         self._ended = ended
         self._loop = asyncio.get_running_loop()
@@ -143,6 +157,7 @@ class Exchange:
                 self._loop.call_soon_threadsafe(self._heard.put_nowait, (index, event))
 
         self.rows.append(Row(prompts, served, sampling, tell, deadline=deadline))
+        self.holder.num_rows += 1
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Yield (index of the row, piece) until all rows have ended. Raises the error that ended a row."""
@@ -176,6 +191,7 @@ class Exchange:
         """Tell the scheduler to end the unfinished rows; a second call does nothing."""
         if self._open:
             self._open = False
+            self.holder.num_rows -= len(self.rows)
             for row in self.rows:
                 row.gone = not row.over
             self._scheduler.wake()
@@ -199,9 +215,9 @@ class Making:
 class Face:
     """The handlers of the HTTP routes, with the scheduler, names and prompts that they share."""
 
-    def __init__(self, hub: Hub, model: Any, tokenizer: Any, limits: Limits, api_key: str | None) -> None:
+    def __init__(self, hub: Hub, model: Any, tokenizer: Any, limits: Limits, keys: Keys) -> None:
         self._limits = limits
-        self._api_key = api_key
+        self._keys = keys
         self._tokenizer = tokenizer
         parts = next(registry.bringing("server"), None)
         self._metrics: Metrics = Metrics() if parts is None else parts.make_metrics()
@@ -229,10 +245,9 @@ class Face:
         async def answer(request: Request) -> Response:
             begun, response = time.monotonic(), Response(status_code=500)
             try:
-                key = self._api_key if path != "/health" else None
-                authorization = request.headers.get("authorization", "").encode()
-                if key is not None and not hmac.compare_digest(authorization, f"Bearer {key}".encode()):
-                    raise Refusal(401, "this server wants its key: Authorization: Bearer ...", code="invalid_api_key")
+                if path != "/health":
+                    request.state.holder = self._keys.holder(request.headers.get("authorization", ""))
+                    request.state.holder.requests.take("requests")
                 response = await handler(request)
             except ClientDisconnect:
                 response = Response(status_code=CLIENT_GONE)
@@ -268,7 +283,7 @@ class Face:
             raise too_busy(f"{self._num_open} requests are open")
         deadline = time.monotonic() + self._limits.seconds
         self._num_open += 1
-        exchange = Exchange(self.scheduler, self._ended)
+        exchange = Exchange(self.scheduler, self._ended, request.state.holder)
         try:
             answer = await unless_gone(request.receive, self._begin(exchange, body, deadline))
             headers = _headers(answer.served.canonical, answer.served.identity)
@@ -286,11 +301,15 @@ class Face:
 
     async def _begin(self, exchange: Exchange, asked: Asked, deadline: float) -> Answer:
         """Read the prompts, load the composition, and submit the rows; return the answer, which has no text yet."""
+        holder = exchange.holder
         inputs = await self._in(self._readers, deadline, self._prompts.read, asked)
         if (count := len(inputs.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
-        served = await self._served(await self._wanted(asked.model, inputs.text, deadline), deadline)
-        prompts = await self._asked(inputs, served, deadline)
+        holder.require_rows(count)
+        served = await self._served(await self._wanted(asked.model, inputs.text, deadline), deadline, holder)
+        prompts = await self._asked(inputs, served, deadline, holder)
+        # others of the same key may have come meanwhile
+        holder.require_rows(count)
         num_new = self._prompts.num_new(prompts, asked.new_tokens, asked.usual_tokens, self._limits.new_tokens)
         for of_members in prompts:
             for number in range(num_answers):
@@ -299,22 +318,22 @@ class Face:
         num_read = sum(map(len, chain(*prompts)))
         return Answer(asked, served, self._tokenizer, exchange.rows, num_read)
 
-    async def _asked(self, given: Given, served: Served, deadline: float) -> list[list[tuple[int, ...]]]:
+    async def _asked(self, given: Given, served: Served, deadline: float, holder: KeyHolder) -> list[list[tuple[int, ...]]]:
         """Run the compositions `before` each member; return the members' prompts as token ids, by [prompt][member]."""
         between: dict[tuple[Served, ...], Sequence[Prompt]] = {}
         for member in served.members:
             if member.before and member.before not in between:
                 said = given
                 for step in member.before:
-                    said = replace(said, inputs=await self._said(said, step, deadline))
+                    said = replace(said, inputs=await self._said(said, step, deadline, holder))
                 between[member.before] = said.inputs or ()
         return await self._in(self._readers, deadline, self._prompts.of_members, given, served, between)
 
-    async def _said(self, given: Given, step: Served, deadline: float) -> list[Prompt]:
+    async def _said(self, given: Given, step: Served, deadline: float, holder: KeyHolder) -> list[Prompt]:
         """Return the answers of `step`, a composition that runs before others, to each prompt: the next step's inputs."""
-        prompts = await self._asked(given, step, deadline)
+        prompts = await self._asked(given, step, deadline, holder)
         num_new = self._prompts.num_new(prompts, step.max_new_tokens, 0, self._limits.new_tokens)
-        with Exchange(self.scheduler, lambda: None) as exchange:
+        with Exchange(self.scheduler, lambda: None, holder) as exchange:
             for of_members in prompts:
                 exchange.add(of_members, step, Sampling(num_new, temperature=0.0, stop=step.stops), deadline)
             self.scheduler.submit(exchange.rows)
@@ -331,7 +350,7 @@ class Face:
             wanted = await self._in(self._readers, deadline, self._names.wanted, chosen)
         return wanted
 
-    async def _served(self, wanted: Wanted, deadline: float) -> Served:
+    async def _served(self, wanted: Wanted, deadline: float, holder: KeyHolder) -> Served:
         """Return the composition, loaded into the engine; it is not made if all who wait leave before a thread begins."""
         known = self._names.known(wanted)
         if known is not None and self.scheduler.has(known):
@@ -339,6 +358,7 @@ class Face:
         threads = self._mergers if wanted.merges else self._openers
         making = self._making.get(wanted.identity)
         if making is None:
+            holder.formulas.take("formulas that are not loaded")
             loop = asyncio.get_running_loop()
             making = self._making[wanted.identity] = Making(loop.run_in_executor(threads, self._make, wanted))
         making.num_waiting += 1

@@ -44,6 +44,9 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, f"the body's Content-Type is {kind!r}; send application/json")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limits.body_bytes:
+        raise Refusal(413, f"the body has {declared[:20]} bytes, and at most {limits.body_bytes} are read")
     body = bytearray()
     try:
         async with asyncio.timeout(limits.seconds):

@@ -301,6 +301,9 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="LORAWEAVE_API_KEY", help="What clients must send as their bearer token.")
     ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="JSON file of several keys, each with its name and limits.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Where the model runs, such as cuda; where it is loaded by default.")
     ] = None,
@@ -353,7 +356,8 @@ def serve(
         model, tokenizer = load_model(base, dtype)
         if device is not None:
             model.to(device)
-        make_server(opened, model, tokenizer, host=host, port=port, limits=limits, api_key=api_key).run()
+        settings: dict[str, Any] = {"host": host, "port": port, "limits": limits, "api_key": api_key, "key_file": key_file}
+        make_server(opened, model, tokenizer, **settings).run()
 
 
 @hub.command("save-composition", epilog='Example: loraweave hub save-composition careful "0.7*antonym - 0.3*negation"')

@@ -20,12 +20,12 @@ TEMPLATE = (
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch, make_model, make_adapters, tokenizer):
-    """serve(limits..., api_key=...): a client of a running server over a hub of the adapters a, b, c and @kept."""
+    """serve(limits..., api_key=..., key_file=...): the client of a server over a hub of the adapters a, b, c and @kept."""
     # an extension's count where it is installed
     monkeypatch.setattr(app, "Metrics", Counted)
 
     @contextmanager
-    def run(template=TEMPLATE, api_key=None, **limits):
+    def run(template=TEMPLATE, api_key=None, key_file=None, **limits):
         model = make_model("llama", dtype=torch.float64)
         adapters = make_adapters(model, "llama")
         with lw.Hub(tmp_path / "hub") as hub:
@@ -34,7 +34,8 @@ def serve(tmp_path, monkeypatch, make_model, make_adapters, tokenizer):
             hub.save_composition("kept", lw.parse("0.5*a + 0.5*c"))
             tokenizer.chat_template = template
             try:
-                with running(hub, model, tokenizer, limits=Limits(**limits), api_key=api_key) as port:
+                keys = {"api_key": api_key, "key_file": key_file}
+                with running(hub, model, tokenizer, limits=Limits(**limits), **keys) as port:
                     yield Client(port, hub, lw.Composer(model, adapters, tokenizer=tokenizer))
             finally:
                 tokenizer.chat_template = None
