@@ -160,7 +160,7 @@ class CallRouter:
         ROUTED.set((self, of_call))
 
     def _of_call(self) -> Router | None:
-        """Return the router that `begin` made for the running call, or None if the call has another router."""
+        """Return the router that `begin` made for the running call, or None outside a call that began with this object."""
         running = ROUTED.get()
         return running[1] if running is not None and running[0] is self else None
 

@@ -282,7 +282,7 @@ class ModulePaths:
 
 
 class BoundWeights:
-    """Seals of the weights and biases that each expert's gain and bias were calculated from."""
+    """Snapshots of the base weights and biases that experts were resolved against, by which changes are noticed."""
 
     def __init__(self) -> None:
         # by expert
@@ -292,7 +292,7 @@ class BoundWeights:
     def add(
         self, expert: str, factors: Mapping[str, Factors], layers: Mapping[str, TargetLayer], heads: Container[str]
     ) -> None:
-        """Seal the parameters that these factors of an expert depend on; its earlier seals are dropped.
+        """Take a snapshot of the base parameters that an expert's factors depend on, in place of the expert's earlier ones.
 
         `factors` and `layers` are by layer; `heads` are the layers whose factors are a trained head.
         """
@@ -309,11 +309,11 @@ class BoundWeights:
         self.of = {**self.of, expert: tuple(self._seal(layer, part) for layer, part in places)}
 
     def forget(self, expert: str) -> None:
-        """Drop an expert's seals."""
+        """Drop an expert's snapshots."""
         self.of = {name: seals for name, seals in self.of.items() if name != expert}
 
     def require_unchanged(self, experts: Iterable[str] | None, *, closely: bool) -> None:
-        """Raise CompositionError, naming expert and layer, if a sealed parameter of these experts (None: any) has changed.
+        """Raise CompositionError, naming expert and layer, if a base parameter that `experts` (None: any) need has changed.
 
         Writes that torch counts, and other memory, are always seen; those through `.data` or numpy only with `closely`,
         which compares one value of every row.
@@ -336,7 +336,7 @@ class BoundWeights:
 
 
 class _Seal:
-    """The values of one parameter of a layer, or its absence, for recognising a change."""
+    """A snapshot of one parameter of a layer, or of its absence, by which a change is noticed."""
 
     def __init__(self, layer: TargetLayer, part: str) -> None:
         self.layer = layer

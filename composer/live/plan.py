@@ -150,7 +150,7 @@ class Plan:
             self._remembered = self._own if prepared is None else prepared.remembered
 
     def reaches(self, layer: str, lease: Lease) -> bool:
-        """Return True if an active expert updates the layer, with weights that may not all be zero."""
+        """Return True if an active expert updates the layer, unless all weights there are known to be zero."""
         if self._weights.skips(layer):
             return False
         return any(lease.updates(name, layer) for name in self.experts)

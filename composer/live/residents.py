@@ -181,7 +181,7 @@ class Residents:
                 shelf.unlock()
 
     def _take(self, names: tuple[str, ...]) -> Lease:
-        """Return a lease with room for all its pages, some of which may not be filled yet."""
+        """Return a lease of the named experts with memory reserved for their factors, which may not be copied there yet."""
         what = f"the {len(names)} experts of this activation" if len(names) != 1 else f"the factors of expert {names[0]!r}"
         while True:
             moves, layouts, opened = self._lay_out(names)

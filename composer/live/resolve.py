@@ -161,7 +161,7 @@ def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None
 
 
 def _names_by_row(weights: MixtureWeights | Router, names: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
-    """Return the experts with a weight other than 0 for each distinct row; all if a router weighs or weights learn."""
+    """Return the experts with a weight other than 0 for each distinct row; all for a router or weights that learn."""
     if not isinstance(weights, MixtureWeights):
         return [names]
     if weights.values_BTLE.requires_grad:

@@ -50,7 +50,7 @@ class LayerMixture:
 
 
 class RowWeights:
-    """A mixture for each of M rows, M = 1 for all; `mixture` names the active experts only.
+    """Expert weights known before the call, of the active experts only: one set for each of M rows, or for all (M = 1).
 
     `workspace` lends memory for gathered factors, and `only` names the one kernel that may run, None for any.
     """
@@ -191,7 +191,7 @@ class RowWeights:
         return _LayerRows(device, dtype, ranked, affine)
 
     def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
-        """Return the layer's kernel for `tokens` tokens per row, made once for each kind and dtype that is chosen."""
+        """Return the layer's cheapest kernel for `tokens` tokens per row; each of its kernels is made once and kept."""
         choice = Choice(self.only) if self.only else choose(found.workload(layer.num_inputs, layer.num_outputs, tokens))
         dtype = torch.promote_types(found.dtype, torch.float32) if choice.exact else found.dtype
         key = choice.path, dtype

@@ -85,7 +85,7 @@ class _LayerStack:
 
 @dataclass(eq=False)
 class _Known:
-    """Facts about weights: products `made` of them, nonzero ones per token (`chosen`), `met` if a layer has used them."""
+    """A cache for one w_BTP: tensors `made` from it and its nonzero weights per token (`chosen`); `met` once it was used."""
 
     w_BTP: Tensor | None = None
     made: Made | None = None
@@ -221,7 +221,7 @@ class TokenWeights:
         return self._side_by_side(layer_stack, layer, lease).weigh(w_1NP), w_1NE
 
     def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
-        """Return the `_Known` of w_BTP: fixed weights have one per layer, a router's one per call if layers share them."""
+        """Return the cache for w_BTP: one a layer if weights are fixed, one a call if layers share a router's; else new."""
         if not self.learns:
             return self._given.setdefault(layer, _Known())
         # weights that need gradients need a graph of their own in each layer
@@ -311,7 +311,7 @@ class TokenWeights:
 
 
 def _alone(part: Valued, router: Router) -> Valued:
-    """Return the part if it is the router itself. Raises ScopeError if it is inside another, which ignores its matrix V."""
+    """Return `part` if it is the whole router; else raise ScopeError, since the outer router would ignore its matrix V."""
     if part is not router:
         raise ScopeError(
             f"router {type(part).__name__} multiplies what its mixture adds by a matrix of its own, so it cannot be a part "

@@ -263,12 +263,12 @@ def _add(y: Tensor | None, mixed: Tensor, b: Tensor) -> Tensor:
 
 
 def _pick(values: Tensor, row_S: Tensor | None) -> Tensor:
-    """Return values (.., S) for S rank rows, each from its row's column of `values` (.., R); R rows may be shared."""
+    """Return the columns `row_S` of `values` (.., R) as (.., S), one for each rank row; None returns all as they are."""
     return values if row_S is None else values[..., row_S]
 
 
 def _sum_shared(values_NS: Tensor, row_S: Tensor | None, num_rows: int) -> Tensor:
-    """Return the values summed over the rank rows that share a row, (N, `num_rows`); unchanged if row_S is None."""
+    """Return (N, `num_rows`): the values summed over rank rows with the same index in row_S; unchanged if that is None."""
     if row_S is None:
         return values_NS
     return values_NS.new_zeros(len(values_NS), num_rows).index_add_(1, row_S, values_NS)
