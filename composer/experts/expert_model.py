@@ -159,7 +159,7 @@ class ExpertModel(LikeBase, ExpertParts):
         return layer.before(part, self.base_model.get_submodule(name), args, weigh, seen)
 
     def _after_part(self, running: Running, name: str, part: int, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Any:
-        """Return the output of a part of a site, whose module returned y for `args`."""
+        """Return a new output of part number `part` of a site, in place of y, which the part returned for `args`."""
         layer: Any = self.layers[key_of(name)]
         is_last = part + 1 == len(self.sites[name].parts)
         seen = running.within.pop(name) if is_last else running.within[name]

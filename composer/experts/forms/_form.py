@@ -88,15 +88,15 @@ class Form(nn.Module, ABC):
         return []
 
     def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
-        """Return the site's output, whose module returned y for `args`; may use y's memory. `weigh(x_BTI)` returns w_BTE."""
+        """Return the site's new output, maybe in the memory of y, its module's for `args`. `weigh(x_BTI)` returns w_BTE."""
         raise NotImplementedError
 
     def before(self, part: int, module: nn.Module, args: Args, weigh: Weigh, seen: Seen) -> Args:
-        """Return the arguments for part number `part` of the site, instead of `args`. `weigh(x_BTI)` returns w_BTE."""
+        """Return new arguments for part number `part` of the site, in place of `args`. `weigh(x_BTI)` returns w_BTE."""
         raise NotImplementedError
 
     def after(self, part: int, module: nn.Module, args: Args, y: Tensor, seen: Seen) -> Tensor:
-        """Return the output of part number `part` of the site, whose module returned y for `args`."""
+        """Return a new output of part number `part` of the site, in place of y, which the part returned for `args`."""
         raise NotImplementedError
 
     def factors(self, w_E: Tensor) -> Factors:
