@@ -120,7 +120,7 @@ class Composition(TaskMixture):
         """Return the composition without the adapters missed least, as long as the loss rises by at most `tolerance` nats.
 
         The limit is on the total rise. Raises CompositionError for a composition of which only the merged adapter is left,
-        ScopeError if a router weighs, WeightingError for a tolerance below 0.
+        ScopeError for a composition with a router, WeightingError for a tolerance below 0.
         """
         started = time.perf_counter()
         pruned = prune_mixture(*self._loss_and_mixture("prune"), tolerance, progress=progress)
@@ -198,8 +198,8 @@ class Composition(TaskMixture):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write composition.json and, unless it is the base model, the merged adapter as a PEFT folder.
 
-        Where a router weighs, write the router and its adapters; raises ScopeError for a router that `lw.router` cannot
-        make. Members and steps go to folders of their own in it.
+        A composition with a router has the router and its adapters there instead; raises ScopeError for a router that
+        `lw.router` cannot make. Members of an average and steps of a program go to folders inside this one.
         """
         target = as_path(folder, "the folder of a composition", CompositionError)
         if target.exists() and not (target / FILE).is_file() and any(target.iterdir()):

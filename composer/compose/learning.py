@@ -247,7 +247,7 @@ def few_shot(bench: Bench, settings: Settings) -> Trial:
 
 
 def long_lora(bench: Bench, settings: Settings) -> Trial:
-    """Return the trial of a new LoRA on the pool's layers, trained for long, and asked without demonstrations."""
+    """Return the trial of a new LoRA on the pool's layers, trained with the settings `LONG` for prompts without examples."""
     folder = None if bench.checkpoint is None else bench.checkpoint / "lora"
     bench = replace(bench, start=None, checkpoint=folder)
     return _trained("lora", bench, replace(LONG, seed=settings.seed), partial(targets_of, bench.engine.pool))

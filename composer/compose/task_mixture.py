@@ -88,7 +88,7 @@ class TaskMixture:
     def weights(self) -> dict[str, float] | MixtureWeights | Router:
         """The weights as {name: weight} without zeros, as MixtureWeights if layers differ, or the router if tokens do.
 
-        Raises ScopeError for a composition of members or steps, each of which has its own.
+        Raises ScopeError for an average of members or a program of steps, whose parts have weights of their own.
         """
         if self.router is not None:
             return self.router
@@ -118,7 +118,7 @@ class TaskMixture:
 
     @property
     def parts(self) -> Mapping[str, TaskMixture]:
-        """The members, or the steps, by name; empty for a single mixture."""
+        """The members of an average, or the steps of a program, by name; empty for a single mixture."""
         return self.members or self.steps
 
     @property
@@ -145,8 +145,8 @@ class TaskMixture:
     def adapter(self) -> Adapter:
         """The composition as one adapter.
 
-        Raises CompositionError if it is the base model itself, which no adapter expresses, ScopeError if a router weighs and
-        for members or steps, InvalidLicense for licenses that exclude each other, or derived works, unless `allow_licenses`.
+        Raises CompositionError if the composition is the base model itself, ScopeError if it is a router, an average or a
+        program, InvalidLicense for licenses that exclude each other or derived works, unless `allow_licenses`.
         """
         self._require_one("be one adapter")
         if self.stored is not None:
@@ -178,8 +178,8 @@ class TaskMixture:
 
         Every input is put into the task's prompt, with the task's instruction, whatever instruction its row has. `value` is
         the share of right answers under the task's metric, `low` and `high` its 95 % interval (Wilson's),
-        `loss` the mean loss of the target tokens, and over members, `count` the number of pairs. Raises InvalidTask for rows
-        without a target (`loraweave.common.rows`).
+        `loss` the mean loss of the target tokens (of an average, the mean over its members), `count` the number of pairs.
+        Raises InvalidTask for rows without a target (`loraweave.common.rows`).
         """
         return self.score(pairs).figures()
 
@@ -194,7 +194,7 @@ class TaskMixture:
         return scoring.score(said, read, self._losses(read))
 
     def losses(self, pairs: GivenRows | None = None) -> list[float]:
-        """Return each pair's mean loss of the first target's tokens, averaged over members; by default of the examples."""
+        """Return each pair's mean loss of the first target's tokens, a mean over members; by default of the examples."""
         return self._losses(self.task.examples if pairs is None else scoring.read_answers(pairs))
 
     @property
@@ -209,7 +209,7 @@ class TaskMixture:
 
         In the block, and in the thread that opened it, everything that takes a model works as with any other: its own
         `generate`, a transformers pipeline, a Trainer that evaluates, lm_eval. Prompts are yours to make (task.prompt).
-        Raises ScopeError for members and steps, which answer apart.
+        Raises ScopeError for an average of members or a program of steps, whose parts answer one by one.
         """
         if self.parts:
             self._require_one("answer as one model")
@@ -267,7 +267,7 @@ class TaskMixture:
         return self.router is None and (self.is_base or not self.adapter.invocation)
 
     def _require_one(self, verb: str) -> None:
-        """Raise ScopeError for a composition by a router, of members or of steps, which cannot `verb` as one mixture."""
+        """Raise ScopeError if a router, an average or a program answers, which cannot `verb`, a phrase for the message."""
         require_no_router(self.router, verb)
         if self.steps:
             raise ScopeError(

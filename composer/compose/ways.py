@@ -53,7 +53,7 @@ SEARCHES = ("gradient", "lorahub")
 
 @dataclass
 class Outcome:
-    """The trials that were run, in order; `to_return` is the name of the way to return, unless a guard finds a better one.
+    """The trials that were run, in order; `to_return` is the name of the one to return, unless a guard finds a better one.
 
     It is None if "auto" learned nothing. `remarks` say what was left out and why, and where a training began.
     """
@@ -228,7 +228,7 @@ def _stated(bench: Bench, plain: Sequence[Trial], run: Callable[[Trial], object]
 
 
 def _joins(program: Trial, least: float, remarks: list[str]) -> bool:
-    """Return True if the program joins the average, and note it; one step does not, since its weight is learned anyway."""
+    """Return True unless the program has one step, or a loss of `FAR` times `least` or more; add a sentence to `remarks`."""
     steps = [] if program.chosen is None else list(program.chosen.composition.steps)
     loss, why = program.held_out_loss, ""
     if len(steps) == 1:

@@ -185,7 +185,7 @@ class MethodCall:
         return list(self._kinds)
 
     def takes(self, parameter: str) -> bool:
-        """Return True if the method has this parameter, one of `SUPPLIED`."""
+        """Return True if the method's function has this parameter, one of `SUPPLIED`, which merging passes to methods."""
         return parameter in self._signature
 
     @cached_property
