@@ -154,7 +154,7 @@ class TokenGate(Gate):
         return scores_BTE
 
     def choose(self, scores_BTE: Tensor) -> Tensor:
-        """Return w_BTE for these scores."""
+        """Return w_BTE: by default the softmax over each token's `top_k` highest scores, 0 elsewhere."""
         return top_k_softmax(scores_BTE, self.top_k)
 
 

@@ -146,7 +146,7 @@ _LAST_TENSORS: WeakKeyDictionary[Any, list[ReferenceType[Tensor]]] = WeakKeyDict
 
 
 class FollowedCaches:
-    """The caches that are followed while one activation is open."""
+    """The caches whose changes (beams reordered, tokens cropped) reach the states beside them in one activation."""
 
     def __init__(self) -> None:
         self._caches: WeakSet[Any] = WeakSet()
@@ -154,7 +154,7 @@ class FollowedCaches:
         self._waiting: list[tuple[object, Any]] = []
 
     def entered(self) -> AbstractContextManager[None]:
-        """Collect the caches that begin to be followed inside the context."""
+        """Collect the caches that get a state beside them inside the context."""
         self._waiting.clear()
         return holding(_CURRENT, self)
 
@@ -165,7 +165,7 @@ class FollowedCaches:
         self._waiting.append((owner, state))
 
     def returned(self, output: Any) -> None:
-        """Follow the new cache in `output`, the result of a call of the model, if a state waits for one."""
+        """Put waiting states beside the new cache in `output`, the result of a model call that began without a cache."""
         if not self._waiting:
             return
         from transformers import DynamicCache
@@ -185,7 +185,7 @@ class FollowedCaches:
         self._waiting.clear()
 
     def release(self) -> None:
-        """Stop following the caches. A cache that stays unchanged can be followed again."""
+        """Stop changing states with their caches. A cache that is the same later gets its states back."""
         for cache in list(self._caches):
             self._caches.discard(cache)
             _release(cache)

@@ -37,7 +37,7 @@ class ScoredRouter(TokenRouter):
         return self.chosen(self.scores(x_BTI, layer))
 
     def chosen(self, scores_BTE: Tensor) -> Tensor:
-        """Return w_BTE for these scores."""
+        """Return w_BTE: softmax(scores / temperature) over each token's `top_k` highest scores, 0 elsewhere."""
         return top_k_softmax(scores_BTE, self.top_k, self.temperature)
 
 
