@@ -96,10 +96,10 @@ AS_ASKED = "as asked"
 
 @dataclass(frozen=True)
 class Finding:
-    """The verdict on one name in one situation, `when` ("alone", "mixed", "after a reload").
+    """The verdict on one served name in one situation, `when` ("alone", "mixed", "after a reload").
 
-    `distance` is the largest, in nats, of an answer from the right one. `separation` is the least of a likely fault from the
-    right one, on the best of the probes: a `weak` finding could not tell these two apart.
+    `distance`, in nats, is the largest from a server's answer to the right answer. `separation` is the smallest, on the best
+    probe, from a likely fault's answer to the right one: a `weak` finding could not tell these two apart.
     """
 
     asked: str

@@ -23,9 +23,9 @@ GENERAL = (
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A name of the server, its adapter and its probes; the base has neither adapter nor parts.
+    """A name that the server lists, with its adapter and its probes; the base has neither adapter nor parts.
 
-    `parts` are the weights of the adapters of the hub that it is the sum of; a merge by a method has none.
+    `parts` are {adapter of the hub: weight} if the name stands for their weighted sum; a merge by a method has none.
     """
 
     listed: Listed
@@ -39,7 +39,7 @@ class Asked:
 
     @property
     def scales(self) -> dict[str, float]:
-        """The weights by adapter, for a server that takes them with each request."""
+        """The weights as {adapter's name: weight}, for a server that takes them with each request."""
         return {leaf.name: weight for leaf, weight in self.parts.items()}
 
 
@@ -82,7 +82,7 @@ def asked_of(
 
 
 def base_of(listed: Listed, asked: Sequence[Asked], references: References, num_probes: int, num_tokens: int) -> Asked:
-    """Return the base with the other names' probes, whose answers show if the server still has another name's state."""
+    """Return the base with probes of other names: an answer as by another name shows that the server kept its adapter."""
     probes = [
         Probe(probe.ids, {AS_ASKED: probe.answers[BASE.verdict], f"got {name.name}": probe.asked})
         for name in asked[:NUM_OF_BASE]

@@ -275,9 +275,9 @@ class Culprits:
         self._num_tokens = num_tokens
 
     def nearest(self, asked: Asked, replies: Replies, least: float) -> tuple[Hypothesis, float]:
-        """Return the hypothesis that fits these answers best and its largest distance; the plainest of equally good ones.
+        """Return (hypothesis, nats): the hypothesis whose answers are nearest to `replies`, and its largest distance to one.
 
-        All hypotheses within `least` nats are equally good.
+        Of those within `least` nats or `NEAR` times the smallest distance, the first in the order of `possible` counts.
         """
         candidates = [(hypothesis, 0.0) for hypothesis in self._hypotheses(asked)]
         for probe, reply in replies:
