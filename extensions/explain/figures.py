@@ -91,7 +91,7 @@ class Strongest:
 
     @classmethod
     def of(cls, w_NE: Tensor) -> Self:
-        """Return the strongest experts of rows of weights; NaN counts as no weight."""
+        """Return the strongest expert of each of N weight vectors; NaN counts as no weight."""
         magnitude_NE = w_NE.abs().nan_to_num()
         total_N = magnitude_NE.sum(dim=1)
         share_N = magnitude_NE.amax(dim=1) / total_N.clamp(min=1e-30)

@@ -244,7 +244,7 @@ class _Strip:
 
 
 def _average_groups(w_EL: Tensor, groups: list[str]) -> dict[str, Tensor]:
-    """Return w_E of each group: the mean over its layers, in order of their first appearance."""
+    """Return {group: w_E}, the mean weights over a group's layers; `groups` has the group of each of the L layers."""
     return {group: w_EL[:, members].nanmean(dim=1) for group, members in group_places(groups).items()}
 
 

@@ -226,7 +226,7 @@ def serve_base(
 
 
 def _answer(model: Any, body: Any, public: Adapter, line: _Line) -> None:
-    """Answer all calls of one device, until it ends the connection between two of them."""
+    """Run the base, its transformer blocks `body`, for each call of one device, until the device closes the connection."""
     embeddings = model.get_input_embeddings().weight
     hello = line.json(line.due(HELLO).size)
     line.send(HELLO, json.dumps({"adapter": public.hash}).encode())

@@ -191,10 +191,10 @@ def plain_loss(course: Course, job: TrainingJob, rows: Sequence[EncodedRow]) -> 
 
 
 def learn(course: Course, order: Order, job: TrainingJob, *, loss: Loss | None = None, part: str = "") -> tuple[float, ...]:
-    """Take a round's steps down the loss of the client's rows; return the loss before each step.
+    """Train a job on the client's rows for the steps of one round; return the loss before each step.
 
-    Rows follow from the seed, the client, the round and the `part` of it. Raises TrainingError for a loss that is
-    not finite.
+    The draw of rows follows from the seed, the client, the round and `part`, a text that sets several trainings of a round
+    apart. Raises TrainingError for a loss that is not finite.
     """
     settings, rows = course.settings, course.clients[order.client].rows
     descent = Descent(job.parameters(), settings.rate)
