@@ -118,11 +118,11 @@ class StepTimes:
 
     One thread uses it.
 
-        seconds = c0 + c1 * prompts + c2 * a        a: what composer/live/kernels/_parts.py prices the prompts' updates at
+        seconds = c0 + c1 * prompts + c2 * a        a: the updates' seconds by composer/live/kernels/_parts.py
 
-    The model that picks a layer's kernel knows what ranks cost: rows padded to the largest, or each its own. What it prices
-    is the updates' part; what the base and this machine take is fitted to the last steps. CaraServe (Li et al. 2024, arXiv
-    2401.11240) fits two such lines, one for each kind of kernel, and chooses among servers by them; here one server admits.
+    c0, c1 and c2 are fitted to the last steps. The cost a depends on the ranks and on the kernel that would run them: one
+    pads all rows to the largest rank, another gives each its own. CaraServe (Li et al. 2024, arXiv 2401.11240) fits two
+    such lines, one for each kind of kernel, and chooses among servers by them; here one server admits.
     """
 
     def __init__(self, itemsize: int, device: str, clock: Callable[[], float] = time.perf_counter) -> None:

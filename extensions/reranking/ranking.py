@@ -219,7 +219,7 @@ def first_order(
 
 
 class _Slopes:
-    """The contributions of one layer to the experts' slopes (E), summed over backward passes."""
+    """One layer's share of d loss / d w_e for each of E experts (`slope_E`), summed over backward passes."""
 
     def __init__(self, target: TargetLayer, stack: StackedFactors, num_experts: int) -> None:
         self.target = target

@@ -229,7 +229,7 @@ class Arena(LiveHook):
         return start
 
     def _gap(self, size: int) -> int:
-        """Return the first of `size` consecutive free rank rows; they may reach beyond the present capacity."""
+        """Return the index of the first of `size` consecutive free rank rows, which may end beyond the arena's capacity."""
         start = 1
         for slot in sorted(self._slots.values(), key=lambda slot: slot.start):
             if slot.start - start >= size:
@@ -301,10 +301,10 @@ def _spread(
     count_GM: NDArray[np.int64],
     width: int,
 ) -> NDArray[np.int32]:
-    """Return (G, M + 2 M `width`): for each group of layers, count_M, index_MR and the bits of w_MR, R = `width`.
+    """Return the contents of a board, (G, M + 2 M `width`): count_M, index_MR and w_MR for each of G groups of layers.
 
-    The N (row, expert) pairs are in the rows' order: rank_GN and start_N are the expert's rank and first rank row. Few calls
-    matter: after a step of the model, the code and data of each are outside the caches.
+    R is `width`, and w_MR is stored as the bits of fp32. The inputs are of N (batch row, expert) pairs in the rows' order:
+    each expert's rank by group (rank_GN), its first rank row in the arena (start_N) and its weight (w_N).
     """
     num_groups, num_rows = count_GM.shape
     flats = np.zeros((num_groups, num_rows * (1 + 2 * width)), np.int32)

@@ -202,10 +202,10 @@ def assemble(
     num: int,
     scale: float,
 ) -> Factors:
-    """Return (u left) core (v right)^T with `sides` = (left_SP, right_SQ), as fp32 factors of the kind of `first`.
+    """Return the update (u left) core (v right)^T as fp32 factors of the kind of `first`; u and v are those of `experts_S`.
 
-    A core of shape (num, num) has full rank and stays as it is. Otherwise the factors are balanced, and what is only
-    rounding beside scale * the largest of the experts' singular values is left out.
+    `sides` is (left_SP, right_SQ). A core of shape (num, num) has full rank and stays as it is. Any other is split evenly
+    over both factors, without singular values below 1e-12 * |scale| * the largest of the experts'.
     """
     if core_PQ.shape == (num, num):
         return as_factors(first, experts_S.u_OS @ sides[0], (core_PQ @ sides[1].T) @ experts_S.v_IS.T, bias_O)
