@@ -314,7 +314,7 @@ class Parts(nn.Module, ABC):
 
     @abstractmethod
     def paths(self, layers: Iterable[str], who: str) -> dict[str, str]:
-        """Map each layer of an adapter to its path in this module. Raises LayerMismatch, naming `who`, if it has none."""
+        """Map an adapter's layers to paths in this module. Raises LayerMismatch, naming `who`, for a layer without one."""
 
     def require_same_parts(self) -> None:
         """Raise CompositionError if a part of the pipeline was replaced since this module was made."""

@@ -53,7 +53,7 @@ class Member:
 
     @property
     def is_alone(self) -> bool:
-        """True if its rows share no batch: the router looks at whole calls of the model, and keeps a state between them."""
+        """True if the member's requests need a batch of their own, since its router looks at whole calls of the model."""
         return self.router is not None and (self.router.needs_call or bool(self.router.watched))
 
     @cached_property

@@ -155,7 +155,7 @@ def orthonormal(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def within_sides(factors: Factors) -> Factors:
-    """Return the update at a rank of at most min(O, I): above, the identity times the dense b a, in float64."""
+    """Return the factors, or, if their rank is above min(O, I), an identity and the dense b a as factors, in float64."""
     num_out, num_in = factors.b_OR.shape[0], factors.a_RI.shape[1]
     if factors.rank <= min(num_out, num_in):
         return factors
@@ -184,7 +184,7 @@ def within_range(tensors: Iterable[Tensor]) -> bool:
     """Return whether all values, and all products and sums of products of two tensors, are surely finite in fp32.
 
     By Cauchy and Schwarz the norm of all tensors together bounds them, which takes one pass; tensors that fill one storage,
-    as those read from a file do, are read as one vector. False, also for integer tensors, says only that each needs a check.
+    as those read from a file do, are read as one vector. False may be a false alarm (it is for integers).
     """
     by_memory: dict[tuple[int, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:

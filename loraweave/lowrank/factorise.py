@@ -187,7 +187,7 @@ class _Dense:
         return (u_NR, sigma_R, v_MR) if missed <= max(2 * EXCESS * left, NO_ERROR**2 * self.energy) else None
 
     def _refined(self, start_NR: Array) -> tuple[Array, Array, Array]:
-        """Return singular values and vectors of delta on the span of delta^T start, which is nearer to the best."""
+        """Return delta's (u, sigma, v) on the span of delta^T start_NR: one power iteration closer to the largest."""
         basis_MR = _orthonormal(self.times(start_NR, to_large=True))
         u_NR, sigma_R, turn_RR = np.linalg.svd(self.times(basis_MR, to_large=False), full_matrices=False)
         return u_NR, sigma_R, basis_MR @ turn_RR.T
