@@ -1,1 +1,1 @@
-"""Vector indexes on faiss, one file for each."""
+"""Known base models, one file for each, which says where the GGUF file comes from."""
