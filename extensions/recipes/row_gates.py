@@ -50,7 +50,7 @@ class RowGate(Gate):
         draw_linear(self.r_EI, generator)
 
     def weights(self, scores_B1E: Tensor, call: Call) -> Tensor:
-        """Return w_B1E for these scores."""
+        """Return w_B1E: by default the softmax of the scores, one set of weights for each row."""
         return scores_B1E.softmax(dim=-1)
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:

@@ -64,7 +64,7 @@ class Rewards:
         """Return reward_B by the members' "mean" or "min", or by the mean less `penalty` times the std or variance.
 
         The latter are "mean_minus_std" and "mean_minus_variance".
-        Raises UnknownName for another way, WeightingError for a penalty that is negative or not finite.
+        Raises UnknownName for any other `by`, WeightingError for a penalty that is negative or not finite.
         """
         if by not in _WAYS:
             raise UnknownName(f"no way {by!r} to aggregate rewards{nearest(by, _WAYS)}; there are {', '.join(_WAYS)}")

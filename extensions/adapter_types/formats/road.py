@@ -26,7 +26,7 @@ def road(layer: StoredLayer) -> Dense:
 
 
 def _partners(rows: Tensor, group: int) -> Tensor:
-    """Return every row's partner in the rotation: minus the second half of its group for the first half, and the reverse."""
+    """Return what a quarter turn makes of the rows: the halves (x, y) of each group of `group` rows become (-y, x)."""
     halves = rows.reshape(-1, 2, group // 2, rows.shape[1])
     return torch.stack([-halves[:, 1], halves[:, 0]], dim=1).reshape(rows.shape)
 

@@ -77,9 +77,9 @@ class SelectedFactors(Form):
         return (y_BTO + (inner_BTR @ b_BRO.to(dtype)).to(y.dtype)).view(y.shape)
 
     def _chosen(self, factors: Tensor, scores_BE: Tensor, p_BE: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (each row's R best-scored factors, best first; ones (B, R) with the gradient of the chosen factors' p).
+        """Return (factors, ones_BR): each row's R best-scored factors, best first; ones that pass a gradient to p_BE.
 
-        p is `p_BE`, by default the scores themselves.
+        p_BE is by default the scores themselves.
         """
         best_BR = scores_BE.topk(self.recipe.rank, dim=1).indices
         p_BR = (scores_BE if p_BE is None else p_BE).gather(1, best_BR)

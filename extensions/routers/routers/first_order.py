@@ -129,7 +129,7 @@ class Quadratic:
         return float(self.slope @ step + step @ self.hessian_times(step) / 2)
 
     def lowest(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Return a minimum of the model in the box [low, high], which contains c."""
+        """Return the weights in the box [low, high], which contains `centre`, of the lowest loss by this model."""
         # scipy takes longer to import than a catalogue of solvers should
         from scipy.optimize import minimize
 

@@ -67,7 +67,7 @@ class LorahubOriginal(Solver):
     def _next(self, loss: float) -> Any:
         """Tell nevergrad the candidate's loss and return the next candidate, or None when the budget is spent.
 
-        Both at once, so that no thread of nevergrad's is left running.
+        Telling and asking are one call, so that no thread of nevergrad's is left running.
         """
         self._optimizer.tell(self._candidate, loss)
         return self._optimizer.ask() if self._left() else None
