@@ -323,7 +323,7 @@ class Formula:
 
     @contextmanager
     def _at(self, leaf: Named | Stored) -> Iterator[None]:
-        """Raise an AdapterNotFound or UnknownExpert about `leaf` as a FormulaError with its position in the text."""
+        """Raise an AdapterNotFound or UnknownExpert about `leaf`, a name in the formula, as a FormulaError at its place."""
         try:
             yield
         except (AdapterNotFound, UnknownExpert) as error:
@@ -366,12 +366,12 @@ def _source(hub_or_pool: HubOrPool) -> Hub | ExpertPool:
 
 
 def _stored(source: Hub | ExpertPool, leaf: Stored) -> StoredComposition | None:
-    """Return the composition that a hub keeps under the leaf's name; None for a pool, which has adapters alone."""
+    """Return the composition that the formula's name `leaf` has in a hub; None for a pool, which has adapters alone."""
     return source.composition(leaf.name) if isinstance(source, Hub) else None
 
 
 def _content(source: Hub | ExpertPool, leaf: Leaf) -> str:
-    """Return the content hash of the leaf's adapter; an adapter is opened for it only in a stored composition, and once."""
+    """Return the content hash of the adapter that `leaf` names; only that of a stored composition is opened, and once."""
     if isinstance(source, ExpertPool):
         return _expert(source, leaf).hash
     if isinstance(leaf, Stored):
@@ -392,7 +392,7 @@ def _content(source: Hub | ExpertPool, leaf: Leaf) -> str:
 
 
 def _expert(pool: ExpertPool, leaf: Leaf) -> Adapter:
-    """Return the pool's expert for a leaf.
+    """Return the expert of the pool that `leaf`, a name in a formula, stands for.
 
     Raises UnknownExpert, which names near misses; AdapterNotFound for `a@3` and `@name`.
     """

@@ -206,7 +206,7 @@ def ensemble_of(members: Sequence[Argument], shares: Sequence[float] | None) -> 
 
 
 def replaced(node: Argument, leaf: Callable[[Leaf], Argument]) -> Argument:
-    """Return the node with every leaf replaced by `leaf(..)`. Raises WeightingError for a merge of the base model."""
+    """Return the node with each name x in it replaced by leaf(x). Raises WeightingError for a merge of the base model."""
     match node:
         case Merge(method, arguments, weights, options):
             inner = [replaced(argument, leaf) for argument in arguments]

@@ -383,7 +383,7 @@ def _why_no_router(name: str) -> str:
 
 
 class Expansion:
-    """A replacement of stored formulas by their content: `read(leaf)` returns its root, or None to keep the leaf.
+    """A replacement of stored formulas by their content: `read(stored)` returns a formula's root, or None to keep `stored`.
 
     Each formula is read once. Raises FormulaError for formulas that contain each other, for a router or `auto` inside
     another formula, and above the limit of adapters.
