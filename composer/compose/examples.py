@@ -120,7 +120,7 @@ class EncodedExamples:
             self._shares = runs_trees(self._model, self._tokenizer, self._rows)
 
     def digest(self, examples: Sequence[int]) -> str:
-        """Return a hash of the tokens of these examples, and of which of their texts is right."""
+        """Return a hash of the examples' tokens, and of the index of each example's target among its texts."""
         rows = [(row.prompt, row.target) for row in self._rows_of(examples)]
         return text_digest(repr((rows, self.right_N[list(examples)].tolist())))
 

@@ -216,7 +216,7 @@ class ExampleLoss:
         return objective
 
     def describe(self) -> dict[str, Any]:
-        """Return what the losses depend on, for JSON: kind, tokens, base, experts, and what weights mean and cost.
+        """Return all that the losses depend on, for JSON: kind, tokens, base, experts, merge method and penalty.
 
         A function is described by its name, and by the examples as texts. The experts of a lazy pool are opened.
         """

@@ -166,7 +166,7 @@ class Overwritten(WeightWriter):
         """Return whether someone else has written to the parameter, or replaced it, since.
 
         The sums of each row's bits are compared, as whole numbers of up to eight bytes. This reads the weights once and sees
-        writes of every kind (through .data or numpy too), but not such words changing places within a row. A move to another
+        writes of every kind (through .data or numpy too), but not two that swap places in a row. A move to another
         dtype is no change.
         """
         if self.at_home:

@@ -156,7 +156,7 @@ def _chain(activation: Activation | None) -> Iterable[Activation]:
 
 
 def _nearest_open(activation: Activation | None, live: LiveLayers | None = None) -> Activation | None:
-    """Return the nearest open activation, from `activation` outwards, if any; with `live`, one of these layers."""
+    """Return the nearest open activation, from `activation` outwards, or None; `live`, if given, must own the activation."""
     while activation is not None and (activation.closed or (live is not None and activation.live is not live)):
         activation = activation.outer
     return activation

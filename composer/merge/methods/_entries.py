@@ -245,7 +245,7 @@ class Entries:
         return Merge(cancelled=any(part.cancelled for part in parts), balance=sum(part.balance for part in parts))
 
     def by_threads(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Return `function` of each item, in order; on several threads if the layer is too large for others beside it."""
+        """Return `function` of each item, in order; on several threads if the layer is too large to merge beside others."""
         if self.size <= ALONE or library() is None:
             return list(map(function, items))
         return list(side_by_side(function, items))
