@@ -28,7 +28,7 @@ def switch(names: Sequence[str], *, every: int = 1, weight: float = 1.0) -> Sche
 
 
 def composite(names: Sequence[str], *, weight: float = 1.0) -> Composite:
-    """Return the mixture whose prediction is the mean of those by each expert alone: LoRA Composite (2402.16843)."""
+    """Return the mixture whose prediction averages the predictions under each expert alone: LoRA Composite (2402.16843)."""
     if not is_list(names, str):
         raise WeightingError(f"composite() takes a list of names, not {names!r}")
     return Composite(tuple({name: weight} for name in names))

@@ -63,7 +63,7 @@ def start_from(
 
 
 def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
-    """Return what the caller gave as `pool` as an ExpertPool.
+    """Return the caller's `pool`, in any form that `lw.experts` takes, as an ExpertPool.
 
     Raises WeightingError for values that are no adapters, and for candidates of a search without their hub.
     """

@@ -97,7 +97,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Trained:
-    """A client's result of a round: the update it sends, what it keeps (`own`), and its losses before each step, if told."""
+    """A client's result of a round: the update it sends, what it keeps (`own`), and its losses before each step, or ()."""
 
     update: Tensors
     own: Tensors
