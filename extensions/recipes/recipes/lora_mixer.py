@@ -31,11 +31,11 @@ mixtral = get("losses", "mixtral")
 class LoraMixer(EvenRecipe):
     """The mixture y = y0 + alpha / rank * sum over e of w_e B_e A_e x, by token and site, at the layers of the attention.
 
-    In training w = softmax(r x) over all experts; otherwise softmax over the `top_k` highest of r x, 3 as published. Added
-    is the mean over sites of `balance` * sum over e of p_e f_e + `entropy` * the mean of H(softmax(r x)), over real tokens,
-    p_e the mean of softmax(r x) and f_e the share of e of all choices of `top_k`: experts are used alike, and each token has
-    few. By its text the published term makes choices sharper; its formula as printed subtracts the entropy, which an
-    `entropy` below 0 does.
+    In training w = softmax(r x) over all experts; otherwise softmax over the `top_k` highest of r x, 3 as published. The
+    loss gains the mean over sites of `balance` * sum over e of p_e f_e + `entropy` * the mean of H(softmax(r x)), over real
+    tokens, p_e the mean of softmax(r x) and f_e the share of e of all choices of `top_k`: experts are used alike, and each
+    token has few. By its text the published term makes choices sharper; its formula as printed subtracts the entropy, which
+    an `entropy` below 0 does.
 
     With `hard`, the published way to train experts together on labelled data, a row of a task has the expert of its place
     alone, with weight 1, and the gates do not learn: `with_options(model, hard=False)` goes on with the gates. Or experts

@@ -108,9 +108,9 @@ class SpatialGate(Gate):
 
     Given a number of `positions`, the second mean is a learned sum over them, with a bias.
 
-    Of the mixed experts, those with the `top_k` highest m + s * noise count: softmax over these, or softmax over all if not
-    `renormalised`. Noise is in training alone. The generic expert, where there is one, has 1; the one of the row's task p,
-    and those of other tasks 0. They are in that order. All U, LN and V are the task's own; x_BTC has channels by position.
+    The weights are, in this order: those of the mixed experts, softmax over the `top_k` highest m + s * noise (over all
+    experts if not `renormalised`), else 0; 1 for the generic expert, if there is one; p for the expert of the row's task, 0
+    for those of other tasks. Noise is in training alone. U, LN and V are the task's own; x_BTC has channels by position.
     """
 
     def __init__(self, recipe: Mlore, num_channels: int) -> None:

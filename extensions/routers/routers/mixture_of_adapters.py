@@ -23,8 +23,8 @@ class MixtureOfAdapters(InputGates, BySequence):
 
     Domains are the experts: the dataset of `fit` names the expert of each row, and `eta` times the sum over layers of the
     cross-entropy of softmax(g x) with it, a mean over real tokens, is added to the loss of the model, whose gradient is that
-    of the mean by which it decides (a straight-through estimate). `eta` is 0 or more, by default 0.1. Layers that a row's
-    own expert leaves alone learn nothing of it. g_EI starts as torch draws a linear layer.
+    of the mean by which it decides (a straight-through estimate). `eta` is 0 or more, by default 0.1. A layer that a row's
+    own expert does not update learns nothing from the row. g_EI starts as torch draws a linear layer.
     """
 
     needs_experts: ClassVar[bool] = True
