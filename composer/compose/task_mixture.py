@@ -39,8 +39,8 @@ class TaskMixture:
     on for `tuned_steps` steps. A `router` weighs the experts of the pool for every token and layer: such a composition
     answers live, and no adapter or merge can replace it. `allow_licenses` permits an adapter made of adapters whose licenses
     exclude each other. `members`, {name: composition}, are each asked in their own prompts, and their probabilities are
-    averaged in proportion to their `share`; of `steps`, {name: composition}, each answers the answer of the step before it.
-    Neither has one adapter.
+    averaged in proportion to their `share`; of `steps`, {name: composition}, each gets the answer of the step before it as
+    its input. A composition with members or steps is not one adapter.
     """
 
     model: Any

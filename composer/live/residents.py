@@ -59,7 +59,7 @@ class _Page:
 
 
 class Residents:
-    """A cache of experts on the devices of their layers, which lends them. Any thread may lease, prefetch and release.
+    """A cache that lends experts' factors on the devices of their layers. Any thread may lease, prefetch and release.
 
     `adapter` returns an expert, bound to the base model; `places` the device and dtype that each layer has now, if known.
     Experts stay after their last lease until their bytes are needed; the least recently used go first. `device_budget_bytes`
