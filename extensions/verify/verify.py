@@ -275,7 +275,7 @@ class Culprits:
         self._num_tokens = num_tokens
 
     def nearest(self, asked: Asked, replies: Replies, least: float) -> tuple[Hypothesis, float]:
-        """Return (hypothesis, nats): the hypothesis whose answers are nearest to `replies`, and its largest distance to one.
+        """Return (hypothesis, nats): the hypothesis whose answers are nearest to the replies, and its largest distance.
 
         Of those within `least` nats or `NEAR` times the smallest distance, the first in the order of `possible` counts.
         """

@@ -88,7 +88,7 @@ class Form(nn.Module, ABC):
         return []
 
     def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
-        """Return the site's new output, maybe in the memory of y, its module's for `args`. `weigh(x_BTI)` returns w_BTE."""
+        """Return the site's new output for `args`, maybe in the memory of y, the old one. `weigh(x_BTI)` returns w_BTE."""
         raise NotImplementedError
 
     def before(self, part: int, module: nn.Module, args: Args, weigh: Weigh, seen: Seen) -> Args:
