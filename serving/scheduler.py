@@ -62,7 +62,7 @@ class Metrics:
 
 
 class Admission:
-    """The decision which rows run together, within the limits of rows and tokens. This class lets all run."""
+    """A policy for which rows run together, within the limits of rows and tokens. This base class lets all run."""
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
     # whether later rows may run before a row that has to wait

@@ -173,7 +173,7 @@ class ExpertModel(LikeBase, ExpertParts):
 
     @property
     def form(self) -> type[Form]:
-        """The form of the experts, a class of the registry `forms`."""
+        """The class of the modules that compute the experts' outputs at each site, such as a sum of low-rank updates."""
         form: type[Form] = registry.get("forms", self.recipe.form)
         return form
 

@@ -217,7 +217,7 @@ def _of_beams(real_BT: Tensor, main: Tensor) -> Tensor | None:
 
 
 def _of_last_tokens(main: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    """Return `labels` of the last tokens, whose logits alone are kept, padded in front to all tokens of `main`."""
+    """Return `labels` (B, K) of a call's last K tokens, padded in front with IGNORED to all T tokens of its input `main`."""
     if main is None or labels is None or labels.ndim != 2 or labels.shape[1] >= main.shape[1]:
         return labels
     return functional.pad(labels, (main.shape[1] - labels.shape[1], 0), value=IGNORED)

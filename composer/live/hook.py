@@ -74,7 +74,7 @@ class LiveModel(Protocol):
         ...
 
     def guards(self, name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]) -> Iterator[Handle]:
-        """Keep both modules copyable; raise CompositionError if `owner` runs without the `expected` call of `module`."""
+        """Make both modules copyable; yield hooks raising CompositionError if `owner` skips `module` while `expected()`."""
         ...
 
 

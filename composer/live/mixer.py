@@ -356,7 +356,7 @@ class LiveLayers:
                     self._handles.extend(hook.take_experts(self, module, group))
 
     def guards(self, name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]) -> Iterator[Handle]:
-        """Keep both modules copyable; raise CompositionError if `owner` runs without the `expected` call of `module`."""
+        """Make both modules copyable; yield hooks raising CompositionError if `owner` skips `module` while `expected()`."""
         self._clean_copies(module)
         self._clean_copies(owner)
         yield from watch(name, module, owner, expected)

@@ -86,7 +86,7 @@ def shrink_group(
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Store `shrink_each`'s hidden[n, r] for a block of a group's tokens, of batch rows member[first[g] : first[g + 1]]."""
+    """Store hidden[n, r] = weight * (x_NI[n] . table row) for tokens n of batch rows member[first[g] : first[g + 1]]."""
     group = tl.program_id(0)
     begin = tl.load(first + group)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -133,7 +133,7 @@ def expand_group(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Store `expand_each`'s y[n] for a block of a group's tokens, with hidden values rounded to the table's dtype."""
+    """Store y[n] = hidden[n], rounded to the table's dtype, @ the group's rank rows (added with ADD) for a token block."""
     group = tl.program_id(0)
     begin = tl.load(first + group)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -26,7 +26,7 @@ Ranks = dict[tuple[int, int], tuple[int, int]]
 
 
 class Budgets(Admission):
-    """The limits of a server's memory (bytes) and of a step's time (seconds); an infinite limit makes no row wait."""
+    """A policy that keeps a server's memory (bytes) and a step's time (seconds) in limits; infinite ones delay no row."""
 
     def __init__(self, model: Any, limits: Limits, prefixes: Any, experts: Any, step_times: StepTimes | None = None) -> None:
         self._limits = limits

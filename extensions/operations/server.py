@@ -12,7 +12,7 @@ __all__ = ["make_admission", "make_metrics", "make_prefixes"]
 
 
 def make_admission(model: Any, limits: Limits, prefixes: Any, experts: Any) -> Admission:
-    """Return the admission that keeps the memory and time budgets of `limits`."""
+    """Return a policy that runs answers together within `limits`, and drops kept `prefixes` and idle `experts` for room."""
     from loraweave.extensions.operations.admission import Budgets
 
     return Budgets(model, limits, prefixes, experts)

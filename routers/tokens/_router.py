@@ -111,7 +111,7 @@ class TokenRouter(Declared, nn.Module):
             raise BaseModelMismatch(f"router {self.name!r} was made for another base model than the pool's: {why}")
 
     def require_engine(self, engine: Any) -> None:
-        """Raise as `require_pool` does unless a Composer's experts, as given or bound to the base, are this router's."""
+        """Raise WeightingError or BaseModelMismatch unless a Composer has the router's experts, bound to its base or not."""
         bound: ExpertPool = engine.bound_pool
         self.require_pool(bound if self.members.same_experts(bound) else engine.pool)
 
