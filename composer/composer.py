@@ -290,7 +290,7 @@ class Composer:
         return stream(generate, self.tokenizer)
 
     def _resolve_texts(self, texts: Sequence[Asked], mixture: Any) -> tuple[list[Prompt], MixtureWeights | Router | None]:
-        """Return the texts as prompts, and the resolved mixture or None. Raises as `generate` does for both."""
+        """Return (prompts, resolved mixture or None). CompositionError for a bad text, ScopeError for a wrong mixture."""
         from loraweave.composer.model.generate import read_prompt
 
         self._require_open()

@@ -69,7 +69,7 @@ class ExportReport:
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Upload the export to `owner/name` on the model hub; return the commit's id. Raises as `Adapter.push_to_hub`."""
+        """Upload the export to `owner/name` on the model hub; return the commit's id. HubReadOnly without write access."""
         message = commit_message or f"an export for {self.target}"
         return upload(self.folder, repository, token=token, private=private, message=message)
 
@@ -215,7 +215,7 @@ class Adapter:
 
         A new repository is public or private by the owner's settings, or as `private` says. Raises HubReadOnly if the token
         may not write there, SourceUnavailable if a retry may help, AdapterNotFound for an id of another form, and
-        InvalidLicense as `export` does.
+        InvalidLicense, unless `allow_licenses`, for a merge of adapters whose licenses forbid it.
         """
         if not allow_licenses:
             self._require_license(None)

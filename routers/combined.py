@@ -138,7 +138,7 @@ class ByRow:
         return torch.cat([w_BTE.expand(-1, longest, -1) for w_BTE in by_row])
 
     def _weights_of(self, number: int, x_BTI: Tensor, layer: str, w_BTE: Tensor | None) -> Tensor:
-        """Return w_BTE for the rows of router `number`, computed if `w_BTE` is None; T is 1 or that of x."""
+        """Return w_BTE of router `number` for its rows x_BTI: `w_BTE` if given, else computed; T is 1 or that of x."""
         router = self.routers[number]
         copies, num_tokens = x_BTI.shape[:2]
         if router is None:

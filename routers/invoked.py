@@ -173,7 +173,7 @@ def _mask_of(mask: Any, shape: Sequence[int], known_BW: Tensor | None = None) ->
 
 
 def _columns(prompts: Prompts, copies: int, width: int) -> Tensor:
-    """Return mask_BW of the prompts, each repeated for `copies` rows, cut or extended by ones to `width` tokens."""
+    """Return the prompts' attention mask_BW, each row `copies` times, cut or extended by ones to `width` tokens."""
     mask_BW = prompts.mask_BT.repeat_interleave(copies, dim=0)
     more = max(0, width - mask_BW.shape[1])
     return torch.cat([mask_BW, mask_BW.new_ones(len(mask_BW), more)], dim=1)[:, :width]

@@ -266,7 +266,7 @@ class ProgramRow:
 
 @dataclass(eq=False)
 class ProgramSearch:
-    """A search for programs, short ones first; each is measured on more examples as long as it is among the best.
+    """A search for programs (chains of adapters), short ones first; the best are measured on more and more examples.
 
     A longer program is better only if its loss is lower by more than the share `gain`. `left_out` are adapters without a
     description, which is the instruction that a step needs.

@@ -174,7 +174,7 @@ class Trace:
 
 
 def last_weights(owner: object, setting: Setting) -> UsedWeights:
-    """Return the weights of this context's last forward of `owner`, empty without one. Raises as `Usage.weights` does."""
+    """Return the weights of `owner`'s last forward in this context, or none. CompositionError if they were too large."""
     usage = STATE.get().by_owner.get(owner)
     return UsedWeights((), {}) if usage is None else usage.weights(setting)
 

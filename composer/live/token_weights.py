@@ -197,7 +197,7 @@ class TokenWeights:
         """Return (kernel or None, w_1NE or w_11E) of `layer`, a fused MoE expert of the base, for N of the call's tokens.
 
         The kernel is None if no adapter has factors there. `token_N` are the tokens' indices among the call's `num_tokens`,
-        row by row; a router sees each token as a row. Raises as `mixture` does.
+        row by row; a router sees each token as a row. Raises ScopeError if rows or tokens do not match the weights.
         """
         layer_stack = self._stack(layer.name, x_NI.device, dtype, lease)
         if self.is_routed and self.num_mixtures == 1:
@@ -237,7 +237,7 @@ class TokenWeights:
     ) -> tuple[Tensor, Tensor]:
         """Return (update to add to y, w_BTE) for an embedding or a convolution, whose hidden values are not x @ a^T.
 
-        The update has y's axes (B, T, O), in fp32 or better if some expert has a gain or a bias. Raises as `mixture` does.
+        The update is (B, T, O), in fp32 or better if an expert has a gain or a bias. Raises ScopeError if B or T do not fit.
         """
         layer_stack = self._stack(layer.name, device, dtype, lease)
         like = y_BTO.new_empty(0, dtype=dtype)

@@ -173,7 +173,7 @@ class RowReader:
             raise InvalidTask(f"{part} is empty: {self._owners.forms}")
 
     def _tokens(self, row: Mapping[str, Any], where: str) -> TrainingRow:
-        """Return the row of given token ids, with labels as long as them; an encoder-decoder's may be longer or shorter."""
+        """Return a row of `input_ids` and `labels`, equally many for a decoder. Raises InvalidTask, naming `where`."""
         if "labels" not in row:
             raise InvalidTask(f"{where} has 'input_ids' and no 'labels': the loss is that of labels other than {IGNORED}")
         ids, labels = _ints(row["input_ids"], where), _ints(row["labels"], where)

@@ -61,7 +61,7 @@ def read_pickle(folder: Path, name: str, *, integers: bool = False) -> Iterator[
 
 
 def texts_in_pickle(folder: Path, name: str) -> list[str]:
-    """Return the strings in the file's pickle, among them the tensors' names; build no object. Raises as `read_pickle`."""
+    """Return the strings in a torch file's pickle, building no object. Raises AdapterUnsupported for other classes."""
     with open_file(folder, name) as (file, size):
         where = f"{folder}: {name}"
         return _check_classes(_pickle_in(file, size, where), where)

@@ -196,7 +196,7 @@ def _asking_server(frame: Any) -> Any:
 
 
 def _settings() -> tuple[str, dict[str, float]]:
-    """Return the hub's place and the limits that are set. Raises ValueError as `register` does."""
+    """Return the hub's place and the limits that are set. Raises ValueError for a missing hub or an invalid limit."""
     hub = os.environ[HUB]
     # opening a missing hub would create an empty one
     if "://" not in hub and not Path(hub).is_dir():

@@ -30,7 +30,7 @@ class Load:
 
 
 def load_of(w_BTE: Tensor, mask_BT: Tensor | None = None) -> Load:
-    """Return the load of weights of one layer, in float64. Tokens where `mask_BT` is 0 (padding) are left out.
+    """Return the load of each expert: its share of a layer's weights (float64), padding (`mask_BT` 0) left out.
 
     Axes B and T of size 1 are shared by all rows and tokens of the mask. Raises ScopeError where the two do not fit.
     """

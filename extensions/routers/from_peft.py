@@ -154,7 +154,7 @@ def _order(folder: Path, router: Any, model: nn.Module | None) -> dict[str, int]
 
 
 def read_arrow(folder: Path) -> TokenRouter:
-    """Return the router in a folder of `create_arrow_model`, with its adapters as `pool`. Raises as `read_xlora`."""
+    """Return the router of a saved model of PEFT's create_arrow_model; its attribute `pool` has the folder's adapters."""
     config = AdapterConfig.of(folder / ARROW)
     settings = AdapterConfig(config.folder, config.table("arrow_config"))
     settings.check_fields(words("top_k router_temperature rng_seed use_gks task_adapter_names gks_adapter_names"), {})

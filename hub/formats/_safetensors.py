@@ -258,7 +258,7 @@ def _require_memory(folder: Path, runs: Collection[Run]) -> None:
 
 
 def _read_run(file: BinaryIO, folder: Path, name: str, run: Run, start: int) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield (key, dtype in the file, tensor in fp32 or int64) of each tensor of a run, as views of one vector."""
+    """Yield (key, dtype in the file, tensor in fp32 or int64) of a run of adjacent tensors; data begins at byte `start`."""
     begin, dtype = run[0][1].begin, run[0][1].dtype
     buffer = bytearray(run[-1][1].end - begin)
     file.seek(start + begin)

@@ -85,7 +85,7 @@ def read_rows(path: Path, *, split: str) -> Rows:
 
 
 def _of_stdin() -> Iterator[tuple[str, Any]]:
-    """Yield (place, unread row): lines of JSON from a pipe, or answers typed at a terminal until an empty input."""
+    """Yield (place, raw row): lines of JSON from a pipe, or pairs typed at a terminal until an empty input."""
     if is_terminal():
         note("give examples of the task, one at a time; an empty input ends them")
         while text := typer.prompt("input", default="", show_default=False, err=True):
@@ -303,7 +303,7 @@ def require_free(folder: Path, *own: str, replace: bool = True) -> None:
 
 
 def recorded_base(folder: Path) -> str | None:
-    """Return the base model that a composition folder names, or None. Raises as `SavedRecipe.read` does."""
+    """Return the base model that a composition folder names, or None. Raises AdapterNotFound if it holds no composition."""
     from loraweave.composer.compose.report import SavedRecipe
 
     return SavedRecipe.read(folder).base_model or None

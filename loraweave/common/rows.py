@@ -107,7 +107,7 @@ def shared_instruction(rows: Sequence[Row]) -> str:
 
 
 def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: bool = True) -> Iterator[tuple[str, Any]]:
-    """Yield (place, unread row) for every row, with a place such as "row 3 of x"; a data set's class numbers become names.
+    """Yield (place, raw row) for every row, with a place such as "row 3 of x"; a data set's class numbers become names.
 
     Raises InvalidTask if `given` is not rows, for an unreadable file, and, with `one_split`, if rows are of several splits.
     """
@@ -210,7 +210,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def located_lines(lines: Iterable[str], of: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place, unread row) for every line of JSON that is not blank. Raises InvalidTask for a line that is not JSON."""
+    """Yield (place, raw row) for every line of JSON that is not blank. Raises InvalidTask for a line that is not JSON."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -92,7 +92,7 @@ def spread(
     `work` and the pieces are pickled. A worker has as many torch threads as this process and runs one piece at a time, so
     that a result has the same bits as here. A piece whose worker dies runs again on another, at most TRIES times, without
     loss to other pieces: files that a piece writes must be the same, and whole, when it runs twice. Leaving the iteration
-    ends the pieces that run. Raises WorkersFailed as `processes_here` does, and if a cluster has no workers left.
+    ends the pieces that run. Raises WorkersFailed for an unusable `n_jobs` or backend, or a cluster without workers left.
     """
     with crew(n_jobs) as workers:
         yield from workers.spread(work, pieces, label=label, bar=bar)
@@ -101,7 +101,7 @@ def spread(
 def spreader(part: str, n_jobs: int | None) -> Any:
     """Return the extension's module that spreads `part`, the name of some work, or None if this process does it all.
 
-    Raises WorkersFailed as `processes_here` does, PackageMissing if workers are asked for and no extension spreads the part.
+    Raises WorkersFailed for an unusable `n_jobs` or backend, PackageMissing for workers without an extension for `part`.
     """
     if processes_here(n_jobs) is None:
         return None
@@ -118,7 +118,7 @@ def spreader(part: str, n_jobs: int | None) -> Any:
 def crew(n_jobs: int | None) -> Iterator[Crew]:
     """Yield workers for several rounds of pieces. Leaving the block ends running pieces and worker processes.
 
-    Raises WorkersFailed as `processes_here` does.
+    Raises WorkersFailed for an invalid `n_jobs`, and for a backend that cannot run pieces.
     """
     backend, kind, jobs = _asked(n_jobs)
     workers: Workers | None = None

@@ -269,7 +269,7 @@ def require_one_clock(seconds: float | None) -> None:
 class ClosedForm(Solver):
     """A search whose one candidate is the weights of a formula: it chooses nothing and makes one evaluation.
 
-    MixtureWeights by layer keep their layers, also without `groups`. Raises WeightingError as `Solver` does.
+    MixtureWeights by layer keep their layers, also without `groups`. Raises WeightingError for unusable settings.
     """
 
     learns: ClassVar[bool] = False

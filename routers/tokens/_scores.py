@@ -40,7 +40,7 @@ def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: flo
 
 
 def top_k_native(scores_BTE: Tensor, top_k: int) -> Tensor | None:
-    """Return w_BTE by compiled code, as `top_k_softmax` does; None if the library or gradients do not allow it.
+    """Return w_BTE, softmax over each token's `top_k` highest scores, else 0, by compiled code; None if that cannot run.
 
     The decision depends on neither B nor T, so that a token's weights have the same bits in every batch.
     """

@@ -80,7 +80,7 @@ class TextRouter(TokenRouter):
         raise NotImplementedError
 
     def of_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return w_NE in fp32 for texts. Raises as `require_embedder` does."""
+        """Return w_NE in fp32 for texts. Raises WeightingError before `fit`, or if the embedder has changed since."""
         self.require_embedder()
         return self.weights_of(self.vectors(texts))
 

@@ -16,7 +16,7 @@ _Sentence, _Form = get("embedders", "sentence"), get("embedders", "form")
 
 
 class SentenceForm:
-    """Unit vectors of 428 numbers whose inner product is the mean cosine of meaning and form. Raises as `Sentence`."""
+    """Unit vectors (428) whose inner product is the mean cosine of meaning and form. PackageMissing without the encoder."""
 
     dim = _Sentence.dim + _Form.dim
 
