@@ -19,9 +19,9 @@ _MODULES = {
     "composer.merge.method_call": (
         "DenseUpdate Experts MethodCall Term TruncatedUpdate Weights surveys terms terms_of_one_rank weighted_bias"
     ),
-    "composer.merge.methods._entries": "Entries Prune Rule decide divisor merge_elected merged sum_pruned vote",
+    "composer.merge.methods._entries": "Entries Prune Rule decide divisor merge_elected merged sum_pruned",
     "composer.merge.methods._pruning": (
-        "Cut LEVELS count_of draws_for keep_largest largest prune_random prune_smallest quantise stream"
+        "Cut LEVELS draws_for keep_largest largest prune_random prune_smallest quantise stream"
     ),
     "composer.merge.methods._span": "combination empty_update gram interpolation mean_weights pair_shares shares",
     # formats of adapters, and targets of exports
@@ -37,7 +37,7 @@ _MODULES = {
     "composer.compose.objectives.cross_entropy": "CrossEntropy",
     "retrieval.fusion": "wilson",
     "retrieval.query": "KeySpace Query",
-    "routers.combined": "ByRow needs_call num_rows_of",
+    "routers.combined": "ByRow needs_call",
     "routers.invoked": "last_place",
     "routers.searches._solver": "ClosedForm Solver",
     "routers.searches.gradient": "Gradient",
@@ -75,7 +75,7 @@ _MODULES = {
     "composer.live.fitting": "Fitting",
     "composer.live.hook": "Activate LiveHook LiveModel MixedLayer Resolve Traced",
     "composer.live.kernels._parts": (
-        "AddsInPlace Cost Kernel Lend Part RowKernel RowSets TokenWorkload Workload compiled_threads costs "
+        "AddsInPlace Cost Kernel Lend Part RowKernel RowSets TokenWorkload Workload costs "
         "group_by_mixture only_kernel own_precision place_of row_kernels weigh_b"
     ),
     "composer.live.kernels.dense": "sort_by_expert",
@@ -97,7 +97,7 @@ _MODULES = {
     "composer.compose.compose": "ComposeCall",
     "composer.compose.loss": "ExampleLoss",
     "composer.compose.program": "Program",
-    "composer.compose.refine": "STEP_COST linear_targets loss_with num_scalars",
+    "composer.compose.refine": "STEP_COST linear_targets loss_with",
     "composer.compose.report": "ReportRow",
     "composer.formula.nodes": "Named Stored Sum leaves",
     # training
@@ -117,7 +117,7 @@ _MODULES = {
     # hubs
     "hub": "compositions",
     "hub.adapter": "ExportReport cosine parent_of",
-    "hub.adding": "Addition MAX_BATCH_BYTES checked_policy examiners prepare",
+    "hub.adding": "Addition MAX_BATCH_BYTES checked_policy prepare",
     "hub.base": (
         "PIPELINE_PARTS Parts base_config base_id fast_dtype fingerprint require_model require_same_base "
         "rounded_samples sampled_places says_nothing"
@@ -155,7 +155,7 @@ _MODULES = {
     # the command line
     "cli._application": (
         "AnomaliesOption BaseOption BlobsOption DEFAULT_HUB DtypeOption HubOption JsonOption ManyTagsOption "
-        "SeedOption WorkersOption composition_row note print_json print_rows print_table record_row show_rows"
+        "SeedOption WorkersOption composition_row note print_json print_rows print_table record_row"
     ),
     "cli._inputs": "load_model open_hub recorded_base require_dtype require_one_adapter",
     # factors, files, rows and what is shown
@@ -169,7 +169,7 @@ _MODULES = {
     ),
     "common.names": "MAX_NAME_CHARACTERS checked_name printable text_digest unknown_expert",
     "common.process": "free_host_bytes launched_processes lock_of",
-    "common.rows": "GivenRows Row located read_asked read_inputs read_rows",
+    "common.rows": "GivenRows Row located read_asked read_rows",
     "common.spread": "Failed processes_here require_all spread",
     "errors": "BudgetExceeded WorkersFailed",
     "lowrank": "algebra",

@@ -14,7 +14,6 @@ from loraweave.cli._application import print_json as print_json
 from loraweave.cli._application import print_rows as print_rows
 from loraweave.cli._application import print_table as print_table
 from loraweave.cli._application import record_row as record_row
-from loraweave.cli._application import show_rows as show_rows
 from loraweave.cli._inputs import load_model as load_model
 from loraweave.cli._inputs import open_hub as open_hub
 from loraweave.cli._inputs import recorded_base as recorded_base
@@ -82,7 +81,6 @@ from loraweave.common.rows import GivenRows as GivenRows
 from loraweave.common.rows import Row as Row
 from loraweave.common.rows import located as located
 from loraweave.common.rows import read_asked as read_asked
-from loraweave.common.rows import read_inputs as read_inputs
 from loraweave.common.rows import read_rows as read_rows
 from loraweave.common.spread import Failed as Failed
 from loraweave.common.spread import processes_here as processes_here
@@ -98,7 +96,6 @@ from loraweave.composer.compose.program import Program as Program
 from loraweave.composer.compose.refine import STEP_COST as STEP_COST
 from loraweave.composer.compose.refine import linear_targets as linear_targets
 from loraweave.composer.compose.refine import loss_with as loss_with
-from loraweave.composer.compose.refine import num_scalars as num_scalars
 from loraweave.composer.compose.report import ReportRow as ReportRow
 from loraweave.composer.ensembles.ensemble import EnsemblePrediction as EnsemblePrediction
 from loraweave.composer.ensembles.ensemble import align_right as align_right
@@ -153,7 +150,6 @@ from loraweave.composer.live.kernels._parts import RowKernel as RowKernel
 from loraweave.composer.live.kernels._parts import RowSets as RowSets
 from loraweave.composer.live.kernels._parts import TokenWorkload as TokenWorkload
 from loraweave.composer.live.kernels._parts import Workload as Workload
-from loraweave.composer.live.kernels._parts import compiled_threads as compiled_threads
 from loraweave.composer.live.kernels._parts import costs as costs
 from loraweave.composer.live.kernels._parts import group_by_mixture as group_by_mixture
 from loraweave.composer.live.kernels._parts import only_kernel as only_kernel
@@ -190,10 +186,8 @@ from loraweave.composer.merge.methods._entries import divisor as divisor
 from loraweave.composer.merge.methods._entries import merge_elected as merge_elected
 from loraweave.composer.merge.methods._entries import merged as merged
 from loraweave.composer.merge.methods._entries import sum_pruned as sum_pruned
-from loraweave.composer.merge.methods._entries import vote as vote
 from loraweave.composer.merge.methods._pruning import Cut as Cut
 from loraweave.composer.merge.methods._pruning import LEVELS as LEVELS
-from loraweave.composer.merge.methods._pruning import count_of as count_of
 from loraweave.composer.merge.methods._pruning import draws_for as draws_for
 from loraweave.composer.merge.methods._pruning import keep_largest as keep_largest
 from loraweave.composer.merge.methods._pruning import largest as largest
@@ -296,7 +290,6 @@ from loraweave.hub.adapter import parent_of as parent_of
 from loraweave.hub.adding import Addition as Addition
 from loraweave.hub.adding import MAX_BATCH_BYTES as MAX_BATCH_BYTES
 from loraweave.hub.adding import checked_policy as checked_policy
-from loraweave.hub.adding import examiners as examiners
 from loraweave.hub.adding import prepare as prepare
 from loraweave.hub.base import PIPELINE_PARTS as PIPELINE_PARTS
 from loraweave.hub.base import Parts as Parts
@@ -414,7 +407,6 @@ from loraweave.retrieval.query import KeySpace as KeySpace
 from loraweave.retrieval.query import Query as Query
 from loraweave.routers.combined import ByRow as ByRow
 from loraweave.routers.combined import needs_call as needs_call
-from loraweave.routers.combined import num_rows_of as num_rows_of
 from loraweave.routers.invoked import last_place as last_place
 from loraweave.routers.recipes._gate import Call as Call
 from loraweave.routers.recipes._gate import Gate as Gate

@@ -23,11 +23,11 @@ from loraweave import errors, extend, registry
 LIMITS = {
     "files of the core": 235,
     "lines of the core": 45_892,
-    "lines of the product": 83_910,
+    "lines of the product": 83_905,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,
-    "names for those who extend": 484,
+    "names for those who extend": 476,
     "imports below loraweave. in the pages": 0,
     "values named found, own, each, given or asked": 8,
     "docstrings that are no order": 0,

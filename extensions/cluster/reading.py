@@ -14,7 +14,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from loraweave import Adapter, LoraweaveError, Record
+from loraweave import Adapter, LoraweaveError, Record, names
 from loraweave.extend import (
     MAX_BATCH_BYTES,
     Addition,
@@ -26,7 +26,7 @@ from loraweave.extend import (
     checked_policy,
     compositions,
     digests,
-    examiners,
+    get,
     prepare,
     progress_bar,
     put_content,
@@ -119,8 +119,8 @@ def read_piece(
         except LoraweaveError as error:
             done.append(error)
         else:
-            for examiner in examiners() if measured else ():
-                prepared = examiner.measure(prepared, hub._blobs)
+            for name in names("examiners") if measured else ():
+                prepared = get("examiners", name).measure(prepared, hub._blobs)
             held[place] = prepared
             done.append(prepared)
         is_full = sum(prepared.num_bytes for prepared in held.values()) >= MAX_BATCH_BYTES

@@ -118,15 +118,14 @@ def _missing(extra: str) -> Iterator[str]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from loraweave.extend import cache_folder, compiled_threads, fast_dtype, free_host_bytes, row_kernels
+    from loraweave.extend import cache_folder, fast_dtype, free_host_bytes, row_kernels
 
     gpu = torch.cuda.is_available()
     dtype, free = fast_dtype(), free_host_bytes()
     devices = [torch.device(name) for name in ("cpu", "cuda")[: 1 + gpu]]
-    compiled = compiled_threads(devices[0], torch.float32)
-    compiled = compiled_threads(devices[0], torch.float32)
-    compiled = compiled_threads(devices[0], torch.float32)
-    absent = {name for name, kernel in row_kernels().items() if not any(kernel.runs(it, torch.float32) for it in devices)}
+    kernels = row_kernels()
+    compiled = any(kernel.is_compiled and kernel.runs(devices[0], torch.float32) for kernel in kernels.values())
+    absent = {name for name, kernel in kernels.items() if not any(kernel.runs(it, torch.float32) for it in devices)}
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),

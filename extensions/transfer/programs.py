@@ -32,12 +32,11 @@ from loraweave.extend import (
     in_chunks,
     linear_targets,
     loss_with,
-    num_scalars,
     options_of,
     parent_of,
     processes_here,
     progress_bar,
-    read_inputs,
+    read_rows,
     require_all,
     seeded,
     spread,
@@ -80,7 +79,8 @@ def distil_program(
         texts = card_inputs(program.hub, program.steps[0].name, own_inputs, num_inputs, seed)
         why = "the hub's cards have no sample inputs: give some as inputs=[...]"
     else:
-        texts, why = read_inputs(inputs), "inputs is empty: give unlabelled inputs, or None for those of the hub's cards"
+        texts = [row.input for row in read_rows(inputs, noun="input", targets="none")]
+        why = "inputs is empty: give unlabelled inputs, or None for those of the hub's cards"
     texts = [text for text in dict.fromkeys(texts) if text.strip()]
     if not texts:
         raise InvalidTask(f"there is nothing for program {str(program)!r} to label; {why}")
@@ -148,8 +148,8 @@ def _trained(
         f"{len(held)} others; loss on the examples {program_loss:.3f} became {loss:.3f}"
     )
     seconds, agreement = time.perf_counter() - started, same / len(held) if held else None
-    spent, count = STEP_COST * steps, num_scalars(trained)
-    row = ReportRow(name, {}, loss, None, agreement, seconds, spent, num_trained=count)
+    count = sum(factors.a_RI.numel() + factors.b_OR.numel() for factors in trained.layers.values())
+    row = ReportRow(name, {}, loss, None, agreement, seconds, STEP_COST * steps, num_trained=count)
     return replace(made, report=replace(made.report, rows=(row,), reason=reason, seconds=seconds))
 
 

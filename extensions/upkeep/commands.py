@@ -17,7 +17,6 @@ from loraweave.extend import (
     print_json,
     print_rows,
     record_row,
-    show_rows,
 )
 
 NameArgument = Annotated[str, typer.Argument(help="An adapter of the hub.")]
@@ -34,7 +33,8 @@ def history(name: NameArgument, hub: HubOption = DEFAULT_HUB, as_json: JsonOptio
     rows = [
         (r.version, r.created, r.hash[:12], f"back to {r.restored}" if r.restored else "", r.description) for r in records
     ]
-    show_rows(as_json, list(map(record_row, records)), ("version", "created", "hash", "rollback", "description"), rows)
+    columns = ("version", "created", "hash", "rollback", "description")
+    print_json(list(map(record_row, records))) if as_json else print_rows(columns, rows)
 
 
 @hub.command(epilog="Example: loraweave hub rollback antonym 1")
@@ -106,7 +106,7 @@ def list_compositions(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False)
     with open_hub(hub) as opened:
         rows = [composition_row(stored) for stored in opened.compositions()]
     shown = [(row["name"], row["created"], row["formula"] or f"composed: {row['chosen']}") for row in rows]
-    show_rows(as_json, rows, ("name", "created", "what"), shown)
+    print_json(rows) if as_json else print_rows(("name", "created", "what"), shown)
 
 
 @hub.command("write-composition", epilog="Example: loraweave hub write-composition support-bot composed")

@@ -32,7 +32,6 @@ from loraweave.extend import (
     StandIn,
     give_back,
     needs_call,
-    num_rows_of,
 )
 from loraweave.extensions.diffusion.pipelines.diffusers import Diffusers
 
@@ -180,7 +179,7 @@ class DiffusersPipeline(LiveHook):
             return resolve(mixture), None
         if not (isinstance(mixture, Composite) or (callable(mixture) and not hasattr(mixture, "weights"))):
             mixture = resolve(mixture)
-            if num_rows_of(mixture) == 1 and not isinstance(mixture, ByRow) and not needs_call(mixture):
+            if getattr(mixture, "num_rows", 1) == 1 and not isinstance(mixture, ByRow) and not needs_call(mixture):
                 return mixture, None
         for name, part in model.named_children():
             if getattr(model.pipe, name) is not part or getattr(part, "_compiled_call_impl", None) is not None:

@@ -17,7 +17,6 @@ from loraweave.extend import (
     Prune,
     Rule,
     Weights,
-    count_of,
     keep_largest,
     sum_pruned,
     traits,
@@ -58,8 +57,8 @@ def prune_both_ends(density: float, gamma: float) -> Prune:
     """Return a `Prune` that drops each tensor's int(gamma * n) largest entries and keeps the next int(density * n)."""
 
     def prune(entries: Entries) -> Sequence[Rule]:
-        target = count_of(density, entries.size)
-        reach = min(entries.size, target + count_of(gamma, entries.size))
+        target = int(density * entries.size)
+        reach = min(entries.size, target + int(gamma * entries.size))
         return list(map(Between, keep_largest(entries, reach), keep_largest(entries, reach - target)))
 
     return prune

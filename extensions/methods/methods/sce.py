@@ -14,13 +14,11 @@ from loraweave.extend import (
     Experts,
     Fraction,
     Weights,
-    count_of,
     decide,
     divisor,
     largest,
     merged,
     terms,
-    vote,
 )
 
 
@@ -48,7 +46,7 @@ def sce(experts: Experts, weights: Weights, *, density: Fraction = 0.1, scale: f
         total = float(squares_E.sum())
         coefficients_E = (squares_E / total if total > 0.0 else squares_E).float()
         for rows, kept_EN in _selected(entries, cut):
-            sign_N = decide(vote(kept_EN, "total"), 1.0)
+            sign_N = decide(kept_EN.sum(dim=0, dtype=torch.float64), 1.0)
             agreeing_EN = kept_EN.mul_(sign_N).relu_()
             result_N = (coefficients_E @ agreeing_EN).mul_(sign_N)
             result_N.div_(divisor(coefficients_E @ agreeing_EN.sign_())).mul_(scale)
@@ -62,7 +60,7 @@ def _select(entries: Entries, density: float, scratch_OI: Tensor) -> Cut | None:
     if density == 1.0:
         return None
     varying = sum(int(torch.count_nonzero(deviation_BI)) for _, deviation_BI in _deviations(entries))
-    return largest(lambda: _deviations(entries), count_of(density, varying), scratch_OI) if varying else None
+    return largest(lambda: _deviations(entries), int(density * varying), scratch_OI) if varying else None
 
 
 def _deviations(entries: Entries) -> Iterator[tuple[slice, Tensor]]:
