@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 ROOMS = ("hub", "retrieval", "routers", "composer", "serving", "extensions")
 
-packages = ["loraweave", "loraweave.cli", "loraweave.common", "loraweave.lowrank"]
+packages = ["loraweave", "loraweave.cli", "loraweave.common", "loraweave.extend", "loraweave.lowrank"]
 package_dir = {"loraweave": "loraweave"}
 for room in ROOMS:
     package_dir[f"loraweave.{room}"] = room

@@ -248,22 +248,6 @@ def interference(
     return LayerReport(*ranks, relative_error, tuple(norms_E.tolist()), cosines, conflict)
 
 
-def mixture_interference(
-    experts: Mapping[str, Mapping[str, Factors]], by_layer: Mapping[str, Sequence[float]]
-) -> MergeReport:
-    """Return a report on how far a mixture's weighted updates agree in each layer; its ranks are 0, as nothing is merged.
-
-    `experts` maps names to an adapter's layers, `by_layer` maps each layer to one weight per adapter; the report's `weights`
-    are their means over the layers.
-    """
-    rows = {
-        layer: interference([layers.get(layer) for layers in experts.values()], weights)
-        for layer, weights in by_layer.items()
-    }
-    means = tuple(map(fmean, zip(*by_layer.values(), strict=True)))
-    return MergeReport("linear", tuple(experts), means, rows)
-
-
 def _sign_conflict(a_ERI: Sequence[Array], b_EOR: Sequence[Array], weights: Sequence[float]) -> float:
     # every n-th row and column, at most MAX_SIDE of each
     step_O, step_I = -(-len(b_EOR[0]) // MAX_SIDE), -(-a_ERI[0].shape[1] // MAX_SIDE)

@@ -5,7 +5,7 @@ Type checkers read the same names in `__init__.pyi`, which `scripts/stub.py` wri
 
 from __future__ import annotations
 
-from loraweave.registry import lazy
+from loraweave.registry import face
 
 _MODULES = {
     "errors": (
@@ -40,9 +40,4 @@ _MODULES = {
 _LAZY = {name: f"loraweave.{module}" for module, names in _MODULES.items() for name in names.split()}
 
 __version__ = "0.1.0"
-__all__ = sorted(_LAZY)
-__getattr__ = lazy(__name__, {f"loraweave.{module}": names for module, names in _MODULES.items()})
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

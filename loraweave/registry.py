@@ -133,6 +133,12 @@ def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     return load
 
 
+def face(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return a package's `__getattr__`, `__dir__` and `__all__`; `names` is as for `lazy`, of modules below `loraweave.`."""
+    listed = sorted(name for held in names.values() for name in held.split())
+    return lazy(package, {f"loraweave.{module}": held for module, held in names.items()}), lambda: listed, listed
+
+
 def extensions() -> dict[str, Path]:
     """Return {name: folder} of the installed extensions, sorted by name, without importing any."""
     return _extensions(tuple(sys.path))

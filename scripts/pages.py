@@ -1,9 +1,9 @@
 """Hooks of mkdocs: the pages of the site that are made when it is built, and links to files outside of docs/.
 
 README.md is the front page. The reference has an entry for every public name, by the room that it comes from, for those of
-each extension and of `loraweave.extend`, and one for every command. Notebooks become tutorials. Pages of extensions are
-docs/extensions/*.md and, of other packages, NAME.md in the package that the entry point NAME of `loraweave.pages` names. A
-file of the repository that a page links to is on the site, below repository/.
+each extension and of `loraweave.extend` and its kits, and one for every command. Notebooks become tutorials. Pages of
+extensions are docs/extensions/*.md and, of other packages, NAME.md in the package that the entry point NAME of
+`loraweave.pages` names. A file of the repository that a page links to is on the site, below repository/.
 """
 
 from __future__ import annotations
@@ -136,8 +136,13 @@ def extensions() -> str:
 
 
 def extending() -> str:
-    """Return the page with the names of `loraweave.extend`."""
-    return "\n\n".join(["# Extending", extend.__doc__ or "", *(f"::: loraweave.extend.{name}" for name in extend.__all__)])
+    """Return the page with the names of `loraweave.extend` and of its kits."""
+    parts = ["# Extending", extend.__doc__ or "", *(f"::: loraweave.extend.{name}" for name in extend.__all__)]
+    for kit in tables.kits():
+        package = importlib.import_module(f"loraweave.extend.{kit}")
+        parts += [f"## {kit}", package.__doc__ or ""]
+        parts += [f"::: {package.__name__}.{name}\n    options: {{heading_level: 3}}" for name in package.__all__]
+    return "\n\n".join(parts)
 
 
 def group(name: str) -> str:

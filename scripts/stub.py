@@ -6,6 +6,8 @@ python scripts/stub.py --stale      says which has to be written
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -13,10 +15,12 @@ import loraweave
 from loraweave import extend
 
 FOLDER = Path(__file__).parents[1] / "loraweave"
+KITS = [kit.name for kit in pkgutil.iter_modules(extend.__path__)]
 # {stub: (its names by module, what else it has)}
 STUBS = {
     "__init__.pyi": (loraweave._MODULES, "__version__: str\n"),
-    "extend.pyi": (extend._MODULES, ""),
+    "extend/__init__.pyi": (extend._MODULES, ""),
+    **{f"extend/{kit}.pyi": (importlib.import_module(f"loraweave.extend.{kit}")._MODULES, "") for kit in KITS},
 }
 
 

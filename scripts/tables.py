@@ -3,18 +3,20 @@
 
 Such a table stands after a line `<!-- entries of methods -->`; it has the core's entries, and on the page of an extension
 those of the extension. After `<!-- folders -->` it has the folders of all rooms, and after `<!-- extensions -->` all
-extensions. Nothing is imported. `scripts/pages.py` makes the site's tables of extensions with it.
+extensions. No entry is imported. `scripts/pages.py` makes the site's tables of extensions with it.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from loraweave import registry
+from loraweave import extend, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "registries.md"
@@ -41,7 +43,8 @@ my_method = "my_package.my_method"
 
 The groups are `loraweave.` with the names below, and `loraweave.recipes` for `experts`. A name is that of the file. Names of
 ours cannot be taken; a file that cannot be imported raises `PluginFailed` when it is asked for, and only then. What such a
-file is made from (`TokenRouter`, `Recipe`, `Solver`, kinds of options, `traits`) is in `loraweave.extend`.
+file is made from is in `loraweave.extend` (kinds of options, `traits`) and in its kits (`TokenRouter`, `Recipe`, `Solver`),
+[below](#what-a-file-is-made-from).
 
 Nine registries have no entries in the core:
 
@@ -194,9 +197,31 @@ def declared() -> str:
     )
 
 
+def kits() -> list[str]:
+    """Return the name of every kit of `loraweave.extend`, sorted."""
+    return [kit.name for kit in pkgutil.iter_modules(extend.__path__)]
+
+
+def made_from() -> str:
+    """Return the section on `loraweave.extend` and its kits."""
+    modules = [extend, *(importlib.import_module(f"loraweave.extend.{kit}") for kit in kits())]
+    names = [f"| `{module.__name__}` | {said(Path(module.__file__ or ''))} | {len(module.__all__)} |" for module in modules]
+    return "\n".join(
+        [
+            "## What a file is made from",
+            "An extension or another package imports `loraweave`, `loraweave.extend` and its kits, nothing deeper:",
+            "",
+            "| module | what one writes with it | names |",
+            "|---|---|---|",
+            *names,
+            "",
+        ]
+    )
+
+
 def page() -> str:
     """Return the whole page."""
-    return "\n".join([HEAD, declared(), *tables(of_core)])
+    return "\n".join([HEAD, made_from(), declared(), *tables(of_core)])
 
 
 def pages() -> dict[Path, str]:

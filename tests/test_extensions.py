@@ -17,11 +17,12 @@ import torch
 from import_statements import MODULES, ROOT, imported, only_for_types, parsed
 
 import loraweave as lw
-from loraweave import extend, registry
+from loraweave import registry
 
 NAMES = sorted(registry.extensions())
 PREFIX = f"{registry.EXTENSIONS}."
 CORE = {name: path for name, path in MODULES.items() if not f"{name}.".startswith(PREFIX)}
+FACE = {name for name in MODULES if f"{name}.".startswith("loraweave.extend.")}
 HEAVY = ("torch", "transformers", "peft", "sklearn", "faiss", "scipy", "cma", "matplotlib", "numpy", "starlette")
 
 
@@ -59,7 +60,7 @@ def test_no_public_name_of_an_extension_is_a_module_that_would_take_its_place_on
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_extension_imports_the_public_names_the_face_for_those_who_extend_and_itself(name):
-    allowed = {"loraweave", "loraweave.extend", *of_extension(name)}
+    allowed = {"loraweave", *FACE, *of_extension(name)}
     wrong = set()
     for module, path in of_extension(name).items():
         ours = {other for other in imported(path, MODULES) if other.split(".")[0] == "loraweave"}
@@ -68,21 +69,41 @@ def test_an_extension_imports_the_public_names_the_face_for_those_who_extend_and
 
 
 def test_the_core_does_not_import_its_own_face_for_those_who_extend():
-    assert {name for name, path in CORE.items() if "loraweave.extend" in imported(path, MODULES)} == set()
+    assert {name for name, path in CORE.items() if FACE & imported(path, MODULES)} == set()
 
 
-def test_every_name_for_those_who_extend_is_that_of_its_module_and_documented_unless_it_is_a_value():
-    assert dir(extend) == sorted(extend.__all__) == sorted(set(extend.__all__))
-    assert {name for names in extend._MODULES.values() for name in names.split()} == set(extend.__all__)
-    for module, names in extend._MODULES.items():
+@pytest.mark.parametrize("face", sorted(FACE))
+def test_every_name_for_those_who_extend_is_that_of_its_module_and_documented_unless_it_is_a_value(face):
+    kit = importlib.import_module(face)
+    assert dir(kit) == kit.__all__ == sorted(set(kit.__all__))
+    assert {name for names in kit._MODULES.values() for name in names.split()} == set(kit.__all__)
+    for module, names in kit._MODULES.items():
         for name in names.split():
-            value = getattr(extend, name)
+            value = getattr(kit, name)
             origin = importlib.import_module(f"loraweave.{module}")
             assert value is getattr(origin, name)
             if callable(value) and getattr(value, "__module__", "").startswith("loraweave"):
                 assert value.__doc__, name
-    with pytest.raises(AttributeError, match=r"'loraweave\.extend' has no attribute 'Nothing'"):
-        extend.Nothing  # noqa: B018
+    with pytest.raises(AttributeError, match=f"'{re.escape(face)}' has no attribute 'Nothing'"):
+        kit.Nothing  # noqa: B018
+
+
+def test_a_name_for_those_who_extend_stands_in_one_kit_alone_and_is_used_by_an_extension_a_test_or_a_page():
+    names = [name for face in FACE for name in importlib.import_module(face).__all__]
+    assert sorted(names) == sorted(set(names))
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
+    shown = re.findall(r"^from loraweave\.extend[.\w]* import (.+)$", pages, re.MULTILINE)
+    used = {name for line in shown for name in line.split(", ")}
+    for path in (*(ROOT / "extensions").rglob("*.py"), *(ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ImportFrom) and node.module in FACE:
+                used |= {alias.name for alias in node.names}
+    assert set(names) - used == set()
+
+
+def test_the_face_for_those_who_extend_and_its_kits_load_no_other_package_until_a_name_is_used(tmp_path):
+    told = run(ROOT, f"import sys, {', '.join(sorted(FACE))}; print([name for name in {HEAVY} if name in sys.modules])")
+    assert told.strip() == "[]"
 
 
 def test_a_type_checker_sees_the_names_that_a_process_loads():
@@ -93,7 +114,7 @@ def test_a_type_checker_sees_the_names_that_a_process_loads():
         assert seen == set(importlib.import_module(module).__all__)
 
 
-def test_the_stub_of_the_face_for_those_who_extend_is_up_to_date():
+def test_the_stubs_of_the_face_for_those_who_extend_are_up_to_date():
     words = [sys.executable, ROOT / "scripts" / "stub.py", "--stale"]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == ""
 
@@ -254,7 +275,8 @@ STRANGER = {
     """,
     "routers/even.py": """
         import torch
-        from loraweave.extend import NonNegative, TokenRouter
+        from loraweave.extend import NonNegative
+        from loraweave.extend.routing import TokenRouter
         class Even(TokenRouter):
             "The same weight for every expert."
             def __init__(self, pool, *, height: NonNegative = 0.5):
@@ -273,7 +295,7 @@ STRANGER = {
     """,
     "verbs.py": """
         import typer
-        from loraweave.extend import DEFAULT_HUB, HubOption, JsonOption, open_hub, print_json
+        from loraweave.extend.commands import DEFAULT_HUB, HubOption, JsonOption, open_hub, print_json
         app, hub = typer.Typer(), typer.Typer()
         @app.command("count", epilog="Example: loraweave count --hub adapters")
         def count(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False):

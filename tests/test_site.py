@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave import registry
+from loraweave import extend, registry
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
@@ -48,6 +49,7 @@ def test_every_public_name_of_an_extension_and_of_the_face_for_those_who_extend_
     pages = [path.read_text(encoding="utf-8") for path in (site / "reference").rglob("*.html")]
     entries = {name for page in pages for name in re.findall(r'<h[23] id="(loraweave\.ext[\w.]+)"', page)}
     packages = {f"{registry.EXTENSIONS}.{name}" for name in registry.extensions()} | {"loraweave.extend"}
+    packages |= {f"loraweave.extend.{kit.name}" for kit in pkgutil.iter_modules(extend.__path__)}
     names = {f"{package}.{name}" for package in packages for name in importlib.import_module(package).__all__}
     # classes have entries for their members, too
     assert names - entries == set()

@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
 from loraweave import CompositionError, ScopeError
-from loraweave.extend import only_kernel
+from loraweave.extend.live import only_kernel
 
 TILE = 8
 KEYS = 64

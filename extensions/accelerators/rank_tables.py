@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.extend import Part, RowKernel, RowSets
+from loraweave.extend.live import Part, RowKernel, RowSets
 
 # the types of devices that Triton's kernels run on if it is installed: GPUs, and the CPU in its interpreter
 DEVICES = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)

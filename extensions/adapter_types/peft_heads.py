@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, AdapterUnsupported
-from loraweave.extend import entry, require_finite, words
+from loraweave.extend.formats import entry, require_finite, words
 
 PREFIX = "base_model.model."
 # the names that PEFT itself adds to modules_to_save for a task; one of them in the model is enough

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, AdapterUnsupported
-from loraweave.extend import FLOATS, INTEGERS, open_file
+from loraweave.extend.formats import FLOATS, INTEGERS, open_file
 
 # the limits of safetensors: of the bytes that describe the tensors, of their number, and of a name
 MAX_PICKLE_BYTES, MAX_TENSORS, MAX_KEY_LENGTH = 100 * 10**6, 200_000, 512

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import Adapter, ExpertPool
-from loraweave.extend import TokenRouter, config_fields
+from loraweave.extend.formats import config_fields
+from loraweave.extend.routing import TokenRouter
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

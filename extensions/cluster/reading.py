@@ -15,26 +15,21 @@ from itertools import chain
 from typing import Any
 
 from loraweave import Adapter, LoraweaveError, Record, names
-from loraweave.extend import (
+from loraweave.extend import WorkersFailed, get, progress_bar, require_all, spread, storage_errors
+from loraweave.extend.hubs import (
     MAX_BATCH_BYTES,
     Addition,
     BlobStore,
     CatalogueStore,
     Prepared,
-    WorkersFailed,
     blob_problems,
     checked_policy,
     compositions,
     digests,
-    get,
     prepare,
-    progress_bar,
     put_content,
     recorded_blob,
-    require_all,
     rows,
-    spread,
-    storage_errors,
     stored_adapter,
     usable_blob,
 )

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from loraweave import CompositionError, FormulaError, Hub, PackageMissing, load_base, parse
-from loraweave.extend import Limits, Refusal, make_app, read_body, refused, too_busy
+from loraweave.extend.serving import Limits, Refusal, make_app, read_body, refused, too_busy
 
 # the keys of an ASGI scope that the routes read and that can be sent to another process
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")

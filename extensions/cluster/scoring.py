@@ -15,7 +15,9 @@ from functools import lru_cache, partial
 from typing import Any, Self, TypeVar
 
 from loraweave import AdapterNotFound, Composer, CompositionError, Hub
-from loraweave.extend import BaseReference, Fitting, WorkersFailed, progress_bar, require_all
+from loraweave.extend import WorkersFailed, progress_bar, require_all
+from loraweave.extend.live import Fitting
+from loraweave.extend.models import BaseReference
 
 Piece = TypeVar("Piece")
 Made = TypeVar("Made")

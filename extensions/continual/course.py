@@ -17,33 +17,33 @@ from torch import Tensor
 from loraweave import Adapter, Factors, Fingerprint, LayerMismatch, Task, TrainingError
 from loraweave.extend import (
     Count,
-    Descent,
-    EncodedRow,
     GivenRows,
-    LoraJobs,
-    LoraSettings,
     Positive,
-    Texts,
     Whole,
     algebra,
     check_options,
-    checkpoint_folder,
-    descend,
-    encode_pairs,
     fingerprint,
     get,
+    options_of,
+    progress_bar,
+    text_digest,
+)
+from loraweave.extend.scoring import EncodedRow, encode_pairs, untouched
+from loraweave.extend.training import (
+    Descent,
+    LoraJobs,
+    LoraSettings,
+    Texts,
+    checkpoint_folder,
+    descend,
     job_losses,
     launched_processes,
     load_adapter,
-    options_of,
-    progress_bar,
     read_tasks,
     require_startable,
     save_adapter,
     target_layers,
-    text_digest,
     training_rows,
-    untouched,
 )
 
 Layers = Mapping[str, Factors]

@@ -9,20 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import Adapter, Hub, InvalidTask, Record, Task, TrainingError, UnknownName, train_adapters
-from loraweave.extend import (
-    Addition,
-    Count,
-    GivenRows,
-    JobKind,
-    Positive,
-    Whole,
-    check_options,
-    checked_fields,
-    checked_name,
-    is_list,
-    options_of,
-    predict,
-)
+from loraweave.extend import Count, GivenRows, Positive, Whole, check_options, checked_name, is_list, options_of
+from loraweave.extend.hubs import Addition, checked_fields
+from loraweave.extend.scoring import predict
+from loraweave.extend.training import JobKind
 from loraweave.extensions.continual.kinds import Beside
 
 MEMORY = "memory"

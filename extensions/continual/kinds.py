@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraweave import Adapter, Factors, LayerMismatch, TrainingError
-from loraweave.extend import JobKind, LoraJob, LowRank, given_factors, require_plain
+from loraweave.extend.training import JobKind, LoraJob, LowRank, given_factors, require_plain
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 

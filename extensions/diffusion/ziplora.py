@@ -13,18 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave import Adapter, Composer, CompositionError, Factors, MixtureWeights, WeightingError
-from loraweave.extend import (
-    Descent,
-    NonNegative,
-    Positive,
-    Whole,
-    algebra,
-    check_options,
-    descend,
-    options_of,
-    progress_bar,
-    untouched,
-)
+from loraweave.extend import NonNegative, Positive, Whole, algebra, check_options, options_of, progress_bar
+from loraweave.extend.scoring import untouched
+from loraweave.extend.training import Descent, descend
 
 
 class Call(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from loraweave.extend import DEFAULT_HUB, HubOption, open_hub, print_json
+from loraweave.extend.commands import DEFAULT_HUB, HubOption, open_hub, print_json
 
 app = typer.Typer()
 

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 from torch.nn.functional import pad
 
 from loraweave import AdapterUnsupported, Factors, UnknownName, WeightingError, names
-from loraweave.extend import Contents, ExportReport, algebra, get, module_names, nearest, stated_license
+from loraweave.extend import algebra, get, nearest
+from loraweave.extend.formats import Contents, ExportReport, module_names
+from loraweave.extend.hubs import stated_license
 
 # modules whose weights many base models share with each other
 TIED_MODULES = {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out"}

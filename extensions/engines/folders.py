@@ -35,21 +35,11 @@ from loraweave import (
     ScopeError,
     parse,
 )
-from loraweave.extend import (
-    MAX_NAME_CHARACTERS,
-    BudgetExceeded,
-    Stored,
-    entry,
-    leaves,
-    read_card,
-    require_same_base,
-    rounded_samples,
-    sampled_places,
-    says_nothing,
-    sync,
-    text_digest,
-    unsynced,
-)
+from loraweave.extend import MAX_NAME_CHARACTERS, BudgetExceeded, sync, text_digest
+from loraweave.extend.composing import Stored, leaves
+from loraweave.extend.formats import entry, read_card
+from loraweave.extend.hubs import unsynced
+from loraweave.extend.models import require_same_base, rounded_samples, sampled_places, says_nothing
 
 logger = logging.getLogger(__name__)
 

@@ -232,7 +232,7 @@ def _folders(server: Any, model: str) -> Any:
 
 def _refused(error: Exception, *, others: bool) -> None:
     """Raise the refusal as vLLM's error for the client; only log it if another resolver may know the name."""
-    from loraweave.extend import refusal_of
+    from loraweave.extend.serving import refusal_of
 
     refusal = refusal_of(error)
     if others and refusal.status == 404:

@@ -16,23 +16,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from loraweave import InvalidTask, Task, TrainingError, UnknownName
-from loraweave.extend import (
-    IGNORED,
-    NO_TOKENIZER,
-    ExpertModel,
-    Owners,
-    Recipe,
-    RowReader,
-    TrainingRow,
-    batch,
-    has_two_sequences,
-    located,
-    nearest,
-    pad_apart,
-    prompted,
-    takes,
-    tracked,
-)
+from loraweave.extend import located, nearest, tracked
+from loraweave.extend.recipes import ExpertModel, Recipe
+from loraweave.extend.routing import has_two_sequences, prompted
+from loraweave.extend.scoring import IGNORED, NO_TOKENIZER, batch, pad_apart, takes
+from loraweave.extend.training import Owners, RowReader, TrainingRow
 
 LABELS, IMAGES, EMBEDDINGS = "labels", "pixel_values", "inputs_embeds"
 FORMS = (

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loraweave.extend import ExpertModel, fingerprint, tensor_bytes, text_digest
+from loraweave.extend import fingerprint, text_digest
+from loraweave.extend.recipes import ExpertModel
+from loraweave.extend.training import tensor_bytes
 
 # values that are compared one by one; of a larger tensor, such as another model's, only the shape is
 MAX_VALUES = 1_000_000

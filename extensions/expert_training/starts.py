@@ -18,18 +18,10 @@ from loraweave import (
     WeightingError,
     merge,
 )
-from loraweave.extend import (
-    ExpertModel,
-    ExpertShape,
-    Fitting,
-    Recipe,
-    get,
-    is_list,
-    is_whole,
-    make_recipe,
-    require_everywhere,
-    shapes_of,
-)
+from loraweave.extend import get, is_list, is_whole
+from loraweave.extend.hubs import require_everywhere
+from loraweave.extend.live import Fitting
+from loraweave.extend.recipes import ExpertModel, ExpertShape, Recipe, make_recipe, shapes_of
 from loraweave.extensions.expert_training.grouping import clusters
 
 FORM = "sum_of_experts"

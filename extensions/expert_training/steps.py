@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from loraweave import TrainingError
-from loraweave.extend import ExpertModel, KeptState, Recipe, Stream, TrainingProgress, TrainingSettings, is_list
+from loraweave.extend import is_list
+from loraweave.extend.recipes import ExpertModel, Recipe
+from loraweave.extend.training import KeptState, Stream, TrainingProgress, TrainingSettings
 from loraweave.extensions.expert_training.feeds import Feed
 from loraweave.extensions.expert_training.identity import loss_identity
 

@@ -12,12 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from loraweave import Task, TrainingError, UnknownName, WeightingError
-from loraweave.extend import (
-    NO_TOKENIZER,
-    BudgetExceeded,
-    EncodedRow,
+from loraweave.extend import BudgetExceeded, progress_bar, text_digest
+from loraweave.extend.recipes import ExpertModel
+from loraweave.extend.scoring import NO_TOKENIZER, EncodedRow, untouched
+from loraweave.extend.training import (
     ExpertJob,
-    ExpertModel,
     HeldOut,
     JobReport,
     Judging,
@@ -33,12 +32,9 @@ from loraweave.extend import (
     checkpoint_folder,
     is_empty,
     load_state,
-    progress_bar,
     require_shareable,
     require_texts,
     save_state,
-    text_digest,
-    untouched,
 )
 from loraweave.extensions.expert_training.feeds import owners_of, predicts_tokens
 from loraweave.extensions.expert_training.identity import remember_start, start_digest, training_identity

@@ -14,15 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from loraweave import TrainingError
-from loraweave.extend import (
-    ExpertModel,
-    KeptState,
-    Stream,
-    caller_randomness,
-    checkpointed_blocks,
-    progress_bar,
-    seeded,
-)
+from loraweave.extend import progress_bar
+from loraweave.extend.recipes import ExpertModel
+from loraweave.extend.training import KeptState, Stream, caller_randomness, checkpointed_blocks, seeded
 from loraweave.extensions.expert_training.feeds import Feed, feed_of, owners_of
 from loraweave.extensions.expert_training.identity import remember_start, start_digest, training_identity
 from loraweave.extensions.expert_training.starts import start_from as start_from

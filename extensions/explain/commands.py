@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from loraweave.extend import JsonOption, load_model, note, print_json, print_table, recorded_base, require_one_adapter
+from loraweave.extend.commands import (
+    JsonOption,
+    load_model,
+    note,
+    print_json,
+    print_table,
+    recorded_base,
+    require_one_adapter,
+)
 
 app = typer.Typer()
 PLOTS = (".png", ".svg", ".pdf")

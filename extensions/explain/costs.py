@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from loraweave import Composer, Factors
-from loraweave.extend import ShownTable, TargetLayer, UsedLayer, UsedWeights, is_floating
+from loraweave.extend import ShownTable, TargetLayer
+from loraweave.extend.live import UsedLayer, UsedWeights
+from loraweave.extend.models import is_floating
 
 
 @dataclass(frozen=True)

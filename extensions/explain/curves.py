@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loraweave import Composition, CompositionError
-from loraweave.extend import TrainingReport, blank_figure
+from loraweave.extend import blank_figure
+from loraweave.extend.routing import TrainingReport
 
 # the most lines in one picture that can be told apart
 NUM_SHOWN = 8

@@ -11,7 +11,8 @@ from typing import Self
 from torch import Tensor
 
 from loraweave import CompositionError
-from loraweave.extend import block_of, unknown_expert
+from loraweave.extend import unknown_expert
+from loraweave.extend.routing import block_of
 from loraweave.extensions.explain.used import Load, load_of
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; numbers say the same

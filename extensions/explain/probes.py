@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from loraweave import Adapter, Composer, InvalidTask, Task
-from loraweave.extend import Prompt, in_chunks, last_logits, pad_rows, prompt_ids, with_positions
+from loraweave.extend import Prompt, prompt_ids
+from loraweave.extend.scoring import in_chunks, last_logits, pad_rows, with_positions
 
 # letters that no word has, and beginnings of sentences
 PROBES = ("xk", "zf", "hj", "By now,", "For what it is worth,", "Good evening,")

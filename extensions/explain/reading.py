@@ -11,16 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import Composer, Composition, CompositionError
-from loraweave.extend import (
-    Prompt,
-    Trace,
-    UsedLayer,
-    encode_texts,
-    generation_call,
-    has_two_sequences,
-    prompted,
-    read_prompt,
-)
+from loraweave.extend import Prompt
+from loraweave.extend.live import Trace, UsedLayer
+from loraweave.extend.routing import has_two_sequences, prompted
+from loraweave.extend.scoring import encode_texts, generation_call, read_prompt
 from loraweave.extensions.explain.explanation import Explanation
 
 # a text, or a conversation: a list of {"role", "content"}

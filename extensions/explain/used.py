@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraweave import ScopeError
-from loraweave.extend import UsedLayer, UsedWeights
+from loraweave.extend.live import UsedLayer, UsedWeights
 
 # the number of weights that are converted to float64 at once
 CHUNK = 2**20

@@ -13,26 +13,21 @@ from loraweave import names as names_of
 from loraweave.extend import (
     Count,
     GivenRows,
-    LoraSettings,
     Positive,
     Share,
-    Texts,
     Whole,
     check_options,
-    checkpoint_folder,
     fingerprint,
     get,
     is_whole,
     nearest,
     options_of,
     progress_bar,
-    read_tasks,
-    require_model,
-    target_layers,
     text_digest,
-    training_rows,
-    untouched,
 )
+from loraweave.extend.models import require_model
+from loraweave.extend.scoring import untouched
+from loraweave.extend.training import LoraSettings, Texts, checkpoint_folder, read_tasks, target_layers, training_rows
 from loraweave.extensions.federated.flower import flower
 from loraweave.extensions.federated.rounds import Backend, Kept, RoundReport, State, here, run_rounds
 from loraweave.extensions.federated.strategies._strategy import Client, Course, Strategy

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import Adapter, AdapterUnsupported, Factors, LayerMismatch, SourceUnavailable
-from loraweave.extend import SharedPass, TrainingJob, algebra, takes, untouched
+from loraweave.extend import algebra
+from loraweave.extend.scoring import takes, untouched
+from loraweave.extend.training import SharedPass, TrainingJob
 
 logger = logging.getLogger(__name__)
 

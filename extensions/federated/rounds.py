@@ -14,7 +14,9 @@ import torch
 from rich.progress import Progress
 
 from loraweave import TrainingError
-from loraweave.extend import TrainingState, drop_state, load_state, save_state, seeded, text_digest, untouched
+from loraweave.extend import text_digest
+from loraweave.extend.scoring import untouched
+from loraweave.extend.training import TrainingState, drop_state, load_state, save_state, seeded
 from loraweave.extensions.federated.strategies._strategy import Course, Order, Strategy, Tensors, Trained
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
-from loraweave.extend import entry
+from loraweave.extend.formats import entry
 
 ORDER = ("gate_proj", "gate_up_proj", "up_proj", "down_proj")
 WRAPPED = ".base_layer"

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import LayerMismatch
-from loraweave.extend import LiveModel, StandIn, TargetLayer, give_back, is_floating, multiplies_columns
+from loraweave.extend import TargetLayer
+from loraweave.extend.live import LiveModel, StandIn, give_back
+from loraweave.extend.models import is_floating, multiplies_columns
 
 # (parameter, expert, x_NI, token numbers) -> update_NO, or None if there is nothing to add
 Update = Callable[[str, int, Tensor, Tensor], Tensor | None]

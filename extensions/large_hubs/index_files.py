@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.extend import STALE_TMP_S, Keys, Segment, Stamp, cache_folder, text_digest, whole_file
+from loraweave.extend import cache_folder, text_digest, whole_file
+from loraweave.extend.hubs import STALE_TMP_S, Keys, Segment, Stamp
 
 Choice = Callable[[int], Any]
 

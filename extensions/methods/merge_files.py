@@ -15,20 +15,17 @@ from typing import Any
 from torch import Tensor
 
 from loraweave import Adapter, CompositionError, WeightingError, merge
-from loraweave.extend import (
+from loraweave.extend import is_list, is_number, nearest, require_known
+from loraweave.extend.merging import (
     DenseUpdate,
     Entries,
     Experts,
     Prune,
     Rule,
     Weights,
-    is_list,
-    is_number,
     merge_elected,
-    nearest,
     prune_random,
     prune_smallest,
-    require_known,
     sum_pruned,
 )
 from loraweave.extensions.methods.methods.breadcrumbs import prune_both_ends

@@ -14,7 +14,9 @@ import numpy as np
 from scipy.optimize import nnls
 
 from loraweave import Adapter, CompositionError
-from loraweave.extend import Admission, Limits, Refusal, Workload, costs, head_size
+from loraweave.extend.live import Workload, costs
+from loraweave.extend.models import head_size
+from loraweave.extend.serving import Admission, Limits, Refusal
 
 # the number of steps that are remembered, and of steps that the first guess weighs as much as
 NUM_STEPS, GUESS = 256, 1.0

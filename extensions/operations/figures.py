@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from loraweave.extend import Metrics
+from loraweave.extend.serving import Metrics
 
 WATCHED = {
     "running_rows": "Rows of the running batch",

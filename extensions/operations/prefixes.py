@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache
 
-from loraweave.extend import Prefixes, following, last_place, pad_rows, with_positions
+from loraweave.extend.routing import last_place
+from loraweave.extend.scoring import following, pad_rows, with_positions
+from loraweave.extend.serving import Prefixes
 
 # the least number of tokens: shorter prefixes save less than they cost
 MIN_TOKENS = 16

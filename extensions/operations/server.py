@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loraweave.extend import Admission, Limits
+from loraweave.extend.serving import Admission, Limits
 from loraweave.extensions.operations.figures import PrometheusMetrics as make_metrics
 from loraweave.extensions.operations.prefixes import KeptPrefixes as make_prefixes
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import Adapter, CompositionError, PackageMissing
-from loraweave.extend import Fused, TargetLayer, algebra, is_floating
+from loraweave.extend import TargetLayer, algebra
+from loraweave.extend.live import Fused
+from loraweave.extend.models import is_floating
 
 # {a layer's module: {an adapter's hash and mark: warning}}, so that it is calculated once for a model
 _TOLD: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()

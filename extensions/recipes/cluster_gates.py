@@ -17,19 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import ScopeError, WeightingError
-from loraweave.extend import (
-    Call,
-    Embedder,
-    ExpertModel,
-    Gate,
-    Weighing,
-    current_tokenizer,
-    draw_linear,
-    embedder_of,
-    is_whole,
-    real_tokens,
-    require_expert_model,
-)
+from loraweave.extend import is_whole
+from loraweave.extend.hubs import Embedder, embedder_of
+from loraweave.extend.recipes import Call, ExpertModel, Gate, Weighing, draw_linear, require_expert_model
+from loraweave.extend.routing import current_tokenizer, real_tokens
 from loraweave.extensions.recipes.row_gates import of_rows, require_beginning
 
 # in Call.kept: c_BH of the rows

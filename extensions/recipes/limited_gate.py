@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave import WeightingError
-from loraweave.extend import IGNORED, Call, Gate, Step, TokenGate, Weighing, top_p_of_softmax
+from loraweave.extend.recipes import Call, Gate, TokenGate, Weighing
+from loraweave.extend.routing import Step, top_p_of_softmax
+from loraweave.extend.scoring import IGNORED
 
 # the share of overflow above which a warning is logged, and the steps over which it is averaged
 MUCH, WINDOW = 0.2, 20

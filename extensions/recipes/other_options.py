@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from loraweave import LayerMismatch, WeightingError
-from loraweave.extend import (
+from loraweave.extend import is_list, is_number, require_known
+from loraweave.extend.recipes import (
     ExpertModel,
     ExpertShape,
     Recipe,
     SumOfExperts,
     has_expert,
-    is_list,
-    is_number,
     layers_with,
     require_expert_model,
-    require_known,
     shapes_of,
 )
 

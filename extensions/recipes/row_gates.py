@@ -14,18 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import LayerMismatch, ScopeError
-from loraweave.extend import (
-    Call,
-    ExpertShape,
-    Gate,
-    Recipe,
-    Site,
-    Weighing,
-    best_of,
-    current_prompts,
-    draw_linear,
-    top_k_softmax,
-)
+from loraweave.extend.recipes import Call, ExpertShape, Gate, Recipe, Site, Weighing, draw_linear
+from loraweave.extend.routing import best_of, current_prompts, top_k_softmax
 
 # in Call.kept: True once every row is known to have a prompt
 _HAVE_PROMPTS = "every row has a prompt"

@@ -33,28 +33,11 @@ from loraweave import (
     UnknownName,
     WeightingError,
 )
-from loraweave.extend import (
-    Count,
-    ExampleLoss,
-    GivenRows,
-    GradientTap,
-    StackedFactors,
-    TargetLayer,
-    base_loader,
-    batch,
-    check_options,
-    encode_pairs,
-    experts_of,
-    in_chunks,
-    linear,
-    mean_losses,
-    nearest,
-    progress_bar,
-    require_all,
-    require_everywhere,
-    spread,
-    untouched,
-)
+from loraweave.extend import Count, GivenRows, TargetLayer, check_options, nearest, progress_bar, require_all, spread
+from loraweave.extend.composing import experts_of
+from loraweave.extend.hubs import StackedFactors, require_everywhere
+from loraweave.extend.models import GradientTap, base_loader, linear
+from loraweave.extend.scoring import ExampleLoss, batch, encode_pairs, in_chunks, mean_losses, untouched
 
 # score (higher is better) and evidence of every expert
 _Ranking = dict[str, tuple[float, str]]

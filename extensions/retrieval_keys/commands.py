@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from loraweave.extend import DEFAULT_HUB, HubOption, JsonOption, SeedOption, note, open_hub, print_json
+from loraweave.extend.commands import DEFAULT_HUB, HubOption, JsonOption, SeedOption, note, open_hub, print_json
 
 hub = typer.Typer()
 

@@ -22,28 +22,29 @@ from torch import Tensor
 from loraweave import Hub, HubError, TrainingError
 from loraweave.extend import (
     Count,
-    Descent,
     GivenRows,
     Positive,
     Range,
-    TrainingState,
     Whole,
     check_options,
+    options_of,
+    progress_bar,
+    read_rows,
+    replacing,
+    text_digest,
+    whole_file,
+)
+from loraweave.extend.hubs import readable, sentence
+from loraweave.extend.training import (
+    Descent,
+    TrainingState,
     checkpoint_folder,
     descend,
     drop_state,
     load_state,
-    options_of,
-    progress_bar,
-    read_rows,
-    readable,
-    replacing,
     save_state,
     save_tensors,
-    sentence,
-    text_digest,
     warmed_cosine,
-    whole_file,
 )
 
 CHECKPOINT_STEPS = 20

@@ -19,20 +19,10 @@ import torch
 from torch import Tensor
 
 from loraweave import Adapter, AdapterUnsupported, Composer, CompositionError, Factors, InvalidTask, Task
-from loraweave.extend import (
-    EnsemblePrediction,
-    GivenRows,
-    Positive,
-    batch,
-    check_options,
-    encode,
-    read_asked,
-    require_whole,
-    seeded,
-    token_losses,
-    tracked,
-    untouched,
-)
+from loraweave.extend import GivenRows, Positive, check_options, read_asked, require_whole, tracked
+from loraweave.extend.composing import EnsemblePrediction
+from loraweave.extend.scoring import batch, encode, token_losses, untouched
+from loraweave.extend.training import seeded
 
 EXAMPLES_PER_PASS = 4
 # the bounds of the search for the prior's precision, as natural logarithms

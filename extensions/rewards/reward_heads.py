@@ -17,28 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave import Composer, CompositionError, InvalidTask, TrainingError, UnknownName, WeightingError
-from loraweave.extend import (
-    Count,
-    Descent,
-    NonNegative,
-    Positive,
+from loraweave.extend import Count, NonNegative, Positive, check_options, is_list, nearest, options_of, progress_bar, tracked
+from loraweave.extend.composing import (
     align_right,
-    check_options,
-    descend,
-    is_list,
     known_members,
-    last_logits,
     last_positions,
     member_passes,
-    nearest,
-    options_of,
-    pad_rows,
-    progress_bar,
     rows_that_fit,
-    tracked,
-    with_seed,
     without_cache,
 )
+from loraweave.extend.scoring import last_logits, pad_rows
+from loraweave.extend.training import Descent, descend, with_seed
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,20 +25,10 @@ from loraweave import (
     UnknownName,
     WeightingError,
 )
-from loraweave.extend import (
-    ExpertModel,
-    align_right,
-    by_rows,
-    known_members,
-    nearest,
-    require_expert_model,
-    rows_of,
-    save_tensors,
-    storage_errors,
-    whole_file,
-    with_seed,
-    without_cache,
-)
+from loraweave.extend import nearest, storage_errors, whole_file
+from loraweave.extend.composing import align_right, by_rows, known_members, rows_of, without_cache
+from loraweave.extend.recipes import ExpertModel, require_expert_model
+from loraweave.extend.training import save_tensors, with_seed
 from loraweave.extensions.rewards.reward_heads import (
     Epochs,
     HeadTraining,

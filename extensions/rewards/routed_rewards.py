@@ -12,20 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave import Adapter, BaseModelMismatch, Composer, InvalidTask, WeightingError, base_key
-from loraweave.extend import (
-    LoraJobs,
-    LoraSettings,
-    Whole,
-    align_right,
-    base_id,
-    by_rows,
-    check_options,
-    fingerprint,
-    rows_of,
-    target_layers,
-    untouched,
-    with_seed,
-)
+from loraweave.extend import Whole, check_options, fingerprint
+from loraweave.extend.composing import align_right, by_rows, rows_of
+from loraweave.extend.models import base_id
+from loraweave.extend.scoring import untouched
+from loraweave.extend.training import LoraJobs, LoraSettings, target_layers, with_seed
 from loraweave.extensions.rewards.reward_heads import (
     Epochs,
     HeadTraining,

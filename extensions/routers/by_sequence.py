@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import Router, ScopeError
-from loraweave.extend import BesideCache, RowsAndTokens, TokenRouter, block_of, cache_of, has_two_sequences
+from loraweave.extend.routing import BesideCache, RowsAndTokens, TokenRouter, block_of, cache_of, has_two_sequences
 
 Decision = Literal["sequence", "token"]
 

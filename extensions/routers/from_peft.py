@@ -17,16 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import Adapter, AdapterCorrupt, AdapterUnsupported, ExpertPool, Factors, LoraweaveError, WeightingError
-from loraweave.extend import (
-    AdapterConfig,
-    TokenRouter,
-    folder_within,
-    parse_lora,
-    require_finite,
-    router_class,
-    stored_tensors,
-    words,
-)
+from loraweave.extend.formats import AdapterConfig, folder_within, parse_lora, require_finite, stored_tensors, words
+from loraweave.extend.routing import TokenRouter, router_class
 from loraweave.extensions.routers.to_peft import ARROW, FLAGS
 
 MAX_EXPERTS, MAX_DEPTH = 10_000, 1_000

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import ExpertPool
-from loraweave.extend import TokenRouter, config_fields
+from loraweave.extend.formats import config_fields
+from loraweave.extend.routing import TokenRouter
 from loraweave.extensions.routers.to_peft import ARROW, CONFIG, WEIGHTS
 
 FILES = tuple(f"{place}{name}" for place in ("", "*/") for name in (CONFIG, WEIGHTS))

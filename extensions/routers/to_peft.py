@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import Adapter, AdapterUnsupported, ExpertPool
-from loraweave.extend import as_path, find_names, replacing, require_replaceable, save_tensors
+from loraweave.extend import as_path, replacing, require_replaceable
+from loraweave.extend.routing import find_names
+from loraweave.extend.training import save_tensors
 
 CONFIG, WEIGHTS, ARROW = "adapter_config.json", "adapter_model.safetensors", "arrow_router"
 CLASSIFIER = "base_model.internal_xlora_classifier.layers"

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from loraweave.extend import (
+from loraweave.extend.commands import (
     DEFAULT_HUB,
     AnomaliesOption,
     BlobsOption,

@@ -11,15 +11,10 @@ from itertools import islice
 from typing import Any
 
 from loraweave import AdapterNotFound, InvalidLicense, WeightingError
-from loraweave.extend import (
-    Repository,
-    canonical,
-    is_accepted,
-    license_of_fields,
-    model_hub_client,
-    says_nothing,
-    tracked,
-)
+from loraweave.extend import tracked
+from loraweave.extend.formats import license_of_fields
+from loraweave.extend.hubs import Repository, canonical, is_accepted, model_hub_client
+from loraweave.extend.models import says_nothing
 
 # the most listed repositories that are examined
 MAX_LISTED = 10_000

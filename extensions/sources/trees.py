@@ -31,17 +31,16 @@ from loraweave import (
 )
 from loraweave.extend import (
     MAX_NAME_CHARACTERS,
-    Addition,
     WorkersFailed,
     checked_name,
-    checked_policy,
     get,
-    is_adapter,
     processes_here,
     storage_errors,
     text_digest,
     tracked,
 )
+from loraweave.extend.formats import is_adapter
+from loraweave.extend.hubs import Addition, checked_policy
 from loraweave.extensions.sources.sources.archives import archive_suffix
 
 # a fault of the hub, not of one adapter, ends the walk; the next call resumes there

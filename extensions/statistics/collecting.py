@@ -15,26 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import Adapter, Composer, CompositionError, InvalidTask, LayerMismatch
-from loraweave.extend import (
-    Count,
-    EncodedRow,
-    ExpertMatrix,
-    GivenRows,
-    GradientTap,
-    algebra,
-    check_options,
-    expert_matrix,
-    get,
-    linear,
-    multiplies_columns,
-    one_or_many,
-    padded_inputs,
-    takes,
-    text_rows,
-    tied_parameters,
-    tracked,
-    untouched,
-)
+from loraweave.extend import Count, GivenRows, algebra, check_options, get, one_or_many, tracked
+from loraweave.extend.models import ExpertMatrix, GradientTap, expert_matrix, linear, multiplies_columns, tied_parameters
+from loraweave.extend.scoring import EncodedRow, padded_inputs, takes, text_rows, untouched
 from loraweave.extensions.statistics.saved import LayerStatistics, Statistics
 
 KINDS = ("gram", "fisher")

@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any, cast
 
 from loraweave import Adapter, ExpertPool, Hub, InvalidTask
-from loraweave.extend import GivenRows, Row, base_loader, experts_of, progress_bar, read_rows, require_all, spread
+from loraweave.extend import GivenRows, Row, progress_bar, read_rows, require_all, spread
+from loraweave.extend.composing import experts_of
+from loraweave.extend.models import base_loader
 from loraweave.extensions.statistics.collecting import KINDS, collect_statistics
 from loraweave.extensions.statistics.saved import Statistics
 

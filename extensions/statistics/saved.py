@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, AdapterNotFound, WeightingError
-from loraweave.extend import algebra, save_tensors, storage_errors, whole_file
+from loraweave.extend import algebra, storage_errors, whole_file
+from loraweave.extend.training import save_tensors
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "loraweave_statistics"

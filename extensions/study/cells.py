@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import BaseModelMismatch, Composition, Hub, base_key
-from loraweave.extend import encode_pairs, text_digest, whole_file
+from loraweave.extend import text_digest, whole_file
+from loraweave.extend.scoring import encode_pairs
 from loraweave.extensions.study.methods import Method
 from loraweave.extensions.study.study_file import Study, StudyTask
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from loraweave.extend import JsonOption, ShownTable, note, print_json, print_table
+from loraweave.extend import ShownTable
+from loraweave.extend.commands import JsonOption, note, print_json, print_table
 
 app = typer.Typer()
 

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import Adapter, Composer, Composition, Formula, Hub, PackageMissing, ScopeError, UnknownName, WeightingError
-from loraweave.extend import ExpertModel, TokenRouter, caller_randomness, is_list, is_whole, untouched
+from loraweave.extend import is_list, is_whole
+from loraweave.extend.recipes import ExpertModel
+from loraweave.extend.routing import TokenRouter
+from loraweave.extend.scoring import untouched
+from loraweave.extend.training import caller_randomness
 
 BATCH_SIZE = 8
 

@@ -28,25 +28,10 @@ from loraweave import (
     router,
     train_adapters,
 )
-from loraweave.extend import (
-    ComposeCall,
-    Count,
-    LearnedRouter,
-    Positive,
-    Sum,
-    TokenRouter,
-    brought,
-    check_options,
-    get,
-    is_list,
-    is_number,
-    is_whole,
-    nearest,
-    options_of,
-    router_class,
-    router_names,
-    with_seed,
-)
+from loraweave.extend import Count, Positive, brought, check_options, get, is_list, is_number, is_whole, nearest, options_of
+from loraweave.extend.composing import ComposeCall, Sum
+from loraweave.extend.routing import LearnedRouter, TokenRouter, router_class, router_names
+from loraweave.extend.training import with_seed
 
 OWN = ("lora", "oracle", "ensemble")
 # the arguments of compose() that a method may set for itself

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loraweave.extend import ShownTable, wilson
+from loraweave.extend import ShownTable
+from loraweave.extend.scoring import wilson
 from loraweave.extensions.study.cells import Answers, Cell, Store
 from loraweave.extensions.study.metrics import Metric
 from loraweave.extensions.study.study_file import Study, StudyTask

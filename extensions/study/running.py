@@ -13,7 +13,9 @@ from secrets import token_hex
 from typing import Any
 
 from loraweave import Adapter, AdapterNotFound, Hub, InvalidTask, Task, load_base
-from loraweave.extend import Failed, base_loader, open_hub, progress_bar, read_rows, spread, tracked
+from loraweave.extend import Failed, progress_bar, read_rows, spread, tracked
+from loraweave.extend.commands import open_hub
+from loraweave.extend.models import base_loader
 from loraweave.extensions.study.cells import Answers, Cell, Store, answered, cells
 from loraweave.extensions.study.methods import Case, made
 from loraweave.extensions.study.report import write_report

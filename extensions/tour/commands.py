@@ -13,7 +13,7 @@ import typer
 from packaging.requirements import Requirement
 
 from loraweave import names
-from loraweave.extend import JsonOption, SeedOption, note, print_json, print_rows
+from loraweave.extend.commands import JsonOption, SeedOption, note, print_json, print_rows
 
 app = typer.Typer()
 
@@ -118,7 +118,9 @@ def _missing(extra: str) -> Iterator[str]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from loraweave.extend import cache_folder, fast_dtype, free_host_bytes, row_kernels
+    from loraweave.extend import cache_folder, free_host_bytes
+    from loraweave.extend.live import row_kernels
+    from loraweave.extend.models import fast_dtype
 
     gpu = torch.cuda.is_available()
     dtype, free = fast_dtype(), free_host_bytes()

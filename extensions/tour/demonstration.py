@@ -16,7 +16,10 @@ from rich.progress import track
 
 import loraweave as lw
 from loraweave import AdapterNotFound, InvalidTask
-from loraweave.extend import ShownTable, fast_dtype, in_context_adapter, located, predict
+from loraweave.extend import ShownTable, located
+from loraweave.extend.composing import in_context_adapter
+from loraweave.extend.models import fast_dtype
+from loraweave.extend.scoring import predict
 
 NUM_EXAMPLES = 5
 NUM_SHOWN = 4

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 from loraweave import Hub, train_adapters
-from loraweave.extend import Apart, Judging, SharedReport, TrainedAdapters, base_loader, processes_here, require_all, spread
+from loraweave.extend import processes_here, require_all, spread
+from loraweave.extend.models import base_loader
+from loraweave.extend.training import Apart, Judging, SharedReport, TrainedAdapters
 
 # a group: its arguments of train_adapters by task, and for each adapter the key of all that it depends on
 Group = tuple[Mapping[str, Mapping[str, Any]], Mapping[str, str]]

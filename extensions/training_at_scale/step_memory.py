@@ -12,19 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.extend import (
-    BudgetExceeded,
-    EncodedRow,
-    JobSize,
-    SharedPass,
-    StepMemory,
-    TrainingJob,
-    batch,
-    context_length,
-    free_host_bytes,
-    pad_id,
-    token_losses,
-)
+from loraweave.extend import BudgetExceeded, free_host_bytes
+from loraweave.extend.scoring import EncodedRow, batch, context_length, pad_id, token_losses
+from loraweave.extend.training import JobSize, SharedPass, StepMemory, TrainingJob
 
 PROBED_TOKENS = 16
 PROBED_TARGETS = 4

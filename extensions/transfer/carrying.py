@@ -17,27 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import Adapter, AdapterUnsupported, BaseModelMismatch, Factors, InvalidTask, LayerMismatch, base_key
-from loraweave.extend import (
-    Asked,
-    BaseLayer,
-    Count,
-    Fraction,
-    GivenRows,
-    Positive,
-    Whole,
-    as_base_layer,
-    base_layer,
-    check_options,
-    context_length,
-    factorise,
-    options_of,
-    padded_inputs,
-    require_same_base,
-    takes,
-    text_rows,
-    tracked,
-    untouched,
-)
+from loraweave.extend import Count, Fraction, GivenRows, Positive, Whole, check_options, factorise, options_of, tracked
+from loraweave.extend.models import BaseLayer, as_base_layer, base_layer, require_same_base
+from loraweave.extend.scoring import Asked, context_length, padded_inputs, takes, text_rows, untouched
 from loraweave.extensions.transfer.drawn_regression import choose_ridge, drawn
 from loraweave.extensions.transfer.old_answers import LR, Learning, agreement, answers, learned, split
 

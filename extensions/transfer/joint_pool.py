@@ -41,21 +41,16 @@ from loraweave import (
 from loraweave.extend import (
     TargetLayer,
     algebra,
-    by_row,
-    claimed,
     is_number,
-    json_text,
-    read_json,
-    read_tensors,
     replacing,
-    require_finite,
     require_replaceable,
-    require_same_base,
     require_whole,
-    target_layer,
     tracked,
     unknown_expert,
 )
+from loraweave.extend.formats import json_text, read_json, read_tensors, require_finite
+from loraweave.extend.live import claimed
+from loraweave.extend.models import by_row, require_same_base, target_layer
 from loraweave.extensions.transfer.shared_bases import Basis, Middle, as_matrix, project, squared_error
 from loraweave.extensions.transfer.shared_bases import fit as fit_bases
 

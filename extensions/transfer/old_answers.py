@@ -16,29 +16,22 @@ import torch
 from torch import Tensor
 
 from loraweave import Adapter, BaseModelMismatch, Composer, InvalidTask, TrainingError
-from loraweave.extend import (
+from loraweave.extend import fingerprint, progress_bar, tracked
+from loraweave.extend.routing import has_two_sequences
+from loraweave.extend.scoring import (
     IGNORED,
-    Apart,
     Asked,
     EncodedRow,
-    HeldOut,
-    JobKind,
-    LoraSettings,
-    SharedTraining,
     TargetBatch,
     batch,
     end_tokens,
-    fingerprint,
     generation_call,
-    has_two_sequences,
     in_chunks,
-    progress_bar,
     read_prompt,
-    require_startable,
     target_logits,
-    tracked,
     untouched,
 )
+from loraweave.extend.training import Apart, HeldOut, JobKind, LoraSettings, SharedTraining, require_startable
 
 # the largest number of tokens of an answer
 MAX_ANSWER = 24

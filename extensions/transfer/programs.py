@@ -18,29 +18,23 @@ import torch
 
 from loraweave import Composition, Hub, InvalidTask, Task, TrainingError, train_adapters
 from loraweave.extend import (
-    MAX_PACKED,
-    STEP_COST,
     Count,
     GivenRows,
     Positive,
-    Program,
-    ReportRow,
-    base_loader,
-    can_be_packed,
     check_options,
     get,
-    in_chunks,
-    linear_targets,
-    loss_with,
     options_of,
-    parent_of,
     processes_here,
     progress_bar,
     read_rows,
     require_all,
-    seeded,
     spread,
 )
+from loraweave.extend.composing import STEP_COST, Program, ReportRow, linear_targets, loss_with
+from loraweave.extend.merging import parent_of
+from loraweave.extend.models import base_loader
+from loraweave.extend.scoring import in_chunks
+from loraweave.extend.training import MAX_PACKED, can_be_packed, seeded
 
 # an input looks like the task's where the cosine of their forms is at least that of the task's own inputs, less this
 SLACK = 0.05

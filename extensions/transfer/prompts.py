@@ -14,15 +14,14 @@ from loraweave.extend import (
     GivenRows,
     Positive,
     Prompt,
-    base_loader,
-    in_chunks,
-    predict,
     progress_bar,
     prompt_ids,
     read_asked,
     require_all,
     spread,
 )
+from loraweave.extend.models import base_loader
+from loraweave.extend.scoring import in_chunks, predict
 
 # inputs that are answered together, and the most tokens of an answer
 BATCH_SIZE, MAX_NEW_TOKENS = 32, 48

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loraweave.extend import DEFAULT_HUB, HubOption, note, open_hub
+from loraweave.extend.commands import DEFAULT_HUB, HubOption, note, open_hub
 
 hub = typer.Typer()
 

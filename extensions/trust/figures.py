@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraweave import Adapter, Factors
-from loraweave.extend import Connection, algebra
+from loraweave.extend import algebra
+from loraweave.extend.hubs import Connection
 
 Array = NDArray[Any]
 

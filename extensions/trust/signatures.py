@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loraweave import Hub, HubError, PackageMissing, Record
-from loraweave.extend import entry, listed
+from loraweave.extend.formats import entry
+from loraweave.extend.hubs import listed
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey

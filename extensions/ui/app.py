@@ -30,7 +30,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraweave import AdapterNotFound, Hub, LoraweaveError
-from loraweave.extend import (
+from loraweave.extend.serving import (
     EventStream,
     Limits,
     Refusal,

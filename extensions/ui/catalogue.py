@@ -12,7 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraweave import AdapterNotFound, Candidate, Hub, Record, Retriever
-from loraweave.extend import Filters, algebra, block_of, by_number, entry
+from loraweave.extend import algebra
+from loraweave.extend.formats import entry
+from loraweave.extend.hubs import Filters
+from loraweave.extend.merging import by_number
+from loraweave.extend.routing import block_of
 from loraweave.extensions.ui.overview import Overview, in_order
 
 # the most adapters with the query in their name that are listed before the hits of a search

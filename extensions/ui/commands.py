@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loraweave import PackageMissing
-from loraweave.extend import DEFAULT_HUB, BaseOption, DtypeOption, HubOption, load_model, open_hub, require_dtype
+from loraweave.extend.commands import DEFAULT_HUB, BaseOption, DtypeOption, HubOption, load_model, open_hub, require_dtype
 
 app = typer.Typer()
 

@@ -21,7 +21,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.decomposition import PCA
 
 from loraweave import Hub, LoraweaveError
-from loraweave.extend import embedder_of
+from loraweave.extend.hubs import embedder_of
 
 Array = NDArray[Any]
 

@@ -26,6 +26,7 @@ from loraweave import (
     Composer,
     Composition,
     ExpertPool,
+    Factors,
     Hub,
     MixtureWeights,
     PackageMissing,
@@ -36,17 +37,10 @@ from loraweave import (
     parse,
     router,
 )
-from loraweave.extend import (
-    Named,
-    Prompt,
-    Stored,
-    TokenRouter,
-    brought,
-    by_number,
-    mixture_interference,
-    router_class,
-    router_names,
-)
+from loraweave.extend import Prompt, brought
+from loraweave.extend.composing import Named, Stored
+from loraweave.extend.merging import MergeReport, by_number, interference
+from loraweave.extend.routing import TokenRouter, router_class, router_names
 from loraweave.extensions.ui.catalogue import Name, Query, block_and_kind, grid
 
 MAX_PICKED = 8
@@ -340,3 +334,19 @@ def _part(name: str, weights: Mapping[str, float], by_layer: Mapping[str, Mappin
     """Return the slider settings of an adapter: its weight, and its weight in each block."""
     blocks = {block_and_kind(layer)[0]: float(row.get(name, 0.0)) for layer, row in (by_layer or {}).items()}
     return {"name": name, "weight": float(weights.get(name, 0.0)), "blocks": blocks}
+
+
+def mixture_interference(
+    experts: Mapping[str, Mapping[str, Factors]], by_layer: Mapping[str, Sequence[float]]
+) -> MergeReport:
+    """Return a report on how far a mixture's weighted updates agree in each layer; its ranks are 0, as nothing is merged.
+
+    `experts` maps names to an adapter's layers, `by_layer` maps each layer to one weight per adapter; the report's `weights`
+    are their means over the layers.
+    """
+    rows = {
+        layer: interference([layers.get(layer) for layers in experts.values()], weights)
+        for layer, weights in by_layer.items()
+    }
+    means = tuple(map(fmean, zip(*by_layer.values(), strict=True)))
+    return MergeReport("linear", tuple(experts), means, rows)

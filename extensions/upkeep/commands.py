@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loraweave.extend import (
+from loraweave.extend.commands import (
     DEFAULT_HUB,
     HubOption,
     JsonOption,

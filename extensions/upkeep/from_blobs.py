@@ -13,18 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from loraweave import AdapterCorrupt, HubError, HubLocked, Record
-from loraweave.extend import (
-    BlobStore,
-    blobs_of,
-    compositions,
-    examine_blob,
-    is_damage,
-    migrate,
-    rows,
-    storage_errors,
-    sync,
-    versions,
-)
+from loraweave.extend import storage_errors, sync
+from loraweave.extend.hubs import BlobStore, blobs_of, compositions, examine_blob, is_damage, migrate, rows, versions
 
 CATALOGUE = "catalogue.sqlite"
 _SIDE_FILES = ("", "-wal", "-shm")

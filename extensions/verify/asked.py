@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraweave import Adapter, Formula, FormulaError, Hub, parse
-from loraweave.extend import DEFAULT_TEMPLATE, Named, Sum
+from loraweave.extend import DEFAULT_TEMPLATE
+from loraweave.extend.composing import Named, Sum
 from loraweave.extensions.verify.answers import AS_ASKED
 from loraweave.extensions.verify.client import Listed
 from loraweave.extensions.verify.hypotheses import BASE, Hypothesis, likely

@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import Any
 
 from loraweave import SourceUnavailable
-from loraweave.extend import entry
+from loraweave.extend.formats import entry
 from loraweave.extensions.verify.answers import Answer, top_of
 
 MAX_BYTES = 8 << 20

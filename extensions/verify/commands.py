@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loraweave.extend import DEFAULT_HUB, BaseOption, HubOption, JsonOption, note, open_hub, print_json, print_table
+from loraweave.extend.commands import DEFAULT_HUB, BaseOption, HubOption, JsonOption, note, open_hub, print_json, print_table
 
 app = typer.Typer()
 

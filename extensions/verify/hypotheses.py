@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from loraweave import Adapter, Factors
-from loraweave.extend import entry, head_size
+from loraweave.extend.formats import entry
+from loraweave.extend.models import head_size
 
 Layers = Mapping[str, Factors]
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from loraweave import Adapter, AdapterUnsupported, Composer, CompositionError, ExpertPool
-from loraweave.extend import end_tokens, pad_id, text_digest, whole_file
+from loraweave.extend import text_digest, whole_file
+from loraweave.extend.scoring import end_tokens, pad_id
 from loraweave.extensions.verify.answers import Answer, distance, top_of
 from loraweave.extensions.verify.hypotheses import Hypothesis
 

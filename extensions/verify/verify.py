@@ -26,7 +26,9 @@ from loraweave import (
     WeightingError,
     load_base,
 )
-from loraweave.extend import EMBEDDED, Named, cache_folder, fingerprint, require_whole, tracked
+from loraweave.extend import cache_folder, fingerprint, require_whole, tracked
+from loraweave.extend.composing import Named
+from loraweave.extend.models import EMBEDDED
 from loraweave.extensions.verify.answers import AS_ASKED, Answer, Finding, ServerReport, distance
 from loraweave.extensions.verify.asked import Asked, asked_of, base_name_of, base_of, formula_of
 from loraweave.extensions.verify.client import Listed, Refused, Server

@@ -116,7 +116,7 @@ def best_of(scores_BTE: Tensor, p_BTE: Tensor) -> Tensor:
     return chosen_BTE + (p_BTE - p_BTE.detach())
 
 
-def parts(pool: ExpertPool, layer: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+def factors_by_expert(pool: ExpertPool, layer: str) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (index, a_RI, b_OR) of each expert that has factors in the layer, in float64.
 
     Raises AdapterUnsupported for experts that need their base layer first (DoRA): use Composer.bound_pool, where they have

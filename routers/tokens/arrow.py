@@ -11,7 +11,7 @@ from loraweave.common.options import Count, Positive, Seed
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import ScoredRouter
 from loraweave.routers.tokens._members import LayerTensors, Members
-from loraweave.routers.tokens._scores import parts, power_iteration, top_direction, without
+from loraweave.routers.tokens._scores import factors_by_expert, power_iteration, top_direction, without
 
 TOP_K = 4
 # steps of PEFT's power iteration
@@ -79,7 +79,7 @@ def _directions(pool: ExpertPool, layer: str, seed: int | None) -> Tensor:
     """Return v_EI of one layer, unit vectors; zeros for an expert without factors there."""
     num_inputs = Members.of(pool).layers[layer].num_inputs
     v_EI = torch.zeros(len(pool), num_inputs)
-    for place, a_RI, b_OR in parts(pool, layer):
+    for place, a_RI, b_OR in factors_by_expert(pool, layer):
         if seed is None:
             v_EI[place] = top_direction(a_RI, b_OR)
         else:

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraweave import Adapter, MixtureWeights
-from loraweave.extend import Kernel, Lease, LiveHook, PlacedFactors, TargetLayer, lock_of
+from loraweave.extend import TargetLayer
+from loraweave.extend.live import Kernel, Lease, LiveHook, PlacedFactors, lock_of
 from loraweave.extensions.accelerators.kernels.triton_gathered import TritonGathered
 from loraweave.extensions.accelerators.kernels.triton_segments import TritonSegments
 from loraweave.extensions.accelerators.rank_tables import DEVICES, RankTables, triton_runs

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loraweave import CompositionError
-from loraweave.extend import LiveHook, MixedLayer, Traced
+from loraweave.extend.live import LiveHook, MixedLayer, Traced
 
 _NUMBERS = count(1)
 _LAYERS: WeakValueDictionary[int, MixedLayer] = WeakValueDictionary()

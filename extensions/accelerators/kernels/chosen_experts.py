@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loraweave.extend import Cost, TokenWorkload, sort_by_expert
+from loraweave.extend.live import Cost, TokenWorkload, sort_by_expert
 from loraweave.extensions.accelerators.kernels.sorted_tokens import S_PER_OP
 
 # seconds of an operation on one expert's tokens, which are few and copied before it

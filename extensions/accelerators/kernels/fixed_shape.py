@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from loraweave.extend import Cost, Lend, Part, RowKernel, RowSets, Workload, group_by_mixture, place_of, weigh_b
+from loraweave.extend.live import Cost, Lend, Part, RowKernel, RowSets, Workload, group_by_mixture, place_of, weigh_b
 from loraweave.extensions.accelerators.fixed_shapes import TILE, fixed_products, fixing
 
 

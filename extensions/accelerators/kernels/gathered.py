@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from loraweave.extend import Cost, Lend, Part, RowKernel, RowSets, Workload, group_by_mixture
+from loraweave.extend.live import Cost, Lend, Part, RowKernel, RowSets, Workload, group_by_mixture
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.extend import Cost, Lend, Part, RowKernel, RowSets, Workload, own_precision, weigh_b
+from loraweave.extend.live import Cost, Lend, Part, RowKernel, RowSets, Workload, own_precision, weigh_b
 
 
 @dataclass(frozen=True, eq=False)

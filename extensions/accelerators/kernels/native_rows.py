@@ -19,18 +19,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from loraweave.extend import (
-    Cost,
-    Lend,
-    Part,
-    RowKernel,
-    RowSets,
-    Workload,
-    group_by_mixture,
-)
-from loraweave.extend import (
-    library as compiled_library,
-)
+from loraweave.extend.live import Cost, Lend, Part, RowKernel, RowSets, Workload, group_by_mixture
+from loraweave.extend.live import library as compiled_library
 
 SOURCE = Path(__file__).with_name("native.c")
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}

@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.extend import Cost, Kernel, Lend, Part, RowKernel, RowSets, Workload, get, group_by_mixture, place_of
+from loraweave.extend import get
+from loraweave.extend.live import Cost, Kernel, Lend, Part, RowKernel, RowSets, Workload, group_by_mixture, place_of
 from loraweave.extensions.accelerators.rank_tables import group_rows
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.extend import AddsInPlace, Cost, Part, TokenWorkload
+from loraweave.extend.live import AddsInPlace, Cost, Part, TokenWorkload
 
 # seconds of an indexing or elementwise call on a CPU
 S_PER_OP = 2e-6

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.extend import Cost, Lend, Part, RowSets, Workload
+from loraweave.extend.live import Cost, Lend, Part, RowSets, Workload
 from loraweave.extensions.accelerators.rank_tables import RankTables, TableKernel, triton_runs
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.extend import Cost, Lend, Part, RowSets, Workload
+from loraweave.extend.live import Cost, Lend, Part, RowSets, Workload
 from loraweave.extensions.accelerators.rank_tables import RankTables, TableKernel, group_rows, triton_runs
 
 # the tokens of one segment in one block

@@ -21,25 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, BaseModelMismatch, Factors
-from loraweave.extend import (
+from loraweave.extend import fingerprint, free_host_bytes
+from loraweave.extend.formats import (
     FLOATS,
     AdapterConfig,
-    BaseLayer,
     Bound,
     Contents,
     Dense,
-    base_layer,
     base_model_of_readme,
     config_fields,
     cut_update,
-    fingerprint,
-    free_host_bytes,
     parse_lora,
     read_card,
     require_finite,
     stored_tensors,
     words,
 )
+from loraweave.extend.models import BaseLayer, base_layer
 from loraweave.extensions.adapter_types.peft_heads import take_heads
 
 ROOT = "base_model."

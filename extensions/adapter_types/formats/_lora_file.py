@@ -14,18 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
-from loraweave.extend import (
+from loraweave.extend import algebra, fingerprint
+from loraweave.extend.formats import (
     FLOATS,
     AdapterConfig,
-    BaseLayer,
     Bound,
     Contents,
     Dense,
-    algebra,
     base_model_of_readme,
     cut_update,
     file_metadata,
-    fingerprint,
     lora_factors,
     lora_files,
     names_in,
@@ -33,6 +31,7 @@ from loraweave.extend import (
     read_tensors,
     words,
 )
+from loraweave.extend.models import BaseLayer
 from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, Reader, StoredLayer, plain_factors
 from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement, divide
 from loraweave.extensions.adapter_types.formats.loha import loha

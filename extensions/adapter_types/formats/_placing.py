@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from loraweave import AdapterUnsupported, Factors, LayerMismatch
-from loraweave.extend import BaseLayer, as_base_layer, head_size, missing_layer
+from loraweave.extend.models import BaseLayer, as_base_layer, head_size, missing_layer
 from loraweave.extensions.adapter_types.formats._known_modules import Rule
 
 # the pipeline's name for a part of it, and a step that transformers has removed from CLIP's paths

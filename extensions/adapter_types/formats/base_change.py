@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
-from loraweave.extend import AdapterConfig, Bound, Contents, base_layer, cut_update, entry, fingerprint, get, parse_lora
+from loraweave.extend import fingerprint, get
+from loraweave.extend.formats import AdapterConfig, Bound, Contents, cut_update, entry, parse_lora
+from loraweave.extend.models import base_layer
 from loraweave.extensions.adapter_types.formats._foreign import PeftReader, plain_factors, require_plain_activation
 
 INITS = ("pissa", "olora", "milora")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
-from loraweave.extend import AdapterConfig
+from loraweave.extend.formats import AdapterConfig
 from loraweave.extensions.adapter_types.formats._foreign import (
     LoraVariant,
     StoredLayer,

@@ -2,7 +2,7 @@
 
 import torch
 
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, check_size, peft_type
 
 

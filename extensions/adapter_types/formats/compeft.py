@@ -12,19 +12,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors, Fingerprint
-from loraweave.extend import (
-    Contents,
-    entry,
-    json_text,
-    present,
-    put_together,
-    read_json,
-    read_tensors,
-    replacing,
-    require_finite,
-    require_replaceable,
-    take_apart,
-)
+from loraweave.extend import replacing, require_replaceable
+from loraweave.extend.formats import Contents, entry, json_text, present, read_json, read_tensors, require_finite
+from loraweave.extend.hubs import put_together, take_apart
 
 DESCRIPTION = "compeft.json"
 WEIGHTS = "compeft.safetensors"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import AdapterCorrupt, AdapterUnsupported
-from loraweave.extend import PIPELINE_PARTS, parse_json, parse_lora
+from loraweave.extend.formats import parse_json, parse_lora
+from loraweave.extend.models import PIPELINE_PARTS
 from loraweave.extensions.adapter_types.formats._foreign import require_plain_activation
 from loraweave.extensions.adapter_types.formats._lora_file import LoraFile, Parts, rank_of
 from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement

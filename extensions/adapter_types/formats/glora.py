@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 
 NAMES = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")

@@ -1,6 +1,6 @@
 """HiRA (Huang et al. 2025, OpenReview TwJrTz9cRS): the base's weight times a low-rank matrix, elementwise."""
 
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 
 

@@ -1,7 +1,7 @@
 """(IA)3 (Liu et al. 2022, arXiv 2205.05638): trained scales of a layer's outputs, or of its inputs."""
 
 from loraweave import Factors
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type, plain_factors
 
 

@@ -1,7 +1,7 @@
 """LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098; Yeh et al. 2023): the elementwise product of two low-rank matrices."""
 
 from loraweave import AdapterUnsupported, Factors
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, check_size, peft_type, plain_factors
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import Factors
-from loraweave.extend import AdapterConfig, parse_lora, stored_names
+from loraweave.extend.formats import AdapterConfig, parse_lora, stored_names
 from loraweave.extensions.adapter_types.formats._foreign import LoraVariant, StoredLayer, plain_factors
 
 MIDDLE = "default_lora_latent_mapping.weight"

@@ -10,7 +10,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from loraweave import AdapterCorrupt, AdapterUnsupported
-from loraweave.extend import entry, is_number, present, read_bytes
+from loraweave.extend import is_number
+from loraweave.extend.formats import entry, present, read_bytes
 from loraweave.extensions.adapter_types.formats._lora_file import LoraFile, Parts, rank_of
 from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement
 

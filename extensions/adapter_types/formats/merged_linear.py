@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
-from loraweave.extend import AdapterConfig, entry
+from loraweave.extend.formats import AdapterConfig, entry
 from loraweave.extensions.adapter_types.formats._foreign import LoraVariant, StoredLayer, block_diagonal, plain_factors
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type, plain_factors
 
 

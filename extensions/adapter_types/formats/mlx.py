@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, AdapterUnsupported
-from loraweave.extend import AdapterConfig, entry, present
+from loraweave.extend.formats import AdapterConfig, entry, present
 from loraweave.extensions.adapter_types.formats._lora_file import LoraFile, Parts
 from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement
 

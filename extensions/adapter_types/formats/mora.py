@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt, Factors
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import LoraVariant, StoredLayer, check_size, plain_factors
 
 A, B = "lora_A.weight", "lora_B.weight"

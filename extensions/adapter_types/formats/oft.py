@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
-from loraweave.extend import AdapterConfig, words
+from loraweave.extend.formats import AdapterConfig, words
 from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 # as in PEFT

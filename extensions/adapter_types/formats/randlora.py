@@ -1,7 +1,7 @@
 """RandLoRA (Albert et al. 2025, arXiv 2502.00987): many fixed random matrices with trained diagonals, of full rank."""
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 
 

@@ -1,7 +1,7 @@
 """SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175): trained values at a few places of the weight."""
 
 from loraweave import AdapterCorrupt
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 
 

@@ -1,7 +1,7 @@
 """Super-Tuning (PEFT 0.21): trained values at the largest or smallest weights, and optionally a LoRA beside them."""
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 
 

@@ -7,7 +7,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from loraweave import AdapterUnsupported, Factors
-from loraweave.extend import AdapterConfig, words
+from loraweave.extend.formats import AdapterConfig, words
 from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, StoredLayer, plain_factors
 
 

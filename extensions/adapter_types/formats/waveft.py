@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import Dense
+from loraweave.extend.formats import Dense
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type
 from loraweave.extensions.adapter_types.formats.fourierft import scatter
 

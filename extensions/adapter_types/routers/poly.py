@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from loraweave import ExpertPool
-from loraweave.extend import Members, TokenRouter, unknown_expert, without
+from loraweave.extend import unknown_expert
+from loraweave.extend.routing import Members, TokenRouter, without
 
 
 class Poly(TokenRouter):

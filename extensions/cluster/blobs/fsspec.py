@@ -12,14 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loraweave import AdapterCorrupt, HubError, HubReadOnly, PackageMissing
-from loraweave.extend import (
-    STALE_TMP_S,
-    BlobStore,
-    FolderBlobs,
-    one_or_many,
-    storage_errors,
-    without_credentials,
-)
+from loraweave.extend import one_or_many, storage_errors
+from loraweave.extend.hubs import STALE_TMP_S, BlobStore, FolderBlobs, without_credentials
 
 # stores whose uploads show the old object or the whole new one; elsewhere a file is written under another name and renamed
 _WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "hf", "memory"}

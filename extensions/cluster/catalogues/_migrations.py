@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from loraweave import HubCorrupt, HubError, HubReadOnly
-from loraweave.extend import run_step, store_labels
+from loraweave.extend.hubs import run_step, store_labels
 from loraweave.extensions.cluster.catalogues._session import PostgresAddress, Translating, require_psycopg
 
 # pgvector stores at most this many numbers; longer vectors are kept, but searched at the client

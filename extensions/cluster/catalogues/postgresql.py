@@ -17,13 +17,13 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from loraweave import HubError, HubLocked, HubReadOnly, Record
-from loraweave.extend import (
+from loraweave.extend import get
+from loraweave.extend.hubs import (
     CatalogueStore,
     Connection,
     Near,
     SharedCatalogue,
     VectorSearch,
-    get,
     row_sha256,
     state_row,
     stored_rows,

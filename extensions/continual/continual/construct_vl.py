@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from loraweave import Adapter, Factors
-from loraweave.extend import Count, LoraJob, LowRank, NonNegative, Positive, TargetBatch, batch, mean_losses
+from loraweave.extend import Count, NonNegative, Positive
+from loraweave.extend.scoring import TargetBatch, batch, mean_losses
+from loraweave.extend.training import LoraJob, LowRank
 from loraweave.extensions.continual.course import Course, Layers, added
 
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from loraweave import Adapter, Task, TrainingError
-from loraweave.extend import GivenRows, LoraJobs, NonNegative, Whole, block_of, job_losses
+from loraweave.extend import GivenRows, NonNegative, Whole
+from loraweave.extend.routing import block_of
+from loraweave.extend.training import LoraJobs, job_losses
 from loraweave.extensions.continual.course import Course, Layers, by_prefix
 
 

@@ -11,19 +11,9 @@ import torch
 from torch import Tensor
 
 from loraweave import Adapter
-from loraweave.extend import (
-    IGNORED,
-    Count,
-    EncodedRow,
-    Fraction,
-    LoraJobs,
-    NonNegative,
-    TargetBatch,
-    batch,
-    job_losses,
-    seeded,
-    token_losses,
-)
+from loraweave.extend import Count, Fraction, NonNegative
+from loraweave.extend.scoring import IGNORED, EncodedRow, TargetBatch, batch, token_losses
+from loraweave.extend.training import LoraJobs, job_losses, seeded
 from loraweave.extensions.continual.course import Course, Layers
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import Adapter, Factors, TrainingError
-from loraweave.extend import Count, Fraction, batch, target_logits
+from loraweave.extend import Count, Fraction
+from loraweave.extend.scoring import batch, target_logits
 from loraweave.extensions.continual.course import Course, Layers, added
 
 ROWS_AT_ONCE = 8

@@ -9,7 +9,9 @@ from typing import Annotated
 import torch
 
 from loraweave import Adapter, TrainingError
-from loraweave.extend import EncodedRow, Range, Whole, algebra, seeded
+from loraweave.extend import Range, Whole, algebra
+from loraweave.extend.scoring import EncodedRow
+from loraweave.extend.training import seeded
 from loraweave.extensions.continual.course import Course, Layers, added
 
 

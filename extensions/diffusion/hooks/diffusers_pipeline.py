@@ -22,17 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import CompositionError, MixtureWeights, Router, ScopeError, WeightingError
-from loraweave.extend import (
-    Activate,
-    ByRow,
-    Handle,
-    LiveHook,
-    LiveModel,
-    Resolve,
-    StandIn,
-    give_back,
-    needs_call,
-)
+from loraweave.extend.live import Activate, Handle, LiveHook, LiveModel, Resolve, StandIn, give_back
+from loraweave.extend.routing import ByRow, needs_call
 from loraweave.extensions.diffusion.pipelines.diffusers import Diffusers
 
 # the beginning of the names of parts that run once for all steps

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from loraweave import CompositionError, LayerMismatch
-from loraweave.extend import PIPELINE_PARTS, Parts, base_id, missing_layer
+from loraweave.extend.models import PIPELINE_PARTS, Parts, base_id, missing_layer
 
 
 class Diffusers(Parts):

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterUnsupported, Factors
-from loraweave.extend import Contents, algebra, readme_text, replacing, require_replaceable, save_tensors
+from loraweave.extend import algebra, replacing, require_replaceable
+from loraweave.extend.formats import Contents, readme_text
+from loraweave.extend.training import save_tensors
 from loraweave.extensions.engines.export import TIED_MODULES
 
 README = "README.md"

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import PIPELINE_PARTS, Contents, traits
+from loraweave.extend import traits
+from loraweave.extend.formats import Contents
+from loraweave.extend.models import PIPELINE_PARTS
 from loraweave.extensions.engines.export import Target
 from loraweave.extensions.engines.targets._writing import place, require_plain, stored_factors, tensors_file
 

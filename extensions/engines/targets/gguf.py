@@ -16,7 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from loraweave import AdapterUnsupported, Factors, PackageMissing
-from loraweave.extend import Contents, base_config, head_size, stated_license, traits
+from loraweave.extend import traits
+from loraweave.extend.formats import Contents
+from loraweave.extend.hubs import stated_license
+from loraweave.extend.models import base_config, head_size
 from loraweave.extensions.engines.export import Target
 from loraweave.extensions.engines.targets._writing import (
     matrices,

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from loraweave import AdapterUnsupported, Factors, names
-from loraweave.extend import Contents, get, traits
+from loraweave.extend import get, traits
+from loraweave.extend.formats import Contents
 from loraweave.extensions.engines.export import Target
 from loraweave.extensions.engines.targets._writing import place, require_plain, stored_factors, tensors_file
 from loraweave.extensions.engines.targets.diffusers import WEIGHTS, pipeline_path

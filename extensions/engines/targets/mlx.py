@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import Contents, base_config
+from loraweave.extend.formats import Contents
+from loraweave.extend.models import base_config
 from loraweave.extensions.engines.export import Target
 from loraweave.extensions.engines.targets._writing import (
     place,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import Contents
+from loraweave.extend.formats import Contents
 from loraweave.extensions.engines.export import Target
 from loraweave.extensions.engines.targets._writing import require_plain
 

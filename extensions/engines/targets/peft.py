@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loraweave.extend import Contents, module_names
+from loraweave.extend.formats import Contents, module_names
 from loraweave.extensions.engines.export import TIED_MODULES, Target
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweave import AdapterUnsupported
-from loraweave.extend import Contents, module_names
+from loraweave.extend.formats import Contents, module_names
 from loraweave.extensions.engines.export import TIED_MODULES, Target
 from loraweave.extensions.engines.targets._writing import require_plain
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from loraweave import Factors, LayerMismatch
-from loraweave.extend import Experts, Weights, shares, terms, traits, weighted_bias
+from loraweave.extend import traits
+from loraweave.extend.merging import Experts, Weights, shares, terms, weighted_bias
 
 
 @traits("shares", "by_factors", "one_a")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from loraweave import Adapter, Factors, WeightingError, merge
-from loraweave.extend import Experts, TruncatedUpdate, Weights, algebra, get, is_whole, shares, traits
+from loraweave.extend import algebra, get, is_whole, traits
+from loraweave.extend.merging import Experts, TruncatedUpdate, Weights, shares
 
 
 @traits("shares")

@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import pad
 
 from loraweave import Factors
-from loraweave.extend import Experts, Weights, algebra, shares, surveys, terms, traits, weighted_bias
+from loraweave.extend import algebra, traits
+from loraweave.extend.merging import Experts, Weights, shares, surveys, terms, weighted_bias
 
 
 def survey(layers: Iterable[Experts], weights: Weights, *, norms: Literal["model", "layer"] = "model") -> list[float] | None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from loraweave import Adapter, Factors, Fingerprint, TrainingError
-from loraweave.extend import (
-    Declared,
+from loraweave.extend import Declared
+from loraweave.extend.scoring import EncodedRow
+from loraweave.extend.training import (
     Descent,
-    EncodedRow,
     LoraJob,
     LoraSettings,
     SharedPass,

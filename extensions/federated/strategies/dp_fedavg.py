@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from loraweave.extend import seeded
+from loraweave.extend.training import seeded
 from loraweave.extensions.federated.strategies._privacy import PrivateStrategy, length
 from loraweave.extensions.federated.strategies._strategy import Course, Order, Tensors, Trained
 

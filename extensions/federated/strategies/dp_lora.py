@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from loraweave import TrainingError
-from loraweave.extend import EncodedRow, LoraJob, seeded
+from loraweave.extend.scoring import EncodedRow
+from loraweave.extend.training import LoraJob, seeded
 from loraweave.extensions.federated.strategies._privacy import PrivateStrategy, length
 from loraweave.extensions.federated.strategies._strategy import (
     Course,

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from loraweave import Factors
-from loraweave.extend import LoraJob, LowRank, algebra, base_layer, factorise
+from loraweave.extend import algebra, factorise
+from loraweave.extend.models import base_layer
+from loraweave.extend.training import LoraJob, LowRank
 from loraweave.extensions.federated.strategies._strategy import (
     Course,
     Layers,

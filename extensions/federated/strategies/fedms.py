@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from loraweave import TrainingError, experts
-from loraweave.extend import Count, ExpertJob, ExpertModel, caller_randomness, put_expert
+from loraweave.extend import Count
+from loraweave.extend.recipes import ExpertModel, put_expert
+from loraweave.extend.training import ExpertJob, caller_randomness
 from loraweave.extensions.federated.strategies._strategy import (
     Client,
     Course,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from loraweave.extend import LoraJob
+from loraweave.extend.training import LoraJob
 from loraweave.extensions.federated.strategies._strategy import (
     B,
     Course,

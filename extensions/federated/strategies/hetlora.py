@@ -10,7 +10,8 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.extend import LoraJob, NonNegative, Range
+from loraweave.extend import NonNegative, Range
+from loraweave.extend.training import LoraJob
 from loraweave.extensions.federated.methods.hetlora import hetlora as padded_sum
 from loraweave.extensions.federated.methods.hetlora import survey
 from loraweave.extensions.federated.strategies._strategy import (

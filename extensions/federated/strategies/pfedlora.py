@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from loraweave import Adapter, Factors, TrainingError
-from loraweave.extend import EncodedRow, LoraJob, Range, algebra, factorise, linear, new_factors
+from loraweave.extend import Range, algebra, factorise
+from loraweave.extend.models import linear
+from loraweave.extend.scoring import EncodedRow
+from loraweave.extend.training import LoraJob, new_factors
 from loraweave.extensions.federated.strategies._strategy import (
     Client,
     Course,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraweave import Factors, TrainingError
-from loraweave.extend import Count, Share, factorise, seeded
+from loraweave.extend import Count, Share, factorise
+from loraweave.extend.training import seeded
 from loraweave.extensions.federated.strategies._strategy import (
     Course,
     Layers,

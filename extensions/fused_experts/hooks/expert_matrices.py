@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from loraweave.extend import Handle, LiveHook, LiveModel, TargetLayer
+from loraweave.extend import TargetLayer
+from loraweave.extend.live import Handle, LiveHook, LiveModel
 from loraweave.extensions.fused_experts.running import ExpertsForward, computes_as_known, watched
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraweave.extend import GgufBase
+from loraweave.extend.models import GgufBase
 from loraweave.extensions.known_bases.fetching import SHA256, gguf_file, kept_file
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from loraweave import PackageMissing
-from loraweave.extend import Flat
+from loraweave.extend.hubs import Flat
 
 Ranking = tuple[np.ndarray, np.ndarray]
 Scan = Callable[[np.ndarray, int], Ranking]

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from loraweave.extend import Flat, saved_array
+from loraweave.extend.hubs import Flat, saved_array
 from loraweave.extensions.large_hubs.indexes._faiss import (
     HalfScanners,
     Ranking,

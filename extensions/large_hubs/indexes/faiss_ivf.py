@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from loraweave.extend import Flat, saved_array
+from loraweave.extend.hubs import Flat, saved_array
 from loraweave.extensions.large_hubs.indexes._faiss import (
     BLOCK_ROWS,
     HalfScanner,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import Experts, Term, Weights, terms, weighted_bias
+from loraweave.extend.merging import Experts, Term, Weights, terms, weighted_bias
 
 # A direction counts as null when it is this small beside the largest: 32 units in the last place of fp32, which is what
 # rounding the factors of one and the same update to fp32 can make of nothing.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import Term
+from loraweave.extend.merging import Term
 
 # the first step on each expert's tensor: (tensor, index of the expert) -> tensor
 Prune = Callable[[Tensor, int], Tensor]

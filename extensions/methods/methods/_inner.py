@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from loraweave import Factors, WeightingError
-from loraweave.extend import DenseUpdate, Experts, MethodCall, Weights, get, traits_of
+from loraweave.extend import get, traits_of
+from loraweave.extend.merging import DenseUpdate, Experts, MethodCall, Weights
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 

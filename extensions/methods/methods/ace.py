@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import Experts, Positive, Share, Weights, empty_update, traits
+from loraweave.extend import Positive, Share, traits
+from loraweave.extend.merging import Experts, Weights, empty_update
 from loraweave.extensions.methods.methods._core import as_factors, counted, opened
 
 # log traces that vary by more than this share of their squared mean are of experts of very different size

@@ -8,19 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.extend import (
-    Cut,
-    DenseUpdate,
-    Entries,
-    Experts,
-    Fraction,
-    Prune,
-    Rule,
-    Weights,
-    keep_largest,
-    sum_pruned,
-    traits,
-)
+from loraweave.extend import Fraction, traits
+from loraweave.extend.merging import Cut, DenseUpdate, Entries, Experts, Prune, Rule, Weights, keep_largest, sum_pruned
 
 
 @traits("lossy")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import Experts, Term, Weights, empty_update, terms, traits
+from loraweave.extend import traits
+from loraweave.extend.merging import Experts, Term, Weights, empty_update, terms
 from loraweave.extensions.methods.methods._core import (
     as_factors,
     clean,

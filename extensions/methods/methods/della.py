@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from loraweave import WeightingError
-from loraweave.extend import (
+from loraweave.extend import Fraction, traits
+from loraweave.extend.merging import (
     LEVELS,
     DenseUpdate,
     Entries,
     Experts,
-    Fraction,
     Rule,
     Weights,
     draws_for,
     merge_elected,
     quantise,
     stream,
-    traits,
 )
 
 

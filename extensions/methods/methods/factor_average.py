@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from loraweave import Factors
-from loraweave.extend import Experts, Weights, mean_weights, terms_of_one_rank, traits, weighted_bias
+from loraweave.extend import traits
+from loraweave.extend.merging import Experts, Weights, mean_weights, terms_of_one_rank, weighted_bias
 
 
 @traits("shares", "by_factors")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loraweave import Factors
-from loraweave.extend import Experts, Fraction, Weights, terms_of_one_rank, traits
+from loraweave.extend import Fraction, traits
+from loraweave.extend.merging import Experts, Weights, terms_of_one_rank
 from loraweave.extensions.methods.methods._factor_space import largest, merge_rooted, weighted_sum
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from loraweave import Factors
-from loraweave.extend import Experts, Fraction, Weights, terms_of_one_rank, traits
+from loraweave.extend import Fraction, traits
+from loraweave.extend.merging import Experts, Weights, terms_of_one_rank
 from loraweave.extensions.methods.methods._factor_space import disjoint_mean, largest, merge_rooted
 
 

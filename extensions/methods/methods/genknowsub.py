@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loraweave import Factors
-from loraweave.extend import Experts, Weights, get
+from loraweave.extend import get
+from loraweave.extend.merging import Experts, Weights
 
 
 def genknowsub(experts: Experts, weights: Weights) -> Factors:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loraweave import Factors
-from loraweave.extend import Experts, Weights, empty_update, traits
+from loraweave.extend import traits
+from loraweave.extend.merging import Experts, Weights, empty_update
 from loraweave.extensions.methods.methods._core import as_factors, counted, gram_svd, joint, opened
 
 

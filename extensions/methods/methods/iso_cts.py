@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import Experts, Fraction, Weights, empty_update, traits
+from loraweave.extend import Fraction, traits
+from loraweave.extend.merging import Experts, Weights, empty_update
 from loraweave.extensions.methods.methods._core import Joint, Spectrum, assemble, counted, gram_svd, joint, opened
 
 

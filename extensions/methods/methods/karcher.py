@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import Count, Experts, NonNegative, Weights, combination, gram, shares, terms, traits
+from loraweave.extend import Count, NonNegative, traits
+from loraweave.extend.merging import Experts, Weights, combination, gram, shares, terms
 
 
 @traits("shares")

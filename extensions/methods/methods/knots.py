@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import DenseUpdate, Experts, Term, Weights, empty_update, surveys, terms, traits
+from loraweave.extend import traits
+from loraweave.extend.merging import DenseUpdate, Experts, Term, Weights, empty_update, surveys, terms
 from loraweave.extensions.methods.methods._core import as_factors, core_factors, joint, scaled_bias, shared_basis, spectra
 from loraweave.extensions.methods.methods._inner import NO_OPTIONS, combined, inner_call, with_biases
 

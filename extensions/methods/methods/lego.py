@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import Count, Experts, Range, Term, Weights, empty_update, terms, traits, weighted_bias
+from loraweave.extend import Count, Range, traits
+from loraweave.extend.merging import Experts, Term, Weights, empty_update, terms, weighted_bias
 from loraweave.extensions.methods.methods._core import as_factors
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import Experts, Weights, combination, gram, terms
+from loraweave.extend.merging import Experts, Weights, combination, gram, terms
 
 
 def model_stock(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import Experts, Weights, algebra, combination, get, interpolation, pair_shares, terms, traits
+from loraweave.extend import algebra, get, traits
+from loraweave.extend.merging import Experts, Weights, combination, interpolation, pair_shares, terms
 
 # cosine of 1e-4: on a smaller angle to a line, fp32 factors no longer say which great circle leads from one to the other
 MAX_COSINE = 1.0 - 0.5e-8

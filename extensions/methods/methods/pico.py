@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from loraweave import Factors
-from loraweave.extend import DenseUpdate, Experts, Weights, algebra, empty_update, terms, weighted_bias
+from loraweave.extend import algebra
+from loraweave.extend.merging import DenseUpdate, Experts, Weights, empty_update, terms, weighted_bias
 from loraweave.extensions.methods.methods._core import NULL, as_factors, core_factors, gram_svd, joint, spectra
 from loraweave.extensions.methods.methods._inner import NO_OPTIONS, combined, inner_call, with_biases
 

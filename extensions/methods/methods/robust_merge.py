@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import Experts, Share, Weights, empty_update, traits
+from loraweave.extend import Share, traits
+from loraweave.extend.merging import Experts, Weights, empty_update
 from loraweave.extensions.methods.methods._core import Spectrum, as_factors, core_factors, opened
 
 

@@ -7,19 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from loraweave.extend import (
-    Cut,
-    DenseUpdate,
-    Entries,
-    Experts,
-    Fraction,
-    Weights,
-    decide,
-    divisor,
-    largest,
-    merged,
-    terms,
-)
+from loraweave.extend import Fraction
+from loraweave.extend.merging import Cut, DenseUpdate, Entries, Experts, Weights, decide, divisor, largest, merged, terms
 
 
 def sce(experts: Experts, weights: Weights, *, density: Fraction = 0.1, scale: float = 1.0) -> DenseUpdate:

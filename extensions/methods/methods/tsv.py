@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loraweave import Factors
-from loraweave.extend import Count, Experts, Weights, empty_update
+from loraweave.extend import Count
+from loraweave.extend.merging import Experts, Weights, empty_update
 from loraweave.extensions.methods.methods._core import assemble, gram_svd, joint, opened
 
 

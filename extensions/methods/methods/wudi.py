@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraweave import Factors
-from loraweave.extend import DenseUpdate, Experts, Weights, empty_update
+from loraweave.extend.merging import DenseUpdate, Experts, Weights, empty_update
 from loraweave.extensions.methods.methods._core import Joint, as_factors, gram_svd, joint, opened
 
 # the settings of Adam in the released code; the others are torch's defaults

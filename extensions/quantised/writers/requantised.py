@@ -24,7 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave import Adapter, CompositionError, Factors
-from loraweave.extend import DenseUpdate, LayerLoss, TargetLayer, WeightWriter, find_places, is_floating
+from loraweave.extend import TargetLayer
+from loraweave.extend.live import LayerLoss, WeightWriter, find_places
+from loraweave.extend.merging import DenseUpdate
+from loraweave.extend.models import is_floating
 from loraweave.extensions.quantised.losses import full_weight_warnings, is_quantised
 
 # the number of unit vectors in one call of a layer

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave import LayerMismatch
-from loraweave.extend import Args, ExpertShape, Site, SumOfExperts, Weigh, conv, seeded
+from loraweave.extend.models import conv
+from loraweave.extend.recipes import Args, ExpertShape, Site, SumOfExperts, Weigh
+from loraweave.extend.training import seeded
 from loraweave.extensions.recipes.recipes.mlore import Mlore, TaskLinear, image_tasks
 
 MOMENTUM = 0.1

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave import LayerMismatch
-from loraweave.extend import (
+from loraweave.extend.live import sort_by_expert
+from loraweave.extend.models import by_row, is_near, linear
+from loraweave.extend.recipes import (
     Args,
     ExpertShape,
     Form,
@@ -18,16 +20,12 @@ from loraweave.extend import (
     Seen,
     Site,
     Weigh,
-    block_of,
-    by_row,
     fitting,
     is_named,
-    is_near,
-    linear,
     numbered_blocks,
     require_all_named,
-    sort_by_expert,
 )
+from loraweave.extend.routing import block_of
 
 
 @dataclass(frozen=True)

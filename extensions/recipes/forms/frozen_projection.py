@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.extend import ExpertShape, Recipe, Site, SumOfExperts, conv, linear
+from loraweave.extend.models import conv, linear
+from loraweave.extend.recipes import ExpertShape, Recipe, Site, SumOfExperts
 
 
 class FrozenProjection(SumOfExperts):

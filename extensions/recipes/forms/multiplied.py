@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import ScopeError
-from loraweave.extend import Args, ExpertShape, Form, Recipe, Seen, Site, Weigh, by_row, fitting, layer_sites, linear
+from loraweave.extend.models import by_row, linear
+from loraweave.extend.recipes import Args, ExpertShape, Form, Recipe, Seen, Site, Weigh, fitting, layer_sites
 
 
 class Multiplied(Form):

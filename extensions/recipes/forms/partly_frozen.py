@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from loraweave.extend import ExpertShape, Site, SumOfExperts
+from loraweave.extend.recipes import ExpertShape, Site, SumOfExperts
 from loraweave.extensions.recipes.row_gates import Frozen
 
 

@@ -8,20 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.extend import (
-    Args,
-    ExpertShape,
-    Form,
-    Recipe,
-    Site,
-    Weigh,
-    by_row,
-    fitting,
-    layer_sites,
-    linear,
-    own_precision,
-    seeded,
-)
+from loraweave.extend.live import own_precision
+from loraweave.extend.models import by_row, linear
+from loraweave.extend.recipes import Args, ExpertShape, Form, Recipe, Site, Weigh, fitting, layer_sites
+from loraweave.extend.training import seeded
 from loraweave.extensions.recipes.recipes.mixlora_conditional import MixloraConditional
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import ScopeError
-from loraweave.extend import Args, ExpertShape, Recipe, Running, Site, SumOfExperts, Weigh, conv, linear
+from loraweave.extend.models import conv, linear
+from loraweave.extend.recipes import Args, ExpertShape, Recipe, Running, Site, SumOfExperts, Weigh
 from loraweave.extensions.recipes.recipes.mtlora import Branch, BranchSite, Mtlora, closing_blocks
 
 

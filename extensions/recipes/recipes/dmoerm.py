@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraweave.extend import ATTENTION, FEED_FORWARD
+from loraweave.extend.recipes import ATTENTION, FEED_FORWARD
 from loraweave.extensions.recipes.row_gates import TaskRecipe
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraweave.extend import ExpertShape, Site, Whole
+from loraweave.extend import Whole
+from loraweave.extend.recipes import ExpertShape, Site
 from loraweave.extensions.recipes.row_gates import EmbeddingGate, Frozen, RowGate, embedding_size
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loraweave.extend import Site
+from loraweave.extend.recipes import Site
 from loraweave.extensions.recipes.row_gates import TaskRecipe
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from loraweave.extend import Call, Count, ExpertShape, NonNegative, Recipe, Share, Site, Weighing
+from loraweave.extend import Count, NonNegative, Share
+from loraweave.extend.recipes import Call, ExpertShape, Recipe, Site, Weighing
 from loraweave.extensions.recipes.limited_gate import BiasedGate
 
 

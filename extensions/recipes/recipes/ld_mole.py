@@ -11,19 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave import ScopeError
-from loraweave.extend import (
-    Call,
-    Count,
-    EvenRecipe,
-    Gate,
-    NonNegative,
-    Rate,
-    Site,
-    Step,
-    TokenGate,
-    Weighing,
-    draw_linear,
-)
+from loraweave.extend import Count, NonNegative, Rate
+from loraweave.extend.recipes import Call, EvenRecipe, Gate, Site, TokenGate, Weighing, draw_linear
+from loraweave.extend.routing import Step
 
 
 def sparsegen(scores_BTE: Tensor, lambda_BT1: Tensor) -> Tensor:

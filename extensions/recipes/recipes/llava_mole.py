@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraweave.extend import FEED_FORWARD, Count, EvenRecipe, NonNegative, Site, Step, balance_term
+from loraweave.extend import Count, NonNegative
+from loraweave.extend.recipes import FEED_FORWARD, EvenRecipe, Site, balance_term
+from loraweave.extend.routing import Step
 from loraweave.extensions.recipes.limited_gate import LimitedGate
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from loraweave.extend import Count, ExpertShape, Range, Site
+from loraweave.extend import Count, Range
+from loraweave.extend.recipes import ExpertShape, Site
 from loraweave.extensions.recipes.row_gates import ConstantGate, Frozen
 
 Phase = Literal["local", "shared"]

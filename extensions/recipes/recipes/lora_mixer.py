@@ -10,19 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loraweave.extend import (
-    Call,
-    Count,
-    EvenRecipe,
-    NonNegative,
-    Site,
-    Step,
-    TokenGate,
-    Weighing,
-    by_layer,
-    get,
-    top_k_softmax,
-)
+from loraweave.extend import Count, NonNegative, get
+from loraweave.extend.recipes import Call, EvenRecipe, Site, TokenGate, Weighing, by_layer
+from loraweave.extend.routing import Step, top_k_softmax
 
 mixtral = get("losses", "mixtral")
 

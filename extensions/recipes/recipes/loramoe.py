@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from loraweave import ScopeError, UnknownName
-from loraweave.extend import FEED_FORWARD, Count, EvenRecipe, NonNegative, Positive, Rate, Site, Step, TokenGate, nearest
+from loraweave.extend import Count, NonNegative, Positive, Rate, nearest
+from loraweave.extend.recipes import FEED_FORWARD, EvenRecipe, Site, TokenGate
+from loraweave.extend.routing import Step
 from loraweave.extensions.recipes.losses.localised import localised
 
 

@@ -9,18 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from loraweave.extend import (
-    Count,
-    EvenRecipe,
-    NonNegative,
-    Positive,
-    Share,
-    Site,
-    Step,
-    balance_term,
-    by_layer,
-    get,
-)
+from loraweave.extend import Count, NonNegative, Positive, Share, get
+from loraweave.extend.recipes import EvenRecipe, Site, balance_term, by_layer
+from loraweave.extend.routing import Step
 from loraweave.extensions.recipes.limited_gate import LimitedGate
 
 z = get("losses", "z")

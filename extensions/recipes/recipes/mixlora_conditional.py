@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loraweave.extend import Count, ExpertShape, NonNegative, Recipe, Site
+from loraweave.extend import Count, NonNegative
+from loraweave.extend.recipes import ExpertShape, Recipe, Site
 from loraweave.extensions.recipes.row_gates import FactorGate
 
 

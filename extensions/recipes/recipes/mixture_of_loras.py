@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.extend import ExpertShape, NonNegative, Recipe, Site, Step, get
+from loraweave.extend import NonNegative, get
+from loraweave.extend.recipes import ExpertShape, Recipe, Site
+from loraweave.extend.routing import Step
 from loraweave.extensions.recipes.row_gates import DomainGate
 
 domain = get("losses", "domain")

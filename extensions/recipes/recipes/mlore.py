@@ -12,20 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave import ScopeError
-from loraweave.extend import (
-    Call,
-    Count,
-    ExpertShape,
-    Gate,
-    NonNegative,
-    Recipe,
-    Site,
-    Step,
-    Weighing,
-    top_k_softmax,
-    traits,
-    uniform,
-)
+from loraweave.extend import Count, NonNegative, traits
+from loraweave.extend.recipes import Call, ExpertShape, Gate, Recipe, Site, Weighing, uniform
+from loraweave.extend.routing import Step, top_k_softmax
 from loraweave.extensions.recipes.limited_gate import top_k_of_softmax
 from loraweave.extensions.recipes.losses.cv_squared import cv_squared
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from loraweave.extend import Count, ExpertShape, Positive, Recipe, Site
+from loraweave.extend import Count, Positive
+from loraweave.extend.recipes import ExpertShape, Recipe, Site
 from loraweave.extensions.recipes.cluster_gates import ClusterGate, ClusterReader, ReleasedClusterGate
 
 RELEASED_FEATURES, RELEASED_NOISE = 384, 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraweave.extend import FEED_FORWARD, TopKRecipe
+from loraweave.extend.recipes import FEED_FORWARD, TopKRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import ScopeError
-from loraweave.extend import Count, ExpertShape, Positive, Rate, Recipe, Site, numbered_blocks, traits
+from loraweave.extend import Count, Positive, Rate, traits
+from loraweave.extend.recipes import ExpertShape, Recipe, Site, numbered_blocks
 from loraweave.extensions.recipes.row_gates import TaskSwitch
 
 

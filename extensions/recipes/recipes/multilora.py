@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.extend import Count, ExpertShape, Gate, Recipe, Site, uniform
+from loraweave.extend import Count
+from loraweave.extend.recipes import ExpertShape, Gate, Recipe, Site, uniform
 
 
 @dataclass(frozen=True, kw_only=True)

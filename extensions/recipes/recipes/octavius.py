@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraweave.extend import Count, EvenRecipe, Site
+from loraweave.extend import Count
+from loraweave.extend.recipes import EvenRecipe, Site
 from loraweave.extensions.recipes.row_gates import EmbeddingGate, embedding_size
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.extend import ATTENTION, FEED_FORWARD, NonNegative
+from loraweave.extend import NonNegative
+from loraweave.extend.recipes import ATTENTION, FEED_FORWARD
 from loraweave.extensions.recipes.losses.nuclear_norm import nuclear_norm
 from loraweave.extensions.recipes.row_gates import TaskRecipe
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraweave.extend import Count, NonNegative, Positive, Rate, Site, TopKRecipe
+from loraweave.extend import Count, NonNegative, Positive, Rate
+from loraweave.extend.recipes import Site, TopKRecipe
 from loraweave.extensions.recipes.limited_gate import LimitedGate
 
 

@@ -10,18 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.extend import (
-    Call,
-    Count,
-    ExpertShape,
-    NonNegative,
-    Recipe,
-    Site,
-    Step,
-    Weighing,
-    balance_term,
-    draw_linear,
-)
+from loraweave.extend import Count, NonNegative
+from loraweave.extend.recipes import Call, ExpertShape, Recipe, Site, Weighing, balance_term, draw_linear
+from loraweave.extend.routing import Step
 from loraweave.extensions.recipes.limited_gate import BiasedGate
 
 

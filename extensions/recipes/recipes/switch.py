@@ -7,16 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraweave.extend import (
-    EvenRecipe,
-    NonNegative,
-    Positive,
-    Site,
-    Step,
-    balance_term,
-    by_layer,
-    get,
-)
+from loraweave.extend import NonNegative, Positive, get
+from loraweave.extend.recipes import EvenRecipe, Site, balance_term, by_layer
+from loraweave.extend.routing import Step
 from loraweave.extensions.recipes.limited_gate import LimitedGate
 
 z = get("losses", "z")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import ExpertPool
-from loraweave.extend import Count, InputGates, Members, NonNegative, Step
+from loraweave.extend import Count, NonNegative
+from loraweave.extend.routing import InputGates, Members, Step
 from loraweave.extensions.recipes.recipes.ld_mole import Lambda, shortfall, sparsegen
 
 

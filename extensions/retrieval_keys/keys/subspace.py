@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraweave import Adapter, Factors, HubError, Record
-from loraweave.extend import KeySpace, Query, algebra
+from loraweave.extend import algebra
+from loraweave.extend.hubs import KeySpace, Query
 
 # directions below this share of the largest are rounding
 _RANK_TOLERANCE = 1e-6

@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from loraweave import LoraweaveError, Record, RetrievalError
-from loraweave.extend import Declared, KeySpace, Positive, Query, is_number, traits
+from loraweave.extend import Declared, Positive, is_number, traits
+from loraweave.extend.hubs import KeySpace, Query
 
 
 @traits("relative")

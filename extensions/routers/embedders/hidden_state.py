@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 import loraweave as lw
-from loraweave.extend import embed_in_batches, fingerprint, text_digest, traits
+from loraweave.extend import fingerprint, text_digest, traits
+from loraweave.extend.hubs import embed_in_batches
 
 MAX_TOKENS = 256
 BATCH_TEXTS = 16

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loraweave.extend import CrossEntropy, RowSums
+from loraweave.extend.scoring import CrossEntropy, RowSums
 
 
 class LorahubOriginal(CrossEntropy):

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from loraweave.extend import Count, Gradient
+from loraweave.extend import Count
+from loraweave.extend.routing import Gradient
 
 # as published: 1000 steps of 1e-3 from 0.3, so that a weight can go about 1 from where it began
 START = 0.3

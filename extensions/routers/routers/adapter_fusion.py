@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from loraweave import ExpertPool
-from loraweave.extend import Count, LayerTensors, Members, NonNegative, OutputRouter, Positive, Step, without
+from loraweave.extend import Count, NonNegative, Positive
+from loraweave.extend.routing import LayerTensors, Members, Step, without
+from loraweave.extensions.routers.outputs import OutputRouter
 
 
 class OutputAttention(OutputRouter):

@@ -10,7 +10,9 @@ from typing import Literal
 import numpy as np
 
 from loraweave import WeightingError
-from loraweave.extend import ClosedForm, Count, Fraction, embedder_of, unknown_expert
+from loraweave.extend import Count, Fraction, unknown_expert
+from loraweave.extend.hubs import embedder_of
+from loraweave.extend.routing import ClosedForm
 
 
 @dataclass(eq=False, kw_only=True)

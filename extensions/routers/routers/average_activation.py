@@ -12,18 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from loraweave import ExpertPool, ScopeError, WeightingError
-from loraweave.extend import (
-    Count,
-    LayerTensors,
-    Members,
-    Positive,
-    Prompt,
-    ScoredRouter,
-    prompt_ids,
-    read_prompts,
-    tracked,
-    without,
-)
+from loraweave.extend import Count, Positive, Prompt, prompt_ids, tracked
+from loraweave.extend.routing import LayerTensors, Members, ScoredRouter, read_prompts, without
 
 TOP_K = 2
 

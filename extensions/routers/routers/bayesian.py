@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import numpy as np
 from scipy.special import ndtr
 
-from loraweave.extend import Count, Range, Solver
+from loraweave.extend import Count, Range
+from loraweave.extend.routing import Solver
 
 POPULATION = 4
 # the number of points drawn for each candidate, half in the whole box and half around the best so far

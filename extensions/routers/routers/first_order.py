@@ -31,7 +31,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from loraweave.extend import Positive, Solver, traits
+from loraweave.extend import Positive, traits
+from loraweave.extend.routing import Solver
 
 RADIUS = 0.5
 RIDGE = 1e-4

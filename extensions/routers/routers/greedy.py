@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraweave import WeightingError
-from loraweave.extend import Solver, traits
+from loraweave.extend import traits
+from loraweave.extend.routing import Solver
 
 
 @traits("ends_early", "orderless")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from loraweave import ExpertPool
-from loraweave.extend import InputGates, Members, best_of
+from loraweave.extend.routing import InputGates, Members, best_of
 
 
 class HardRouted(InputGates):

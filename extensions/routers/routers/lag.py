@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraweave import ExpertPool, WeightingError
-from loraweave.extend import Count, Members, Positive, ScoredRouter, get
+from loraweave.extend import Count, Positive, get
+from loraweave.extend.routing import Members, ScoredRouter
 
 CANDIDATES = 4
 TOP_K = 1

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraweave import ExpertPool, LayerMismatch, WeightingError
-from loraweave.extend import Count, LayerTensors, LearnedRouter, Members, block_of, running_block, without
+from loraweave.extend import Count
+from loraweave.extend.routing import LayerTensors, LearnedRouter, Members, block_of, running_block, without
 
 
 class LoraFlow(LearnedRouter):

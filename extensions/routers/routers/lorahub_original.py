@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from loraweave import MixtureWeights, PackageMissing, SearchFailed, WeightingError
-from loraweave.extend import Solver
+from loraweave.extend.routing import Solver
 
 
 @dataclass(eq=False, kw_only=True)

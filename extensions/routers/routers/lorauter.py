@@ -14,21 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from loraweave import Composer, CompositionError, ExpertPool, InvalidTask, Task, WeightingError
-from loraweave.extend import (
-    Count,
-    GivenRows,
-    Members,
-    Positive,
-    TargetBatch,
-    TextRouter,
-    batch,
-    encode_pairs,
-    labelled_tasks,
-    mean_losses,
-    progress_bar,
-    prompt_texts,
-    untouched,
-)
+from loraweave.extend import Count, GivenRows, Positive, progress_bar, prompt_texts
+from loraweave.extend.routing import Members, TextRouter, labelled_tasks
+from loraweave.extend.scoring import TargetBatch, batch, encode_pairs, mean_losses, untouched
 
 # our default: the abstract, on which this is based, names none
 NUM_TASKS = 3

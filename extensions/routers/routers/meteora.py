@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from loraweave import ExpertPool
-from loraweave.extend import Count, InputGates, Members, NonNegative, Positive, Step, top_k_softmax
+from loraweave.extend import Count, NonNegative, Positive
+from loraweave.extend.routing import InputGates, Members, Step, top_k_softmax
 
 
 class Meteora(InputGates):

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from loraweave import ExpertPool
-from loraweave.extend import InputGates, Members, NonNegative, Step, best_of, without
+from loraweave.extend import NonNegative
+from loraweave.extend.routing import InputGates, Members, Step, best_of, without
 from loraweave.extensions.routers.by_sequence import BySequence, Decision
 from loraweave.extensions.routers.routers.meteora import taught
 

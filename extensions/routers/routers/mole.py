@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from loraweave import ExpertPool, ScopeError
-from loraweave.extend import LayerTensors, Members, NonNegative, OutputRouter, Step, unknown_expert, without
+from loraweave.extend import NonNegative, unknown_expert
+from loraweave.extend.routing import LayerTensors, Members, Step, without
+from loraweave.extensions.routers.outputs import OutputRouter
 
 # standard deviation of the learned projections at the start: weights are close to uniform, and tau gets a gradient
 STD = 0.02

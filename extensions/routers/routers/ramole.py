@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from loraweave import Adapter, BaseModelMismatch, ExpertPool, WeightingError
-from loraweave.extend import Count, Members, Rate, without
+from loraweave.extend import Count, Rate
+from loraweave.extend.routing import Members, without
 from loraweave.extensions.routers.routers.adapter_fusion import OutputAttention
 
 RANK = 8

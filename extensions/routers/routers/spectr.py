@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from loraweave import ExpertPool
-from loraweave.extend import Count, LayerTensors, Members, Positive, ScoredRouter, output_factors, without
+from loraweave.extend import Count, Positive
+from loraweave.extend.routing import LayerTensors, Members, ScoredRouter, without
+from loraweave.extensions.routers.outputs import output_factors
 
 TOP_K = 4
 

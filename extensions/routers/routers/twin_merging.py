@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraweave import ExpertPool, Hub, WeightingError
-from loraweave.extend import DEFAULT_TEMPLATE, Logistic, Members, Positive, unknown_expert
+from loraweave.extend import DEFAULT_TEMPLATE, Positive, unknown_expert
+from loraweave.extend.routing import Logistic, Members
 
 
 class TwinMerging(Logistic):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import ExpertPool, LayerMismatch, WeightingError
-from loraweave.extend import Count, LearnedRouter, Members, running_block, without
+from loraweave.extend import Count
+from loraweave.extend.routing import LearnedRouter, Members, running_block, without
 from loraweave.extensions.routers.by_sequence import BySequence, Decision
 
 START = 0.3

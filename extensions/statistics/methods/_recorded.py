@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loraweave import WeightingError
-from loraweave.extend import Experts, Term, Weights, algebra, terms, weighted_bias
+from loraweave.extend import algebra
+from loraweave.extend.merging import Experts, Term, Weights, terms, weighted_bias
 from loraweave.extensions.statistics.saved import LayerStatistics
 
 

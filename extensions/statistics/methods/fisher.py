@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from loraweave import WeightingError
-from loraweave.extend import DenseUpdate, Experts, NonNegative, Weights, traits
+from loraweave.extend import NonNegative, traits
+from loraweave.extend.merging import DenseUpdate, Experts, Weights
 from loraweave.extensions.statistics.methods._recorded import Share, share_bias, shares
 from loraweave.extensions.statistics.saved import LayerStatistics
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loraweave import Factors
-from loraweave.extend import Experts, Weights, traits
+from loraweave.extend import traits
+from loraweave.extend.merging import Experts, Weights
 from loraweave.extensions.statistics.methods._recorded import shares
 from loraweave.extensions.statistics.methods._regression import regression
 from loraweave.extensions.statistics.saved import LayerStatistics

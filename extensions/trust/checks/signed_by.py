@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 
 from loraweave import HubError, Record
-from loraweave.extend import entry
+from loraweave.extend.formats import entry
 from loraweave.extensions.trust.signatures import SIGNATURES, Key, hex_of, is_valid, read_public_key
 
 

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from loraweave import Adapter, AdapterSuspicious, Anomaly, HubCorrupt, HubError
-from loraweave.extend import BlobStore, CatalogueStore, Connection, Prepared, algebra, cosine, rows, stored_adapter
+from loraweave.extend import algebra
+from loraweave.extend.hubs import BlobStore, CatalogueStore, Connection, Prepared, rows, stored_adapter
+from loraweave.extend.merging import cosine
 from loraweave.extensions.trust.figures import Figures, alike, figures_of, reference
 
 Array = NDArray[Any]

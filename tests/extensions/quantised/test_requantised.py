@@ -24,7 +24,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Torc
 from loraweave.composer.composer import Composer
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.errors import BaseModelUnverified, CompositionError
-from loraweave.extend import LayerLoss
+from loraweave.extend.live import LayerLoss
 from loraweave.extensions.quantised import differences, logits_loss
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors, Task

@@ -7,7 +7,7 @@ import torch
 
 import loraweave as lw
 from loraweave.errors import LayerMismatch, ScopeError, UnknownName, WeightingError
-from loraweave.extend import put_expert
+from loraweave.extend.recipes import put_expert
 from loraweave.extensions.recipes import federated_average, fit_clusters
 
 SIZES = (100.0, 300.0)

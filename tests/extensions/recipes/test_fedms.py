@@ -6,7 +6,7 @@ from torch.nn import functional
 
 import loraweave as lw
 from loraweave.errors import LayerMismatch
-from loraweave.extend import put_expert
+from loraweave.extend.recipes import put_expert
 from loraweave.extensions.recipes import with_options
 
 LAYER = "model.layers.1.mlp.up_proj"

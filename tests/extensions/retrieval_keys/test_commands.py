@@ -7,7 +7,7 @@ import torch
 from command_line import call
 
 import loraweave as lw
-from loraweave.extend import sentence
+from loraweave.extend.hubs import sentence
 from loraweave.types import Factors
 
 INPUTS = {"count": ["1 2 3", "4 5 6", "7 8 9"], "vowels": ["a e i", "o u a", "e i o"]}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loraweave.extend import router_class
+from loraweave.extend.routing import router_class
 
 PAGE = (Path(__file__).parents[3] / "docs" / "extensions" / "routers.md").read_text(encoding="utf-8")
 ROUTERS = re.findall(r"^\| `(\w+)` \|", PAGE.partition("## Routers")[2].partition("\n`loraweave")[0], re.MULTILINE)

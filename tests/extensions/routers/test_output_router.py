@@ -10,9 +10,9 @@ from tiny_models import random_factors
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import AdapterUnsupported
+from loraweave.extensions.routers.outputs import OutputRouter
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._forms import OutputRouter
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._saved import router, router_class, router_names
 from loraweave.types import Factors

@@ -1,0 +1,16 @@
+from loraweave.serving.app import make_app as make_app
+from loraweave.serving.app import make_server as make_server
+from loraweave.serving.batch import Prefixes as Prefixes
+from loraweave.serving.http import EventStream as EventStream
+from loraweave.serving.http import loopback_only as loopback_only
+from loraweave.serving.http import read_body as read_body
+from loraweave.serving.http import read_request as read_request
+from loraweave.serving.http import refused as refused
+from loraweave.serving.http import require_loopback as require_loopback
+from loraweave.serving.http import unless_gone as unless_gone
+from loraweave.serving.limits import Limits as Limits
+from loraweave.serving.limits import Refusal as Refusal
+from loraweave.serving.limits import refusal_of as refusal_of
+from loraweave.serving.scheduler import Admission as Admission
+from loraweave.serving.scheduler import Metrics as Metrics
+from loraweave.serving.scheduler import too_busy as too_busy
