@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from loraweave import Adapter, Composer, Composition, Formula, Hub, PackageMissing, ScopeError, UnknownName, WeightingError
 from loraweave.extend import is_list, is_whole
@@ -87,15 +91,40 @@ def evaluate_harness(
     }
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     mixing: AbstractContextManager[Any] = nullcontext()
-    if isinstance(what, Composition):
+    averages = isinstance(what, Composition) and bool(what.members)
+    if averages:
+        for name, member in what.members.items():
+            if member.steps:
+                raise ScopeError(f"member {name!r} of the average answers in steps, and lm_eval asks for one pass")
+    elif isinstance(what, Composition):
         mixing = what.activate()
     elif mixed is not None:
         mixing = Composer(model, mixed[1], tokenizer=tokenizer).activate(mixed[0])
     with caller_randomness(), untouched(model), mixing:
         # lm_eval asks for nothing but what a plain model has
-        language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=rows)
+        kind = _averaging(HFLM, what) if averages else HFLM
+        language_model = kind(pretrained=model, tokenizer=tokenizer, batch_size=rows)
         scores: dict[str, Any] = simple_evaluate(model=language_model, **arguments, **seeds, **settings)
     return scores
+
+
+def _averaging(language_model: Any, average: Composition) -> Any:
+    """Return a subclass of lm_eval's HFLM whose log-probabilities are those of the average of a composition's members."""
+    total = sum(member.share for member in average.members.values())
+
+    class Averaging(language_model):  # type: ignore[misc]
+        def _model_call(self, *args: Any, **kwargs: Any) -> Tensor:
+            parts = []
+            for member in average.members.values():
+                with member.activate():
+                    logits = super()._model_call(*args, **kwargs)
+                parts.append(logits.float().log_softmax(dim=-1) + math.log(member.share / total))
+            return torch.stack(parts).logsumexp(dim=0)
+
+        def _model_generate(self, *_: Any, **__: Any) -> Tensor:
+            raise ScopeError("members of an average answer apart: lm_eval can score texts by them, and generate none")
+
+    return Averaging
 
 
 def _mixture_and_pool(what: Any, hub_or_pool: Any) -> tuple[Any, Any] | None:

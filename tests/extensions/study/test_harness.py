@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,21 @@ def test_a_routers_scores_are_those_of_each_row_alone(adapters, tiny_llama, toke
     assert float(losses[0, 1]) == pytest.approx(alone, abs=1e-4)
     with pytest.raises(ScopeError, match="leave batch_size=2 out"):
         scores(router, tasks, batch_size=2, **on)
+
+
+def test_an_average_is_scored_by_its_averaged_probabilities(adapters, tiny_llama, tokenizer, tasks):
+    members = {
+        adapter.name: replace(lw.Composition.of(tiny_llama, tokenizer, lw.Task([("a", "b")]), adapter), share=share)
+        for adapter, share in zip(adapters[:2], (1.0, 3.0), strict=True)
+    }
+    average = lw.Composition.of(tiny_llama, tokenizer, lw.Task([("a", "b")]), members)
+    _, losses = scores(average, tasks)
+    # a choice of one token
+    alone = [scores(member, tasks)[1][0, 0] for member in members.values()]
+    assert float(losses[0, 0].exp()) == pytest.approx(float(alone[0].exp() + 3 * alone[1].exp()) / 4, rel=1e-4)
+    steps = replace(average, members={"steps": replace(average, members={}, steps=members)})
+    with pytest.raises(ScopeError, match="member 'steps' of the average answers in steps"):
+        scores(steps, tasks)
 
 
 def test_an_expert_model_is_scored_as_a_model(make_model, tokenizer, tasks):
