@@ -196,7 +196,7 @@ class Composition(TaskMixture):
         )
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write composition.json and, unless it is the base model, the merged adapter as a PEFT folder.
+        """Write composition.json, a README.md and, unless it is the base model, the merged adapter as a PEFT folder.
 
         A composition with a router has the router and its adapters there instead; raises ScopeError for a router that
         `lw.router` cannot make. Members of an average and steps of a program go to folders inside this one.
@@ -217,6 +217,8 @@ class Composition(TaskMixture):
             for number, part in enumerate([*self.members.values(), *self.steps.values()]):
                 part.save_pretrained(new / f"member-{number}")
             (new / FILE).write_text(json.dumps(self._recipe(), indent=1, ensure_ascii=False))
+            # no path and no table, whose width is the terminal's: equal compositions are equal files
+            (new / README).write_text(self._card("."), encoding="utf-8")
         return target
 
     def export(
@@ -254,11 +256,7 @@ class Composition(TaskMixture):
         def write(folder: Path) -> None:
             self.save_pretrained(folder)
             parents = [{key: parent.get(key) for key in ("name", "weight", "license", "hash")} for parent in self._parents()]
-            sections = {"Parents": json.dumps(parents, indent=1), "Scores": str(self.report.table())}
-            read = f"composition = lw.Composition.from_pretrained({repository!r}, model, tokenizer)"
-            code = f"{read}\ncomposition.predict(['...'])"
-            base = base_id(self.model)
-            text = shared_card(f"Composition by {self.merge_method}", base, self.license, "composition", code, sections)
+            text = self._card(repository, Parents=json.dumps(parents, indent=1), Scores=str(self.report.table()))
             (folder / README).write_text(text, encoding="utf-8")
 
         message = commit_message or f"composition, {self.report.chosen}"
@@ -268,8 +266,8 @@ class Composition(TaskMixture):
     def from_pretrained(
         cls,
         source: str | Path,
-        model: Any,
-        tokenizer: Any,
+        model: Any = None,
+        tokenizer: Any = None,
         *,
         revision: str | None = None,
         token: str | None = None,
@@ -277,12 +275,18 @@ class Composition(TaskMixture):
     ) -> Composition:
         """Read a saved composition, from its folder or `owner/name` on the model hub, for the same base model.
 
-        Raises BaseModelMismatch for another model, AdapterNotFound if there is no composition, and what a download raises.
+        Without a model and tokenizer, load the base that the composition recorded. Raises BaseModelMismatch for another
+        model or a base that cannot be loaded, AdapterNotFound if there is no composition, and what a download raises.
         Warns if only the names and shapes of layers, neither weights nor ids, show that the model is the same.
         """
         wanted = {"revision": revision, "token": token, "local_files_only": local_files_only}
         folder = find_folder(source, f"a composition, which has a {FILE}", FILES, **wanted)  # type: ignore[arg-type]
-        fields = (recipe := SavedRecipe.read(folder)).fields_on(model)
+        recipe = SavedRecipe.read(folder)
+        if model is None and tokenizer is None:
+            model, tokenizer = recipe.load_base()
+        elif model is None or tokenizer is None:
+            raise CompositionError("a composition is read with a model and its tokenizer: pass both, or neither")
+        fields = recipe.fields_on(model)
         for number, name in enumerate(recipe.part_names):
             fields[str(recipe.parts)][name] = cls.from_pretrained(folder / f"member-{number}", model, tokenizer)
         return cls(model, tokenizer, **fields)
@@ -317,6 +321,17 @@ class Composition(TaskMixture):
         weights = self.mean_weights
         used = [{**parent_of(adapter), "name": name, "weight": weights.get(name)} for name, adapter in self._used.items()]
         return used or [dict(parent) for parent in self.parents]
+
+    def _card(self, source: str, **sections: str) -> str:
+        """Return the README.md of the saved composition: Python that reads it from `source` and answers, and its figures."""
+        loss = next((row.loss for row in self.report.rows if row.name == self.report.chosen), None)
+        figures = [f"chosen: {self.report.chosen} ({self.report.reason})", f"examples: {len(self.task.examples)}"]
+        figures += [f"mean loss on them: {'not measured' if loss is None else format(loss, '.3f')}"]
+        figures += [f"{'members' if self.members else 'steps'}: {', '.join(self.parts)}"] if self.parts else []
+        inputs = [prompt_json(prompt) for prompt, _ in self.task.examples[:1]] or ["..."]
+        code = f"composition = lw.Composition.from_pretrained({source!r})\nprint(composition.predict({inputs!r}))"
+        title, told = f"Composition by {self.merge_method}", {"Figures": "\n".join(figures), **sections}
+        return shared_card(title, base_id(self.model), self.license, "composition", code, told)
 
     def _recipe(self) -> dict[str, Any]:
         """Return the content of composition.json."""

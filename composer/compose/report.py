@@ -17,9 +17,9 @@ from loraweave.common.checks import is_number
 from loraweave.common.display import ShownTable
 from loraweave.common.files import as_path
 from loraweave.composer.composer import Composer
-from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
+from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError, PackageMissing
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import base_key, require_model, warn_unverified
+from loraweave.hub.base import base_key, load_base, require_model, warn_unverified
 from loraweave.hub.formats._files import read_bytes
 from loraweave.hub.pool import ExpertPool
 from loraweave.types import BaseKey, Fingerprint, Task
@@ -149,6 +149,17 @@ class SavedRecipe:
             return cls(path.parent, task, report, base, recipe["base_model"], recipe, parts, names)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+    def load_base(self) -> tuple[Any, Any]:
+        """Load (model, tokenizer) of the recorded base. Raises BaseModelMismatch if it has no name or cannot be loaded."""
+        try:
+            # the embedded default must not stand in for a base without a name
+            return load_base(self.base_model or self.folder / "a base without a name")
+        except (BaseModelMismatch, PackageMissing) as error:
+            raise BaseModelMismatch(
+                f"{self.folder} was composed for the base model {self.base_model!r}, which cannot be loaded: load it "
+                f"yourself, and call Composition.from_pretrained(source, model, tokenizer) ({error})"
+            ) from error
 
     def fields_on(self, model: Any) -> dict[str, Any]:
         """Return the composition's fields on the model, without its members. Raises BaseModelMismatch for another base.

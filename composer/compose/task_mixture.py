@@ -173,6 +173,32 @@ class TaskMixture:
         """
         return self._predict(read_asked(inputs), max_new_tokens)
 
+    __call__ = generate = predict  # as users of transformers expect
+
+    @property
+    def device(self) -> Any:
+        """No device: raises CompositionError, since transformers' pipeline() reads the device of a model before all else."""
+        way_out = "composition.pipeline() is one for text, and `with composition.activate() as model:` has a model"
+        raise CompositionError(f"a composition is no model of transformers, which its pipelines need: {way_out}")
+
+    def pipeline(self, **options: Any) -> Any:
+        """Return transformers' text-generation pipeline with these options, which answers as the base does in `activate`."""
+        from transformers import TextGenerationPipeline, pipeline
+
+        if self.parts:
+            self._require_one("be a pipeline")
+        activate = self.activate
+
+        class Answering(TextGenerationPipeline):  # type: ignore[misc]
+            def _forward(self, *args: Any, **kwargs: Any) -> Any:
+                with activate():
+                    return super()._forward(*args, **kwargs)
+
+        if getattr(self.model, "hf_device_map", None) is None:
+            # else transformers would move the base to the first accelerator
+            options.setdefault("device", self.model.device)
+        return pipeline("text-generation", model=self.model, tokenizer=self.tokenizer, pipeline_class=Answering, **options)
+
     def evaluate(self, pairs: GivenRows) -> dict[str, float]:
         """Score answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.
 

@@ -125,7 +125,7 @@ def shared_card(title: str, base_model: str, license: str | None, kind: str, cod
     """Return the README.md of a composition or the like: front matter, Python code that uses it, and texts by title."""
     front = yaml.safe_dump(front_matter(base_model, "loraweave", [*OWN_TAGS, kind], license), sort_keys=False)
     # a folder of the writer's machine tells readers nothing
-    known = base_model if MODEL_ID.fullmatch(base_model) else "not recorded"
+    known = base_model if MODEL_ID.fullmatch(base_model) else "a local folder" if base_model else "not recorded"
     facts = f"- Base model: {known}\n- Licence: {_one_line(license or 'not known')}"
     parts = [f"---\n{front}---", f"# {_one_line(title)}", f"```python\nimport loraweave as lw\n\n{code}\n```", facts]
     parts += [f"## {name}\n\n{_indent(text)}" for name, text in sections.items() if text]

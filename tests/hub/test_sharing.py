@@ -56,7 +56,7 @@ def test_the_cards_state_base_licence_parents_weights_scores_and_use(found):
     assert '"name": "lora"' in weighed
     assert '"weight": 0.5' in weighed
     assert "## Scores" in weighed
-    assert "lw.Composition.from_pretrained('mine/weighed', model, tokenizer)" in weighed
+    assert "lw.Composition.from_pretrained('mine/weighed')" in weighed
     assert "lw.experts('mine/experts', model" in card("experts")
 
 

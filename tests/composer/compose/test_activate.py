@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments, pipeline
 
 import loraweave as lw
-from loraweave.errors import ScopeError
+from loraweave.errors import CompositionError, ScopeError
 
 # peft's own
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -82,3 +82,20 @@ def test_an_average_of_members_is_no_one_model(composition):
     average = replace(composition, members={"one": composition, "other": composition})
     with pytest.raises(ScopeError, match="cannot answer as one model"), average.activate():
         pass
+
+
+def test_a_composition_has_a_pipeline_of_its_own(composition, merged, tokenizer):
+    def ids(writer):
+        return [found["generated_token_ids"] for (found,) in writer(text for text in ("ab", "c d"))]
+
+    options = {"max_new_tokens": 6, "do_sample": False, "return_tensors": True}
+    writer = composition.pipeline(**options)
+    assert ids(writer) == ids(pipeline("text-generation", model=merged, tokenizer=tokenizer, **options))
+    with pytest.raises(CompositionError, match=r"composition\.pipeline\(\) is one for text"):
+        pipeline("text-generation", model=composition, tokenizer=tokenizer)
+    with pytest.raises(ScopeError, match="cannot be a pipeline"):
+        replace(composition, members={"one": composition}).pipeline()
+
+
+def test_a_composition_called_and_asked_to_generate_predicts(composition):
+    assert composition(["ab"]) == composition.generate(["ab"]) == composition.predict(["ab"])
