@@ -185,7 +185,7 @@ def _show(composed: lw.Composition, method: str, out: Path | None, as_json: bool
     if out is not None:
         more = "" if composed.router or composed.steps else ", `loraweave export` makes a PEFT folder of it"
         if composed.members:
-            more = f", `loraweave export` makes a PEFT folder of a member, as {out / 'member-0'}"
+            more = ", `loraweave export` makes a PEFT folder of each member"
         note(f"saved to {out}, license: {composed.license or 'unknown'}; `loraweave eval {out} FILE.jsonl` scores it{more}")
 
 
@@ -268,27 +268,35 @@ def export(
 ) -> None:
     """Write a composition or an adapter as a folder for another program, and tell how that is started."""
     import loraweave as lw
+    from loraweave.composer.compose.report import SavedRecipe
     from loraweave.hub.adapter import exporting
 
-    require_free(out, ADAPTER_FILE, exporting(target).require_target(target).file)
-    exported: lw.Composition | lw.Adapter
+    file = (exports := exporting(target)).require_target(target).file
+    options: dict[str, Any] = {"target": target, "max_rank": max_rank, "allow_licenses": allow_licenses}
     if (folder / COMPOSITION_FILE).is_file() or not (folder / ADAPTER_FILE).is_file():
-        limit = [] if max_rank is None else ["--max-rank", str(max_rank)]
-        require_one_adapter(folder, "export", "--target", target, *limit, "--out", str(out))
-        recorded = recorded_base(folder)
-        model, tokenizer = load_model(base or recorded)
-        exported = lw.Composition.from_pretrained(folder, model, tokenizer)
+        recipe = SavedRecipe.read(folder)
+        averages = recipe.parts == "members"
+        parts = (*(f"member-{number}" for number, _ in enumerate(recipe.part_names)), "merged")
+        for place in [out / part for part in parts] if averages else [out]:
+            require_free(place, ADAPTER_FILE, file)
+        if not averages:
+            limit = [] if max_rank is None else ["--max-rank", str(max_rank)]
+            require_one_adapter(folder, "export", "--target", target, *limit, "--out", str(out))
+        composed = lw.Composition.from_pretrained(folder, *load_model(base or recipe.base_model or None))
+        if averages:
+            reports, notes = exports.export_members(composed, folder, out, **options)
+        else:
+            reports, notes = {"": composed.export(out, **options)}, []
     else:
-        exported = lw.Adapter.from_pretrained(folder)
-    if isinstance(exported, lw.Adapter):
-        report = exported.export(out, target=target, max_rank=max_rank, base=base, allow_licenses=allow_licenses)
-    else:
-        report = exported.export(out, target=target, max_rank=max_rank, allow_licenses=allow_licenses)
+        require_free(out, ADAPTER_FILE, file)
+        reports, notes = {"": lw.Adapter.from_pretrained(folder).export(out, base=base, **options)}, []
     if as_json:
-        print_json(report.to_json())
-        return
-    for line in str(report).splitlines():
+        told = {name: report.to_json() for name, report in reports.items()}
+        print_json(told.get("", told))
+    for line in [] if as_json else [line for report in reports.values() for line in str(report).splitlines()]:
         typer.echo(one_line(line))
+    for text in notes:
+        note(text)
 
 
 @app.command(epilog='Example: loraweave serve --hub adapters   (a client then asks for model "1.1*passive + 0.9*negation")')

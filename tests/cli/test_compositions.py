@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import os
+import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from command_line import LAYERS, adapter, call, process, write_rows
 
 import loraweave as lw
+from loraweave.errors import BaseModelMismatch, CompositionError
+from loraweave.extend import fingerprint
 from loraweave.types import Factors
 
 PAIRS = [("a", "b"), ("c", "d"), ("e", "f")]
@@ -50,20 +53,89 @@ def test_a_composition_by_a_router_is_made_and_scored_and_never_exported(two, ba
     assert not Path("p").exists()
 
 
-def test_an_average_is_answered_with_commands_that_export_its_members(two, base, rows):
+def test_an_average_is_exported_member_by_member(two, base, rows):
     made = call("compose", "--base", base, "--pool", two, "--examples", rows, "--out", "my average")
     assert made.exit_code == 0, made.stderr
-    asked = ["export", "my average", "--target", "peft", "--out", "made of it"]
-    refused = call(*asked)
-    assert (refused.exit_code, refused.stderr.split(":")[0]) == (1, "ScopeError"), refused.stderr
-    assert "'my average' is the average of gradient and few_shot" in refused.stderr
-    commands = [shlex.split(text)[1:] for text in refused.stderr.split("`")[1::2]]
-    assert [words[1] for words in commands] == ["my average/member-0", "my average/member-1"]
-    assert [[words[0], *words[2:]] for words in commands] == [[asked[0], *asked[2:]]] * 2
-    for words in commands:
-        done = call(*words)
-        assert done.exit_code == 0, done.stderr
-        shutil.rmtree("made of it", ignore_errors=True)
+    assert "`loraweave export` makes a PEFT folder of each member" in made.stderr
+    done = call("export", "my average", "--out", "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert list(json.loads(done.stdout)) == ["member-0", "member-1"]
+    assert "my average averages the probabilities of gradient (1), few_shot (3)" in done.stderr
+    assert "nothing is merged: the members ask by different prompts" in done.stderr
+    composed = lw.Composition.from_pretrained("my average")
+    for number, member in enumerate(composed.members.values()):
+        exported = lw.Adapter.from_pretrained(f"out/member-{number}")
+        torch.testing.assert_close(exported.delta(LAYERS[0]), member.adapter.delta(LAYERS[0]))
+    # the same again, in the same place; a folder that holds something else is left alone
+    assert call("export", "my average", "--out", "out").exit_code == 0
+    Path("full/member-1").mkdir(parents=True)
+    Path("full/member-1/diary.txt").write_text("mine")
+    refused = call("export", "my average", "--out", "full")
+    assert (refused.exit_code, refused.stderr.split(":")[0]) == (1, "AdapterExists")
+    assert os.listdir("full") == ["member-1"]
+
+
+def test_an_average_of_adapters_under_one_prompt_is_also_merged_and_told_with_both_losses(two, base):
+    model, tokenizer = lw.load_base(str(base))
+    its = {"base_model": str(base), "fingerprint": fingerprint(model)}
+    parts = {
+        name: dataclasses.replace(lw.Composition.of(model, tokenizer, TASK, adapter(name, seed, **its)), share=share)
+        for seed, (name, share) in enumerate({"left": 1.0, "right": 3.0}.items())
+    }
+    steps = {"left": parts["left"], "right": parts["right"]}
+    program = dataclasses.replace(parts["left"], stored=None, steps=steps)
+    average = lw.Composition.of(model, tokenizer, TASK, parts)
+    average.save_pretrained("average")
+    done = call("export", "average", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    merged = lw.Adapter.from_pretrained("out/merged")
+    want = 0.25 * parts["left"].adapter.delta(LAYERS[0]) + 0.75 * parts["right"].adapter.delta(LAYERS[0])
+    torch.testing.assert_close(merged.delta(LAYERS[0]), want)
+    loss = lw.Composition.of(model, tokenizer, TASK, merged).losses()[0]
+    assert f"out/merged: loss {loss:.3f} on the 1 examples, the average {average.losses()[0]:.3f}" in done.stderr
+    # what is no adapter is left out, with the commands for what is in it
+    members = {"both": program, "base": lw.Composition.of(model, tokenizer, TASK)}
+    dataclasses.replace(average, members=members).save_pretrained("mixed")
+    done = call("export", "mixed", "--out", "mixed out")
+    assert done.exit_code == 0, done.stderr
+    assert "`loraweave export mixed/member-0/member-1 --target peft --out 'mixed out/member-0'` takes right" in done.stderr
+    assert "base is the base model itself, and needs no folder" in done.stderr
+
+
+def test_a_composition_is_read_without_a_model_by_the_base_that_it_recorded(two, base, rows):
+    assert (
+        call("compose", "--base", base, "--pool", two, "--examples", rows, "--method", "uniform", "--out", "c").exit_code
+        == 0
+    )
+    composed = lw.Composition.from_pretrained("c")
+    assert composed.model.name_or_path == str(base)
+    with pytest.raises(CompositionError, match="pass both, or neither"):
+        lw.Composition.from_pretrained("c", composed.model)
+    recipe = json.loads(Path("c/composition.json").read_text())
+    for name in ("", str(base / "gone")):
+        Path("c/composition.json").write_text(json.dumps({**recipe, "base_model": name}))
+        with pytest.raises(BaseModelMismatch, match=re.escape(f"for the base model {name!r}, which cannot be loaded")):
+            lw.Composition.from_pretrained("c")
+
+
+def test_the_python_in_a_saved_composition_s_readme_runs_in_its_folder(two, base, rows, monkeypatch, capsys):
+    words = ["--base", base, "--pool", two, "--examples", rows, "--method", "uniform", "--out", "c"]
+    assert call("compose", *words).exit_code == 0
+    text = Path("c/README.md").read_text()
+    composed = lw.Composition.from_pretrained("c")
+    loss = composed.report["uniform"].loss
+    for line in (
+        "chosen: uniform (as asked)",
+        f"mean loss on them: {loss:.3f}",
+        "examples: 3",
+        "- Base model: a local folder",
+    ):
+        assert line in text
+    expected = composed.predict(["a"])
+    monkeypatch.chdir("c")
+    capsys.readouterr()
+    exec(compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec"), {})
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 def test_a_program_is_answered_with_commands_that_export_its_steps(two, base, rows):
