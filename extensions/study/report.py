@@ -7,7 +7,9 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from datetime import date
 from html import escape
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
@@ -152,7 +154,8 @@ body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric: tabular-nums }
 table { display: block; overflow-x: auto }
 th, td { padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8884; vertical-align: top }
-svg { max-width: 100%; height: auto; background: #fff }
+svg { max-width: 100%; height: auto }
+@media (prefers-color-scheme: dark) { svg { filter: invert(.9) hue-rotate(180deg) } }
 td { white-space: pre-wrap }
 .wrong { color: #b3261e } summary { cursor: pointer }
 </style></head><body>
@@ -160,6 +163,7 @@ td { white-space: pre-wrap }
 <p>$summary</p>
 $failures
 $plot
+<p>$told</p>
 $tables
 <p>$note</p>
 <h2>Answers</h2>
@@ -172,24 +176,60 @@ $answers
 def page(results: StudyResults, plot: str) -> str:
     """Return an HTML page that loads no other file, with all names and answers escaped."""
     study = results.study
+    items = ", ".join(f"{len(task.test)} test items of {task.name}" for task in study.tasks)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("loraweave", "torch", "transformers"))
     summary = (
         f"{len(study.methods)} methods on {len(study.tasks)} tasks, {', '.join(map(str, study.shots))} examples, seeds "
-        f"{', '.join(map(str, study.seeds))}; base model {study.base or 'as given'}."
+        f"{', '.join(map(str, study.seeds))}; {items}; base model {study.base or 'as given'}; "
+        f"written on {date.today()} with {versions}."
     )
     failed = ShownTable.of(("failed", "why"), results.failures.items())._repr_html_() if results.failures else ""
     return PAGE.substitute(
-        title=escape(results.folder.resolve().name),
+        title=escape(f"Study: {results.folder.resolve().name}"),
         summary=escape(summary),
         failures=failed,
         plot=plot[plot.find("<svg") :] if plot else "",
-        tables="".join(
-            f"<h2>{escape(title)}</h2>{ShownTable.of(columns, rows)._repr_html_()}"
-            for title, columns, rows in results.tables()
-        ),
+        told=escape(told_apart(results)),
+        tables="".join(_html_table(*table) for table in results.tables()),
         note=escape(NOTE),
         num=NUM_SHOWN,
         answers="".join(_shown_answers(results)),
     )
+
+
+def told_apart(results: StudyResults) -> str:
+    """Return a sentence that names the methods whose difference from the reference has an interval without 0."""
+    study, metric = results.study, results.study.used_metrics[0].name
+    figures = [figure for figure in results.figures if (figure.shots, figure.metric) == (study.shots[0], metric)]
+    task = ALL if any(figure.task == ALL for figure in figures) and len(study.tasks) > 1 else study.tasks[0].name
+    compared = [figure for figure in figures if figure.task == task and figure.difference == figure.difference]
+    above = [figure.method for figure in compared if figure.difference_low > 0]
+    below = [figure.method for figure in compared if figure.difference_high < 0]
+    alike = [figure.method for figure in compared if figure.method not in (*above, *below)]
+    parts = [
+        f"{', '.join(names)} {relation}"
+        for names, relation in ((above, "above"), (below, "below"), (alike, "not told apart from it"))
+        if names
+    ]
+    return f"{metric}, {study.shots[0]} examples, against {study.reference}: {'; '.join(parts) or 'nothing to compare'}."
+
+
+def _html_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a titled HTML table, its rows sorted by the first column of values, with the best of each column in bold."""
+    lower = title.startswith("perplexity")
+
+    def order(row: Sequence[str]) -> float:
+        return float("inf") if row[1] == "-" else (1 if lower else -1) * float(row[1].split()[0])
+
+    ordered = sorted(rows, key=order) if len(columns) > 3 else list(rows)
+    best = _best(columns, ordered, lower=lower)
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = ""
+    for number, row in enumerate(ordered):
+        tags = ["strong" if best.get(place) == number else "span" for place in range(len(row))]
+        cells = "".join(f"<td><{tag}>{escape(cell)}</{tag}></td>" for tag, cell in zip(tags, row, strict=True))
+        body += f"<tr>{cells}</tr>"
+    return f"<h2>{escape(title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _shown_answers(results: StudyResults) -> list[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
 
 import joblib
 import pytest
@@ -13,7 +16,7 @@ import torch
 import loraweave as lw
 from loraweave.composer.model import scoring
 from loraweave.errors import BaseModelMismatch, FormulaError, InvalidTask, UnknownName, WeightingError
-from loraweave.extensions.study import running, study
+from loraweave.extensions.study import report, running, study
 
 
 def answers_of(results, method):
@@ -215,3 +218,31 @@ def test_all_files_say_the_same_and_names_are_only_ever_text(run):
     assert [line["answer"] for line in lines if line["method"] == "base"][:3] == answers_of(results, "base")
     assert (results.folder / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in (results.folder / "plot.svg").read_text()
+
+
+def test_the_page_says_what_was_compared_with_what_and_what_the_items_tell(run):
+    results = run(methods=["base", {"name": "mine", "formula": "a"}])
+    page = (results.folder / "report.html").read_text()
+    assert "<h1>Study: out</h1>" in page
+    assert f"3 test items of {results.study.tasks[0].name}; base model" in page
+    assert f"written on {date.today()} with loraweave {version('loraweave')}, torch {version('torch')}" in page
+    assert "prefers-color-scheme: dark" in page
+    told = ((0.1, 0.3, "mine above"), (-0.3, -0.1, "mine below"), (-0.1, 0.1, "mine not told apart from it"))
+    for low, high, said in told:
+        changed = [
+            replace(figure, difference=(low + high) / 2, difference_low=low, difference_high=high)
+            if figure.method == "mine"
+            else figure
+            for figure in results.figures
+        ]
+        assert f"against base: {said}." in report.page(replace(results, figures=tuple(changed)), "")
+
+
+@pytest.mark.parametrize(("value", "first"), [(0.9, "mine"), (0.2, "base")])
+def test_the_tables_of_the_page_have_the_best_method_first_and_bold(run, value, first):
+    results = run(methods=["base", {"name": "mine", "formula": "a"}])
+    figures = [replace(figure, value=value if figure.method == "mine" else 0.5) for figure in results.figures]
+    page = report.page(replace(results, figures=tuple(figures)), "")
+    body = page[page.index("<tbody>") : page.index("</tbody>")]
+    assert body.startswith(f"<tbody><tr><td><span>{first}</span></td><td><strong>{100 * max(value, 0.5):.1f} [")
+    assert body.count("<strong>") == 1
