@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from typing import Annotated
 
@@ -40,5 +41,10 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works after any command.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also show what loraweave logs.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show results and errors, and no notes.")] = False,
 ) -> None:
+    if verbose or quiet:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("loraweave").setLevel(logging.ERROR if quiet else logging.DEBUG)
     progress_to_stderr()

@@ -35,6 +35,15 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 # in a pipe a row is one line of any length, so that grep and cut work
 PIPE_WIDTH = 10_000
+# flags of the root group that may stand after any command
+ANYWHERE = ("--debug", "-v", "--verbose", "-q", "--quiet")
+PURPOSES = {
+    "Compose": ("demo", "compose", "eval", "explain"),
+    "Merge and train": ("merge", "train", "export"),
+    "Keep": ("hub", "ui"),
+    "Serve": ("serve", "load", "verify"),
+    "Measure": ("study", "doctor"),
+}
 
 
 class Application(TyperGroup):
@@ -56,6 +65,7 @@ class Application(TyperGroup):
                 # the other commands still run
                 why = one_line(f"{type(error).__name__}: {error}")
                 typer.echo(f"warning: the commands of {name!r} ({module}) cannot be used: {why}", err=True)
+        _name_values(self)
 
     def _add_commands(self, module: dict[str, Any]) -> None:
         if not {"app", "hub"} & set(module):
@@ -68,12 +78,23 @@ class Application(TyperGroup):
                     group.commands.setdefault(called, command)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        # people write --debug at the end of the line that failed; it belongs to the root, so it is moved there
+        # people write these flags at the end of the line that failed; they belong to the root, so they are moved there
         end = args.index("--") if "--" in args else len(args)
-        if "--debug" in args[:end]:
-            args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
+        flags = [word for word in args[:end] if word in ANYWHERE]
+        args = [*flags, *(word for word in args[:end] if word not in ANYWHERE), *args[end:]]
         rest: list[str] = super().parse_args(ctx, args)
         return rest
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        grouped = {name for names in PURPOSES.values() for name in names}
+        others = [name for name in self.list_commands(ctx) if name not in grouped]
+        for purpose, names in {**PURPOSES, "Others": others}.items():
+            listed = [(name, self.commands[name]) for name in names if name in self.commands]
+            if listed:
+                with formatter.section(purpose):
+                    formatter.write_dl(
+                        [(f"{name:<7}", command.get_short_help_str(formatter.width - 13)) for name, command in listed]
+                    )
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -94,13 +115,26 @@ class Application(TyperGroup):
             raise typer.Exit(1) from None
 
 
+def _name_values(group: TyperGroup) -> None:
+    """Have the help of all commands say N for a number and NAME for an option --name of text, without Python's types."""
+    for command in group.commands.values():
+        if isinstance(command, TyperGroup):
+            _name_values(command)
+        for value in command.params:
+            if value.param_type_name == "argument":
+                value.display_type_rich = lambda ctx: None
+            elif value.metavar is None and not value.is_flag and not value.type_descriptor.is_choice:
+                is_number = {"int", "float"} & {value.bare_type()}
+                value.metavar = "N" if is_number else str(value.name).upper().replace("_", "-")
+
+
 app = typer.Typer(
     cls=Application,
     help="Find stored LoRA adapters, weigh them, and compose them into new skills.",
     epilog="Start with: loraweave demo",
     rich_markup_mode=None,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -171,8 +205,9 @@ def show_rows(as_json: bool, value: Any, columns: Sequence[str], rows: Iterable[
 
 
 def note(text: str) -> None:
-    """Print a line on stderr, for the person at the terminal."""
-    typer.echo(one_line(text), err=True)
+    """Print a line on stderr, for the person at the terminal, unless the command has --quiet."""
+    if logging.getLogger("loraweave").isEnabledFor(logging.WARNING):
+        typer.echo(one_line(text), err=True)
 
 
 def answer(as_json: bool, value: Any, *notes: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from command_line import LAYERS, adapter, call, process, write_rows
 
 import loraweave as lw
 from loraweave.cli import app
+from loraweave.cli._application import PURPOSES
 from loraweave.cli._inputs import read_pool
 from loraweave.registry import EXTENSIONS
 
@@ -42,6 +44,37 @@ for words in {calls}:
 def test_the_root_help_lists_every_command():
     shown = call("--help").stdout
     assert [name for name in [*EVERY, "hub"] if f"\n  {name} " not in shown] == []
+
+
+def test_the_root_help_groups_the_commands_and_answers_to_h():
+    shown = call("-h").stdout
+    assert shown == call("--help").stdout
+    assert "--install-completion" in shown
+    assert shown.index("\nCompose:") < shown.index("  compose ") < shown.index("\nServe:") < shown.index("  serve ")
+    assert {name for names in PURPOSES.values() for name in names} <= set(ROOT.commands)
+
+
+@pytest.mark.parametrize("words", [*([name] for name in EVERY), *(["hub", name] for name in ROOT.commands["hub"].commands)])
+def test_the_help_of_a_command_has_no_python_types(words):
+    assert re.findall(r"<(?:str|list|int|float|path)[^>]*>", call(*words, "-h").stdout, re.IGNORECASE) == []
+
+
+@pytest.mark.parametrize(("flags", "notes", "logs"), [((), True, False), (("-q",), False, False), (("-v",), True, True)])
+def test_quiet_leaves_notes_out_and_verbose_shows_what_is_logged(tmp_path, flags, notes, logs):
+    code = f"""
+import logging, sys
+from loraweave.cli import _application, hub, main
+def gc(*_, **__):
+    _application.note("a note")
+    logging.getLogger("loraweave.hub").info("a log line")
+    logging.getLogger("other").info("of others")
+hub.hub.command("noted")(lambda: gc())
+sys.argv = ["loraweave", "hub", "noted", *{flags!r}]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (("a note" in done.stderr), ("a log line" in done.stderr), "of others" in done.stderr) == (notes, logs, False)
 
 
 @pytest.mark.parametrize("words", [*([name] for name in EVERY), *(["hub", name] for name in ROOT.commands["hub"].commands)])
