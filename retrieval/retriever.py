@@ -20,12 +20,12 @@ from loraweave.hub.indexes.flat import SCORE_DECIMALS
 from loraweave.hub.listing import Candidates
 from loraweave.hub.search.search import NO_FILTERS, Hit, SearchIndex, checked_count
 from loraweave.retrieval.fusion import Abstention, Fusion
-from loraweave.retrieval.keys.classifier import Classifier
 from loraweave.retrieval.query import Key, KeySpace, Query, Request, SearchOptions, key_name, shows_options
 from loraweave.types import Candidate, Record
 
 if TYPE_CHECKING:
     from loraweave.hub.adapter import Adapter
+    from loraweave.retrieval.keys.classifier import Classifier
 
 # Beside a few inputs a task's description weighs as much as their mean: on the pool's training rows the right adapter is
 # then first in .96 instead of .76 of the cases, from five inputs and another wording of the description than the card's.
@@ -83,7 +83,7 @@ class Retriever:
         self._index = SearchIndex(hub, embedder=embedder, index=index)
         plain = keys is not None or (abstention is not None and abstention.search == self._index.embedder.id)
         # the key used if none is named: a single object, so that its fits are kept from search to search
-        self._classifier = None if plain else Classifier()
+        self._classifier: Classifier | None = None if plain else registry.get("keys", "classifier")()
         usual = 200 if self._classifier is None else CLASSIFIED
         self._shortlist = usual if shortlist is None else checked_count(shortlist, "shortlist", least=1)
         self.space = KeySpace(hub, self._index)
@@ -214,7 +214,7 @@ class Retriever:
         request = Request(**options)
         query = _query(read_rows(rows, targets="any"))
         records = [hit.record for hit in self._near(self._vector(query), request)]
-        found_N = (self._classifier or Classifier()).probabilities(query, records, self.space)
+        found_N = (self._classifier or registry.get("keys", "classifier")()).probabilities(query, records, self.space)
         return {records[n].name: float(found_N[n]) for n in np.argsort(-found_N, kind="stable")[: request.k]}
 
     def calibrate(

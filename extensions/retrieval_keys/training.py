@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from loraweave import Hub, HubError, TrainingError
 from loraweave.extend import (
@@ -123,6 +124,14 @@ def contrastive_loss(unit_ND: Tensor, task_N: Tensor, temperature: float) -> Ten
     return (torch.logsumexp(torch.cat([positive_N[:, None], negative_NN], dim=1), dim=1) - positive_N).mean()
 
 
+def pooled(tokenizer: Any, model: Any, texts: list[str]) -> Tensor:
+    """Return the texts as unit vectors (N, D) with gradients, as the encoder embeds them: the masked mean, at norm 1."""
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=sentence.MAX_TOKENS, return_tensors="pt")
+    hidden_NTD = model(**tokens).last_hidden_state
+    mask_NT1 = tokens["attention_mask"][..., None].to(hidden_NTD.dtype)
+    return normalize((hidden_NTD * mask_NT1).sum(dim=1) / mask_NT1.sum(dim=1), dim=1)
+
+
 def _train(
     tokenizer: Any,
     model: Any,
@@ -142,7 +151,7 @@ def _train(
 
     def loss(step: int) -> Tensor:
         texts, task_N = _batch(inputs, recipe, step)
-        unit_ND = sentence.pooled(tokenizer, model, [instruction + readable(text) for text in texts])
+        unit_ND = pooled(tokenizer, model, [instruction + readable(text) for text in texts])
         return contrastive_loss(unit_ND, task_N, recipe.temperature)
 
     def keep(step: int) -> None:

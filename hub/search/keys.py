@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from loraweave.common.display import progress_bar, tracked
 from loraweave.common.names import text_digest
 from loraweave.hub.embedders._embedder import embed_checked, embedder_of, unit
 from loraweave.hub.indexes.flat import Choice, Index
@@ -39,6 +40,9 @@ MAX_SAMPLE_INPUTS = 50
 
 # the number of adapters whose keys are one piece of work
 NUM_SPREAD = 64
+
+# more adapters than these take a second, so that a terminal shows a bar
+NUM_SILENT = 8
 
 # the number of adapters whose keys are stored at a time: a first search that is interrupted keeps them
 _BATCH = 500
@@ -73,7 +77,6 @@ def made_keys(embed: Embed, given: Any, records: Sequence[Spoken]) -> Iterator[t
     """
     if len(records) > NUM_SPREAD:
         # imports torch, which a search by another embedder can do without
-        from loraweave.common.display import progress_bar
         from loraweave.common.spread import Failed, processes_here, require_all, spread
 
         if processes_here(None) is not None:
@@ -87,9 +90,15 @@ def made_keys(embed: Embed, given: Any, records: Sequence[Spoken]) -> Iterator[t
                         yield pieces[name], outcome
             require_all(ended)
             return
-    for start in range(0, len(records), _BATCH):
-        part = records[start : start + _BATCH]
-        yield part, _keys_of(embed, part)
+    shown = sys.stderr.isatty() and len(records) > NUM_SILENT
+    part, made = [], []
+    for record in tracked(records, "embedding adapters", total=len(records), shown=shown):
+        part.append(record)
+        made += _keys_of(embed, [record])
+        if len(part) == _BATCH:
+            yield part, made
+            part, made = [], []
+    yield part, made
 
 
 def _keys_of(embed: Embed, records: Sequence[Spoken]) -> list[np.ndarray]:

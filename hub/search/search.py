@@ -6,11 +6,13 @@ index follows its log of changes. An extension may save a large index as a file,
 
 from __future__ import annotations
 
+import json
 import logging
 import operator
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,9 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from loraweave.common.checks import is_number
+from loraweave.common.files import cache_folder, unsynced, whole_file
+from loraweave.common.names import text_digest
 from loraweave.common.process import lock_of
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterQuarantined, HubError, RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, embed_checked, embedder_of, excerpt
+from loraweave.hub.embedders.sentence import Sentence
 from loraweave.hub.indexes import flat
 from loraweave.hub.listing import Listing
 from loraweave.hub.search.keys import MAX_LATE, Embed, Hits, Keys, Stamp, digest_of, index_files, made_keys, texts_of
@@ -363,10 +368,31 @@ _OWN_TEXTS: weakref.WeakKeyDictionary[Any, dict[tuple[type, str], Embed]] = weak
 
 def _own_texts(hub: Listing, embedder: Embedder) -> Embed:
     """Return the function that embeds and caches an adapter's texts, shared by the hub's searches with this embedder."""
-    cache = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(partial(embed_checked, embedder))
+    stored = kept_on_disk if isinstance(embedder, Sentence) else embed_checked
+    cache = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(partial(stored, embedder))
     if isinstance(hub, weakref.ProxyTypes):
         return cache
     return _OWN_TEXTS.setdefault(hub, {}).setdefault((type(embedder), embedder.id), cache)
+
+
+def kept_on_disk(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
+    """Return vectors (N, dim) of an adapter's texts, read from the cache folder if an earlier process embedded them."""
+    folder = cache_folder() / "texts"
+    file = folder / f"{text_digest(json.dumps([embedder.id, texts]))}.npy"
+    with suppress(OSError, ValueError, EOFError):
+        kept_ND: np.ndarray = np.load(file, allow_pickle=False)
+        if kept_ND.shape == (len(texts), embedder.dim):
+            return kept_ND
+    rows_ND = embed_checked(embedder, texts)
+    # a cache that is read-only or full only costs time
+    with suppress(OSError, HubError), unsynced():
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as temporary, temporary.open("wb") as opened:
+            np.save(opened, rows_ND)
+        if len(files := list(folder.iterdir())) > NUM_EVIDENCE_CACHED:
+            for old in sorted(files, key=lambda path: path.stat().st_mtime)[: len(files) // 2]:
+                old.unlink(missing_ok=True)
+    return rows_ND
 
 
 def _reaching(hits: list[Hit], min_score: float | None) -> list[Hit]:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import tiny_hubs
 import torch
 
 from loraweave.errors import PackageMissing
 from loraweave.hub.embedders import sentence
 from loraweave.hub.embedders.sentence import Sentence
+from loraweave.hub.hub import Hub
 
 needs_weights = pytest.mark.skipif(importlib.util.find_spec(sentence.PACKAGE) is None, reason="weights not installed")
 
@@ -73,3 +77,18 @@ def test_the_instruction_stands_before_every_text():
 def test_meaning_counts_and_not_spelling():
     query, same, other = Sentence().embed(["The film was wonderful.", "A great movie!", "The firm was wondering."])
     assert query @ same > query @ other + 0.2
+
+
+@needs_weights
+def test_a_search_imports_neither_torch_nor_transformers(tmp_path):
+    with Hub(tmp_path / "hub") as hub:
+        hub.add(tiny_hubs.adapter(0, "film"), examples=["The film was wonderful."])
+    code = """
+import sys
+import loraweave as lw
+[hit] = lw.Retriever(lw.Hub(sys.argv[1]), keys=()).candidates("A great movie!")
+assert hit.name == "film"
+print(*{"torch", "transformers", "sklearn"} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "hub"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -339,3 +339,46 @@ def test_searching_by_name_needs_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def written(monkeypatch, tmp_path):
+    """The folder of embedded texts, of a cache of its own."""
+    monkeypatch.setenv("LORAWEAVE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "texts"
+
+
+def test_texts_that_an_earlier_process_embedded_are_read(written):
+    counts = Counts()
+    first = search_module.kept_on_disk(counts, ("cat", "dog"))
+    assert counts.seen == ["cat", "dog"]
+    np.testing.assert_array_equal(search_module.kept_on_disk(counts, ("cat", "dog")), first)
+    assert counts.seen == ["cat", "dog"]
+    search_module.kept_on_disk(counts, ("cat", "sum"))
+    assert counts.seen == ["cat", "dog", "cat", "sum"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no array", b"\x93NUMPY\x01\x00"])
+def test_a_damaged_file_of_embedded_texts_is_made_again(written, damage):
+    first = search_module.kept_on_disk(Counts(), ("cat",))
+    [file] = written.iterdir()
+    file.unlink()
+    file.write_bytes(damage)
+    np.testing.assert_array_equal(search_module.kept_on_disk(Counts(), ("cat",)), first)
+    np.testing.assert_array_equal(np.load(file), first)
+
+
+def test_the_oldest_files_of_embedded_texts_go_when_there_are_too_many(written, monkeypatch):
+    monkeypatch.setattr(search_module, "NUM_EVIDENCE_CACHED", 4)
+    for number in range(30):
+        search_module.kept_on_disk(Counts(), ("cat " * number,))
+        assert len(list(written.iterdir())) <= 4
+    counts = Counts()
+    search_module.kept_on_disk(counts, ("cat " * 29,))
+    assert not counts.seen
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORAWEAVE_CACHE", str(tmp_path / "file"))
+    assert search_module.kept_on_disk(Counts(), ("cat",)).shape == (1, Counts().dim)
