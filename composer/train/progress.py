@@ -262,7 +262,8 @@ class TrainingProgress:
         self.report.seconds = self._before + time.monotonic() - self._started
         if self._bar is not None:
             held_out = f"  held out {self.report.evaluations[-1][1]:.3f}" if self.report.evaluations else ""
-            self._bar.update(self._shown, advance=1, seen=f"loss {loss:.3f}{held_out}{seen}")
+            total = number if self.stops else self._settings.steps
+            self._bar.update(self._shown, advance=1, total=total, seen=f"loss {loss:.3f}{held_out}{seen}")
         if saves and (number % self._settings.checkpoint_every == 0 or last or self.stops):
             recent = list(self.watch.recent)
             best = self._best.values

@@ -189,6 +189,7 @@ class SharedTraining:
             keeps = self._leave(ended) or self.report.num_steps % CHECKPOINT_STEPS == 0
             if keeps and self.folder is not None and not self.processes.rank and (self._running or self._waiting):
                 self._save()
+        self.bar.update(shown, completed=self._total)
         self.report.peak_bytes = self._memory.measured()
         if self.folder is not None and not self.processes.rank:
             drop_state(self.folder, self._key)

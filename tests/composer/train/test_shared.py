@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from rich.progress import Progress
 
 from loraweave.composer.model.batches import encode
 from loraweave.composer.model.scoring import losses
@@ -238,3 +239,11 @@ def test_the_job_ends_with_the_first_of_its_lowest_held_out_losses(losses, best)
     report = progress.finish()
     assert (report.steps, report.best_step) == (3, best)
     assert all(bool((parameter == best).all()) for parameter in progress.job.parameters())
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+def test_the_bar_ends_full(tiny_llama, tokenizer, patience):
+    bar = Progress(disable=True)
+    judged(tiny_llama, tokenizer, steps=6, patience=patience, progress=bar)
+    assert [(task.completed, task.finished) for task in bar.tasks] == [(task.total, True) for task in bar.tasks]
+    assert bar.tasks
