@@ -23,6 +23,10 @@ from loraweave.extend.scoring import predict
 
 NUM_EXAMPLES = 5
 NUM_SHOWN = 4
+# two stored skills that one mixture has both of, and a sentence that shows each
+SKILLS = {"passive": 1.1, "negation": 0.9}
+SKILLS_INSTRUCTION = "Rewrite the sentence in the passive voice and negate it."
+SKILLS_INPUT = "The judge thanked the doctor."
 MAX_WEIGHTS = 10
 LABELS = {
     "base": "base model",
@@ -67,12 +71,15 @@ def run(
     unseen = load_task(data or _shipped("data", "--data"), task, seed, num_test)
     if chat:
         unseen = replace(unseen, task=replace(unseen.task, chat=True, stop=None))
-    console.print(f"[bold]1. The task[/] nobody trained an adapter for: {unseen.task.instruction}")
+    started = time.perf_counter()
+    with console.status("loading the base model"):
+        model, tokenizer = lw.load_base(dtype=fast_dtype())
+    console.print(f"[bold]1. The base model[/] {model.name_or_path}, {time.perf_counter() - started:.0f} s.")
+    _print_blend(pool, model, tokenizer, console)
+    console.print(f"[bold]2. A task[/] nobody trained an adapter for: {unseen.task.instruction}")
     for text, target in unseen.task.examples:
         console.print(f"   {text!r} -> {target!r}", markup=False, highlight=False)
-    started = time.perf_counter()
-    model, tokenizer = lw.load_base(dtype=fast_dtype())
-    console.print(f"[bold]2. The base model[/] {model.name_or_path}, {time.perf_counter() - started:.0f} s. Its answers:")
+    console.print("   What the base model answers to others:")
     shown = unseen.test[:NUM_SHOWN]
     _print_answers(predict(model, tokenizer, unseen.task, [text for text, _ in shown]), shown, console)
     with tempfile.TemporaryDirectory(prefix="loraweave-demo-") as folder, lw.Hub(folder) as hub:
@@ -127,6 +134,20 @@ def load_task(data: Path, name: str, seed: int, num_test: int, *, num_examples: 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a .jsonl file as dicts with all their fields."""
     return [row for _, row in located(path, one_split=False)]
+
+
+def _print_blend(pool: Path, model: Any, tokenizer: Any, console: Console) -> None:
+    """Print one sentence's answer by each of two stored adapters and by their mixture, if the pool has both."""
+    if not all((pool / name).is_dir() for name in SKILLS):
+        return
+    engine = lw.Composer(model, [lw.Adapter.from_pretrained(pool / name) for name in SKILLS], tokenizer=tokenizer)
+    mixtures = [*({name: 1.0} for name in SKILLS), SKILLS]
+    prompts = [lw.Task([], instruction=SKILLS_INSTRUCTION).prompt(SKILLS_INPUT)] * len(mixtures)
+    answers = engine.generate(prompts, mixture=mixtures, max_new_tokens=12, do_sample=False)
+    console.print(f"   Two stored adapters and their mixture, in one batch, on {SKILLS_INPUT!r}:", highlight=False)
+    for mixture, answer in zip(mixtures, answers, strict=True):
+        formula = " + ".join(f"{weight} {name}" for name, weight in mixture.items())
+        console.print(f"   {formula}: {answer.strip()}", markup=False, highlight=False)
 
 
 def _print_answers(answers: Sequence[str], shown: Sequence[tuple[str, list[str]]], console: Console) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from loraweave.errors import AdapterNotFound, InvalidTask
 from loraweave.extensions.tour import demonstration as demo
@@ -50,3 +52,28 @@ def test_without_the_repository_the_demo_says_what_to_give(monkeypatch, tmp_path
     monkeypatch.setattr(demo, "__file__", str(tmp_path / "loraweave" / "extensions" / "tour" / "demonstration.py"))
     with pytest.raises(AdapterNotFound, match="--pool"):
         demo.run(pool=None, data=DATA, task="rhyme", k=3, budget=3, seed=0, num_test=1, as_json=False)
+
+
+def test_a_mixture_answers_before_anything_is_searched_or_learned(monkeypatch):
+    done = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_, **__):
+        done.append("search")
+        raise Stop
+
+    monkeypatch.setattr(demo.lw, "load_base", lambda **_: (SimpleNamespace(name_or_path="base"), None))
+    monkeypatch.setattr(demo, "_print_blend", lambda *_: done.append("mixture"))
+    monkeypatch.setattr(demo, "predict", lambda *_: done.append("base") or [""] * demo.NUM_SHOWN)
+    monkeypatch.setattr(demo.lw, "Hub", stop)
+    with pytest.raises(Stop):
+        demo.run(pool=None, data=DATA, task="rhyme", k=3, budget=3, seed=0, num_test=4, as_json=True)
+    assert done == ["mixture", "base", "search"]
+
+
+def test_a_pool_without_the_two_skills_shows_no_mixture(tmp_path, capsys):
+    (tmp_path / "passive").mkdir()
+    demo._print_blend(tmp_path, None, None, Console())
+    assert capsys.readouterr().out == ""
