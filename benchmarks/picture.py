@@ -1,10 +1,13 @@
-"""Draws where a hub pays, from what data/unseen.json holds: docs/images/where-a-hub-pays.svg, light and dark.
+"""Draws the ways to solve an unseen task, and where a hub pays, from data/unseen.json: two pictures, light and dark.
+
+docs/images/ways-*.svg and docs/images/where-a-hub-pays-*.svg are written by
 
 python -m benchmarks picture
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +29,52 @@ SERIES = (
     ("compose() over the hub", "with it", "D"),
     ("LoRA trained on everything", "oracle", "|"),
 )
+# name in the picture, its column in the table
+WAYS = (
+    ("base model", "base"),
+    ("base, five examples in the prompt", "in_context"),
+    ("LoRA trained on the five examples", "lora_examples"),
+    ("loraweave, the five examples and stored adapters", "auto"),
+    ("LoRA trained on the whole training set", "oracle"),
+)
 
 
 @app.command()
 def main() -> None:
-    """Write the picture in both themes."""
+    """Write both pictures in both themes."""
     for theme in THEMES:
-        console.print(f"written: {draw(theme, FOLDER)}")
+        console.print(f"written: {draw_ways(theme, FOLDER)}, {draw(theme, FOLDER)}")
+
+
+def draw_ways(theme: str, folder: Path) -> Path:
+    """Write the mean share of right answers of each way, with its interval, in one theme; equal data give equal bytes."""
+    plt = _pyplot()
+    background, ink, _, accent = THEMES[theme]
+    table = tables()["unseen, 5 examples, scores"]
+    mean = next(
+        cells for row in table.rows if (cells := dict(zip(table.columns, row, strict=True)))["task"] == "mean of all"
+    )
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(WAYS) + 0.9), facecolor=background)
+    for place, (_, column) in enumerate(WAYS):
+        value, low, high = map(float, re.findall(r"[\d.]+", mean[column]))
+        colour = accent if column == "auto" else ink
+        axes.plot([low, high], [place] * 2, color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
+        axes.scatter([value], [place], color=colour, s=70, zorder=2)
+        axes.annotate(f"{value:.3f}", (high, place), (8, 0), textcoords="offset points", color=colour, va="center")
+    axes.set_yticks(range(len(WAYS)), [label for label, _ in WAYS])
+    axes.set_ylim(len(WAYS) - 0.5, -0.5)
+    axes.set_xlim(0, 0.65)
+    axes.set_xlabel("share of right answers on unseen tasks, mean and 95 % interval", color=ink)
+    return _written(figure, axes, theme, folder / f"ways-{theme}.svg")
 
 
 def draw(theme: str, folder: Path) -> Path:
     """Write the picture in one theme; the same data give the same bytes."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "loraweave", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}
-    )
-    import matplotlib.pyplot as plt
-
-    background, ink, grid, accent = THEMES[theme]
+    plt = _pyplot()
+    background, ink, _, accent = THEMES[theme]
     table = tables()["unseen, where a hub pays"]
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     figure, axes = plt.subplots(figsize=(9, 0.62 * len(rows) + 1.5), facecolor=background)
-    axes.set_facecolor(background)
     for place, row in enumerate(rows):
         values = {column: float(row[column].split()[0]) for _, column, _ in SERIES}
         axes.plot(
@@ -73,16 +98,34 @@ def draw(theme: str, folder: Path) -> Path:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(-0.02, 1)
     axes.set_xlabel("share of right answers on unseen tasks", color=ink)
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False, labelcolor=ink, fontsize=10, handletextpad=0.3
+    )
+    return _written(figure, axes, theme, folder / f"where-a-hub-pays-{theme}.svg")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "loraweave", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}
+    )
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _written(figure: Any, axes: Any, theme: str, path: Path) -> Path:
+    """Style the axes, write the figure to `path` and close it; return the path."""
+    background, ink, grid, _ = THEMES[theme]
+    axes.set_facecolor(background)
     axes.tick_params(colors=ink, length=0)
     axes.grid(axis="x", color=grid)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.legend(
-        loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False, labelcolor=ink, fontsize=10, handletextpad=0.3
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"where-a-hub-pays-{theme}.svg"
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", facecolor=background, metadata={"Date": None})
-    plt.close(figure)
+    _pyplot().close(figure)
     return path

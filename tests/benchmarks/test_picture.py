@@ -1,10 +1,13 @@
-"""The picture of where a hub pays is made from the table."""
+"""The pictures of the ways and of where a hub pays are made from the tables."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
 from benchmarks import picture
+from benchmarks._run import ROOT
 from benchmarks._unseen_report import tables
 
 
@@ -17,3 +20,17 @@ def test_the_picture_has_every_situation_and_the_same_data_give_the_same_bytes(t
         text = first.decode("utf-8")
         assert all(f"{row[0]} ({row[1]} tasks)" in text for row in rows)
         assert all(label in text for label, _, _ in picture.SERIES)
+
+
+def test_the_picture_of_the_ways_has_the_means_of_the_table_and_of_the_readme(tmp_path):
+    pytest.importorskip("matplotlib")
+    table = tables()["unseen, 5 examples, scores"]
+    [mean] = [row for row in table.rows if row[0] == "mean of all"]
+    shown = {column: mean[table.columns.index(column)].split()[0] for _, column in picture.WAYS}
+    alternative = re.search(r'<img alt="(Mean share[^"]*)"', (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    assert re.findall(r"\d\.\d+", alternative) == list(shown.values())
+    for theme in picture.THEMES:
+        first = picture.draw_ways(theme, tmp_path / "first").read_bytes()
+        assert picture.draw_ways(theme, tmp_path / "second").read_bytes() == first
+        assert all(f">{value}<" in first.decode("utf-8") for value in shown.values())
+        assert (ROOT / "docs" / "images" / f"ways-{theme}.svg").is_file()
