@@ -135,17 +135,18 @@ def make_server(
 class Exchange:
     """The rows of one request, and a queue of their pieces, which the scheduler's thread fills.
 
-    `close`, called at the end of the `with` block or of the response's stream, tells the scheduler to end unfinished rows.
+    The exchange is in the set `is_open` until `close`, called at the end of the `with` block or of the response's stream,
+    tells the scheduler to end unfinished rows.
     """
 
-    def __init__(self, scheduler: Scheduler, ended: Callable[[], None], holder: KeyHolder) -> None:
+    def __init__(self, scheduler: Scheduler, is_open: set[Exchange], holder: KeyHolder) -> None:
         self.rows: list[Row] = []
         self.holder = holder
         self._scheduler = scheduler
-        self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._heard: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
-        self._open = True
+        self._is_open = is_open
+        is_open.add(self)
 
     def add(self, prompts: Sequence[Sequence[int]], served: Served, sampling: Sampling, deadline: float) -> None:
         """Add a row for these prompts, whose pieces any thread may put into this exchange's queue."""
@@ -189,13 +190,12 @@ class Exchange:
 
     def close(self) -> None:
         """Tell the scheduler to end the unfinished rows; a second call does nothing."""
-        if self._open:
-            self._open = False
+        if self in self._is_open:
+            self._is_open.remove(self)
             self.holder.num_rows -= len(self.rows)
             for row in self.rows:
                 row.gone = not row.over
             self._scheduler.wake()
-            self._ended()
 
     def __enter__(self) -> Self:
         return self
@@ -228,8 +228,8 @@ class Face:
         self._mergers = ThreadPoolExecutor(1, thread_name_prefix="loraweave-merger")
         self._searcher = ThreadPoolExecutor(1, thread_name_prefix="loraweave-searcher")
         self._making: dict[str, Making] = {}
-        self._num_open = 0
-        self._metrics.watch(open_requests=lambda: self._num_open)
+        self._open: set[Exchange] = set()
+        self._metrics.watch(open_requests=lambda: len(self._open))
         more = () if parts is None else (parts.make_admission, parts.make_prefixes(limits.prefix_bytes))
         self.scheduler = Scheduler(model, tokenizer, limits, self._metrics, *more)
 
@@ -279,11 +279,10 @@ class Face:
 
     async def answer(self, form: type[Asked], request: Request) -> Response:
         body = read_request(form, await read_body(request, self._limits))
-        if self._num_open >= self._limits.waiting + self._limits.rows:
-            raise too_busy(f"{self._num_open} requests are open")
+        if len(self._open) >= self._limits.waiting + self._limits.rows:
+            raise too_busy(f"{len(self._open)} requests are open")
         deadline = time.monotonic() + self._limits.seconds
-        self._num_open += 1
-        exchange = Exchange(self.scheduler, self._ended, request.state.holder)
+        exchange = Exchange(self.scheduler, self._open, request.state.holder)
         try:
             answer = await unless_gone(request.receive, self._begin(exchange, body, deadline))
             headers = _headers(answer.served.canonical, answer.served.identity)
@@ -333,7 +332,7 @@ class Face:
         """Return the answers of `step`, a composition that runs before others, to each prompt: the next step's inputs."""
         prompts = await self._asked(given, step, deadline, holder)
         num_new = self._prompts.num_new(prompts, step.max_new_tokens, 0, self._limits.new_tokens)
-        with Exchange(self.scheduler, lambda: None, holder) as exchange:
+        with Exchange(self.scheduler, set(), holder) as exchange:
             for of_members in prompts:
                 exchange.add(of_members, step, Sampling(num_new, temperature=0.0, stop=step.stops), deadline)
             self.scheduler.submit(exchange.rows)
@@ -388,9 +387,6 @@ class Face:
                 return await running
         except TimeoutError as error:
             raise Refusal(504, "the deadline passed before the composition was there", code="deadline_exceeded") from error
-
-    def _ended(self) -> None:
-        self._num_open -= 1
 
 
 def _model(name: str, created: int) -> dict[str, Any]:

@@ -194,7 +194,7 @@ class Scheduler:
             self._changed.notify()
 
     def _run(self) -> None:
-        ended: Exception = Refusal(503, "the server is stopping", code="unavailable")
+        ended: Exception | None = None
         try:
             with self._shapes():
                 while self.turn():
@@ -206,7 +206,7 @@ class Scheduler:
             self._closed = True
             left, self._waiting = [*self._running, *self._waiting], deque()
         for row in left:
-            row.fail(ended)
+            row.fail(ended or Refusal(503, "the server is stopping", code="unavailable"))
 
     @property
     def _running(self) -> list[Row]:
