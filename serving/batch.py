@@ -178,7 +178,7 @@ class Row:
         """The key of the row's batch: None without a router, else the composition's identity, or the row if it is alone."""
         if self.served.router is None:
             return None
-        return self if self.served.members[0].is_alone else self.served.identity
+        return self if self.served.is_alone else self.served.identity
 
     def asks_like(self, other: Row) -> bool:
         """Return True if both rows have the same prompts and the same composition."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from loraweave.composer.composer import Composer
@@ -22,12 +23,17 @@ from loraweave.serving.names import Served
 class Loaded:
     """A loaded adapter, or a loaded router with a Composer of its own.
 
-    `size` is the bytes of its adapters, `last_use` the time of its loading or last release, by `time.monotonic`.
+    `last_use` is the time of its loading or last release, by `time.monotonic`; `measure` returns the bytes of its adapters.
     """
 
-    size: int
+    measure: Callable[[], int]
     last_use: float
     routed: tuple[Composer, TokenRouter] | None = None
+
+    @cached_property
+    def size(self) -> int:
+        """The bytes of its adapters."""
+        return self.measure()
 
 
 class Experts:
@@ -39,7 +45,6 @@ class Experts:
     """
 
     def __init__(self, model: Any, tokenizer: Any, most: int) -> None:
-        self._hooks = hook_kinds()
         self._model = model
         self._tokenizer = tokenizer
         self._most = most
@@ -70,14 +75,15 @@ class Experts:
 
     def sizes(self, served: Served) -> dict[str, int]:
         """Return {key: bytes in the engine} of a composition's adapters, or of its router."""
-        itemsize = self._model.dtype.itemsize
-        sizes = {content: itemsize * adapter.num_values for content, adapter in served.adapters.items()}
+        return {key: self._size(served, key) for key in served.needs}
+
+    def _size(self, served: Served, key: str) -> int:
+        """Return the bytes in the engine of one adapter of a composition, or of its router."""
         if served.router is not None:
-            return {served.identity: sum(sizes.values())}
-        for hook in self._hooks:
-            for key, adapter in served.adapters.items():
-                sizes[key] += hook.bytes_beside(adapter, self._model.device, self._model.dtype)
-        return sizes
+            return self._model.dtype.itemsize * sum(adapter.num_values for adapter in served.all_adapters.values())
+        adapter, model = served.all_adapters[key], self._model
+        beside = [hook.bytes_beside(adapter, model.device, model.dtype) for hook in hook_kinds()]
+        return model.dtype.itemsize * adapter.num_values + sum(beside)
 
     def has(self, served: Served) -> bool:
         """Return True if a composition's adapters, or its router, are loaded."""
@@ -101,22 +107,21 @@ class Experts:
                     else:
                         # it is now the last to be unloaded
                         self._loaded.move_to_end(key)
-            sizes = self.sizes(served) if missing else {}
             for key in missing:
                 routed = None
                 if served.router is not None:
-                    engine = Composer(self._model, ExpertPool(served.adapters), tokenizer=self._tokenizer)
+                    engine = Composer(self._model, ExpertPool(served.all_adapters), tokenizer=self._tokenizer)
                     served.router.require_engine(engine)
                     routed = engine, served.router
                 else:
                     if self._engine is None:
-                        self._engine = Composer(self._model, ExpertPool({key: served.adapters[key] for key in missing}))
+                        self._engine = Composer(self._model, ExpertPool({key: served.all_adapters[key] for key in missing}))
                     elif key not in self._engine.pool.names:
-                        self._engine.load(key, served.adapters[key])
+                        self._engine.load(key, served.all_adapters[key])
                     self._engine.prefetch([key])
                 with self._lock:
                     # from now on it may be unloaded
-                    self._loaded[key] = Loaded(sizes[key], time.monotonic(), routed)
+                    self._loaded[key] = Loaded(partial(self._size, served, key), time.monotonic(), routed)
 
     def take(self, served: Served) -> None:
         """Reserve the adapters or the router of a row until `give_back`, loading them if necessary.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -36,20 +36,33 @@ FALSE_ACCEPT = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
-    """One mixture of a composition: {content hash: weight} and {content hash: adapter}, both empty for the base model.
+class Served:
+    """A composition as a row runs it: a mixture, or the average of the probabilities of `averaged` mixtures at each token.
 
-    A `router`, if not None, weighs `adapters`, which then have the router's names for them, at each token. `share` is the
-    member's part in the average of probabilities. `task`, if not None, writes the prompts around inputs.
-    The compositions `before` answer first, one after the other; the last answer is the member's input.
+    `canonical` is the formula in its normal form, `identity` the hash of the formula and its adapters' contents. A mixture
+    has `weights`, {content hash: weight}, and `adapters`, {content hash: adapter}, both empty for the base model; or a
+    `router`, which weighs `adapters`, by the router's names for them, at each token. `task`, if not None, writes the prompts
+    around inputs. The compositions `before` answer first, one after the other; the last answer is the mixture's input.
+    `share` is the part of an averaged mixture in the average. `stops` end an answer besides the request's own; the answer of
+    a composition that runs before others has at most `max_new_tokens`.
     """
 
+    canonical: str = "base"
+    identity: str = "base"
     weights: Mapping[str, float] = field(default_factory=dict)
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     router: TokenRouter | None = None
-    share: float = 1.0
     task: Task | None = None
     before: tuple[Served, ...] = ()
+    share: float = 1.0
+    averaged: tuple[Served, ...] = ()
+    stops: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+
+    @property
+    def members(self) -> tuple[Served, ...]:
+        """The mixtures that answer: those that are averaged, or the composition itself."""
+        return self.averaged or (self,)
 
     @property
     def is_alone(self) -> bool:
@@ -58,51 +71,31 @@ class Member:
 
     @cached_property
     def is_activated(self) -> bool:
-        """True if one of its adapters takes effect only from its invocation tokens on."""
+        """True if one of the mixture's adapters takes effect only from its invocation tokens on."""
         return any(adapter.invocation for adapter in self.adapters.values())
 
-
-@dataclass(frozen=True, eq=False)
-class Served:
-    """A composition as a row runs it: members whose probabilities are averaged at each token, or one member.
-
-    `canonical` is the formula in its normal form, `identity` the hash of the formula and its adapters' contents.
-    `stops` end an answer besides the request's own; the answer of a step before others has at most `max_new_tokens`.
-    """
-
-    canonical: str = "base"
-    identity: str = "base"
-    members: tuple[Member, ...] = (Member(),)
-    stops: tuple[str, ...] = ()
-    max_new_tokens: int = 0
-
-    @property
-    def router(self) -> TokenRouter | None:
-        """The router, or None; a composition with a router has one member."""
-        return self.members[0].router
-
     @cached_property
-    def adapters(self) -> Mapping[str, Adapter]:
+    def all_adapters(self) -> Mapping[str, Adapter]:
         """All adapters that an answer uses, of members and of their `before`, by content hash or by the router's names."""
         adapters: dict[str, Adapter] = {}
         for member in self.members:
             adapters |= member.adapters
         for member in self.members:
             for step in member.before:
-                adapters |= step.adapters
+                adapters |= step.all_adapters
         return adapters
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
         """The keys that rows need in the engine: content hashes, or the identity of a composition with a router."""
-        return tuple(self.adapters) if self.router is None else (self.identity,)
+        return tuple(self.all_adapters) if self.router is None else (self.identity,)
 
     @property
     def apart(self) -> str:
         """The reason why weights vary by token, in a member or a composition of its `before`; "" if they do not."""
         if self.router is not None:
             return f"router {self.router.name!r} weighs each token"
-        for adapter in self.adapters.values():
+        for adapter in self.all_adapters.values():
             if adapter.invocation:
                 return f"adapter {adapter.name!r} counts from its invocation tokens on"
         steps = (step.apart for member in self.members for step in member.before)
@@ -218,8 +211,8 @@ class Names:
         else:
             # the identity is that of the pool's adapters, even if the hub changes meanwhile
             pool = formula.pool(self._hub)
-            members = tuple([replace(_member(member, pool), share=share) for share, member in formula.members()])
-            made = Served(formula.canonical, formula.identity(pool), members)
+            members = [replace(_mixture(member, pool), share=share) for share, member in formula.members()]
+            made = replace(_average(members), canonical=formula.canonical, identity=formula.identity(pool))
         with self._lock:
             self._known[made.identity] = made
             while len(self._known) > self._limits.loaded:
@@ -235,9 +228,11 @@ class Names:
     def _of_stored(self, stored: StoredComposition, canonical: str, identity: str) -> Served:
         if has_parts(stored):
             members = self._members(stored)
-            return Served(canonical, identity, members, stops=self._stops(members[0].task))
-        router = router_of(stored)
-        return Served(canonical, identity, (_routed(router, router.pool),))
+            whole = replace(_average(members), stops=self._stops(members[0].task))
+        else:
+            router = router_of(stored)
+            whole = _routed(router, router.pool)
+        return replace(whole, canonical=canonical, identity=identity)
 
     def _stops(self, task: Task | None) -> tuple[str, ...]:
         """Return the strings that end an answer: the task's stops and a chat's end of turn; a line's end without a task."""
@@ -246,32 +241,37 @@ class Names:
         end = turn_end(self._tokenizer, Conversation((("user", "input"),))) if task.chat else ""
         return (*task.stops, *([end] if end else []))
 
-    def _members(self, stored: StoredComposition) -> tuple[Member, ...]:
-        """Return a `Member` for each mixture of a stored composition and each order of its task's examples."""
+    def _members(self, stored: StoredComposition) -> list[Served]:
+        """Return a `Served` for each mixture of a stored composition and each order of its task's examples."""
         with stored.unpacked() as folder:
             read = Composition.from_pretrained(folder, self._model, self._tokenizer)
         members = list(read.members.values()) or [read]
         total = sum(member.share for member in members)
-        return tuple(variant for member in members for variant in self._asked(member, member.share / total))
+        return [variant for member in members for variant in self._asked(member, member.share / total)]
 
-    def _asked(self, member: Composition, share: float) -> list[Member]:
-        """Return a `Member` for each order of the task's examples; of a program's steps the last, the others in `before`."""
+    def _asked(self, member: Composition, share: float) -> list[Served]:
+        """Return a `Served` for each order of the task's examples; of a program's steps the last, the others in `before`."""
         *earlier, last = list(member.steps.items()) or [("", member)]
         limit = answer_limit(self._tokenizer, member.task.examples) if earlier else 0
         before = []
         for name, step in earlier:
             if step.task.labels:
                 raise CompositionError(f"step {name!r} answers by a label, which this server does not rank")
-            stops = self._stops(step.task)
-            before.append(Served(name, name, tuple(self._asked(step, 1.0)), stops, max_new_tokens=limit))
+            whole, stops = _average(self._asked(step, 1.0)), self._stops(step.task)
+            before.append(replace(whole, canonical=name, identity=name, stops=stops, max_new_tokens=limit))
         mixture = last[1]
-        alone = Member() if mixture.is_base else _whole(mixture.adapter)
+        alone = Served() if mixture.is_base else _whole(mixture.adapter)
         tasks = mixture.task.in_orders()
         return [replace(alone, share=share / len(tasks), task=task, before=tuple(before)) for task in tasks]
 
 
-def _member(formula: Formula, pool: ExpertPool) -> Member:
-    """Make the member for one mixture of a formula: a merged adapter, a router's experts, or a weighted sum."""
+def _average(members: Sequence[Served]) -> Served:
+    """Return the average of members; a member that is alone is the whole."""
+    return members[0] if len(members) == 1 else Served(averaged=tuple(members))
+
+
+def _mixture(formula: Formula, pool: ExpertPool) -> Served:
+    """Make one mixture of a formula: a merged adapter, a router's experts, or a weighted sum."""
     if _has_merge(formula):
         # the merge stays on the server: a license may forbid to give it away, but not to use it
         return _whole(formula.merge(pool, progress=False, allow_licenses=True, interference=False))
@@ -281,8 +281,8 @@ def _member(formula: Formula, pool: ExpertPool) -> Member:
     weights: dict[str, float] = defaultdict(float)
     for key, weight in mixture.items():
         # two names of one content are one expert
-        weights[pool[key].hash] += weight
-    return Member(dict(weights), {pool[key].hash: pool[key] for key in mixture})
+        weights[pool.adapters[key].hash] += weight
+    return Served(weights=weights, adapters={pool.adapters[key].hash: pool.adapters[key] for key in mixture})
 
 
 def _has_merge(formula: Formula) -> bool:
@@ -294,14 +294,14 @@ def _has_merge(formula: Formula) -> bool:
     return False
 
 
-def _whole(adapter: Adapter) -> Member:
-    """Return a `Member` with one adapter, at weight 1."""
-    return Member({adapter.hash: 1.0}, {adapter.hash: adapter})
+def _whole(adapter: Adapter) -> Served:
+    """Return the mixture of one adapter, at weight 1."""
+    return Served(weights={adapter.hash: 1.0}, adapters={adapter.hash: adapter})
 
 
-def _routed(router: TokenRouter, pool: ExpertPool | None) -> Member:
+def _routed(router: TokenRouter, pool: ExpertPool | None) -> Served:
     assert pool is not None
-    return Member({}, {name: pool[name] for name in router.experts}, router)
+    return Served(adapters={name: pool[name] for name in router.experts}, router=router)
 
 
 def _task_of(prompt: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import torch
 
 from loraweave.serving.batch import Batch, Prefixes, Row, Sampling
 from loraweave.serving.memory import Experts
-from loraweave.serving.names import Member, Served
+from loraweave.serving.names import Served
 
 PROMPTS = ["abc", "the judge thanked: ", "b", "zebra 12, 34. ", "OPA? "]
 MIXTURES = [{"a": 1.0}, {}, {"b": 0.7, "c": -0.4}, {"c": 1.0}, {"a": 0.5, "b": 0.5, "c": 0.5}]
@@ -18,18 +18,14 @@ def served(adapters, weights):
     return Served(
         str(weights),
         str(weights),
-        (
-            Member(
-                {by_name[name].hash: weight for name, weight in weights.items()},
-                {by_name[name].hash: by_name[name] for name in weights},
-            ),
-        ),
+        {by_name[name].hash: weight for name, weight in weights.items()},
+        {by_name[name].hash: by_name[name] for name in weights},
     )
 
 
 def routed(engine, router):
     """A router over all adapters of the engine, as the server keeps it by its formula."""
-    return Served(router.name, router.name, (Member({}, dict(engine.pool.adapters), router),))
+    return Served(router.name, router.name, {}, dict(engine.pool.adapters), router)
 
 
 class Heard:

@@ -143,7 +143,7 @@ def states_of(row: Any) -> list[States]:
     """
     served = row.served
     if served.router is not None:
-        return [[(None if m.is_alone or m.is_activated else served.identity, None)] for m in served.members]
+        return [[(None if served.is_alone or served.is_activated else served.identity, None)]]
     return [_states(member, prompt) for member, prompt in zip(served.members, row.prompts, strict=True)]
 
 

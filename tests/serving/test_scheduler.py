@@ -26,7 +26,7 @@ from served_rows import (
 import loraweave as lw
 from loraweave.serving.batch import Sampling
 from loraweave.serving.limits import Limits, Refusal
-from loraweave.serving.names import Member, Served
+from loraweave.serving.names import Served
 from loraweave.serving.scheduler import Metrics, Scheduler
 
 batch_invariant = needs_entry("kernels", "fixed_shape")
@@ -232,11 +232,8 @@ def test_rows_of_sums_routers_and_averages_each_answer_as_alone(setting, tokeniz
         for prompt in PROMPTS[:3]
     ]
     shares, mixtures = [0.2, 0.3, 0.5], [{"a": 1.0}, {}, {"b": 0.7, "c": -0.4}]
-    members = [
-        Member({engine.pool[name].hash: weight for name, weight in weights.items()}, served(adapters, weights).adapters)
-        for weights in mixtures
-    ]
-    average = Served("@x", "@x", tuple(replace(member, share=s) for member, s in zip(members, shares, strict=True)))
+    members = [replace(served(adapters, weights), share=s) for weights, s in zip(mixtures, shares, strict=True)]
+    average = Served("@x", "@x", averaged=tuple(members))
     together = [(Heard(tokenizer, prompt, average, greedy), prompt) for prompt in PROMPTS]
     scheduler = make_scheduler(rows=6)
     for each in (*heard, *(each for each, *_ in by_router), *(each for each, _ in together)):
@@ -251,7 +248,7 @@ def test_rows_of_sums_routers_and_averages_each_answer_as_alone(setting, tokeniz
 
 
 def test_an_average_of_more_prompts_than_there_are_rows_is_refused(setting, tokenizer, make_scheduler):
-    average = Served("@x", "@x", (Member(), Member(), Member()))
+    average = Served("@x", "@x", averaged=(Served(), Served(), Served()))
     with pytest.raises(Refusal, match="asks 3 prompts at once, and this server runs 2 rows") as refused:
         make_scheduler(rows=2).submit([Heard(tokenizer, "abc", average, Sampling(2)).row])
     assert refused.value.status == 413
@@ -286,7 +283,7 @@ def test_a_batch_invariant_server_loads_nothing_that_weighs_tokens_apart(setting
     activated = replace(adapters[0], invocation=(1, 2))
     late = served([activated, adapters[1]], {"a": 0.5, "b": 0.5})
     by_router = routed(engine, routers[0])
-    then = Served("then", "then", (Member({}, {}, before=(served(adapters, {"b": 1.0}), late)),))
+    then = Served("then", "then", before=(served(adapters, {"b": 1.0}), late))
     scheduler = make_scheduler(batch_invariant=True)
     counts = "adapter 'a' counts from its invocation tokens on"
     said = {late: counts, then: counts, by_router: f"router '{routers[0].name}' weighs each token"}
