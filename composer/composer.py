@@ -26,7 +26,7 @@ from loraweave.composer.model.batches import untouched
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base import model_of
+from loraweave.hub.base import Parts, model_of
 from loraweave.hub.pool import ExpertPool, require_no_heads
 from loraweave.routers.combined import masked, num_rows_of
 from loraweave.routers.weights import MixtureWeights
@@ -131,8 +131,11 @@ class Composer:
         """
         with self._lock:
             self._require_open()
-            as_weights = partial(resolve, pool=self._pool, bound=self._bound)
-            weights, by_call = self._plans.calls(self.model, mixture, as_weights, self.activate)
+            as_weights, by_call = partial(resolve, pool=self._pool, bound=self._bound), None
+            if isinstance(self.model, Parts):
+                weights, by_call = self._plans.calls(self.model, mixture, as_weights, self.activate)
+            else:
+                weights = as_weights(mixture)
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
             plan = self._plans.plan(weights, self._pool)

@@ -120,7 +120,7 @@ class Formula:
         and FormulaError for formulas that name each other in a circle, and above the limits.
         """
         source = _source(hub_or_pool)
-        if not any(isinstance(leaf, Stored) for leaf in leaves(self.root)):
+        if Stored not in map(type, leaves(self.root)):
             return self
 
         def read(leaf: Stored) -> Root | None:
@@ -396,8 +396,8 @@ def _expert(pool: ExpertPool, leaf: Leaf) -> Adapter:
 
     Raises UnknownExpert, which names near misses; AdapterNotFound for `a@3` and `@name`.
     """
-    if leaf.key in pool.names:
-        return pool[leaf.key]
+    if leaf.key in pool.adapters:
+        return pool.adapters[leaf.key]
     if leaf.key != leaf.name:
         raise AdapterNotFound(
             f"the pool has no expert {leaf.key!r}, and versions and compositions are a hub's: pass the hub, or the "

@@ -253,7 +253,13 @@ class Entry(Hook):
                     "for each row: open this one there; routers, activated LoRAs, and weights that vary by token or learn, "
                     "are for other calls"
                 )
-            call_input = _main_input(args, kwargs)
+            # the tensor whose first axis is the rows of the batch
+            call_input: Any = args[0] if args else None
+            for name in () if args else MAIN_INPUTS:
+                if (call_input := kwargs.get(name)) is not None:
+                    break
+            if not (isinstance(call_input, Tensor) and call_input.ndim > 1):
+                call_input = None
             plan.begin_call(call_input)
             if plan.call_router is not None:
                 self._begin(plan.call_router, arguments_of(module, args, kwargs))
@@ -267,20 +273,22 @@ class Entry(Hook):
 
 
 class Exit(Hook):
-    """The hook that runs after the model's forward."""
+    """The hook that runs after the model's forward; `current()` returns the activation in force, or None."""
 
-    def __init__(self, end: Callable[[Any], None]) -> None:
-        self._end = end
+    def __init__(self, current: Callable[[], Any]) -> None:
+        self._current = current
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._end(output)
+        if not torch.compiler.is_compiling():
+            activation = self._current()
+            if activation is not None and activation.followed is not None:
+                activation.followed.returned(output)
+            end_call()
 
 
-def _main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the tensor whose first axis is the rows of a batch, or None if the arguments do not have one."""
-    main_input = args[0] if args else None
-    for name in () if args else MAIN_INPUTS:
-        main_input = kwargs.get(name)
-        if main_input is not None:
-            break
-    return main_input if isinstance(main_input, Tensor) and main_input.ndim > 1 else None
+def end_call() -> None:
+    """Forget the running call of the model once it is over, whether it returned or raised."""
+    # torch.compile sees no context
+    if not torch.compiler.is_compiling():
+        CALL.set(NO_CALL)
+        ROUTED.set(None)

@@ -2,7 +2,7 @@
 
     a mixture by row   on `devices`: prepare -> kernel for each layer .. release       else kernels of the registry
     torch.compile      traced: a function that the graph of a layer has                  else mixed outside the graph
-    a model of parts   calls, install: a mixture for each call of a part                 else one mixture for all calls
+    a pipeline         calls, install: a mixture for each call of a part                 else one mixture for all calls
     fused experts      runs_experts, take_experts: their module runs with the updates    else they are only written to
     a server           bytes_beside: its memory beside the factors                       else nothing
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -120,13 +120,13 @@ class LiveHook:
     ) -> tuple[MixtureWeights | Router, Any] | None:
         """Return an activation's weights, and the function that finds each call's mixture, None if all calls share one.
 
-        Returns None for a model whose calls the hook does not know. `resolve` turns a mixture into weights, `activate` opens
-        an activation of them.
+        `model` is a pipeline (`Parts`); returns None for one whose calls the hook does not know. `resolve` turns a mixture
+        into weights, `activate` opens an activation of them.
         """
         return None
 
     def install(self, live: LiveModel) -> Iterable[Handle]:
-        """Make the changes that the model's activations need; yield a handle for each change once it is made."""
+        """Make the changes that the activations of a pipeline need; yield a handle for each change once it is made."""
         return ()
 
     @classmethod
@@ -176,4 +176,4 @@ def _eager(mixed: MixedLayer, x: Tensor, y: Tensor) -> Tensor:
 
 def hook_kinds() -> tuple[type[LiveHook], ...]:
     """Return the classes of the hooks in the registry."""
-    return tuple(registry.get("hooks", name) for name in registry.names("hooks"))
+    return tuple(map(partial(registry.get, "hooks"), registry.names("hooks")))

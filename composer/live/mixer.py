@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.process import holding, lock_of
-from loraweave.composer.live.call import CALL, NO_CALL, ROUTED, CallRouter, Entry, Exit
+from loraweave.composer.live.call import CallRouter, Entry, Exit, end_call
 from loraweave.composer.live.hook import LiveHook, MixedLayer, mix_outside, traced_by
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
@@ -52,6 +52,7 @@ from loraweave.composer.live.standing_in import (
 )
 from loraweave.composer.model.layers import TargetLayer, gives_new_memory
 from loraweave.errors import AlreadyActive, CompositionError
+from loraweave.hub.base import Parts
 from loraweave.routers.combined import answering
 from loraweave.routers.tokens._caches import FollowedCaches
 from loraweave.routers.weights import MixtureWeights
@@ -110,7 +111,7 @@ class Activation:
             return call(*args, **kwargs)
 
     def _end(self) -> None:
-        _end()
+        end_call()
         self.live.end(self)
         current = _CURRENT.get()
         if current is not None and current.closed:
@@ -139,14 +140,6 @@ class Activation:
                 if inner.live is self.live:
                     inner._end()
         self._end()
-
-
-def _end() -> None:
-    """Forget the running call of the model once it is over, whether it returned or raised."""
-    # torch.compile sees no context
-    if not torch.compiler.is_compiling():
-        CALL.set(NO_CALL)
-        ROUTED.set(None)
 
 
 def _chain(activation: Activation | None) -> Iterable[Activation]:
@@ -180,7 +173,7 @@ class LiveLayers:
         self._lock = lock_of(self)
         self._open: list[Activation] = []
         self._handles: list[Handle] = []
-        self._own_hooks = Entry(model, require_unchanged, self.current, self._begin), Exit(self._end_call)
+        self._own_hooks = Entry(model, require_unchanged, self.current, self._begin), Exit(self.current)
         # True if torch.compile cannot trace the mixture of some layer
         self._untraced = False
         # set if a graph of torch.compile would lose gradients of learned weights, or has no mixture
@@ -288,13 +281,6 @@ class LiveLayers:
             inner.usage = Usage(plan, plan.experts, plan.mixture)
         return holding(_CURRENT, asking.answering[key])
 
-    def _end_call(self, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            activation = self.current()
-            if activation is not None and activation.followed is not None:
-                activation.followed.returned(output)
-            _end()
-
     def _install(self) -> None:
         CLAIMS.take(self, self._modules)
         self._remove_own_hooks()
@@ -304,7 +290,7 @@ class LiveLayers:
         # one that is always called has a number that torch.compile remembers; after an error, an activation's end is enough
         self._handles.append(self.model.register_forward_hook(after))
         self._take_over(self._layers)
-        for hook in self.hooks:
+        for hook in self.hooks if isinstance(self.model, Parts) else ():
             self._handles.extend(hook.install(self))
 
     def enters(self, part: nn.Module) -> Iterator[Handle]:
@@ -312,7 +298,7 @@ class LiveLayers:
         self._clean_copies(part)
         before = Entry(part, self._require_unchanged, self.current, self._begin)
         yield part.register_forward_pre_hook(before, with_kwargs=True)
-        yield part.register_forward_hook(Exit(self._end_call))
+        yield part.register_forward_hook(Exit(self.current))
 
     def _tell_prompts(self) -> None:
         told = any(isinstance(handle, PromptedGenerate) for handle in self._handles)

@@ -117,8 +117,7 @@ class Layout:
         for layer, parts in self._layers.items():
             if self._staged[parts[0].place[0]] is not staged:
                 continue
-            kept = adapter is not None and any(part.offset is None for part in parts)
-            adapter_tensors = _tensors(adapter.layers[layer]) if adapter is not None and kept else {}
+            adapter_tensors = {} if adapter is None else _tensors(adapter.layers[layer])
             tensors: dict[str, Tensor] = {}
             for part in parts:
                 if part.offset is None:

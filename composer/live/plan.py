@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraweave.common.checks import is_list
 from loraweave.composer.live.call import (
@@ -153,7 +153,7 @@ class Plan:
         """Return True if an active expert updates the layer, unless all weights there are known to be zero."""
         if self._weights.skips(layer):
             return False
-        return any(lease.updates(name, layer) for name in self.experts)
+        return any(layer in lease.layers_of(name) for name in self.experts)
 
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, lease: Lease, usage: Usage
@@ -342,16 +342,14 @@ class KeptPlans:
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
         self._workspace = Workspace(max_bytes)
-        self.hooks = tuple(kind(max_bytes) for kind in hook_kinds())
-        # the hooks that may serve a mixture by row
-        self._of_rows = tuple(hook for hook in self.hooks if hook.devices)
+        self.hooks = tuple([kind(max_bytes) for kind in hook_kinds()])
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def plan(self, weights: MixtureWeights | Router, pool: ExpertPool) -> Plan:
         """Return the plan for these weights over this pool; a plan kept for equal weights is reused with its kernels."""
         key = _identity(weights)
         kept = None if key is None else self._plans.pop(key, None)
-        plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self._of_rows)
+        plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self.hooks)
         if key is None:
             return plan
         while self._plans and (len(self._plans) >= NUM_KEPT or self._num_bytes_with(plan) > self._max_bytes):
@@ -362,21 +360,17 @@ class KeptPlans:
     def _num_bytes_with(self, plan: Plan) -> int:
         return plan.num_bytes + sum(kept.num_bytes for kept in self._plans.values())
 
-    def calls(
-        self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
-    ) -> tuple[MixtureWeights | Router, Any]:
-        """Return an activation's weights, and the function that finds each call's mixture if a hook has several, else None.
+    def calls(self, model: Parts, mixture: Any, resolve: Resolve, activate: Activate) -> tuple[MixtureWeights | Router, Any]:
+        """Return an activation's weights for a pipeline, and the function that finds each call's mixture; None for one.
 
         Raises CompositionError for a pipeline without a hook that knows its calls.
         """
         for hook in self.hooks:
             if (calls := hook.calls(model, mixture, resolve, activate)) is not None:
                 return calls
-        if isinstance(model, Parts):
-            raise CompositionError(
-                "a pipeline calls several models, and no hook that is installed knows its calls: pass one of its models"
-            )
-        return resolve(mixture), None
+        raise CompositionError(
+            "a pipeline calls several models, and no hook that is installed knows its calls: pass one of its models"
+        )
 
     def forget(self, name: str) -> None:
         """Drop all kept plans, and the hooks' data of an expert; plans in use stay until their activations end."""

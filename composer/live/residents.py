@@ -324,17 +324,13 @@ class Lease:
         """Return {layer: the expert's factors} for the layers whose device and dtype were known."""
         return self._parts[name]
 
-    def updates(self, name: str, layer: str) -> bool:
-        """Return True if the expert has factors in a layer."""
-        return layer in self.layers_of(name)
-
     def part(self, name: str, layer: str, device: torch.device, dtype: torch.dtype) -> PlacedFactors | None:
         """Return the expert's factors in a layer, on that device and in that dtype; None if it has none.
 
         If the layer's place was unknown, or has changed since, its factors are placed again, outside the budget.
         """
         factors = self._parts[name].get(layer)
-        if factors is None and not self.updates(name, layer):
+        if factors is None and layer not in self._layouts[name].layers:
             return None
         if factors is None or factors.a_RI.device != device or factors.a_RI.dtype != dtype:
             factors = self._elsewhere.get((name, layer))

@@ -141,8 +141,9 @@ def _align(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
         # the very tensor, which an optimizer changes between calls
         return mixture
     # in the order of the pool, so that one set of experts is one set, and gives the same bits, however it was named
-    order = sorted(range(len(mixture.experts)), key=lambda index: pool.places[mixture.experts[index]])
-    return MixtureWeights(mixture.values_BTLE[..., order], tuple(mixture.experts[index] for index in order), mixture.layers)
+    places = [pool.places[name] for name in mixture.experts]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return MixtureWeights(mixture.values_BTLE[..., order], tuple(map(mixture.experts.__getitem__, order)), mixture.layers)
 
 
 def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None:

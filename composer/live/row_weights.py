@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from weakref import finalize
 
 import torch
@@ -105,7 +106,9 @@ class RowWeights:
         return not self._mixture.experts if self._used is None else layer not in self._used
 
     def enter(self, lease: Lease, layers: Mapping[str, TargetLayer]) -> bool:
-        """Begin an activation of these weights, which ends with its lease; return True if no other activation is open."""
+        """Begin an activation, which ends with its lease; return True if a hook may prepare it, and no other one is open."""
+        if not self._hooks:
+            return False
         with self._lock:
             self._open[id(lease)] = lease, layers
             lease.at_end = partial(self._leave, id(lease))
@@ -238,18 +241,19 @@ class RankedRows:
     @classmethod
     def of(cls, rows: RowSets, ranks: tuple[int, ...]) -> RankedRows:
         """Return `rows` without the experts of rank 0, which have no factors; `ranks` has one rank for each expert."""
-        places = tuple(place for place, rank in enumerate(ranks) if rank)
+        places = tuple(compress(range(len(ranks)), ranks))
         if len(places) < len(ranks):
-            number = {place: number for number, place in enumerate(places)}
-            rows = tuple(tuple((number[place], w) for place, w in row if place in number) for row in rows)
+            number = dict(zip(places, range(len(places)), strict=True))
+            rows = tuple([tuple([(number[place], w) for place, w in row if place in number]) for row in rows])
         place_ranks = tuple(filter(None, ranks))
-        touched = tuple(number for number, row in enumerate(rows) if row)
+        touched = tuple(compress(range(len(rows)), rows))
         rows = tuple(filter(None, rows))
         sums: dict[tuple[tuple[int, float], ...], int] = {}
         used: set[int] = set()
         for row in rows:
-            sums[row] = sum(place_ranks[p] for p, _ in row)
-            used.update(p for p, _ in row)
+            row_places = [place for place, _ in row]
+            sums[row] = sum(map(place_ranks.__getitem__, row_places))
+            used.update(row_places)
         work = Workload(
             num_mixtures=len(rows),
             largest=max(sums.values(), default=0),

@@ -154,8 +154,10 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
     # a trained bias alone, stored without the layer's kind and number of inputs
     bias_alone = factors.rank == 0 and factors.a_RI.shape[1] == 0
     kinds = (*KINDS, norm) if bias_alone else KINDS
-    kind, shape = next(((kind, shape) for kind in kinds if (shape := kind.shape(module))), (None, None))
-    if kind is None or shape is None:
+    for kind in kinds:
+        if (shape := kind.shape(module)) is not None:
+            break
+    else:
         known = "; ".join(f"{known_kind.modules} ({known_kind.name})" for known_kind in KINDS)
         raise LayerMismatch(f"{statement}, which is a {what}{_bare(module)}; what can be composed is {known}")
     if factors.kind != kind.name and not bias_alone:

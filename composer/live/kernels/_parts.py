@@ -288,7 +288,7 @@ def row_sets(w_BTP: Tensor) -> RowSets | None:
     """Return each row's (expert index, weight) pairs other than 0; None if weights vary by token or need gradients."""
     if w_BTP.shape[1] != 1 or w_BTP.requires_grad:
         return None
-    return tuple(tuple((p, w) for p, w in enumerate(row) if w != 0) for row in w_BTP[:, 0].tolist())
+    return tuple([tuple([(p, w) for p, w in enumerate(row) if w != 0]) for row in w_BTP[:, 0].tolist()])
 
 
 def place_of(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
@@ -366,8 +366,9 @@ def row_kernels() -> dict[str, type[RowKernel]]:
     """Return the kernels of the registry for weights by row."""
     by_row: dict[str, type[RowKernel]] = kernels_with("cost")
     for kernel in by_row.values():
-        # compiled code is built now rather than in the midst of a model's call
-        kernel.runs(torch.device("cpu"), torch.float32)
+        if kernel.is_compiled:
+            # its code is built now rather than in the midst of a model's call
+            kernel.runs(torch.device("cpu"), torch.float32)
     return by_row
 
 
