@@ -191,26 +191,21 @@ def require_model(model: Any) -> None:
         way_out = "load it first, as lw.load_base() does" if part is None else f"pass its .{part}"
         raise CompositionError(f"adapters go onto a model, a torch.nn.Module, and {model!r:.60} is none: {way_out}")
     # recognised by the module of its classes, since peft itself need not be installed
-    of_peft = (
-        (path, module)
-        for path, module in model.named_modules()
-        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
-    )
-    path, module = next(of_peft, ("", None))
-    if module is None:
-        return
-    if module is not model:
-        what = f"this model has adapters of peft's in it: layer {path!r} is peft's {type(module).__name__}"
-        way_out = "peft's unload() takes them out"
-    else:
-        what = f"this model is a {type(model).__name__} of peft"
-        # prompt learning has no layers to take out
-        way = "unload" if hasattr(model, "unload") else "get_base_model"
-        way_out = f"pass model.{way}(), the base without its adapters"
-    raise CompositionError(
-        f"{what}, and what is composed goes onto a base alone: {way_out}; what model.save_pretrained(folder) writes first, "
-        "hub.add(folder) stores"
-    )
+    for path, module in model.named_modules():
+        if not any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            continue
+        if module is not model:
+            what = f"this model has adapters of peft's in it: layer {path!r} is peft's {type(module).__name__}"
+            way_out = "peft's unload() takes them out"
+        else:
+            what = f"this model is a {type(model).__name__} of peft"
+            # prompt learning has no layers to take out
+            way = "unload" if hasattr(model, "unload") else "get_base_model"
+            way_out = f"pass model.{way}(), the base without its adapters"
+        raise CompositionError(
+            f"{what}, and what is composed goes onto a base alone: {way_out}; what model.save_pretrained(folder) writes "
+            "first, hub.add(folder) stores"
+        )
 
 
 NUM_TENSORS = 16

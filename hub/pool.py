@@ -155,7 +155,7 @@ class ExpertPool:
     @cached_property
     def places(self) -> Mapping[str, int]:
         """The index of each expert in the pool, by name."""
-        return {name: place for place, name in enumerate(self.adapters)}
+        return dict(zip(self.adapters, range(len(self.adapters)), strict=True))
 
     @cached_property
     def layer_names(self) -> tuple[str, ...]:
@@ -176,7 +176,9 @@ class ExpertPool:
     def invocations(self, names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
         """Map each of the experts `names` (None: all) with invocation tokens to them; opens every expert in a lazy pool."""
         chosen = self.names if names is None else tuple(names)
-        self._invocations.update((name, self.adapters[name].invocation) for name in chosen if name not in self._invocations)
+        for name in chosen:
+            if name not in self._invocations:
+                self._invocations[name] = self.adapters[name].invocation
         return {name: tokens for name in chosen if (tokens := self._invocations[name])}
 
     @cached_property

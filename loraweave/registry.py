@@ -150,7 +150,7 @@ def registries() -> list[str]:
     Each package inside an extension is the folder of a registry.
     """
     folders = {module.name for path in extensions().values() for module in pkgutil.iter_modules([str(path)]) if module.ispkg}
-    return [*FOLDERS, *sorted(folders - set(map(_called, FOLDERS)))]
+    return [*FOLDERS, *sorted(folders - {CALLED.get(name, name) for name in FOLDERS})]
 
 
 def brought(part: str) -> dict[str, str]:
@@ -221,7 +221,7 @@ def traits_of(thing: Any) -> frozenset[str]:
 def _entry(module: ModuleType, name: str) -> Any:
     if hasattr(module, name):
         return getattr(module, name)
-    camel = "".join(part.capitalize() for part in name.split("_"))
+    camel = "".join(map(str.capitalize, name.split("_")))
     if hasattr(module, camel):
         return getattr(module, camel)
     raise UnknownName(f"{module.__name__} defines neither {name!r} nor {camel!r}")
@@ -272,21 +272,16 @@ def _extensions(path: tuple[str, ...]) -> dict[str, Path]:
 @cache
 def _extension_packages(folder: str, path: tuple[str, ...]) -> tuple[str, ...]:
     """Return the dotted packages that extensions add to a registry; `path` is sys.path, the key of the cache."""
-    inner = _called(folder)
-    holders = [name for name, place in _extensions(path).items() if (place / inner / "__init__.py").is_file()]
-    return tuple(f"{EXTENSIONS}.{name}.{inner}" for name in holders)
-
-
-def _called(folder: str) -> str:
-    """Return the name of the registry `folder` in the folders of extensions and in entry points."""
-    return CALLED.get(folder, str(folder))
+    inner = CALLED.get(folder, folder)
+    places = _extensions(path).items()
+    return tuple([f"{EXTENSIONS}.{name}.{inner}" for name, place in places if (place / inner / "__init__.py").is_file()])
 
 
 @cache
 def _plugins(folder: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
     """Return {name: entry point} that packages register for a registry, none loaded; `path` is sys.path, the cache's key."""
     points: dict[str, EntryPoint] = {}
-    for point in entry_points(group=f"loraweave.{_called(folder)}"):
+    for point in entry_points(group=f"loraweave.{CALLED.get(folder, folder)}"):
         points.setdefault(point.name, point)
     return points
 

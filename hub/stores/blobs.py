@@ -231,7 +231,16 @@ def unpack(places: Any, flat: Tensor) -> dict[str, Tensor]:
         raise ValueError(f"its table of places is {type(places).__name__}, not a list")
     end, sizes = 0, []
     for place in places:
-        name, offset, shape = _check_place(place)
+        match place:
+            case [str() as name, offset, list() as shape] if len(shape) <= _MAX_AXES:
+                # a loop: any() over a generator takes three times as long, and there are hundreds of places in a blob
+                for number in (offset, *shape):
+                    if type(number) is not int or not 0 <= number < 2**62:
+                        raise ValueError(
+                            f"the place of tensor {name!r:.60} is {place[1:]!r:.60}; an offset or size is not from 0 to 2^62"
+                        )
+            case _:
+                raise ValueError(f"a place is {place!r:.60}, not [name, offset, shape] with at most {_MAX_AXES} axes")
         if offset != end:
             raise ValueError(f"tensor {name!r:.60} begins at {offset}, but the one before it ends at {end}")
         sizes.append(math.prod(shape))
@@ -246,16 +255,3 @@ def unpack(places: Any, flat: Tensor) -> dict[str, Tensor]:
     if len(tensors) != len(places):
         raise ValueError("its table of places has a name twice")
     return tensors
-
-
-def _check_place(place: Any) -> tuple[str, int, list[int]]:
-    match place:
-        case [str() as name, offset, list() as shape] if len(shape) <= _MAX_AXES:
-            # a loop: any() over a generator takes three times as long, and there are hundreds of places in a blob
-            for number in (offset, *shape):
-                if type(number) is not int or not 0 <= number < 2**62:
-                    raise ValueError(
-                        f"the place of tensor {name!r:.60} is {place[1:]!r:.60}; an offset or size is not from 0 to 2^62"
-                    )
-            return name, offset, shape
-    raise ValueError(f"a place is {place!r:.60}, not [name, offset, shape] with at most {_MAX_AXES} axes")

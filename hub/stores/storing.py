@@ -229,10 +229,11 @@ def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
     who = f"adapter {record.name!r}"
     with reading_blob(blobs, record.hash, who):
         blob = read_blob(blobs.local(record.hash, row.blob.file_sha256, who), who)
-    files = KeptFiles(
-        {name: KeptFile(*entry, partial(file_bytes, blobs, entry[0], who)) for name, entry in listed(record).items()}
-    )
-    card = without_files(record.card)
+    card: Mapping[str, Any] = record.card
+    files: Mapping[str, bytes] = {}
+    if LISTED in card:
+        table = {name: KeptFile(*entry, partial(file_bytes, blobs, entry[0], who)) for name, entry in listed(record).items()}
+        card, files = without_files(card), KeptFiles(table)
     parts = record.base_model, blob.layers, record.fingerprint, card, blob.heads, files, blob.invocation
     adapter = Adapter(record.name, *parts)
     # the file has the sha256 recorded with this hash, so that the hash need not be computed again
