@@ -28,7 +28,7 @@ from loraweave.extensions.operations import Budgets, StepTimes
 from loraweave.hub.adapter import Adapter
 from loraweave.serving.batch import Row, Sampling
 from loraweave.serving.limits import Limits
-from loraweave.serving.names import Member, Served
+from loraweave.serving.names import Served
 from loraweave.serving.scheduler import Metrics, Scheduler
 
 app = typer.Typer()
@@ -125,4 +125,4 @@ def served(
 def composed(adapter: Adapter | None) -> Served:
     if adapter is None:
         return Served()
-    return Served(adapter.name, adapter.hash, (Member({adapter.hash: 1.0}, {adapter.hash: adapter}),))
+    return Served(adapter.name, adapter.hash, {adapter.hash: 1.0}, {adapter.hash: adapter})

@@ -301,7 +301,7 @@ class Batch:
             cache = self._cache
         self.rows, self._cache, self._mask_BW = [*self.rows, *rows], cache, mask_BT
         self._prefixes.remember(self.rows, rows, cache)
-        self.keep([row for row in self.rows if not row.over])
+        self.drop_ended()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -312,23 +312,27 @@ class Batch:
         self._cache = self._advance(self.rows, inputs, self._cache)
         self._mask_BW = mask_BW
         self._prefixes.remember(self.rows, [row for row in self.rows if row.over], self._cache)
-        self.keep([row for row in self.rows if not row.over])
+        self.drop_ended()
 
-    def keep(self, rows: Sequence[Row]) -> None:
-        """Drop all rows but these, with their keys and values."""
+    def drop_ended(self) -> None:
+        """Drop the rows that are over, with their keys and values."""
+        rows = [row for row in self.rows if not row.over]
+        if not rows:
+            self.clear()
         if len(rows) == len(self.rows):
             return
-        places = [place for place, row in enumerate(_by_line(self.rows)) if row in rows]
-        self.rows = [row for row in self.rows if row in rows]
-        if not self.rows:
-            self._cache = None
-            return
+        places = [place for place, row in enumerate(_by_line(self.rows)) if not row.over]
+        self.rows = rows
         kept = torch.tensor(places, device=self._model.device)
         mask_BW = self._mask_BW[kept]
         first = int(mask_BW.any(dim=0).int().argmax())
         self._mask_BW = mask_BW[:, first:]
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[kept, :, first:], layer.values[kept, :, first:]
+
+    def clear(self) -> None:
+        """Drop all rows."""
+        self.rows, self._cache = [], None
 
     def _advance(self, rows: Sequence[Row], inputs: dict[str, Tensor], cache: Any) -> Any:
         """Run the model and give each row its logits; return the cache."""
@@ -345,9 +349,10 @@ class Batch:
 
     def _prompted(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
         """Return a context in which routers know the rows' prompts."""
-        if rows[0].served.router is None and not any(m.is_activated for row in rows for m in row.served.members):
-            return nullcontext()
-        return prompted(*pad_rows(self._tokenizer, [prompt for row in rows for prompt in row.prompts]))
+        for row in rows:
+            if row.served.router is not None or row.served.is_activated:
+                return prompted(*pad_rows(self._tokenizer, [prompt for row in rows for prompt in row.prompts]))
+        return nullcontext()
 
 
 def _by_line(rows: Sequence[Row]) -> list[Row]:

@@ -79,11 +79,12 @@ class Experts:
 
     def _size(self, served: Served, key: str) -> int:
         """Return the bytes in the engine of one adapter of a composition, or of its router."""
+        device, dtype = self._model.device, self._model.dtype
         if served.router is not None:
-            return self._model.dtype.itemsize * sum(adapter.num_values for adapter in served.all_adapters.values())
-        adapter, model = served.all_adapters[key], self._model
-        beside = [hook.bytes_beside(adapter, model.device, model.dtype) for hook in hook_kinds()]
-        return model.dtype.itemsize * adapter.num_values + sum(beside)
+            return int(dtype.itemsize * sum(adapter.num_values for adapter in served.all_adapters.values()))
+        adapter = served.all_adapters[key]
+        beside = [hook.bytes_beside(adapter, device, dtype) for hook in hook_kinds()]
+        return int(dtype.itemsize * adapter.num_values + sum(beside))
 
     def has(self, served: Served) -> bool:
         """Return True if a composition's adapters, or its router, are loaded."""

@@ -71,8 +71,8 @@ class Served:
 
     @cached_property
     def is_activated(self) -> bool:
-        """True if one of the mixture's adapters takes effect only from its invocation tokens on."""
-        return any(adapter.invocation for adapter in self.adapters.values())
+        """True if one of all adapters takes effect only from its invocation tokens on."""
+        return any(adapter.invocation for adapter in self.all_adapters.values())
 
     @cached_property
     def all_adapters(self) -> Mapping[str, Adapter]:

@@ -20,7 +20,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraweave.common.chat import Conversation, Prompt, prompt_ids, rendered
-from loraweave.common.checks import one_or_many
 from loraweave.composer.model.batches import context_length
 from loraweave.errors import InvalidTask
 from loraweave.serving.batch import Chosen, Piece, Row, Sampling
@@ -99,7 +98,7 @@ class Asked(BaseModel):
 
         `stops` end the answer besides the request's own stop strings.
         """
-        stop = (*one_or_many(self.stop), *stops)
+        stop = (*([self.stop] if isinstance(self.stop, str) else self.stop or ()), *stops)
         temperature = 1.0 if self.temperature is None else self.temperature
         # a generator takes no negative seed
         seed = None if self.seed is None else (self.seed + number) % 2**64

@@ -237,7 +237,7 @@ class Scheduler:
             running = batch.rows
             for row in running:
                 row.require_wanted()
-            batch.keep([row for row in running if not row.over])
+            batch.drop_ended()
             self._release(running)
 
     def _admit(self) -> None:
@@ -301,7 +301,7 @@ class Scheduler:
             batch.step()
         except Exception as error:
             # what the cache holds is not known
-            batch.keep([])
+            batch.clear()
             self._apart(rows, error)
         else:
             self._admission.saw(rows, self._admission.clock() - begun)

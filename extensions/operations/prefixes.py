@@ -62,11 +62,13 @@ class KeptPrefixes(Prefixes):
         self._drop(next(iter(self._kept)))
 
     def begin(self, model: Any, tokenizer: Any, rows: Sequence[Any]) -> tuple[dict[str, Tensor], Any, Tensor]:
+        for row in rows:
+            row.num_kept = 0
+        if not self._kept:
+            return super().begin(model, tokenizer, rows)
         ids = [line_ids for row in rows for line_ids in row.ids]
         lines = [(row, states) for row in rows for states in states_of(row)]
         known = [self._longest(states, line_ids) for (_, states), line_ids in zip(lines, ids, strict=True)]
-        for row in rows:
-            row.num_kept = 0
         for (row, _), (length, _) in zip(lines, known, strict=True):
             row.num_kept += length
         width = max(length for length, _ in known)
@@ -90,17 +92,21 @@ class KeptPrefixes(Prefixes):
         return mask_BW.gather(1, order_BW)
 
     def remember(self, rows: Sequence[Any], ended: Sequence[Any], cache: Any) -> None:
-        read = [ids for row in rows for ids in row.ids]
-        lines = [(row, states) for row in rows for states in states_of(row)]
-        for line, (row, states) in enumerate(lines):
-            # the last token was chosen, but the model has not read it
-            num_read = len(read[line]) - 1
-            for weights, most in states if row in ended and not row.failed else ():
-                length = num_read if most is None else min(most, num_read)
-                width = cache.layers[0].keys.shape[-2]
-                span = slice(width - num_read, width - num_read + length)
-                kept = [(layer.keys[line, :, span], layer.values[line, :, span]) for layer in cache.layers]
-                self._keep(weights, read[line][:length], kept)
+        first = 0
+        for row in rows:
+            states_M = states_of(row) if row in ended and not row.failed else ()
+            for line, (ids, states) in enumerate(zip(row.ids, states_M, strict=False), first):
+                # the last token was chosen, but the model has not read it
+                num_read = len(ids) - 1
+                for weights, most in states:
+                    length = num_read if most is None else min(most, num_read)
+                    if weights is None or length < MIN_TOKENS or not self._max_bytes:
+                        continue
+                    width = cache.layers[0].keys.shape[-2]
+                    span = slice(width - num_read, width - num_read + length)
+                    kept = [(layer.keys[line, :, span], layer.values[line, :, span]) for layer in cache.layers]
+                    self._keep(weights, ids[:length], kept)
+            first += len(row.prompts)
 
     def _longest(self, states: States, ids: tuple[int, ...]) -> tuple[int, Kept | None]:
         """Return (number of shared tokens, kept prefix) for the prefix that shares most tokens with `ids`, or (0, None).
@@ -118,10 +124,8 @@ class KeptPrefixes(Prefixes):
         self._kept[best_key].last_use = time.monotonic()
         return best, self._kept[best_key]
 
-    def _keep(self, weights: Hashable | None, ids: tuple[int, ...], states: KeysAndValues) -> None:
+    def _keep(self, weights: Hashable, ids: tuple[int, ...], states: KeysAndValues) -> None:
         """Keep copies of these tokens' keys and values, and drop kept prefixes of the same weights that begin them."""
-        if weights is None or len(ids) < MIN_TOKENS or not self._max_bytes:
-            return
         if any(kept_weights == weights and kept[: len(ids)] == ids for kept_weights, kept in self._kept):
             return
         for key in [key for key in self._kept if key[0] == weights and ids[: len(key[1])] == key[1]]:

@@ -66,7 +66,8 @@ def test_a_row_that_leaves_midway_changes_nothing_for_the_others(setting, tokeni
     join(batch, experts, [longest, *heard[:3]])
     batch.step()
     batch.step()
-    batch.keep([row for row in batch.rows if row is not longest.row])
+    longest.row.over = True
+    batch.drop_ended()
     # its columns went with it
     assert batch._mask_BW.shape[1] <= max(map(len, PROMPTS)) + 3
     join(batch, experts, heard[3:])
