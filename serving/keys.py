@@ -70,7 +70,7 @@ class KeyHolder:
     def require_rows(self, count: int) -> None:
         """Raise Refusal if `count` more answers would run or wait at once than the key allows."""
         if self.num_rows + count > self._max_rows:
-            message = f"this key may have {self._max_rows:g} answers at once; {self.num_rows} run or wait, and {count} are new"
+            message = f"this key may have {self._max_rows:g} answers at once: {self.num_rows} run or wait, {count} are new"
             raise Refusal(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 
 

@@ -157,18 +157,20 @@ class _Bert:
         scores_BHTT[np.broadcast_to(mask_BT[:, None, None] == 0, scores_BHTT.shape)] = -np.inf
         share_BHTT = np.exp(scores_BHTT - scores_BHTT.max(axis=-1, keepdims=True))
         share_BHTT /= share_BHTT.sum(axis=-1, keepdims=True)
-        return (share_BHTT @ v_BHTd).swapaxes(1, 2).reshape(x_BTD.shape)
+        mixed_BTHd: np.ndarray = (share_BHTT @ v_BHTd).swapaxes(1, 2)
+        return mixed_BTHd.reshape(x_BTD.shape)
 
     def _linear(self, x_BTD: np.ndarray, name: str) -> np.ndarray:
         # one product of matrices instead of one for each text
-        y_NF = x_BTD.reshape(-1, x_BTD.shape[-1]) @ self.weights[f"{name}.weight"].T
+        y_NF: np.ndarray = x_BTD.reshape(-1, x_BTD.shape[-1]) @ self.weights[f"{name}.weight"].T
         y_NF += self.weights[f"{name}.bias"]
         return y_NF.reshape(*x_BTD.shape[:2], -1)
 
     def _norm(self, x_BTD: np.ndarray, name: str) -> np.ndarray:
         x_BTD = x_BTD - x_BTD.mean(axis=-1, keepdims=True)
         x_BTD /= np.sqrt(np.square(x_BTD).mean(axis=-1, keepdims=True) + self.eps)
-        return x_BTD * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+        normed_BTD: np.ndarray = x_BTD * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+        return normed_BTD
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:

@@ -120,7 +120,8 @@ def _name_values(group: TyperGroup) -> None:
     for command in group.commands.values():
         if isinstance(command, TyperGroup):
             _name_values(command)
-        for value in command.params:
+        parameters: list[Any] = command.params
+        for value in parameters:
             if value.param_type_name == "argument":
                 value.display_type_rich = lambda ctx: None
             elif value.metavar is None and not value.is_flag and not value.type_descriptor.is_choice:

@@ -55,7 +55,7 @@ def test_a_server_with_a_file_of_keys_knows_its_clients(serve, key_file):
         asked = {"model": "a", "prompt": ["x", "y"], "max_tokens": 1}
         status, headers, body = client.send("POST", "/v1/completions", asked, **bearer(BERT))
         assert (status, headers["Retry-After"]) == (429, "1")
-        assert body["error"]["message"] == "this key may have 1 answers at once; 0 run or wait, and 2 are new"
+        assert body["error"]["message"] == "this key may have 1 answers at once: 0 run or wait, 2 are new"
         assert client.send("POST", "/v1/completions", asked, **bearer(ANNA))[0] == 200
 
 
