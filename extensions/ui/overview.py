@@ -1,7 +1,8 @@
 """A map and a sortable table of all adapters of a hub, made in the background as the hub changes.
 
 Points are the first two principal components of the embeddings that the hub's search keeps. They are fitted once; later
-adapters are projected onto the same plane, until a tenth of all has changed.
+adapters are projected onto the same plane, until a tenth of all has changed. While the search still makes its embeddings,
+a first map has the principal components of hashed words, which are there at once.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.decomposition import PCA
 
-from loraweave import Hub, LoraweaveError
-from loraweave.extend.hubs import embedder_of
+from loraweave import Hub, LoraweaveError, Record
+from loraweave.extend.hubs import Filters, embedder_of
 
 Array = NDArray[Any]
 
@@ -35,6 +36,10 @@ MAX_EXACT = 5000
 REFIT_SHARE = 0.1
 # the largest x and y of a point
 SIDE = 2**16 - 1
+# the most adapters whose words are hashed for a first map, which takes 2 kB of memory for each
+MAX_SKETCHED = 20_000
+# the number of sample inputs of an adapter whose words count in the first map
+NUM_SKETCHED_INPUTS = 5
 # the place of an adapter without a stored embedding, as in a hub that cannot be written
 NOWHERE = (-1, -1, -1)
 
@@ -96,6 +101,8 @@ class Snapshot:
     generation: int = 0
     entries: Mapping[int, Entry] = field(default_factory=dict)
     plane: Plane | None = None
+    # True for a first map, by hashed words
+    is_sketch: bool = False
     _orders: dict[tuple[str, bool], Sequence[int]] = field(default_factory=dict)
 
     def order(self, key: str, descending: bool) -> Sequence[int]:
@@ -150,6 +157,7 @@ class Snapshot:
             "count": len(shown),
             "placed": len(seqs),
             "total": len(self.entries),
+            "by_words": self.is_sketch,
             "clusters": self._cluster_names(entries),
             "licenses": [license or "none stated" for license in known] + ["other"] * (len(self.licenses) > len(known)),
             # a small hub's points have their names beside them
@@ -223,10 +231,13 @@ class Overview:
         generation, self.error = self._hub.generation, ""
         try:
             if len(self._hub):
+                if self._snapshot is None:
+                    self._sketch()
                 self.require_search()
                 # the first search makes and stores missing embeddings
                 self._hub.search("an adapter", k=1)
-            made = followed(self._hub, self._snapshot or Snapshot())
+            old = self._snapshot
+            made = followed(self._hub, Snapshot() if old is None or old.is_sketch else old)
             with self._lock:
                 self._snapshot = made
         except Exception as error:
@@ -237,6 +248,15 @@ class Overview:
         finally:
             with self._lock:
                 self._thread = None
+
+    def _sketch(self) -> None:
+        """Make the first map of a hub of up to MAX_SKETCHED adapters, unless most have a stored embedding already."""
+        first = self._hub.changes(embedder_of("sentence").id).page
+        if len(self._hub) > MAX_SKETCHED or 2 * sum(change.vector is not None for change in first) > len(first):
+            return
+        made = sketched(self._hub)
+        with self._lock:
+            self._snapshot = made
 
 
 def followed(hub: Hub, old: Snapshot) -> Snapshot:
@@ -258,16 +278,37 @@ def followed(hub: Hub, old: Snapshot) -> Snapshot:
         return followed(hub, Snapshot())
     records = hub.records_at([seq for seq, change in changed.items() if change.said is not None])
     placed = {seq: change.vector[1] for seq, change in changed.items() if seq in records and change.vector is not None}
-    plane, places = old.plane, {}
-    if placed:
-        vectors_ND = np.stack(list(placed.values()))
-        plane = plane or Plane.of(vectors_ND)
-        places = dict(zip(placed, plane.places(vectors_ND), strict=True))
+    plane, places = _placed(old.plane, placed)
     entries = {seq: entry for seq, entry in old.entries.items() if seq not in changed}
+    entries |= _entries(records, places)
+    return Snapshot(first.identity, first.generation, dict(sorted(entries.items())), plane)
+
+
+def sketched(hub: Hub) -> Snapshot:
+    """Return a snapshot whose points are placed by the hashed words of descriptions and sample inputs."""
+    words = embedder_of("hashing")
+    now = hub.changes(words.id)
+    records = hub.records_at(hub.seqs(Filters()))
+    texts = [" ".join((each.description or each.name, *each.examples[:NUM_SKETCHED_INPUTS])) for each in records.values()]
+    plane, places = _placed(None, dict(zip(records, words.embed(texts), strict=True)))
+    return Snapshot(now.identity, now.generation, _entries(records, places), plane, is_sketch=True)
+
+
+def _placed(plane: Plane | None, vectors: Mapping[int, Array]) -> tuple[Plane | None, dict[int, tuple[int, int, int]]]:
+    """Return the plane, fitted on the vectors if it is None, and the place of each adapter on it."""
+    if not vectors:
+        return plane, {}
+    vectors_ND = np.stack(list(vectors.values()))
+    plane = plane or Plane.of(vectors_ND)
+    return plane, dict(zip(vectors, plane.places(vectors_ND), strict=True))
+
+
+def _entries(records: Mapping[int, Record], places: Mapping[int, tuple[int, int, int]]) -> dict[int, Entry]:
+    entries = {}
     for seq, record in records.items():
         fields = record.name, record.license, record.rank, record.size_bytes, record.created
         entries[seq] = Entry(*fields, *places.get(seq, NOWHERE))
-    return Snapshot(first.identity, first.generation, dict(sorted(entries.items())), plane)
+    return entries
 
 
 def in_order(snapshot: Snapshot | None, seqs: Collection[int], key: str, descending: bool) -> list[int]:

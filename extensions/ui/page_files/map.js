@@ -208,11 +208,15 @@ export function makeMap(signal, open) {
         const found = await ask("map", {}, signal);
         if (found.columns) {
           const kinds = { seq: Uint32Array, x: Uint16Array, y: Uint16Array, cluster: Uint8Array, license: Uint8Array };
+          const drawn = data;
           const columns = Object.fromEntries(Object.entries(kinds).map(([key, Kind]) => [key, new Kind(Uint8Array.from(atob(found.columns[key]), (one) => one.charCodeAt(0)).buffer)]));
           data = { ...found, columns };
           const sampled = found.count < found.placed ? `${count(found.count, "point")}, a sample of ` : "";
           const without = found.total - found.placed;
-          note.textContent = `${sampled}${count(found.placed, "adapter")}${without ? `; ${without} have no stored embedding` : ""}.`;
+          const byWords = found.by_words ? ", placed by their words until the search has read all texts" : "";
+          note.textContent = `${sampled}${count(found.placed, "adapter")}${without ? `; ${without} have no stored embedding` : ""}${byWords}.`;
+          // the points have moved
+          if (drawn && drawn.by_words !== found.by_words) go(-1);
           paint();
         }
         if (found.error) {

@@ -9,6 +9,7 @@ import json
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -21,7 +22,7 @@ from loraweave.errors import CompositionError
 from loraweave.extensions.ui import overview, workbench
 from loraweave.extensions.ui.app import Left, make_ui_server
 from loraweave.extensions.ui.catalogue import Catalogue
-from loraweave.extensions.ui.overview import Entry, Overview, Snapshot, followed
+from loraweave.extensions.ui.overview import Entry, Overview, Snapshot, followed, sketched
 from loraweave.extensions.ui.workbench import Found, Workbench
 from loraweave.hub.embedders._embedder import embedder_of
 
@@ -177,6 +178,38 @@ def test_the_map_follows_the_hub_without_being_fitted_again(hub, make_adapter, t
     assert after.plane is before.plane
     assert after.entries[4].name == "renamed"
     assert [after.entries[seq] == before.entries[seq] for seq in before.entries] == [seq != 4 for seq in before.entries]
+
+
+def test_a_first_map_by_words_is_there_before_the_search_has_embedded_a_text(hub, monkeypatch):
+    let_go = threading.Event()
+    search = hub.search
+
+    def wait(*given, **options):
+        assert let_go.wait(60)
+        return search(*given, **options)
+
+    monkeypatch.setattr(hub, "search", wait)
+    # as in a hub that was never searched
+    changes = hub.changes
+    monkeypatch.setattr(hub, "changes", lambda *given, **options: without_vectors(changes(*given, **options)))
+    made = Overview(hub)
+    try:
+        until(lambda: made.newest is not None)
+        first = made.newest
+        assert (first.is_sketch, first.points()["by_words"], made.busy) == (True, True, True)
+        assert {entry.name for entry in first.entries.values()} == {record.name for record in hub.records()}
+        assert all(entry.cluster >= 0 for entry in first.entries.values())
+        assert sketched(hub).entries == first.entries
+        monkeypatch.setattr(hub, "changes", changes)
+    finally:
+        let_go.set()
+    until(lambda: not made.busy)
+    assert (made.newest.is_sketch, made.error) == (False, "")
+    assert made.newest.entries == followed(hub, Snapshot()).entries
+
+
+def without_vectors(read):
+    return replace(read, page=tuple(change._replace(vector=None) for change in read.page))
 
 
 @pytest.mark.parametrize("is_closed", [True, False])
