@@ -106,7 +106,7 @@ def _keys_of(embed: Embed, records: Sequence[Spoken]) -> list[np.ndarray]:
     for record in records:
         kinds, texts = zip(*texts_of(record), strict=True)
         rows_ND = embed(texts).astype(np.float64)
-        samples_ND = rows_ND[[kind == "sample input" for kind in kinds]]
+        samples_ND = rows_ND[np.array(kinds) == "sample input"]
         key_D = unit(samples_ND.mean(axis=0)) if len(samples_ND) else unit(rows_ND[0])
         if len(samples_ND) and kinds[-1] == "description":
             key_D = unit(key_D + DESCRIPTION_WEIGHT * rows_ND[-1])

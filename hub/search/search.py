@@ -147,20 +147,22 @@ class SearchIndex:
     ) -> list[list[Hit]]:
         """Return for each query the k best adapters that pass the filters: scores descending, ties in order of addition."""
         checked_threshold(min_score)
+        ranked = None
         if self._database is not None and k and len(self.hub):
-            near = self._near(self._database, query_QD, k, None if filters.pass_all else self.hub.seqs(filters))
-            if near is not None:
-                return [_reaching(hits, min_score) for hits in near]
-        snapshot = self._update()
-        if not len(snapshot.keys):
-            _logger.info("the hub is empty, so nothing is found: hub.add(folder, description=..., examples=[...]) fills it")
-        if not len(snapshot.keys) or not k:
-            return [[] for _ in query_QD]
-        if filters.pass_all:
-            ranked = self._hits(snapshot, snapshot.keys.search(query_QD, k))
-        else:
-            ranked = self._filter(snapshot, query_QD, k, filters)
-        return [_reaching(hits, min_score) for hits in ranked]
+            ranked = self._near(self._database, query_QD, k, None if filters.pass_all else self.hub.seqs(filters))
+        if ranked is None:
+            snapshot = self._update()
+            if not len(snapshot.keys):
+                _logger.info(
+                    "the hub is empty, so nothing is found: hub.add(folder, description=..., examples=[...]) fills it"
+                )
+            if not len(snapshot.keys) or not k:
+                return [[] for _ in query_QD]
+            if filters.pass_all:
+                ranked = self._hits(snapshot, snapshot.keys.search(query_QD, k))
+            else:
+                ranked = self._filter(snapshot, query_QD, k, filters)
+        return ranked if min_score is None else [[hit for hit in hits if hit.score >= min_score] for hits in ranked]
 
     def explain(self, query_D: np.ndarray, hits: Sequence[Hit], *, evidence: bool = True) -> list[Candidate]:
         """Return the hits as candidates, with the adapter's own text nearest to the query as evidence, if wanted."""
@@ -170,7 +172,8 @@ class SearchIndex:
     def samples(self, record: Record) -> np.ndarray:
         """Return the embedded sample inputs of the record (M, D), which its key and its evidence share."""
         kinds, texts = zip(*texts_of(record), strict=True)
-        return self._embedded(texts)[[kind == "sample input" for kind in kinds]]
+        samples_MD: np.ndarray = self._embedded(texts)[np.array(kinds) == "sample input"]
+        return samples_MD
 
     def _near(
         self, database: VectorSearch, query_QD: np.ndarray, k: int, seqs: Sequence[int] | None
@@ -393,10 +396,6 @@ def kept_on_disk(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
             for old in sorted(files, key=lambda path: path.stat().st_mtime)[: len(files) // 2]:
                 old.unlink(missing_ok=True)
     return rows_ND
-
-
-def _reaching(hits: list[Hit], min_score: float | None) -> list[Hit]:
-    return hits if min_score is None else [hit for hit in hits if hit.score >= min_score]
 
 
 def most_similar(own: Adapter, records: Iterable[Record], read: Callable[[str], Adapter], k: int) -> list[Candidate]:

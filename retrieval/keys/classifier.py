@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, starmap
 from operator import attrgetter
 from typing import ClassVar
 
@@ -54,9 +55,9 @@ class TfIdf:
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        counts = [_counts(text) for text in texts]
-        holding = Counter(word for words in counts for word in words)
-        self._places = {word: place for place, word in enumerate(holding)}
+        counts = list(map(_counts, texts))
+        holding = Counter(chain.from_iterable(counts))
+        self._places = dict(zip(holding, range(len(holding)), strict=True))
         self._idf = {word: 1 + math.log((1 + len(texts)) / (1 + number)) for word, number in holding.items()}
         self._unknown = 1 + math.log(1 + len(texts))
 
@@ -107,14 +108,15 @@ class _Fitted:
 
     def mixed(self) -> np.ndarray:
         """Return the mixed kernel of the samples (N, N)."""
-        return _mix(self.choice.shares_P, _kernels(self.looks, self.relation_NF, self.looks, self.relation_NF))
+        kernels_PNN = _kernels(self.looks, self.relation_NF, self.looks, self.relation_NF)
+        return np.tensordot(self.choice.shares_P, kernels_PNN, axes=1)
 
     def cosines(self, pairs: Sequence[_Pair], space: KeySpace) -> np.ndarray:
         """Return the cosine of each of Q examples with each adapter's direction (Q, C)."""
         sides = list(zip(*pairs, strict=True))[: len(self.looks)]
         looks = [_Look.of(texts, space.embed(texts), tfidf) for texts, tfidf in zip(sides, self.tfidfs, strict=True)]
-        kernels_PQN = _kernels(looks, _relation(pairs), self.looks, self.relation_NF)
-        return self.fit.cosines(_mix(self.choice.shares_P, kernels_PQN))
+        kernels_PQN = _kernels(looks, np.stack(list(starmap(relation_of, pairs))), self.looks, self.relation_NF)
+        return self.fit.cosines(np.tensordot(self.choice.shares_P, kernels_PQN, axes=1))
 
 
 @traits("relative")
@@ -217,13 +219,13 @@ class Classifier(Declared):
         looks = [
             _Look.of(texts, np.concatenate(rows), tfidf) for texts, rows, tfidf in zip(sides, dense, tfidfs, strict=False)
         ]
-        relation_NF = _relation(pairs)
+        relation_NF = np.stack(list(starmap(relation_of, pairs)))
         kernels_PNN = _kernels(looks, relation_NF, looks, relation_NF)
         start = Choice(np.pad(start.shares_P, (0, len(kernels_PNN) - len(start.shares_P))), start.ridge, start.temperature)
         seen_S = np.flatnonzero(labels_N % math.ceil(len(pairs) / MAX_CHOOSING) == 0)
         _, labels_S = np.unique(labels_N[seen_S], return_inverse=True)
         choice = kernel_ridge.choose(kernels_PNN[:, seen_S[:, None], seen_S], labels_S, _folds(labels_S), start)
-        fit = kernel_ridge.fit(_mix(choice.shares_P, kernels_PNN), labels_N, choice.ridge)
+        fit = kernel_ridge.fit(np.tensordot(choice.shares_P, kernels_PNN, axes=1), labels_N, choice.ridge)
         return _Fitted(labels_N, tfidfs, looks, relation_NF, choice, fit)
 
 
@@ -244,15 +246,7 @@ def _folds(labels_N: np.ndarray) -> np.ndarray:
     return np.arange(len(labels_N)) - np.searchsorted(labels_N, labels_N)
 
 
-def _relation(pairs: Sequence[_Pair]) -> np.ndarray:
-    return np.stack([relation_of(*pair) for pair in pairs])
-
-
 def _kernels(looks: list[_Look], relation_NF: np.ndarray, others: list[_Look], relation_MF: np.ndarray) -> np.ndarray:
     """Return the kernels (P, N, M): three by inputs; with outputs, also three by outputs and one by their relation."""
     kernels = [kernel for look, other in zip(looks, others, strict=True) for kernel in look.kernels(other)]
     return np.stack(kernels + [relation_NF @ relation_MF.T] * (len(looks) > 1))
-
-
-def _mix(shares_P: np.ndarray, kernels_PNM: np.ndarray) -> np.ndarray:
-    return np.tensordot(shares_P, kernels_PNM, axes=1)
