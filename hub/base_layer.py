@@ -1,7 +1,5 @@
 """A base model's layer as one weight matrix (outputs, inputs), whatever kind of module holds it."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

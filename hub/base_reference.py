@@ -1,7 +1,5 @@
 """A reference to the place that a base model was loaded from, by which a worker loads the model itself, once."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

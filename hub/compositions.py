@@ -4,8 +4,6 @@ A composition is any object that saves itself as a folder. Each of its files is 
 a row of the catalogue lists them: a name never becomes a path, and a row is committed when all its files are stored.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

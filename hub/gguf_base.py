@@ -4,8 +4,6 @@ The embedded default, SmolLM2-135M-Instruct (Apache-2.0), is such a file of the 
 registry `bases` say where other known files come from; any other file is given by its path.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import json

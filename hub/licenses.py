@@ -12,8 +12,6 @@ https://www.gnu.org/licenses/gpl-faq.html#AllCompatibility), and Creative Common
 `LicenseRef` text and an unstated license demand nothing here.
 """
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import re

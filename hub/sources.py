@@ -3,8 +3,6 @@
 An error of the model hub's client becomes a named one with the way out, without any token.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import re

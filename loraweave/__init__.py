@@ -3,8 +3,6 @@
 Type checkers read the same names in `__init__.pyi`, which `scripts/stub.py` writes.
 """
 
-from __future__ import annotations
-
 from loraweave.registry import face
 
 _MODULES = {

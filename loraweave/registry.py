@@ -5,8 +5,6 @@ adds a file by an entry point, `loraweave.methods` with `name = package.name`. T
 to be listed anywhere else.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import pkgutil

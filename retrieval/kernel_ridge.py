@@ -12,8 +12,6 @@ held-out cosine.
 Samples N, classes C, kernels P, queries Q.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from operator import attrgetter
 

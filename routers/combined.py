@@ -5,8 +5,6 @@ every object with `weights`, whether or not it has a `begin` of its own. `derive
 a router for each row of the batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar

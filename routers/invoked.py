@@ -5,8 +5,6 @@ before, so that keys and values of the earlier tokens are the base's. In a row w
 PEFT. In a call whose prompt is unknown, the row's text so far is searched instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The parts that HTTP applications over models share: reading requests, streams of events, refusals, and loopback checks."""
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping

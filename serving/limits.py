@@ -1,7 +1,5 @@
 """The limits of a server, and its refusals: an HTTP status with OpenAI's error object instead of an answer."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping

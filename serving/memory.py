@@ -1,7 +1,5 @@
 """The adapters that the server's engine has loaded, and the number of rows that use each."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import Counter, OrderedDict

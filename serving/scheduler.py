@@ -11,8 +11,6 @@ averages are one batch; those under one router are another, and each batch does 
 several rows together, each is read again alone, so that only the row at fault ends.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

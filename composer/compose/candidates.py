@@ -1,7 +1,5 @@
 """The choice of a task's candidates from a hub or a pool, and of those whose descriptions match its instruction."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The composition of stored adapters for a task that none of them was trained for: retrieve, search, and guard."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing

@@ -5,8 +5,6 @@ runs at once. A sum of factors has the rank of one expert, however many are in i
 than the base.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext

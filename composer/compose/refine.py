@@ -3,8 +3,6 @@
 A merged adapter is the best starting point of a few-shot LoRA (Asadi et al. 2024, arXiv 2402.15414, the second step).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -7,8 +7,6 @@ the examples point to, unless its loss is far above that of prompts alone. Where
 already, it is taken as it is: what was trained on more than five examples is not learned from them again.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """A base model with trainable LoRA experts, as `lw.experts` makes it."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext

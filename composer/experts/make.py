@@ -1,7 +1,5 @@
 """A trainable mixture of LoRA experts by its recipe's name, or as it was saved in a folder; adapters as its experts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The experts and gates of a recipe for the sites of a model, made apart from it and held beside it by name."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 A Trainer that resumes looks for the tensors under that name; format 1 had experts.safetensors.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The training of several expert models on one base in the same passes."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -14,8 +14,6 @@
 A name is a word or in quotes. Stored formulas inside a formula are written out by `Expansion`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

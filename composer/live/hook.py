@@ -9,8 +9,6 @@
 A hook is an entry of the registry `hooks`; a Composer makes one of each for itself and its pool.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache, partial

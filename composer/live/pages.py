@@ -3,8 +3,6 @@
 A page is a flat tensor for each device and dtype, and a view for each part (`Layout`).
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections import OrderedDict

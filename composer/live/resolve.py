@@ -3,8 +3,6 @@
 Mixing distributes nothing, so licenses that exclude each other only warn; a merge that is stored refuses them.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Iterable, Mapping

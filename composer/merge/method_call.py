@@ -3,8 +3,6 @@
 The numbers given to a merge are checked here, before a method gets them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import math

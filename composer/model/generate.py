@@ -3,8 +3,6 @@
 `GrowingText` is the text of an answer while its tokens come one by one.
 """
 
-from __future__ import annotations
-
 import copy
 import queue
 import threading

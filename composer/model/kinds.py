@@ -1,7 +1,5 @@
 """The kinds of layers that can be composed: their modules, their size as a matrix (O, I), and the axes of their tokens."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 

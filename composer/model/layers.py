@@ -4,8 +4,6 @@
 without an error. It reads the bytecode of the owner's methods, which is quick and works without their source.
 """
 
-from __future__ import annotations
-
 import difflib
 import dis
 import inspect

@@ -1,7 +1,5 @@
 """A model's answers and their scores: ranked labels, the first line of a greedy generation, and Wilson's intervals."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The training of many LoRA adapters on one frozen base model, several in each step."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """Training data as rows of token ids, each with its expert or task where that is known."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The schedule of many jobs on one frozen base: which jobs share each step, until all have ended."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

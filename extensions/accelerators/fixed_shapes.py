@@ -15,8 +15,6 @@ by name. The idea is that of batch-invariant kernels (Thinking Machines, "Defeat
 which vLLM has for GPUs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar

@@ -5,8 +5,6 @@ PEFT trains a copy of every module whose path ends in a listed name, even within
 an `lm_head` saved for a base that ties it to its embedding is a separate tensor, and the embedding stays.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ The names of the pickle's classes are checked before anything is built from it, 
 builds the tensors. The archive may not claim more bytes than the file has.
 """
 
-from __future__ import annotations
-
 import pickletools
 import zipfile
 from collections.abc import Iterator

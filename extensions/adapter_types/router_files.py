@@ -1,7 +1,5 @@
 """POLY folders that PEFT saved: `lw.router` opens them, and a hub stores a folder of several tasks as a router."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

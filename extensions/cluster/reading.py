@@ -4,8 +4,6 @@ A worker reads and measures adapters and puts their content into the store, with
 rows, in the order of the sources. The result does not depend on which worker was first.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress

@@ -6,8 +6,6 @@ A replica tells Ray the formulas that it had last. A request goes to one that ha
 second, or there is none, to the one that had the fewest (https://docs.ray.io/en/latest/serve/model-multiplexing.html).
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping

@@ -5,8 +5,6 @@ and a digest of the data to score on. Batches are those that one process would m
 wherever they are computed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 from collections.abc import Callable, Sequence

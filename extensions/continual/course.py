@@ -1,7 +1,5 @@
 """The training of one adapter task after task, and the parts that all ways of doing it share."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

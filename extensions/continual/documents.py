@@ -1,7 +1,5 @@
 """Documents as adapters: each is trained into an adapter, which is stored and summed with others for a question."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

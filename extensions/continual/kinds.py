@@ -1,7 +1,5 @@
 """Kinds of jobs that train adapters for later sums: to first order around a start, or beside a frozen adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Mix-of-Show (2305.18292) on a diffusers pipeline: the statistics to fuse concepts by, and prompts for regions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Mixtures by denoising step, for `Composer(pipe).activate(...)`: functions from (step, steps) to a mixture."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """ZipLoRA: a merge of two adapters of a diffusers pipeline, with a learned weight for each input of each layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The export of an adapter as a folder for another program, exact, or cut to a rank with the error reported."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Formulas as folders on disk, named by content, that an engine loads as one LoRA adapter; up to a limit of bytes."""
 
-from __future__ import annotations
-
 import logging
 import math
 import re

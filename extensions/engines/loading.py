@@ -4,8 +4,6 @@ SGLang: POST /load_lora_adapter and /unload_lora_adapter (docs/advanced_features
 names (docs/models/adapters/index.md), so it is asked for one token. Written from these pages; neither server was run.
 """
 
-from __future__ import annotations
-
 import json
 import urllib.error
 import urllib.request

@@ -6,8 +6,6 @@ adapter was before, and no folder goes while a request may still read it, the re
 (`_Names`). Read with vLLM 0.32: entrypoints/openai/models/serving.py, v1/core/kv_cache_utils.py, lora/worker_manager.py.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import logging

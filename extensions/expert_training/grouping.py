@@ -1,7 +1,5 @@
 """Groups of similar adapters, whatever their factors: k-means over the cosines of their updates."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import cast

@@ -1,7 +1,5 @@
 """The identity of a training and of its loss function, by which a checkpoint recognises the training it belongs to."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json

@@ -1,7 +1,5 @@
 """The start of an expert model's experts as stored adapters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any

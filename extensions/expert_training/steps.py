@@ -1,7 +1,5 @@
 """The training of an expert model, step by step: its settings, checks of its steps, and the results it keeps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """The training of several expert models on one base in the same passes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

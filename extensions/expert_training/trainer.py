@@ -1,7 +1,5 @@
 """The training of the experts and gates of an expert model, and of parameters that a user unfroze in its base."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Plots of searches and trainings, drawn with matplotlib; the suffix of the path names the format."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import accumulate

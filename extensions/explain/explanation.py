@@ -1,7 +1,5 @@
 """The weights of each expert for a text's tokens in each layer, as figures, a table, a picture and a page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The figures that an explanation's table, picture and page show, with the grouping, names and colours they share."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The function by which the page over a hub shows a router's weights, as an explanation's page."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from loraweave import Composer

@@ -5,8 +5,6 @@ probes). Here the answer is unknown, too: it is whatever different inputs have i
 docs/extensions/trust.md says how reliable that is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median

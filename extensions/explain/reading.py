@@ -1,7 +1,5 @@
 """Which adapter counts for which token? One forward over a text, with the weights that every layer used recorded."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace

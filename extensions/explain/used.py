@@ -1,7 +1,5 @@
 """The load of each expert: its share of the weights that a forward used, and the entropy of a token's weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Rounds in flower's simulation: each client of a round runs in its own process, which may die without the others."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """The rounds of a federation: who takes part, which updates can be used, and which state is kept."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

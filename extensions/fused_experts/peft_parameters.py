@@ -10,8 +10,6 @@ tensors of the last are at `m.lora_A`, and those of the one before at `m.base_la
 ParamWrapper). Models of transformers declare them in the order of ORDER.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

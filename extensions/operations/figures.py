@@ -1,7 +1,5 @@
 """The figures of a server that /metrics shows, in Prometheus' text format."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

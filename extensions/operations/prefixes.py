@@ -5,8 +5,6 @@ on these tokens and on the weights: {content hash: weight}, or the router. Under
 adapter that counts from its invocation tokens on has no weight before them, where what is kept is shared with rows without.
 """
 
-from __future__ import annotations
-
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence

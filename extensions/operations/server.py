@@ -1,7 +1,5 @@
 """The parts that this extension adds to a server: figures, kept prefixes, and the admission of rows under a budget."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from loraweave.extend.serving import Admission, Limits

@@ -5,8 +5,6 @@ for each layer as |W - Q(W)| / |D|, in Frobenius norms. What `train_adapters` ma
 `quantization_config` as `card["quantization"]`. Other adapters do not tell, unless their card is given it.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

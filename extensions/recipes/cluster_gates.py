@@ -3,8 +3,6 @@
 How many experts training texts ask for is the number of their clusters, as HydraLoRA's paper counts them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Gates for each token with other ways to choose experts: limits in training, or a bias that keeps their use even."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Clients of a federation also give each other the means of their experts and gates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@ What a gate decides while a row's prompt runs stays in `Call.kept`, so that the 
 classes of recipes with an expert for each task, or with experts that do not learn, stand below the gates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

@@ -6,8 +6,6 @@ of (A_e x) . (B_e^T g): the factors meet the layer's input and the gradient at i
 ever formed. Gain and bias meet sum g * y0 and sum g.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack

@@ -4,8 +4,6 @@ LoraRetriever's loss (Zhao et al. 2024, arXiv 2402.09997): for an input x and an
 -log exp(cos(x, x+) / t) / (exp(cos(x, x+) / t) + sum over inputs x- of the batch's other tasks of exp(cos(x, x-) / t)).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

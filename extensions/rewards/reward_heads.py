@@ -5,8 +5,6 @@ Coste et al., 2023 (arXiv 2310.02743) call the minimum WCO and the mean less lam
 one for all, are the ensembles of Zhang et al., 2024 (arXiv 2401.16635).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Routers that decide for a sequence: by the mean over a row's tokens so far, which a cache carries on as running sums."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal

@@ -4,8 +4,6 @@ An X-LoRA's adapter_config.json names its adapters by paths of the machine that 
 adapters are those in the folders 0, 1, ... within, or the pool that is given, by the names there or in their order.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Routers that know the experts' own outputs, by few numbers for each expert and layer."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Folders of X-LoRA and `create_arrow_model` that PEFT saved: `lw.router` opens them, and `Hub.add` stores them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Writers of an X-LoRA or an Arrow router as the folder that PEFT would save, with the adapters in it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

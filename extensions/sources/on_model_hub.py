@@ -1,7 +1,5 @@
 """Adapters on the model hub for a base model: those whose cards name it, with figures to choose by."""
 
-from __future__ import annotations
-
 import fnmatch
 import re
 from collections.abc import Collection, Iterator

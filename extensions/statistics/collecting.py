@@ -1,7 +1,5 @@
 """The recording of adapters' layers on texts: the Gram matrices of their inputs, and their weights' Fisher information."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

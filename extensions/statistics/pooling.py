@@ -1,7 +1,5 @@
 """The statistics of many adapters for merge methods that weigh by data, each adapter's from texts of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """The cells of a study: a task, a method, a number of examples and a seed, each named by the hash of all that matters."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

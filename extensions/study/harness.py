@@ -1,7 +1,5 @@
 """Scores of EleutherAI's lm-evaluation-harness for whatever mixes adapters into a model (package lm_eval)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

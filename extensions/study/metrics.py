@@ -1,7 +1,5 @@
 """Metrics of answers: each item of a test set gives numbers whose sums decide the value, so that any sample has one."""
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter

@@ -1,7 +1,5 @@
 """A study's files: tables as Markdown, CSV and LaTeX, plots, all answers, and one page that has everything."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

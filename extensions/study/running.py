@@ -1,7 +1,5 @@
 """The function `study`: run the missing cells of a study, and write tables of all its cells."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Training in groups of tasks: one call for each group, by workers, with the adapters stored in a hub."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial

@@ -5,8 +5,6 @@
 P is the identity where t and s have as many features, else zero. Products are (2, rows, columns): of two halves of the rows.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

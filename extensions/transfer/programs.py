@@ -3,8 +3,6 @@
 Rows of several inputs with their answers teach more than a row for each; so the adapter is asked under the task's examples.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """A prompt as an adapter, whose weight is the prompt's strength: ControlPE (Sun et al. 2023, arXiv 2311.09773)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial

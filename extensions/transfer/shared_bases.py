@@ -6,8 +6,6 @@ EigenLoRAx (arXiv 2502.04700) take principal directions of the factors as U and 
 do not. Each D_i counts with norm 1, so that large updates do not decide for all. No D_i is ever made: b (a X) is.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

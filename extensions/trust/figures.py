@@ -4,8 +4,6 @@ All are computed from the factors, in the time it takes to read them a few times
 factored: (A, B) and (R A, B R^-1) have the same figures.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

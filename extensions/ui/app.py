@@ -5,8 +5,6 @@ rebinding); a question that changes something is JSON from this page alone; and 
 but this server.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading

@@ -1,7 +1,5 @@
 """The rebuilding of a hub's catalogue from its blobs and the readable rows of the old catalogue."""
 
-from __future__ import annotations
-
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The names that a server serves, each with the adapter that the hub has for it and the probes to recognise it by."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 

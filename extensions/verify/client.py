@@ -3,8 +3,6 @@
 Nothing but JSON is read, at most `MAX_BYTES` of it; no redirect is followed.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 import time

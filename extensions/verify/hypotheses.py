@@ -1,7 +1,5 @@
 """The hypotheses on what answered in place of the adapter that was asked: other adapters, and known faults of engines."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

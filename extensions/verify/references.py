@@ -3,8 +3,6 @@
 Probes are kept in a folder by the content of what they are for, so that a server is watched without loading a model.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

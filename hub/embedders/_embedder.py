@@ -1,7 +1,5 @@
 """The protocol of embedders, the choice of one, and the checks of its texts and vectors."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path

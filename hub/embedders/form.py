@@ -4,8 +4,6 @@ Tasks differ in the form of their inputs (one word, five words between commas, t
 sentence encoder sees only the subject.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 It knows spelling, not meaning: for tests, machines without the sentence encoder, and adapters whose inputs differ in form.
 """
 
-from __future__ import annotations
-
 import unicodedata
 import zlib
 from collections import Counter

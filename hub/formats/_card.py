@@ -1,7 +1,5 @@
 """The card of an adapter folder: reading loraweave.json, or else README.md's front matter, and writing both."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The contents of an adapter's files, which are an adapter without a name, and the cut of an update to low-rank factors."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Mapping

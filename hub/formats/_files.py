@@ -4,8 +4,6 @@ Files beside an adapter's weights that belong to it (tokenizer, chat template, a
 byte and not interpreted: neither mixtures nor the content hash depend on them.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

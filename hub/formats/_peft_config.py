@@ -4,8 +4,6 @@ Every field of PEFT's LoraConfig is in exactly one of the tables below; a field 
 false or empty, since a newer PEFT may have given it a meaning.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Writing a PEFT folder: every scale is 1 because it is already in b, and the folder appears whole or not at all."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 A PEFT folder names its type; a folder without adapter_config.json is shown to every format.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

@@ -3,8 +3,6 @@
 Tensors are copied, never mapped: if somebody truncates a mapped file, the process is killed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping

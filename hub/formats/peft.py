@@ -1,7 +1,5 @@
 """PEFT folders, read and written: adapter_config.json and adapter_model.safetensors of a LoRA (Hu et al. 2021)."""
 
-from __future__ import annotations
-
 import ctypes
 import warnings
 from collections import defaultdict

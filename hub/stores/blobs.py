@@ -6,8 +6,6 @@ complete and on disk, and is never written again: processes have it mapped into 
 catalogue's row as of the writing, so that a hub whose catalogue is lost can be rebuilt.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math

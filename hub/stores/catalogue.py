@@ -6,8 +6,6 @@ and the file is never memory-mapped. The checkpoint that SQLite makes when the l
 the file's exclusive lock, which it gets only when no other connection is open. Readers take no lock and are never blocked.
 """
 
-from __future__ import annotations
-
 import os
 import sqlite3
 import threading

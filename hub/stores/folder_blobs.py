@@ -4,8 +4,6 @@ A file's blob is named by its sha256: equal files are stored once, and each card
 imports torch, so that opening, listing and cleaning a hub does not either.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat

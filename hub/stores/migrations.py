@@ -1,7 +1,5 @@
 """The catalogue's schema as numbered steps. A step that has been released is never edited: a change is a new step."""
 
-from __future__ import annotations
-
 import os
 import sqlite3
 from collections.abc import Callable

@@ -4,8 +4,6 @@ A hub and the place of its blobs know each other's identity. Without that, two h
 delete the other's blobs as unused, and a hub whose disk is not mounted would look damaged.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import uuid

@@ -1,7 +1,5 @@
 """Storing adapters in a hub: the blob first, complete and durable, then the rows in one transaction."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Verification of a whole hub: the database, every row's own digest, every blob's bytes and content."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The fields of a record that people write: their types, their limits, and their sources."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

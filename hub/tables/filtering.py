@@ -3,8 +3,6 @@
 The table `bases` has the known fingerprints of each base model's id, only to warn: damage of it changes no search.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Collection, Iterable

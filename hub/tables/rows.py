@@ -4,8 +4,6 @@ An adapter in quarantine stays stored and its name taken, but nothing finds or r
 the flag; the table `quarantine` repeats it, so that counting need not read every record.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

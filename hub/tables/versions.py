@@ -4,8 +4,6 @@ A superseded version is a copy of the former row in the table `versions`, with t
 It is deleted with its adapter, or when it is pruned. `state` counts these rows too, so that a lost one is noticed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Checks of counts, numbers and texts, and of lists of them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from numbers import Real

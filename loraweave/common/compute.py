@@ -6,8 +6,6 @@ PyTorch. LORAWEAVE_NATIVE may also be a value of the compiler's -march, such as 
 conforms.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import logging

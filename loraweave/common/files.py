@@ -3,8 +3,6 @@
 All packages save this way. A user's YAML is read here, too.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

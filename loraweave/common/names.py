@@ -1,7 +1,5 @@
 """Rules for adapter names: free text that fits on one line. A name never becomes a path or a module key; a digest does."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import unicodedata

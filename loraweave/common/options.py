@@ -4,8 +4,6 @@ The parameters and annotations of an entry's function or class declare its optio
 command line follow from that alone, also for another package's entries.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import types

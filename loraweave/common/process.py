@@ -1,7 +1,5 @@
 """State of the process: garbage collection, locks across forks, context variables, its launch and free memory."""
 
-from __future__ import annotations
-
 import gc
 import os
 import threading

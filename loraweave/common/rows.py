@@ -6,8 +6,6 @@ messages. An input may be chat messages, too. Rows come as an iterable of rows, 
 Anything else is refused, never guessed at.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

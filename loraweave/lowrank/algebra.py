@@ -8,8 +8,6 @@ L L^T = a a^T. A Gram matrix holds squares, so figures 8 digits below the larges
 seen, two QR decompositions and the SVD of the S x S core take over.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The adapter's description against the query's, or against the query's examples if it has no description."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Mean of the sample inputs against the mean of the query's inputs (LoraRetriever, Zhao et al. 2024)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Mean of the sample outputs against the mean of the query's outputs: what tells apart tasks with the same inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

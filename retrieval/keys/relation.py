@@ -1,7 +1,5 @@
 """The relation of an output to its input: copied, contained, lengthened, in capitals, in other words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

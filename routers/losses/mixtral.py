@@ -1,7 +1,5 @@
 """The balance loss of top-k mixtures."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

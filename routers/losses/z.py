@@ -1,7 +1,5 @@
 """The z-loss, which keeps scores small."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -1,7 +1,5 @@
 """HydraLoRA (Tian et al. 2024, arXiv 2404.19245): one a for all experts, and a b for each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from loraweave.common.options import Count, Positive, Rate

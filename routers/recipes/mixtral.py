@@ -1,7 +1,5 @@
 """The best few experts for each token, as in Mixtral (Jiang et al. 2024, arXiv 2401.04088): a plain baseline."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from loraweave.common.options import NonNegative

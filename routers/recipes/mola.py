@@ -1,7 +1,5 @@
 """MoLA (Gao et al. 2024, arXiv 2402.08562): token-level top-k, with more experts in higher layers."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar

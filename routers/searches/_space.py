@@ -1,7 +1,5 @@
 """The space of a search's vectors, and the conversion between vectors and mixture weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 A lattice has strengths ** weights points, so this is for few adapters; coordinate by coordinate it goes further.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The search is CMA-ES, from the `cma` package. Its candidates are task-scope weig
 of deltas, or of the factors apart) is the objective's matter, and so is the paper's L1 term, 0.05 * mean|w|.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Weights chosen by hand, such as the prompt strengths of ControlPE (Sun et al. 2023, arXiv 2311.09773)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Random search: candidates drawn without regard to the losses, a baseline for every other search."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The same weight 1/E for every expert: the uniform arm of Asadi et al. 2024, arXiv 2402.15414, and a baseline."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from loraweave.registry import traits

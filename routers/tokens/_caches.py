@@ -4,8 +4,6 @@ While an activation is open, a followed cache has a subclass of its class, which
 added to the object, and it gets its own class back when the activation ends. A copy or a pickle has the cache's own class.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager

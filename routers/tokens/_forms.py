@@ -1,7 +1,5 @@
 """Base classes of token routers: by scores, and by a learned matrix for each layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ClassVar
 

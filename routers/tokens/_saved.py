@@ -1,7 +1,5 @@
 """Routers by name, and saved routers read from a folder or from a repository of the model hub."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

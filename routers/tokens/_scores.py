@@ -1,7 +1,5 @@
 """Computations of routers: weights from scores, token by token, and experts' directions and cores from their factors."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections.abc import Iterator, Sequence

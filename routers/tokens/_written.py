@@ -1,7 +1,5 @@
 """A router saved as a folder: router.json with options and experts, router.safetensors with its tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """PHATGOOSE (Muqeeth et al., ICML 2024, arXiv 2402.05859): a gate for each adapter, trained beside no other."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

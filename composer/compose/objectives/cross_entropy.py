@@ -1,7 +1,5 @@
 """The mean negative log-likelihood of the target's tokens, the end-of-sequence token included."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from loraweave.composer.compose.objectives._row_sums import Kind, RowSums

@@ -5,8 +5,6 @@ places of the target's tokens; for inputs without targets these are answers of t
 so that the loss is a smooth function of the weights.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from loraweave.composer.compose.objectives._row_sums import ENTROPY, Kind, RowSums

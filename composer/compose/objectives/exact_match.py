@@ -1,7 +1,5 @@
 """The share of examples that the model would answer wrongly, by greedy decoding or with the likeliest label."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Ranking of labels: minus the logarithm of the target's share of the likelihood of all of the task's labels."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from loraweave.composer.compose.objectives._row_sums import Kind, RowSums

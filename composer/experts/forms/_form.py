@@ -1,7 +1,5 @@
 """The base class of the forms of experts: modules, one for each site, that compute the site's output from the base's."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any

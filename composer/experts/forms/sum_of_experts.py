@@ -1,7 +1,5 @@
 """Experts whose updates are added, weighted, to the output of a linear layer or a convolution."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 

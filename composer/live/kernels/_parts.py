@@ -4,8 +4,6 @@ A cost is arithmetic, bytes and calls, priced with rates that were fitted to tim
 (`benchmarks/paths.py`); only the rates' ratios matter. Those of "cuda" are data-sheet values.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """The live mixture written as its formula: the specification that every faster kernel must equal."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear

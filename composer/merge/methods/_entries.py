@@ -5,8 +5,6 @@ and the merges whose pruning rules it knows; `Entries.read` and `stacks` are the
 family is a file with its formula, its source and its defaults, which calls `merge_elected`.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache

@@ -4,8 +4,6 @@ The largest are found exactly, without sorting, equal magnitudes included. A mas
 alone, not on blocks, threads, device or order of experts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Angles and norms of updates need their inner products only, and those need only 
 coefficients is a concatenation. So none of these methods forms a dense update.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

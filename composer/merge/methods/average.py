@@ -1,7 +1,5 @@
 """The weighted mean of updates, exactly."""
 
-from __future__ import annotations
-
 from loraweave.composer.merge.method_call import Experts, Weights
 from loraweave.composer.merge.methods._span import mean_weights
 from loraweave.composer.merge.methods.linear import linear

@@ -1,7 +1,5 @@
 """DARE (Yu et al. 2023, arXiv 2311.03099) before the sum: entries dropped at random, the others rescaled."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from loraweave.common.options import Fraction

@@ -1,7 +1,5 @@
 """The weighted sum of factors, LoraHub's original form (Huang et al. 2023, arXiv 2307.13269): cross terms included."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """The weighted sum of updates, exactly: sum over e of w_e b_e a_e by concatenating ranks (PEFT calls it `cat`)."""
 
-from __future__ import annotations
-
 from loraweave.composer.merge.method_call import Experts, Weights
 from loraweave.composer.merge.methods._span import combination, counted
 from loraweave.types import Factors

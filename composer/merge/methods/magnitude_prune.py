@@ -1,7 +1,5 @@
 """Magnitude pruning before the sum, PEFT's `magnitude_prune` on updates."""
 
-from __future__ import annotations
-
 from loraweave.common.options import Fraction
 from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
 from loraweave.composer.merge.methods._entries import sum_pruned

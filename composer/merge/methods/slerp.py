@@ -1,7 +1,5 @@
 """Spherical interpolation between two updates."""
 
-from __future__ import annotations
-
 from loraweave.common.options import Share
 from loraweave.composer.merge.method_call import Experts, Weights, terms
 from loraweave.composer.merge.methods._span import combination, gram, interpolation, pair_shares

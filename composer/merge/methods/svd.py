@@ -1,7 +1,5 @@
 """The weighted sum of updates at a limited rank."""
 
-from __future__ import annotations
-
 from loraweave.composer.merge.method_call import Experts, TruncatedUpdate, Weights
 from loraweave.composer.merge.methods._span import combination, counted
 from loraweave.lowrank import algebra

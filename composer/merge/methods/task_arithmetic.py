@@ -1,7 +1,5 @@
 """The sum of updates with one common factor, exactly."""
 
-from __future__ import annotations
-
 from loraweave.composer.merge.method_call import Experts, Weights
 from loraweave.composer.merge.methods._span import combination, counted
 from loraweave.types import Factors

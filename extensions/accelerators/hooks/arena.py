@@ -11,8 +11,6 @@ until that ends. The naive twin is the path without an arena, which gathers fact
 `tests/extensions/accelerators/arena_cases.py` compares both with the formula.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

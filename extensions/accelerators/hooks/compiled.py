@@ -4,8 +4,6 @@ So no part of a mixture is in a graph or its guards, and another mixture recompi
 that of the eager mixture, calculated again in the backward pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import count
 from typing import Any

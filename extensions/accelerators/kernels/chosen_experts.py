@@ -3,8 +3,6 @@
 The naive twin is `ExpertProduct` of the core, by which all experts meet all tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ torch multiplies fp32 by MKL, which runs at half the speed of oneDNN on processo
 GFLOP/s for K = 64). oneDNN is reached by the operation that torch.compile uses for linear layers. Its twin is `addmm_`.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

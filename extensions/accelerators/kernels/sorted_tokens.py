@@ -3,8 +3,6 @@
 It is for tokens that use few experts out of many, where every other kernel would multiply all tokens with all experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@ a type has them, reads without a model if the file is enough, and checks the ten
 makes its layers from the config, whose sizes a hostile file chooses, and BOFT compiles an extension if there is a GPU.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping

@@ -3,8 +3,6 @@
 `#` stands for a number, the same on both sides and in the same order; `{a,b}` for either, on both sides at once.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from dataclasses import dataclass

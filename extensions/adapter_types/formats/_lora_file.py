@@ -1,7 +1,5 @@
 """LoRA files without a config: the tensors' names tell their roles, and the scale is stored beside them."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """The paths in the base model of a module that a LoRA file names: by a table of rules, or by the model's names."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

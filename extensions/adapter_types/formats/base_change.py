@@ -1,7 +1,5 @@
 """LoRA whose training began by subtracting A0 B0 from the base's weights: PiSSA, OLoRA and MiLoRA, saved unconverted."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """BD-LoRA: a LoRA with one block-diagonal factor, so that it can be served in shards."""
 
-from __future__ import annotations
-
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
 from loraweave.extend.formats import AdapterConfig
 from loraweave.extensions.adapter_types.formats._foreign import (

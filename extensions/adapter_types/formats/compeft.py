@@ -3,8 +3,6 @@
 The layout is this library's own: the paper's authors defined none. `packings/compeft.py` has the stream.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """LoRA files of diffusers, of every age: `unet...to_q.lora_A.weight`, `...lora.down.weight`, `...to_q_lora.down.weight`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """KaSA (Wang et al. 2024, arXiv 2412.06071): a LoRA with trained singular values, for a base without its smallest ones."""
 
-from __future__ import annotations
-
 import torch
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors

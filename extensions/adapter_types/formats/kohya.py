@@ -1,7 +1,5 @@
 """LoRA files of kohya's sd-scripts and LyCORIS: `lora_unet_..._to_q.lora_down.weight`, paths with underscores for dots."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from functools import cache

@@ -1,7 +1,5 @@
 """LoRA-XS (Balazy et al. 2024, arXiv 2405.17604) as its authors store it: a LoRA with a trained matrix between A and B."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """LoRA of Megatron (NeMo, Megatron-Bridge): `linear_qkv.adapter.linear_in`, query, key and value in one projection."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """LoRA of PEFT before 0.3 on a fused projection: factors for some of its equal parts (`enable_lora`), as in loralib."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

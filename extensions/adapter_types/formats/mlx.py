@@ -1,7 +1,5 @@
 """LoRA folders of MLX (mlx-lm): `adapters.safetensors` with `lora_a` and `lora_b`, and a config with `lora_parameters`."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The square M (S, S) has about as many entries as a LoRA of rank r; inputs are co
 numbers, and outputs are repeated. The file has M twice, as lora_A and as lora_B, and alpha is not used.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """LoRA files of Sam_LoRA for Segment Anything: `w_a_000` and `w_b_000`, two such pairs for each block."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from pathlib import Path

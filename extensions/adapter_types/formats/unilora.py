@@ -1,7 +1,5 @@
 """Uni-LoRA (Li et al. 2025, arXiv 2506.00799): every entry of the factors is an entry of one shared vector, scaled."""
 
-from __future__ import annotations
-
 from typing import NoReturn
 
 from torch import Tensor

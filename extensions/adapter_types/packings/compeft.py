@@ -13,8 +13,6 @@ those between the zeros. Quotients, remainders and signs are stored apart, so th
 Each part begins at a byte, filled up with zero bits; bits fill a byte from the lowest up.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

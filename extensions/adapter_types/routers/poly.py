@@ -1,7 +1,5 @@
 """Polytropon's routing in PEFT (Ponti et al. 2022, arXiv 2202.13914): one task's adapter, whatever the input."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The blobs of a hub in any store that fsspec reaches (s3, gs, hf, ...), each mapped from a copy on this machine."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

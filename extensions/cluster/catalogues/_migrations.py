@@ -3,8 +3,6 @@
 A step that has been released is never edited: a change is a new step there and one here.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from loraweave import HubCorrupt, HubError, HubReadOnly

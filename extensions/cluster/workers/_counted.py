@@ -1,7 +1,5 @@
 """The number of workers of a cluster, which changes over time."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

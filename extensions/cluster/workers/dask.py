@@ -1,7 +1,5 @@
 """The workers of a Dask cluster, for a process that has a `distributed.Client`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any

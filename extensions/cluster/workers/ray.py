@@ -1,7 +1,5 @@
 """The workers of a Ray cluster, for a process that is connected to one."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from concurrent.futures import Future

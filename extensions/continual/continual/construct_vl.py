@@ -1,7 +1,5 @@
 """ConStruct-VL's prefix composition: an adapter for each task, over those of all earlier ones (Smith et al., CVPR 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

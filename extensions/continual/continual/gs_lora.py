@@ -1,7 +1,5 @@
 """GS-LoRA: forgetting tasks by updates of few blocks, chosen by a group lasso (Zhao et al., CVPR 2024)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

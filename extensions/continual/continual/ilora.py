@@ -1,7 +1,5 @@
 """I-LoRA: a fast adapter that learns, and a slow one that follows it (Ren et al. 2024, arXiv 2402.18865)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """InfLoRA: each task learns in a subspace that earlier tasks' inputs hardly reach (Liang and Li, CVPR 2024)."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from functools import partial
 from typing import cast

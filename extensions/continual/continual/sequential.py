@@ -1,7 +1,5 @@
 """Plain sequential LoRA: one adapter that every task goes on training. The baseline of forgetting."""
 
-from __future__ import annotations
-
 from loraweave import Adapter
 from loraweave.extensions.continual.course import Course, one_by_one
 

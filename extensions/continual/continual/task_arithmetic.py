@@ -1,7 +1,5 @@
 """Task arithmetic for continual learning: an adapter for each task from the same base, summed (Chitale et al. 2023)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Annotated

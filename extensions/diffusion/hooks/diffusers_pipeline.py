@@ -11,8 +11,6 @@ A part's forward then runs inside an inner activation of what its call needs, so
 any activation. docs/extensions/diffusion.md says what a mixture means.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

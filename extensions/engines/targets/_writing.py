@@ -3,8 +3,6 @@
 Fused experts are written for programs that have gate, up and down of all experts as one tensor each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ one of them for all layers, so every layer has the same. A name that begins with
 an error, `base_model.model.unet...` among them.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ one matrix for tied embeddings. From 0.34.1 on `ollama create` refuses a Modelfi
 14969), so that the Modelfile names the base with the adapter merged into it, which llama.cpp's llama-export-lora writes.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path

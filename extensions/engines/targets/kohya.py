@@ -6,8 +6,6 @@ authors' names, in which one module is several of diffusers' layers (networks/co
 rows of all of them, and B is zero outside their blocks.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ paths the config lists, also those of all experts of a layer (LoRASwitchLinear).
 transformers only for some architectures.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

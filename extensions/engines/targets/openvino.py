@@ -5,8 +5,6 @@ by searching for the name of a layer inside the name of a node. It ignores the f
 strength is the one given to `AdapterConfig`, 1 by default.
 """
 
-from __future__ import annotations
-
 from itertools import permutations
 from pathlib import Path
 from typing import Any

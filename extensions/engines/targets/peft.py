@@ -1,7 +1,5 @@
 """PEFT's folder, exact for everything that PEFT's LoRA has a form for: every rank, DoRA, biases, convolutions, heads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

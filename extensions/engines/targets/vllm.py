@@ -5,8 +5,6 @@ most releases silently ignore rank_pattern and alpha_pattern; an `r` up to `--ma
 sizes; no DoRA, no bias, no whole modules; and tensors called lora_A and lora_B of layers that it has under that name.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Aggregation of clients that trained b alone, over one frozen a (FFA-LoRA)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

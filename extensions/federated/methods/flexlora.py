@@ -1,7 +1,5 @@
 """Aggregation of clients of different ranks: the mean update, decomposed again (FlexLoRA)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

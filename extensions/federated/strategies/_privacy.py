@@ -5,8 +5,6 @@ takes part with probability `sample_rate`, and `noise` is the standard deviation
 most by which one of them can change that sum.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable, Iterator

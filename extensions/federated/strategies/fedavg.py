@@ -1,7 +1,5 @@
 """FedAvg on a LoRA's factors, a and b averaged apart (McMahan et al. 2017, arXiv 1602.05629; FedIT): the baseline."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from loraweave.extensions.federated.strategies._strategy import Strategy

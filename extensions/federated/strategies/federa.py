@@ -1,7 +1,5 @@
 """FeDeRA (Yan et al. 2024, arXiv 2404.18848): a LoRA that begins with the weight's largest singular values and vectors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """FedMS (Wu et al. 2023, arXiv 2312.15926): a global expert that all clients train, then a local expert and gate each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

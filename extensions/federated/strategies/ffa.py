@@ -1,7 +1,5 @@
 """FFA-LoRA (Sun et al. 2024, arXiv 2403.12313): one frozen random a for all, so that the mean of b is the mean update."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from loraweave.extend.training import LoraJob

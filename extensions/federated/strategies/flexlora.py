@@ -1,7 +1,5 @@
 """FlexLoRA (Bai et al. 2024, arXiv 2402.11505): the exact mean update, decomposed again at each client's rank."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """HetLoRA (Cho et al. 2024, arXiv 2401.06432): clients of different ranks, which get cut factors and may prune them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """pFedLoRA (Yi et al. 2023, arXiv 2310.13283): a small adapter that clients exchange, beside a network of each client's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """SLoRA (Babakniya et al. 2023, arXiv 2308.06522): rounds of sparse updates first, whose SVD then begins a LoRA."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

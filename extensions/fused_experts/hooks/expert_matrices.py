@@ -1,7 +1,5 @@
 """Live mixtures of a module that has all experts' weights in parameters of three axes: it runs them one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from torch import nn

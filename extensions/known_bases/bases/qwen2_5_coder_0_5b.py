@@ -1,7 +1,5 @@
 """Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), quantised by llama.cpp to 4 bits: half a billion parameters."""
 
-from __future__ import annotations
-
 from loraweave.extend.models import GgufBase
 from loraweave.extensions.known_bases.fetching import SHA256, gguf_file, kept_file
 

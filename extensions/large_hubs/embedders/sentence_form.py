@@ -4,8 +4,6 @@ Finds the adapter of one bare input first in .69 instead of .58 of the cases on 
 (benchmarks/retrieval.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ Faiss trusts its own files, which a hub's folder could bring from anywhere; a pl
 gives exact results: its best rows are scored again, until no other row can be among them.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import threading
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Exact search by inner product that scans fp16 copies with faiss and scores the best again: half the bytes of fp32."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Approximate search by inner product in the clusters nearest to a query: inverted lists, for 10^5 keys and more."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

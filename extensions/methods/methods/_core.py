@@ -8,8 +8,6 @@ factors. Everything runs in float64; singular values of a stack come from its Gr
 for the largest and below 1e-5 for the smallest that counts (see `NULL`).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ The weights enter as roots, sqrt(|w|) on both sides and the sign on a, so that a
 several, a of one expert meets b of another, and the result depends on how updates are split into factors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

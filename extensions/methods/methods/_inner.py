@@ -1,7 +1,5 @@
 """A merge method, chosen by name, as a step of another method, which passes it the experts in other coordinates."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType

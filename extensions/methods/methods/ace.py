@@ -1,7 +1,5 @@
 """ACE-Merging (Xu et al., CVPR 2026, arXiv 2603.02945): a regression on inputs guessed from the updates."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

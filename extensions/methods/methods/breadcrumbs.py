@@ -1,7 +1,5 @@
 """Model Breadcrumbs (Davari and Belilovsky 2023, arXiv 2312.06795): a sum of updates without their extreme entries."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

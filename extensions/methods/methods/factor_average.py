@@ -1,7 +1,5 @@
 """The weighted means of the factors a and b, taken separately."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

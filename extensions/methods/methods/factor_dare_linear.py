@@ -1,7 +1,5 @@
 """PEFT's `dare_linear`: entries of a and b are dropped at random and the rest rescaled, then each factor is summed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from loraweave import Factors

@@ -1,7 +1,5 @@
 """PEFT's `linear`: the factors a and b are summed separately, with the roots of the weights."""
 
-from __future__ import annotations
-
 from loraweave import Factors
 from loraweave.extend import traits
 from loraweave.extend.merging import Experts, Weights, terms_of_one_rank

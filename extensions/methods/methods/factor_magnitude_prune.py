@@ -1,7 +1,5 @@
 """PEFT's `magnitude_prune`: the largest entries of a and of b, summed separately."""
 
-from __future__ import annotations
-
 from loraweave import Factors
 from loraweave.extend import Fraction, traits
 from loraweave.extend.merging import Experts, Weights, terms_of_one_rank

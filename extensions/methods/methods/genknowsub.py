@@ -1,7 +1,5 @@
 """A sum of tasks without general knowledge: the mean of general updates is subtracted."""
 
-from __future__ import annotations
-
 from loraweave import Factors
 from loraweave.extend import get
 from loraweave.extend.merging import Experts, Weights

@@ -1,7 +1,5 @@
 """The sum with all its singular values made equal: Iso-C (Marczak et al., ICML 2025, arXiv 2502.04959)."""
 
-from __future__ import annotations
-
 from loraweave import Factors
 from loraweave.extend import traits
 from loraweave.extend.merging import Experts, Weights, empty_update

@@ -1,7 +1,5 @@
 """A common and task-specific subspaces of equal strength: Iso-CTS (Marczak et al., ICML 2025, arXiv 2502.04959)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

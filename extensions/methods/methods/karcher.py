@@ -1,7 +1,5 @@
 """The centre of the updates' directions on the sphere (Karcher mean)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Merging in a column space that all experts share: KnOTS (Stoica et al., ICLR 2025, arXiv 2410.19735)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

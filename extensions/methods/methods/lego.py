@@ -1,7 +1,5 @@
 """Rank-one units of all adapters, clustered and averaged: LoRA-LEGO (Zhao et al., ICLR 2025, arXiv 2409.16167)."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Annotated

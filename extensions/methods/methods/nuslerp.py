@@ -1,7 +1,5 @@
 """Spherical interpolation between two updates, as a whole or row by row."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Output directions that many experts share, weakened before merging: Pico (Tang and Yang 2026, arXiv 2604.16826)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

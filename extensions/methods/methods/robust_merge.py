@@ -1,7 +1,5 @@
 """Pruned factors whose weak directions are amplified: RobustMerge (Zeng et al., NeurIPS 2025, arXiv 2502.17159)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

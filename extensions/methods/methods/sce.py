@@ -1,7 +1,5 @@
 """SCE merging (FuseChat, Wan et al. 2024, arXiv 2408.07990): select, calculate, erase."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

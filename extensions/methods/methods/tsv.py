@@ -1,7 +1,5 @@
 """Task singular vectors, merged without interference: TSV-M (Gargiulo et al., CVPR 2025, arXiv 2412.00081)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from loraweave import Factors

@@ -10,8 +10,6 @@ peft's `merge` does to a quantised layer, without a measure of what is lost (see
 `tests/extensions/quantised/test_requantised.py`).
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import sys

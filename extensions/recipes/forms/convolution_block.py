@@ -1,7 +1,5 @@
 """The sum of experts of a convolution, or the whole block that MLoRE's authors released."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

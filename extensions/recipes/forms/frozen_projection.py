@@ -1,7 +1,5 @@
 """The sum of experts whose factors a are frozen, with a gate that sees the outputs of these factors."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional
 

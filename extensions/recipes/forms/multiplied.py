@@ -1,7 +1,5 @@
 """Experts that multiply a layer's weight elementwise; each row has one expert."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The sum of experts, some of which do not learn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

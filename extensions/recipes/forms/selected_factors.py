@@ -1,7 +1,5 @@
 """Factors of rank 1 in two pools, from which each row gets the best-scored few of each, paired in order of their scores."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Experts of a shared stream of activations, and of the branches that leave it for each row's task."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

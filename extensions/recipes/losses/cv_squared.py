@@ -1,7 +1,5 @@
 """The squared coefficient of variation of the experts' use."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

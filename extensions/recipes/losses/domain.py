@@ -1,7 +1,5 @@
 """The loss of a gate that has to predict the domain of its input."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional
 

@@ -1,7 +1,5 @@
 """LoRAMoE's balance within halves of the experts, where each row uses the half of its own kind more."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

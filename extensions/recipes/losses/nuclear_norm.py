@@ -1,7 +1,5 @@
 """The nuclear norm of members' factors: a measure of how different their directions are."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The balance loss of mixtures whose tokens have one expert each."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from loraweave.extend import get

@@ -1,7 +1,5 @@
 """DMoERM (Quan 2024, arXiv 2403.01197): a LoRA for each capability of a reward model, whose features one head combines."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from loraweave.extend.recipes import ATTENTION, FEED_FORWARD

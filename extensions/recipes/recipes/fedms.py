@@ -1,7 +1,5 @@
 """FedMS (Wu et al. 2023, arXiv 2312.15926): a client's own expert beside the frozen one that all clients have trained."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from loraweave.extend import Whole

@@ -1,7 +1,5 @@
 """LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): experts with gates that learn the number of experts of each token."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

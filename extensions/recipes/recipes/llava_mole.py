@@ -1,7 +1,5 @@
 """LLaVA-MoLE (Chen, Jie and Ma 2024, arXiv 2401.16160): one expert of the feed-forward for each token."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Two experts that learn in turn: a small one that clients exchange, and one that stays with each (Yi et al. 2023)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """LoRA-Mixer (Li et al., ICLR 2026, arXiv 2507.00029): experts of the attention's layers, all in training, then the best."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar

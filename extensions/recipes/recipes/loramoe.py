@@ -1,7 +1,5 @@
 """LoRAMoE (Dou et al. 2023, arXiv 2312.09979): one half of the experts for world knowledge, the other for other tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

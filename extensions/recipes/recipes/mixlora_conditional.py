@@ -1,7 +1,5 @@
 """Conditional MixLoRA (Shen et al. 2024, arXiv 2402.15896): each row's factors are chosen from pools of rank 1."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

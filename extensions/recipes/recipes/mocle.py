@@ -1,7 +1,5 @@
 """MoCLE (Gou et al. 2023, arXiv 2312.12379): an expert chosen by the cluster of a row's prompt, and a universal one."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """MoRAL (Yang et al. 2024, arXiv 2402.11260): top-k experts for lifelong learning from questions and answers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from loraweave.extend.recipes import FEED_FORWARD, TopKRecipe

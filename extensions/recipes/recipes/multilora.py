@@ -1,7 +1,5 @@
 """MultiLoRA (Wang et al. 2023, arXiv 2311.11501): several LoRAs in parallel, each with a learned gain for every output."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Octavius (Chen et al., ICLR 2024, arXiv 2311.02684): one gate for the whole model, which reads a row's instruction."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from loraweave.extend import Count

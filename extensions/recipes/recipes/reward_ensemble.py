@@ -1,7 +1,5 @@
 """Reward ensembles (Zhang et al. 2024, arXiv 2401.16635; Zhai et al. 2024, arXiv 2401.00243): LoRAs on one reward model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """SiRA (Zhu et al. 2023, arXiv 2311.09179): sparse top-k experts with a capacity for each, and dropout of experts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from loraweave.extend import Count, NonNegative, Positive, Rate

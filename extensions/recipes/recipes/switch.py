@@ -1,7 +1,5 @@
 """One expert for each token, as in Switch Transformers (Fedus et al. 2021, arXiv 2101.03961): a plain baseline."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

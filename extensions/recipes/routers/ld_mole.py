@@ -1,7 +1,5 @@
 """LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): a router that also learns the number of adapters of each token."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """The principal angles between the subspaces that two adapters read and write, layer by layer, whatever their size."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

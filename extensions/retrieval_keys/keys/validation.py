@@ -1,7 +1,5 @@
 """Adapters' scores on known tasks, weighted by how similar the query is to each task (LoRAuter)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 

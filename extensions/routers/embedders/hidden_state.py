@@ -4,8 +4,6 @@ The hidden states of a language model lie close together, whatever the text; wit
 texts of different kinds, the cosine of any two is near 1.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Sequence

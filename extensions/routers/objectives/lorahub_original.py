@@ -3,8 +3,6 @@
 With an L1 term of 0.05 and merge method "factor_sum" it is what `LorahubOriginal` minimised when its results were published.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from loraweave.extend.scoring import CrossEntropy, RowSums

@@ -1,7 +1,5 @@
 """AdapterFusion (Pfeiffer et al., EACL 2021, arXiv 2005.00247) over LoRAs: the layer's input attends to their outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

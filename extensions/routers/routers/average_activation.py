@@ -1,7 +1,5 @@
 """Each token goes to the experts whose mean input is most similar to it: PHATGOOSE's gates without their training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack

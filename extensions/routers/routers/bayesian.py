@@ -5,8 +5,6 @@ and a noise, from scikit-learn. The time to fit grows with the cube of the candi
 evaluations, each of which tells more the fewer weights there are.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import dataclass

@@ -22,8 +22,6 @@ and the rest is the symmetric matrix nearest to zero that makes up what the diag
 whose rows and columns lie in the span Q of the s_k and of what is left, so that it costs little in many dimensions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

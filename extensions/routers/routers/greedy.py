@@ -3,8 +3,6 @@
 AdapterSoup averages adapters that a retriever picks (Chronopoulou et al. 2023, arXiv 2302.07027); here the losses pick them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Hard-Routed MoR-LoRA (Molavi et al. 2026, arXiv 2606.31413): a learned choice sends each token to one whole adapter."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from loraweave import ExpertPool

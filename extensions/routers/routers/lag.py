@@ -1,7 +1,5 @@
 """LAG (Fleshman and Van Durme 2025, arXiv 2507.05346): Arrow selects candidates, SpectR ranks them, the best is used."""
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar
 

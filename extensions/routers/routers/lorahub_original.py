@@ -4,8 +4,6 @@ NGOpt is no algorithm but a choice among many by dimensions and budget: for 20 a
 takes COBYLA, where the paper names CMA-ES. The recipe's other part is that the 20 adapters are drawn at random.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 import warnings

@@ -3,8 +3,6 @@
 The adapters' training data are not needed: a few examples of each task represent it, and tell which adapters solve it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self

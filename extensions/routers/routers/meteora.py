@@ -1,7 +1,5 @@
 """MeteoRA (Xu et al., ICLR 2025, arXiv 2405.13053): each layer learns which adapters a token needs, also where tasks mix."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Mixture-of-LoRAs (Feng et al., LREC-COLING 2024, arXiv 2403.03432): each layer predicts its input's domain, an adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 

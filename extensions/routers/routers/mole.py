@@ -1,7 +1,5 @@
 """MoLE (Wu, Huang and Wei, ICLR 2024, arXiv 2404.13628): a balanced gate in each layer on the outputs of all experts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Self
 

@@ -1,7 +1,5 @@
 """RAMoLE (Zhao et al. 2024, arXiv 2406.16989): attention over any experts, including ones it was not trained with."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self

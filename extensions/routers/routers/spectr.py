@@ -1,7 +1,5 @@
 """SpectR (Fleshman and Van Durme 2025, arXiv 2504.03454): each token goes to the experts that change it most."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

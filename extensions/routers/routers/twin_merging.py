@@ -1,7 +1,5 @@
 """Twin-Merging (Lu et al., NeurIPS 2024, arXiv 2406.15479), with a logistic regression as its router in place of an MLP."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 

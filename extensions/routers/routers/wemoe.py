@@ -1,7 +1,5 @@
 """WEMoE (Tang et al., ICML 2024, arXiv 2402.00433): a gate on each MLP's input decides how the experts' MLPs are merged."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 

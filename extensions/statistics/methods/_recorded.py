@@ -1,7 +1,5 @@
 """The experts of a mean that is weighted by data: their shares, updates and statistics."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The mean of updates weighted by Fisher information, entry by entry (Matena and Raffel 2022, arXiv 2111.09832)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

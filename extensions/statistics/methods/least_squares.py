@@ -1,7 +1,5 @@
 """Mix-of-Show's gradient fusion in closed form: least squares on the experts' inputs (Gu et al. 2023, arXiv 2305.18292)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from loraweave import Factors

@@ -1,7 +1,5 @@
 """RegMean: the update that comes nearest to each expert on that expert's inputs (Jin et al. 2023, arXiv 2212.09849)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from loraweave import Factors

@@ -1,7 +1,5 @@
 """A check that each adapter of a hub, as it is now, was signed with one of the given keys."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 

@@ -4,8 +4,6 @@ A score is the number of robust standard deviations (1.4826 times the median abs
 adapter differs from the median of the hub's adapters with the same base and layers. docs/anomalies.md has its reliability.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings
