@@ -306,7 +306,7 @@ class Batch:
     @torch.no_grad()
     def step(self) -> None:
         """Choose one more token for every row, and drop rows that are over."""
-        last_B1 = torch.tensor([[row.tokens[-1]] for row in _by_line(self.rows)])
+        last_B1 = torch.tensor([[row.tokens[-1]] for row in self.rows for _ in row.prompts])
         mask_BW = pad(self._mask_BW, (0, 1), value=1)
         inputs = {"input_ids": last_B1, "attention_mask": mask_BW, "position_ids": mask_BW.sum(dim=1, keepdim=True) - 1}
         self._cache = self._advance(self.rows, inputs, self._cache)
@@ -321,14 +321,13 @@ class Batch:
             self.clear()
         if len(rows) == len(self.rows):
             return
-        places = [place for place, row in enumerate(_by_line(self.rows)) if not row.over]
+        kept_B = torch.tensor([not row.over for row in self.rows for _ in row.prompts], device=self._model.device)
         self.rows = rows
-        kept = torch.tensor(places, device=self._model.device)
-        mask_BW = self._mask_BW[kept]
+        mask_BW = self._mask_BW[kept_B]
         first = int(mask_BW.any(dim=0).int().argmax())
         self._mask_BW = mask_BW[:, first:]
         for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[kept, :, first:], layer.values[kept, :, first:]
+            layer.keys, layer.values = layer.keys[kept_B, :, first:], layer.values[kept_B, :, first:]
 
     def clear(self) -> None:
         """Drop all rows."""
@@ -353,11 +352,6 @@ class Batch:
             if row.served.router is not None or row.served.is_activated:
                 return prompted(*pad_rows(self._tokenizer, [prompt for row in rows for prompt in row.prompts]))
         return nullcontext()
-
-
-def _by_line(rows: Sequence[Row]) -> list[Row]:
-    """Return each row as many times as it has members: one entry for each line of the batch's tensors."""
-    return [row for row in rows for _ in row.prompts]
 
 
 def _join(cache: Any, other: Any) -> None:
