@@ -270,7 +270,7 @@ def _extensions(path: tuple[str, ...]) -> dict[str, Path]:
 @cache
 def _extension_packages(folder: str, path: tuple[str, ...]) -> tuple[str, ...]:
     """Return the dotted packages that extensions add to a registry; `path` is sys.path, the key of the cache."""
-    inner = CALLED.get(folder, folder)
+    inner = CALLED.get(folder, str(folder))
     places = _extensions(path).items()
     return tuple([f"{EXTENSIONS}.{name}.{inner}" for name, place in places if (place / inner / "__init__.py").is_file()])
 

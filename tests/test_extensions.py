@@ -214,8 +214,10 @@ for hidden in sys.argv[1:]:
     from loraweave.cli import app
     with contextlib.redirect_stdout(io.StringIO()) as told:
         app(["--help"], prog_name="loraweave", standalone_mode=False)
-    listed = told.getvalue().partition("Commands:\\n")[2].partition("\\n\\n")[0]
-    commands = [line.split()[0] for line in listed.splitlines() if line[2:3].strip()]
+    # the sections after the options are those of commands
+    _, *sections = told.getvalue().partition("Options:")[2].split("\\n\\n")
+    listed = [line for section in sections for line in section.splitlines()[1:]]
+    commands = [line.split()[0] for line in listed if line[2:3].strip()]
     print(json.dumps([lw.__file__, sorted(registry.extensions()), entries, commands, sorted(sys.modules)]))
     sys.stdout.flush()
     os._exit(0)
