@@ -24,8 +24,8 @@ from loraweave import errors, extend, registry
 
 LIMITS = {
     "files of the core": 248,
-    "lines of the core": 45_979,
-    "lines of the product": 83_604,
+    "lines of the core": 45_973,
+    "lines of the product": 83_610,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,
@@ -88,9 +88,9 @@ def no_orders():
 
 
 MEASURES = {
-    "files of the core": 248,
-    "lines of the core": 45_979,
-    "lines of the product": 83_604,
+    "files of the core": lambda: sum(not is_extension(module) for module in MODULES),
+    "lines of the core": lambda: sum(lines(path) for module, path in MODULES.items() if not is_extension(module)),
+    "lines of the product": lambda: sum(map(lines, MODULES.values())),
     "lines of the largest extension": lambda: max(lines_by_extension().values(), default=0),
     "loose files of composer/": lambda: len(
         {path.name for path in (ROOT / "composer").glob("*.py")} - {"__init__.py", "composer.py"}

@@ -13,7 +13,7 @@ import typer
 from packaging.requirements import Requirement
 
 from loraweave import names
-from loraweave.extend.commands import JsonOption, SeedOption, note, print_json, print_rows
+from loraweave.extend.commands import BaseOption, JsonOption, SeedOption, note, print_json, print_rows
 
 app = typer.Typer()
 
@@ -49,6 +49,7 @@ def demo(
         Path | None,
         typer.Option(exists=True, file_okay=False, help="A folder of adapter folders; examples/pool by default."),
     ] = None,
+    base: BaseOption = None,
     data: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="A folder of tasks with MANIFEST.json; examples/data by default."),
@@ -63,7 +64,8 @@ def demo(
     """Compose stored adapters for a task nobody trained, and compare with the base model."""
     from loraweave.extensions.tour.demonstration import run
 
-    run(pool=pool, data=data, task=task, k=k, budget=budget, seed=seed, num_test=num_test, as_json=as_json, chat=chat)
+    sizes = {"k": k, "budget": budget, "seed": seed, "num_test": num_test}
+    run(pool=pool, base=base, data=data, task=task, as_json=as_json, chat=chat, **sizes)
 
 
 @app.command(epilog="Example: loraweave doctor --json")

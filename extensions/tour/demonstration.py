@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -63,9 +64,16 @@ def run(
     num_test: int,
     as_json: bool,
     chat: bool = False,
+    base: str | None = None,
 ) -> None:
-    """Print the tour, or its figures as JSON. Raises AdapterNotFound or InvalidTask if pool or data are missing."""
+    """Print the tour, or its figures as JSON. Raises AdapterNotFound or InvalidTask if pool or data are missing.
+
+    `base` is a model as `load_base` names it; for another than the embedded one a pool of its adapters is needed.
+    """
     console = Console(stderr=as_json)
+    other = base or os.environ.get("LORAWEAVE_BASE")
+    if other and pool is None:
+        raise AdapterNotFound(f"no adapters of {other!r} come with the repository: give --pool, a folder of some")
     reader = [_shipped("in_context", "--pool")] if pool is None else []
     pool = pool or _shipped("pool", "--pool")
     unseen = load_task(data or _shipped("data", "--data"), task, seed, num_test)
@@ -73,7 +81,7 @@ def run(
         unseen = replace(unseen, task=replace(unseen.task, chat=True, stop=None))
     started = time.perf_counter()
     with console.status("loading the base model"):
-        model, tokenizer = lw.load_base(dtype=fast_dtype())
+        model, tokenizer = lw.load_base(base, dtype=fast_dtype())
     console.print(f"[bold]1. The base model[/] {model.name_or_path}, {time.perf_counter() - started:.0f} s.")
     _print_blend(pool, model, tokenizer, console)
     console.print(f"[bold]2. A task[/] nobody trained an adapter for: {unseen.task.instruction}")

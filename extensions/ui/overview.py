@@ -289,7 +289,9 @@ def sketched(hub: Hub) -> Snapshot:
     words = embedder_of("hashing")
     now = hub.changes(words.id)
     records = hub.records_at(hub.seqs(Filters()))
-    texts = [" ".join((each.description or each.name, *each.examples[:NUM_SKETCHED_INPUTS])) for each in records.values()]
+    texts = [
+        " ".join((record.description or record.name, *record.examples[:NUM_SKETCHED_INPUTS])) for record in records.values()
+    ]
     plane, places = _placed(None, dict(zip(records, words.embed(texts), strict=True)))
     return Snapshot(now.identity, now.generation, _entries(records, places), plane, is_sketch=True)
 

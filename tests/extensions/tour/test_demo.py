@@ -54,6 +54,16 @@ def test_without_the_repository_the_demo_says_what_to_give(monkeypatch, tmp_path
         demo.run(pool=None, data=DATA, task="rhyme", k=3, budget=3, seed=0, num_test=1, as_json=False)
 
 
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_another_base_needs_a_pool_of_its_own(monkeypatch, way):
+    monkeypatch.setattr(demo.lw, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    if way == "environment":
+        monkeypatch.setenv("LORAWEAVE_BASE", "org/other")
+    base = "org/other" if way == "option" else None
+    with pytest.raises(AdapterNotFound, match="no adapters of 'org/other' come with the repository: give --pool"):
+        demo.run(pool=None, base=base, data=DATA, task="rhyme", k=3, budget=3, seed=0, num_test=1, as_json=False)
+
+
 def test_a_mixture_answers_before_anything_is_searched_or_learned(monkeypatch):
     done = []
 
@@ -64,7 +74,7 @@ def test_a_mixture_answers_before_anything_is_searched_or_learned(monkeypatch):
         done.append("search")
         raise Stop
 
-    monkeypatch.setattr(demo.lw, "load_base", lambda **_: (SimpleNamespace(name_or_path="base"), None))
+    monkeypatch.setattr(demo.lw, "load_base", lambda *_, **__: (SimpleNamespace(name_or_path="base"), None))
     monkeypatch.setattr(demo, "_print_blend", lambda *_: done.append("mixture"))
     monkeypatch.setattr(demo, "predict", lambda *_: done.append("base") or [""] * demo.NUM_SHOWN)
     monkeypatch.setattr(demo.lw, "Hub", stop)
