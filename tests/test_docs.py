@@ -261,7 +261,7 @@ def test_the_page_on_routers(run_page, tmp_path):
     composition = names["composition"]
     assert composition.report.chosen == "arrow"
     assert composition.predict(["run", "eat"]) == ["ran", "ate"]
-    assert sorted(path.name for path in (tmp_path / "composed").iterdir()) == ["composition.json", "router"]
+    assert sorted(path.name for path in (tmp_path / "composed").iterdir()) == ["README.md", "composition.json", "router"]
 
 
 @pytest.mark.slow
