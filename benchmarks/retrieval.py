@@ -70,7 +70,6 @@ def recall(
     split: Annotated[Literal["test", "train"], typer.Option(help="rows of the queries; train to choose by")] = "test",
     num_queries: Annotated[int, typer.Option(help="rows of each task that are used as queries", min=5)] = 40,
     ceiling: Annotated[bool, typer.Option("--ceiling", help="also a classifier trained on all training rows")] = False,
-    hidden_state: Annotated[bool, typer.Option("--hidden-state", help="also the base model's own embeddings")] = False,
 ) -> None:
     """Recall on pool tasks, beside random choice, BM25, TF-IDF and mean embeddings; foresight on unseen tasks."""
     run: Run = context.obj
@@ -84,7 +83,7 @@ def recall(
     tasks = [_pool_task(run, entry, pool, split, num_queries) for entry in entries]
     unseen = [_unseen_task(run, entry, num_queries) for entry in run.entries("unseen").values()]
     with card_hub(tasks) as hub:
-        encoders = _encoders(tasks, unseen, hidden_state)
+        encoders = _encoders(tasks, unseen)
         scorers = _scorers(hub, tasks, encoders, run.seed)
         if ceiling:
             scorers["learner of all rows"] = _learner(run, entries)
@@ -132,13 +131,13 @@ def classifier(
         run.show(_missing(seen, retrievers["default"], run.seed), _sureness(tasks, retrievers["default"]))
 
 
-def _encoders(tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], hidden_state: bool) -> dict[str, Remembering]:
+def _encoders(tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask]) -> dict[str, Remembering]:
     known = [pair for task in tasks for pair in (*task.examples, *task.queries)]
     known += [pair for task in unseen for pair in task.examples]
     texts = [text for pair in known for text in pair]
     texts += [text for task in tasks for text in (*task.wordings, task.description)] + [task.definition for task in unseen]
     with console.status("embedding"):
-        names = ("sentence", "sentence_form", "hashing", *(["hidden_state"] if hidden_state else []))
+        names = ("sentence", "sentence_form", "hashing")
         return {name: Remembering(registry.get("embedders", name)(), texts) for name in names}
 
 
@@ -155,7 +154,6 @@ def _scorers(hub: lw.Hub, tasks: Sequence[PoolTask], encoders: dict[str, Remembe
         "loraweave, sentence_form": searched(hub, form),
         "same, key mean": searched(hub, form, ("mean",)),
         "same, by examples": searched(hub, form, examples=True),
-        **({"loraweave, hidden_state": searched(hub, encoders["hidden_state"])} if "hidden_state" in encoders else {}),
     }
 
 

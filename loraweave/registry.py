@@ -70,10 +70,6 @@ TRAITS: dict[str, dict[str, str]] = {
         "orderless": "a search without draws, which gives each expert its weight wherever it stands",
     },
     "experts": {"images": "it is for models of images"},
-    "embedders": {
-        "base_model": "it runs the whole base model, which takes minutes",
-        "centred": "the common direction that it subtracts is longer than what is left, which enlarges the noise of fp32",
-    },
     "keys": {"relative": "a score depends on the other adapters that are compared"},
     "targets": {
         "images": "it is for adapters of pipelines of images",

@@ -1,9 +1,8 @@
-"""Which adapter counted for which token, what did it cost, and does an odd word change the answer? Figures and probes.
+"""Which adapter counted for which token, and what did it cost? Figures, a picture and a page of them, and curves.
 
 `explain` has figures, a table, a picture and a page of a mixture's weights, `loraweave explain` in a shell; `loads` says
-what a forward used, `cost` what it added; `probe` looks for planted triggers; `plot_training`, `plot_search` and
-`plot_searches` draw what was trained and searched. Pictures need `loraweave[plot]`. An explanation is one forward that
-keeps all weights, a probe two rows for each input and word.
+what a forward used, `cost` what it added; `plot_training`, `plot_search` and `plot_searches` draw what was trained and
+searched. Pictures need `loraweave[plot]`. An explanation is one forward that keeps all weights.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from loraweave.extensions.explain.costs import Cost, LayerCost, cost
     from loraweave.extensions.explain.curves import plot_search, plot_searches, plot_training
     from loraweave.extensions.explain.explanation import Explanation
-    from loraweave.extensions.explain.probes import Probed, probe
     from loraweave.extensions.explain.reading import explain
     from loraweave.extensions.explain.used import Load, loads
 else:
@@ -22,7 +20,6 @@ else:
         "costs": "Cost LayerCost cost",
         "curves": "plot_search plot_searches plot_training",
         "explanation": "Explanation",
-        "probes": "Probed probe",
         "reading": "explain",
         "used": "Load loads",
     }
@@ -33,12 +30,10 @@ __all__ = [
     "Explanation",
     "LayerCost",
     "Load",
-    "Probed",
     "cost",
     "explain",
     "loads",
     "plot_search",
     "plot_searches",
     "plot_training",
-    "probe",
 ]

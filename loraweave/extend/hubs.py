@@ -7,7 +7,7 @@ _MODULES = {
     "hub": "compositions",
     "hub.adding": "MAX_BATCH_BYTES Addition checked_policy prepare",
     "hub.embedders": "sentence",
-    "hub.embedders._embedder": "Embedder embed_in_batches embedder_of readable",
+    "hub.embedders._embedder": "Embedder embedder_of readable",
     "hub.indexes.flat": "Flat saved_array",
     "hub.licenses": "canonical is_accepted stated_license",
     "hub.pool": "StackedFactors require_everywhere",

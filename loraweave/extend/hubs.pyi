@@ -8,7 +8,6 @@ from loraweave.hub.adding import checked_policy as checked_policy
 from loraweave.hub.adding import prepare as prepare
 from loraweave.hub.embedders import sentence as sentence
 from loraweave.hub.embedders._embedder import Embedder as Embedder
-from loraweave.hub.embedders._embedder import embed_in_batches as embed_in_batches
 from loraweave.hub.embedders._embedder import embedder_of as embedder_of
 from loraweave.hub.embedders._embedder import readable as readable
 from loraweave.hub.indexes.flat import Flat as Flat

@@ -23,11 +23,10 @@ TEXTS = [
 
 
 TRAITS = {name: registry.traits_of(registry.get("embedders", name)) for name in registry.names("embedders")}
-NAMES = [pytest.param(name, marks=pytest.mark.slow if "base_model" in said else ()) for name, said in TRAITS.items()]
 PROPERTIES = Properties(TRAITS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAITS)
 def test_an_embedder_keeps_all_properties(name, request):
     try:
         embedder = registry.get("embedders", name)()
@@ -36,10 +35,6 @@ def test_an_embedder_keeps_all_properties(name, request):
         pytest.skip(str(error))
     # rows: those of all texts in one call
     PROPERTIES.walk(request, name, embedder=embedder, rows=embedder.embed(TEXTS))
-
-
-def rounding(embedder):
-    return 2e-5 if "centred" in registry.traits_of(type(embedder)) else 2e-6
 
 
 @PROPERTIES.add()
@@ -57,12 +52,12 @@ def no_texts_give_no_rows(embedder):
 @PROPERTIES.add()
 def a_batch_equals_its_texts_one_by_one(embedder, rows):
     one_by_one = np.concatenate([embedder.embed([text]) for text in TEXTS])
-    np.testing.assert_allclose(rows, one_by_one, atol=rounding(embedder))
+    np.testing.assert_allclose(rows, one_by_one, atol=2e-6)
 
 
 @PROPERTIES.add()
 def the_order_of_a_batch_does_not_matter(embedder, rows):
-    np.testing.assert_allclose(embedder.embed(TEXTS[::-1])[::-1], rows, atol=rounding(embedder))
+    np.testing.assert_allclose(embedder.embed(TEXTS[::-1])[::-1], rows, atol=2e-6)
 
 
 @PROPERTIES.add()

@@ -19,7 +19,7 @@ class TwinMerging(Logistic):
     whatever S.
 
     W and b are fitted as by router `logistic`, whose other options these are; the published router is a trained perceptron
-    of three layers on the shared model's last hidden state: `embedder="hidden_state"`, the base's own states, is nearest.
+    of three layers on the shared model's last hidden state.
 
     Raises UnknownExpert if the pool has no `shared`, WeightingError if it has nothing else or experts lack examples.
     """

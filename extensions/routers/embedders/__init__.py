@@ -1,1 +1,0 @@
-"""The embedder of a published router: the base model's own hidden states."""
