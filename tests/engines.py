@@ -49,8 +49,6 @@ ENVIRONMENTS = {
         )
     ),
     "mlx": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
-    # which asks for older rich, typer, packaging, starlette and uvicorn than the tests have
-    "flower": Environment(("flwr[simulation]==1.42.0",)),
     # whose exporter imports datasets where there is one, and has an older huggingface_hub than the tests' goes with
     "openvino": Environment(("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "datasets==3.6.0")),
     # with what formulas need beside it

@@ -1,8 +1,8 @@
 """How do many owners train one adapter and keep their data to themselves? In rounds of clients, by strategies.
 
-`federate` runs the rounds, here or in flower's processes; `flexlora_clients` merges what clients have trained already.
+`federate` runs the rounds; `flexlora_clients` merges what clients have trained already.
 `serve_base` and `PrivateDevice` answer with an adapter whose core and tokens stay on a device. It needs no other package,
-except for differential privacy (opacus) and flower (flwr, ray).
+except for differential privacy (opacus).
 """
 
 from typing import TYPE_CHECKING

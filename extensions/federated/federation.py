@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loraweave import Adapter, Task, TrainingError, UnknownName
 from loraweave import names as names_of
@@ -28,11 +28,8 @@ from loraweave.extend import (
 from loraweave.extend.models import require_model
 from loraweave.extend.scoring import untouched
 from loraweave.extend.training import LoraSettings, Texts, checkpoint_folder, read_tasks, target_layers, training_rows
-from loraweave.extensions.federated.flower import flower
-from loraweave.extensions.federated.rounds import Backend, Kept, RoundReport, State, here, run_rounds
+from loraweave.extensions.federated.rounds import Kept, RoundReport, State, run_rounds
 from loraweave.extensions.federated.strategies._strategy import Client, Course, Strategy
-
-BACKENDS: dict[str, Backend] = {"here": here, "flower": flower}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +91,6 @@ def federate(
     target_modules: Sequence[str] = ("q_proj", "v_proj"),
     participation: Share = 1.0,
     min_clients: Count = 2,
-    backend: Literal["here", "flower"] = "here",
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -114,14 +110,13 @@ def federate(
     any was left out. With `checkpoint`, a folder, the same call resumes where it was interrupted or refused, with the same
     result to the bit; only the clients that were running train again.
 
-    `backend` "flower" runs every client of a round in flower's simulation, in processes of its own; "here" runs
-    them one after the other. Raises TrainingError for settings and options out of range and for a refused round, UnknownName
-    for an unknown strategy, client or layer, InvalidTask for unusable examples, PackageMissing where the strategy or the
-    backend needs a package that is not there, CompositionError for a value that is not a model.
+    Raises TrainingError for settings and options out of range and for a refused round, UnknownName
+    for an unknown strategy, client or layer, InvalidTask for unusable examples, PackageMissing where the strategy
+    needs a package that is not there, CompositionError for a value that is not a model.
     """
     require_model(model)
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
-    round_by: dict[str, Any] = {"participation": participation, "min_clients": min_clients, "backend": backend}
+    round_by: dict[str, Any] = {"participation": participation, "min_clients": min_clients}
     options = {**lora, **round_by, "rounds": rounds, "alpha": alpha}
     check_options("federate()", options, options_of(federate), error=TrainingError)
     chosen = _strategy(strategy, strategy_options or {})
@@ -135,7 +130,7 @@ def federate(
     chosen.require(course)
     kept = Kept(checkpoint_folder(checkpoint), _key(course, chosen))
     with untouched(model), progress_bar(progress, field="loss") as bar:
-        state = run_rounds(course, chosen, kept, BACKENDS[backend], min_clients, bar)
+        state = run_rounds(course, chosen, kept, min_clients, bar)
     figures = chosen.figures(course, len(state.rounds))
     card = _card(course, chosen, state, figures)
     adapter = course.adapter(chosen.registered_name(), chosen.layers(course, state.server), card)

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,6 @@ from loraweave.extend.training import TrainingState, drop_state, load_state, sav
 from loraweave.extensions.federated.strategies._strategy import Course, Order, Strategy, Tensors, Trained
 
 logger = logging.getLogger(__name__)
-
-# a function that carries out orders and yields (client, its result or the reason why it has none)
-Backend = Callable[[Course, Strategy, Sequence[Order]], Iterator[tuple[str, Trained | str]]]
 
 SERVER, OWN, UPDATE = "server/", "own/", "update/"
 
@@ -108,7 +105,7 @@ class Kept:
             save_state(self.folder, key, TrainingState(0, tensors, said))
 
 
-def run_rounds(course: Course, strategy: Strategy, kept: Kept, backend: Backend, min_clients: int, bar: Progress) -> State:
+def run_rounds(course: Course, strategy: Strategy, kept: Kept, min_clients: int, bar: Progress) -> State:
     """Run the rounds that remain after the kept state, and return the final state.
 
     Raises TrainingError if fewer than `min_clients` of a round's clients can be used; the state before that round and the
@@ -117,12 +114,12 @@ def run_rounds(course: Course, strategy: Strategy, kept: Kept, backend: Backend,
     state = kept.state() or State(strategy.first(course))
     shown = bar.add_task("rounds", total=course.rounds, completed=len(state.rounds), loss="")
     while len(state.rounds) < course.rounds:
-        state = _round(course, strategy, kept, backend, min_clients, state)
+        state = _round(course, strategy, kept, min_clients, state)
         bar.update(shown, advance=1, loss=state.rounds[-1].loss)
     return state
 
 
-def _round(course: Course, strategy: Strategy, kept: Kept, backend: Backend, min_clients: int, state: State) -> State:
+def _round(course: Course, strategy: Strategy, kept: Kept, min_clients: int, state: State) -> State:
     started, number = time.monotonic(), len(state.rounds) + 1
     drawn = draw(course, strategy, number, min_clients)
     own_tensors = {name: state.own.get(name, {}) for name in drawn}
@@ -130,7 +127,7 @@ def _round(course: Course, strategy: Strategy, kept: Kept, backend: Backend, min
     finished = {name: trained for name in drawn if (trained := kept.trained(number, name)) is not None}
     left_out: dict[str, str] = {}
     orders = [Order(name, number, sent[name], own_tensors[name]) for name in drawn if name not in finished]
-    for name, outcome in backend(course, strategy, orders):
+    for name, outcome in here(course, strategy, orders):
         why = outcome if isinstance(outcome, str) else flaw(strategy, sent[name], outcome.update)
         if isinstance(outcome, str) or why:
             left_out[name] = why

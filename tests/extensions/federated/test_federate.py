@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
-import engines
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -224,7 +222,6 @@ def test_a_share_of_the_clients_takes_part_at_least_as_many_as_are_needed(federa
         ({"min_clients": 4}, TrainingError, "min_clients is 4, but there are 3 clients"),
         ({"participation": 0.0}, TrainingError, "participation=0.0"),
         ({"rounds": 0}, TrainingError, "rounds=0"),
-        ({"backend": "flour"}, TrainingError, "did you mean 'flower'"),
         ({"target_modules": ("k_prj",)}, UnknownName, "k_prj"),
         ({"target_modules": "q_proj"}, TrainingError, "must be a list of endings"),
         ({"clients": {}}, TrainingError, "no tasks to train"),
@@ -246,7 +243,6 @@ def test_an_unknown_client_is_refused_with_the_nearest_name(federate):
     [
         ("opacus.accountants", "privacy", {"strategy": "dp_fedavg"}),
         ("opacus.accountants", "privacy", {"strategy": "dp_lora"}),
-        ("ray", "flower", {"strategy": "fedavg", "backend": "flower"}),
     ],
 )
 def test_a_missing_package_is_said_before_the_first_round(package, extra, asked, federate, monkeypatch):
@@ -278,25 +274,3 @@ def test_pefts_adapters_in_a_base_are_refused_with_the_way_out(federate, make_mo
     model = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(lw.CompositionError, match=r"PeftModel\w* of peft, .* pass model\.unload\(\)"):
         federate("fedavg", model=model)
-
-
-ROOT = Path(__file__).parents[3]
-SCRIPT = ROOT / "tests" / "engine_scripts" / "flower_rounds.py"
-
-
-@pytest.mark.own_models
-@pytest.mark.slow
-def test_a_round_in_flower_is_the_round_in_this_process_and_outlives_a_client_that_dies(
-    tiny_llama, tokenizer, clients, tmp_path
-):
-    tiny_llama.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    clients = {"dies": clients["double"], "raises": clients["double"], **clients}
-    given = {"root": str(ROOT), "model": str(tmp_path), "clients": clients}
-    # ray's own processes would else yield to all others
-    said = engines.run("flower", SCRIPT, given, timeout=500, RAY_worker_niceness="0")
-    assert said["left_out"] == {"dies": "its process died", "raises": "ValueError: its disk is full"}
-    assert list(said["losses"][0]) == ["upper", "double", "count"]
-    assert said["losses"][0] == said["losses"][1]
-    assert said["ranks"][0] == said["ranks"][1] == [2, 2, 1]
-    assert said["flower"] == said["here"]
