@@ -1,7 +1,6 @@
-"""How can a search compare adapters otherwise, and learn a hub's own texts? By more keys, and a fine-tuned encoder.
+"""How does a search learn a hub's own texts? By a fine-tuned sentence encoder.
 
-It adds keys that compare an adapter's sample inputs in other ways, its scores on known tasks, or its weights, and
-`train_encoder` with `loraweave hub train-encoder`, which fine-tunes the sentence encoder. It needs no other package.
+`train_encoder`, with `loraweave hub train-encoder`, fine-tunes the sentence encoder. It needs no other package.
 """
 
 from typing import TYPE_CHECKING

@@ -8,10 +8,10 @@ import torch
 from properties import Properties
 
 from loraweave import registry
+from loraweave.extend.hubs import KeySpace, Query
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.search.search import SearchIndex
-from loraweave.retrieval.query import KeySpace, Query
 from loraweave.types import Factors
 
 PROPERTIES = Properties(registry.names("keys"))
@@ -28,10 +28,10 @@ def hub(tmp_path_factory):
     with Hub(tmp_path_factory.mktemp("hub")) as hub:
         texts = {"sums": ["12 + 30", "7 + 1"], "upper": ["horse", "the cat"], "mix": ["house, dog", "x", "A long text."]}
         for seed, (name, inputs) in enumerate(texts.items()):
-            card = {"outputs": [text.upper() for text in inputs], "task_scores": {"sums": 0.2 * seed, "upper": 0.5}}
+            card = {"outputs": [text.upper() for text in inputs]}
             hub.add(adapter(name, seed, **card), examples=inputs, description=f"does {name}")
-        # neither texts nor scores, and a card with nonsense where others have texts and scores
-        hub.add(adapter("bare", 9, outputs="none", task_scores=[1]))
+        # no texts, and a card with nonsense where others have texts
+        hub.add(adapter("bare", 9, outputs="none"))
         yield hub
 
 

@@ -23,8 +23,8 @@ TEXTS = {
     "quotes and statements": "'; DROP TABLE adapters; -- \" % _ \\",
     "one letter": "a",
 }
-# keys of an adapter's weights read no text; the one of validation scores wants a table
-TEXT_KEYS = sorted(set(registry.names("keys")) - {"spectral", "subspace", "validation"})
+# the key of an adapter's weights reads no text
+TEXT_KEYS = sorted(set(registry.names("keys")) - {"spectral"})
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,0 @@
-"""Further keys, one file each: ways to compute from an adapter how well it fits a query."""

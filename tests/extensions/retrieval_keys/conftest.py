@@ -1,5 +1,0 @@
-"""What tests of the extension share."""
-
-from angles import cosine as cosine
-from angles import plane as plane
-from angles import score as score
