@@ -17,9 +17,9 @@ from loraweave.composer.merge.methods.dare_linear import dare_linear
 from loraweave.composer.merge.methods.dare_ties import dare_ties
 from loraweave.composer.merge.methods.magnitude_prune import magnitude_prune
 from loraweave.composer.merge.methods.ties import ties
-from loraweave.composer.merge.methods.ties_count import ties_count
 from loraweave.composer.merge.methods.ties_per_layer import ties_per_layer
-from loraweave.composer.merge.methods.ties_weighted import ties_weighted
+from loraweave.extensions.methods.methods.ties_count import ties_count
+from loraweave.extensions.methods.methods.ties_weighted import ties_weighted
 from loraweave.types import Factors
 
 needs_the_library = pytest.mark.skipif(_entries.library() is None, reason="there is no C compiler")

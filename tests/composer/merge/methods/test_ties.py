@@ -11,9 +11,9 @@ from peft.utils import merge_utils
 from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.ties import ties
-from loraweave.composer.merge.methods.ties_count import ties_count
 from loraweave.composer.merge.methods.ties_per_layer import ties_per_layer
-from loraweave.composer.merge.methods.ties_weighted import ties_weighted
+from loraweave.extensions.methods.methods.ties_count import ties_count
+from loraweave.extensions.methods.methods.ties_weighted import ties_weighted
 from loraweave.types import Factors
 
 pytestmark = pytest.mark.usefixtures("entries_way")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from loraweave.common.options import Fraction
-from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
-from loraweave.composer.merge.methods._entries import merge_elected
-from loraweave.composer.merge.methods._pruning import prune_smallest
-from loraweave.registry import traits
+from loraweave.extend import Fraction, traits
+from loraweave.extend.merging import DenseUpdate, Experts, Weights, merge_elected, prune_smallest
 
 
 @traits("lossy")

@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loraweave.common.options import Count
-from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._forms import InputGates
-from loraweave.routers.tokens._learned import Step
-from loraweave.routers.tokens._members import Members
-from loraweave.routers.tokens._scores import top_k_softmax, without
+from loraweave import ExpertPool
+from loraweave.extend import Count
+from loraweave.extend.routing import InputGates, Members, Step, top_k_softmax, without
 
 TOP_K = 2
 

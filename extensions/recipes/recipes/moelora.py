@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loraweave.common.options import Count
-from loraweave.errors import ScopeError
-from loraweave.routers.recipes._gate import Call, Gate, Weighing, draw_linear
-from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
+from loraweave import ScopeError
+from loraweave.extend import Count
+from loraweave.extend.recipes import Call, ExpertShape, Gate, Recipe, Site, Weighing, draw_linear
 
 # as in the released code; the paper gives no standard deviation
 STD_OF_A = 0.01
