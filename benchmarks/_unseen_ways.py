@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +16,6 @@ from loraweave.composer.compose.program import Program
 from loraweave.composer.model.scoring import Score, evaluate, predict
 from loraweave.extensions.routers.routers.lorahub_original import LorahubOriginal
 from loraweave.extensions.tour import DemoTask
-from loraweave.extensions.transfer import distil_program
 
 # behind the name of a way: its prompts show the other examples, labels are ranked without their prior on the examples
 FORMS: dict[str, Callable[[lw.Task], lw.Task]] = {
@@ -185,15 +183,6 @@ def order(case: Case) -> Found:
     return Found(program=program, notes={"chosen": str(program)})
 
 
-def order_distilled(case: Case) -> Found:
-    """That program, learned by one adapter on sample inputs of the hub's cards; with the time that learning alone took."""
-    program = lw.order(case.model, case.tokenizer, case.hub, case.task, k=case.k, progress=False)
-    started = time.process_time()
-    learned = distil_program(program, seed=case.seed, progress=False)
-    notes = {"distilled": learned.report.reason, "distil_cpu_seconds": round(time.process_time() - started, 1)}
-    return Found(composition=learned, notes={"chosen": str(program), **notes})
-
-
 def any_single(case: Case) -> Found:
     """The adapter that answers most of the *test items* right, of the whole hub: more than any choice could know."""
     scores = {record.name: case.score(Found(case.hub[record.name])) for record in case.hub}
@@ -238,7 +227,6 @@ OWN: dict[str, Callable[[Case], Found]] = {
         two_passes,
     )
 }
-OWN["order+distilled"] = order_distilled
 
 
 def _compose(

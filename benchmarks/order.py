@@ -1,7 +1,6 @@
 """Whether `lw.order` finds programs of adapters, on tasks that are joined here from the pool's training rows.
 
     python -m benchmarks --out runs/order --data DATA order
-    python -m benchmarks --out runs/order --data DATA order --tasks past_upper --k 33 --distil
     python -m benchmarks --out runs/order --data DATA order --auto
     python -m benchmarks --out runs/order --report order
 
@@ -20,7 +19,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.progress import track
 
@@ -30,7 +28,6 @@ from benchmarks._run import Run, Table, pairs
 from benchmarks.unseen import SHIPPED_READER
 from loraweave.composer.compose.program import Program
 from loraweave.composer.compose.program_search import Step
-from loraweave.extensions.transfer import distil_program
 from loraweave.hub.base import fast_dtype
 
 NUM_EXAMPLES = 5
@@ -84,7 +81,6 @@ def main(
     max_steps: Annotated[int, typer.Option(help="of a program")] = 3,
     gain: Annotated[float, typer.Option(help="share by which a longer program's loss is lower")] = 0.1,
     num_test: Annotated[int, typer.Option(help="test rows of each task")] = 20,
-    distil: Annotated[bool, typer.Option("--distil", help="also one adapter for each program")] = False,
     auto: Annotated[bool, typer.Option("--auto", help="also compose(method='auto')")] = False,
 ) -> None:
     """The order found, right answers, and the time it took."""
@@ -96,11 +92,11 @@ def main(
 
             def figures(name: str) -> dict[str, Any]:
                 settings = {"k": k, "max_steps": max_steps, "gain": gain}
-                return _measured(run, model, tokenizer, hub, name, settings, num_test, distil, auto)
+                return _measured(run, model, tokenizer, hub, name, settings, num_test, auto)
 
             for name in track(tasks.split(","), "measuring"):
-                kept(folder / f"{name}-{run.seed}-{k}-{max_steps}-{gain}-{distil}-{auto}.json", partial(figures, name))
-    columns = ("task", "made as", "found", "loss", "loss as made", "right", "right as made", "distilled", *AUTO)
+                kept(folder / f"{name}-{run.seed}-{k}-{max_steps}-{gain}-{auto}.json", partial(figures, name))
+    columns = ("task", "made as", "found", "loss", "loss as made", "right", "right as made", *AUTO)
     table = Table("programs found from five examples", (*columns, "processor s"))
     for found in known(folder, "*.json"):
         table.add(*(str(found.get(column, "-")) for column in table.columns))
@@ -137,7 +133,6 @@ def _measured(
     name: str,
     settings: dict[str, Any],
     num_test: int,
-    distil: bool,
     auto: bool,
 ) -> dict[str, Any]:
     joined = TASKS[name]
@@ -162,10 +157,6 @@ def _measured(
         "questions": program.report.questions,
         "best": [[list(row.steps), row.loss, row.hits, row.num_examples] for row in program.report.rows[:60]],
     }
-    if distil:
-        torch.manual_seed(run.seed)
-        single = distil_program(program, progress=False)
-        found |= {"distilled": single.evaluate(test)["value"], "distilling": single.report.reason}
     if auto:
         composed = lw.compose(model, tokenizer, hub, task, seed=run.seed, progress=False)
         without = {name: member for name, member in composed.members.items() if name != "program"}

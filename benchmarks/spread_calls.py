@@ -22,12 +22,9 @@ import loraweave as lw
 from benchmarks._models import random_adapter
 from benchmarks._run import Run, Table, console
 from benchmarks.spread import WORKERS, Backends, Counting, killing, tiny_base, workers
-from loraweave.composer.compose.program import OrderReport, Program, pool_of
-from loraweave.composer.compose.program_search import Step
 from loraweave.extensions.reranking import rerank
 from loraweave.extensions.sources import add_tree
 from loraweave.extensions.statistics import pool_statistics
-from loraweave.extensions.transfer import distil_program
 
 app = typer.Typer()
 
@@ -45,7 +42,7 @@ def spread_calls(
     rounds: Annotated[int, typer.Option(min=1, help="how often each call is made")] = 2,
     count: Annotated[int, typer.Option("--workers", min=2)] = WORKERS,
 ) -> None:
-    """Intake, re-ranking, distillation, statistics and searches: what differs from one process."""
+    """Intake, re-ranking, statistics and searches: what differs from one process."""
     run: Run = context.obj
     columns = ("backend", "call", "workers killed", "pieces handed out again", "equal to one process", "s")
     table = Table(f"each call {rounds} times on {count} workers, one killed every {every:g} s", columns)
@@ -90,12 +87,6 @@ def _calls(folder: Path, seed: int) -> Iterator[dict[str, Call]]:
             found = rerank(model, tokenizer, hub, few, candidates, by="probe", **quiet)
             return str([(each.name, each.score) for each in found])
 
-        def distilled() -> str:
-            steps = tuple(Step(name, "Go on.", hub.record(name).hash) for name in names[:2])
-            report = OrderReport((), (), "", (), 0, 0.0)
-            program = Program(model, tokenizer, few, steps, hub, pool_of(steps, hub, model), report)
-            return distil_program(program, inputs, steps=2, rank=2, **quiet).adapter.hash
-
         def statistics() -> str:
             found = pool_statistics(model, tokenizer, hub, dict.fromkeys(names[:8], inputs[:32]), **quiet)
             digest = hashlib.sha256()
@@ -118,5 +109,4 @@ def _calls(folder: Path, seed: int) -> Iterator[dict[str, Call]]:
             "hub.add_many": lambda: added(False),
             "add_tree": lambda: added(True),
             "rerank": ranked,
-            "program.distil": distilled,
         }

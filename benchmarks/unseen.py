@@ -13,9 +13,9 @@ on the examples alone (`lora_examples`), and one that begins as a composition (`
 retrieval puts first (`retrieved_first`); the published LoraHub recipe (`lorahub_original`: 20 adapters at random, A and
 B mixed apart, 40 evaluations by nevergrad's NGOpt, the loss as its authors coded it); AdaMerging, which learns from
 the first 20 test inputs without their answers (`adamerging`); a LoRA trained on the whole
-training set (`oracle`); the program of adapters that `lw.order` finds (`order`), and one adapter that learned it on
-sample inputs of the hub's cards (`order+distilled`); the base with the shipped in-context adapter and the examples in its
-prompt (`in_context_adapter`), and the training that begins there (`few_shot_begun`; `few_shot` begins from nothing);
+training set (`oracle`); the program of adapters that `lw.order` finds (`order`); the base with the shipped in-context
+adapter and the examples in its prompt (`in_context_adapter`), and the training that begins there (`few_shot_begun`;
+`few_shot` begins from nothing);
 `compose()` without an example, by the instruction alone (`instruction`) and with the first 20 test inputs, without answers
 (`instruction_and_inputs`); for joined skills the adapter that is best on the test items
 (`any_single`), and both skills one after the other (`two_passes`); and every method of `compose()` by its name. With

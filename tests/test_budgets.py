@@ -23,9 +23,9 @@ import loraweave as lw
 from loraweave import errors, extend, registry
 
 LIMITS = {
-    "files of the core": 248,
-    "lines of the core": 45_973,
-    "lines of the product": 83_610,
+    "files of the core": 244,
+    "lines of the core": 45_752,
+    "lines of the product": 82_830,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,

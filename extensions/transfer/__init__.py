@@ -1,7 +1,7 @@
 """How does an adapter outlive its base, and how do a thousand fit in memory? It is carried to another; they share factors.
 
 `transfer` carries an adapter to another base, layer by layer, teaches it the old answers if you ask, and predicts what
-arrives; `distil_prompt` makes an adapter of a prompt, `distil_program` one of a program. `JointPool` keeps many adapters as
+arrives; `distil_prompt` makes an adapter of a prompt. `JointPool` keeps many adapters as
 bases that all share and small middles of their own. They need no other package.
 """
 
@@ -12,15 +12,13 @@ from loraweave.extend import lazy
 if TYPE_CHECKING:
     from loraweave.extensions.transfer.carrying import transfer
     from loraweave.extensions.transfer.joint_pool import JointPool, JointReport
-    from loraweave.extensions.transfer.programs import distil_program
     from loraweave.extensions.transfer.prompts import distil_prompt
 else:
     _MODULES = {
         "carrying": "transfer",
         "joint_pool": "JointPool JointReport",
-        "programs": "distil_program",
         "prompts": "distil_prompt",
     }
     __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
 
-__all__ = ["JointPool", "JointReport", "distil_program", "distil_prompt", "transfer"]
+__all__ = ["JointPool", "JointReport", "distil_prompt", "transfer"]

@@ -1,11 +1,6 @@
 from loraweave.composer.compose.candidates import experts_of as experts_of
 from loraweave.composer.compose.candidates import in_context_adapter as in_context_adapter
 from loraweave.composer.compose.compose import ComposeCall as ComposeCall
-from loraweave.composer.compose.program import Program as Program
-from loraweave.composer.compose.refine import STEP_COST as STEP_COST
-from loraweave.composer.compose.refine import linear_targets as linear_targets
-from loraweave.composer.compose.refine import loss_with as loss_with
-from loraweave.composer.compose.report import ReportRow as ReportRow
 from loraweave.composer.ensembles.ensemble import EnsemblePrediction as EnsemblePrediction
 from loraweave.composer.ensembles.ensemble import align_right as align_right
 from loraweave.composer.ensembles.ensemble import answers as answers

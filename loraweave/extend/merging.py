@@ -11,7 +11,7 @@ _MODULES = {
         "LEVELS Cut draws_for keep_largest largest prune_random prune_smallest quantise stream"
     ),
     "composer.merge.methods._span": "combination empty_update gram interpolation mean_weights pair_shares shares",
-    "hub.adapter": "cosine parent_of",
+    "hub.adapter": "cosine",
     "hub.merge_report": "MergeReport by_number interference",
 }
 __getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -33,7 +33,6 @@ from loraweave.composer.merge.methods._span import mean_weights as mean_weights
 from loraweave.composer.merge.methods._span import pair_shares as pair_shares
 from loraweave.composer.merge.methods._span import shares as shares
 from loraweave.hub.adapter import cosine as cosine
-from loraweave.hub.adapter import parent_of as parent_of
 from loraweave.hub.merge_report import MergeReport as MergeReport
 from loraweave.hub.merge_report import by_number as by_number
 from loraweave.hub.merge_report import interference as interference

@@ -15,7 +15,7 @@ _MODULES = {
         "new_factors"
     ),
     "composer.train.progress": "KeptState TrainingProgress TrainingSettings checkpointed_blocks",
-    "composer.train.rows": "MAX_PACKED HeldOut Judging Owners RowReader Texts TrainingRow can_be_packed is_empty",
+    "composer.train.rows": "HeldOut Judging Owners RowReader Texts TrainingRow is_empty",
     "composer.train.shared": "SharedTraining StepMemory",
     "composer.train.state": "JobReport JobSize PlannedJob SharedReport TrainedAdapters load_adapter save_adapter",
 }

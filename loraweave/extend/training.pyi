@@ -40,12 +40,10 @@ from loraweave.composer.train.progress import TrainingSettings as TrainingSettin
 from loraweave.composer.train.progress import checkpointed_blocks as checkpointed_blocks
 from loraweave.composer.train.rows import HeldOut as HeldOut
 from loraweave.composer.train.rows import Judging as Judging
-from loraweave.composer.train.rows import MAX_PACKED as MAX_PACKED
 from loraweave.composer.train.rows import Owners as Owners
 from loraweave.composer.train.rows import RowReader as RowReader
 from loraweave.composer.train.rows import Texts as Texts
 from loraweave.composer.train.rows import TrainingRow as TrainingRow
-from loraweave.composer.train.rows import can_be_packed as can_be_packed
 from loraweave.composer.train.rows import is_empty as is_empty
 from loraweave.composer.train.shared import SharedTraining as SharedTraining
 from loraweave.composer.train.shared import StepMemory as StepMemory
