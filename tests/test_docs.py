@@ -74,7 +74,7 @@ def test_the_page_refuses_what_the_reader_refuses():
 
 
 def test_the_table_of_routers_has_rows():
-    assert {"arrow", "similarity", "xlora"} <= set(ROUTERS)
+    assert {"arrow", "similarity", "logistic"} <= set(ROUTERS)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -3,13 +3,14 @@
 from loraweave.registry import face
 
 _MODULES = {
-    "routers.combined": "ByRow needs_call",
+    "routers.combined": "ByRow needs_call under",
     "routers.invoked": "last_place",
     "routers.searches._solver": "ClosedForm Solver",
     "routers.searches.gradient": "Gradient",
     "routers.tokens._caches": "BesideCache RowsAndTokens",
     "routers.tokens._call": (
-        "block_of cache_of current_prompts current_tokenizer has_two_sequences prompted real_tokens running_block"
+        "asked_of_head block_of cache_of current_prompts current_tokenizer has_two_sequences prompted real_tokens "
+        "running_block"
     ),
     "routers.tokens._forms": "InputGates ScoredRouter",
     "routers.tokens._learned": "LearnedRouter Step TrainingReport",

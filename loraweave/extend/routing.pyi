@@ -1,11 +1,13 @@
 from loraweave.routers.combined import ByRow as ByRow
 from loraweave.routers.combined import needs_call as needs_call
+from loraweave.routers.combined import under as under
 from loraweave.routers.invoked import last_place as last_place
 from loraweave.routers.searches._solver import ClosedForm as ClosedForm
 from loraweave.routers.searches._solver import Solver as Solver
 from loraweave.routers.searches.gradient import Gradient as Gradient
 from loraweave.routers.tokens._caches import BesideCache as BesideCache
 from loraweave.routers.tokens._caches import RowsAndTokens as RowsAndTokens
+from loraweave.routers.tokens._call import asked_of_head as asked_of_head
 from loraweave.routers.tokens._call import block_of as block_of
 from loraweave.routers.tokens._call import cache_of as cache_of
 from loraweave.routers.tokens._call import current_prompts as current_prompts

@@ -14,8 +14,9 @@ from transformers import DynamicCache, MistralConfig, StaticCache
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import ScopeError
+from loraweave.extensions.routers.last_hidden import _cache_like
 from loraweave.routers.tokens._caches import BesideCache, FollowedCaches
-from loraweave.routers.tokens._call import CachedIds, _cache_like
+from loraweave.routers.tokens._call import CachedIds
 from loraweave.routers.weights import MixtureWeights
 
 IDS_BT = torch.tensor([[5, 9, 11, 2], [7, 8, 3, 30]])

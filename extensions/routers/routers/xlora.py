@@ -10,15 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from loraweave.common.options import Count, Positive, Range, Rate
-from loraweave.errors import ScopeError, WeightingError
-from loraweave.hub.pool import ExpertPool
-from loraweave.routers.combined import under
-from loraweave.routers.tokens._caches import BesideCache
-from loraweave.routers.tokens._call import asked_of_head, last_hidden
-from loraweave.routers.tokens._learned import LearnedRouter
-from loraweave.routers.tokens._members import Members
-from loraweave.routers.tokens._scores import top_k_softmax
+from loraweave import ExpertPool, ScopeError, WeightingError
+from loraweave.extend import Count, Positive, Range, Rate
+from loraweave.extend.routing import BesideCache, LearnedRouter, Members, asked_of_head, top_k_softmax, under
+from loraweave.extensions.routers.last_hidden import last_hidden
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
