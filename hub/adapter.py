@@ -306,9 +306,9 @@ def _one_tuple(form: Form) -> Form:
     return form
 
 
-def exporting(target: str) -> Any:
-    """Return the extension module that exports adapters. Raises AdapterUnsupported, naming `target`, if there is none."""
-    return extension_module("export", f"an export for {target!r:.80}", "engines", "writes for other programs")
+def exporting(target: str, part: str = "export") -> Any:
+    """Return the extension module `part`, which exports. Raises AdapterUnsupported, naming `target`, if there is none."""
+    return extension_module(part, f"an export for {target!r:.80}", "engines", "writes for other programs")
 
 
 def cosine(left: Adapter, right: Adapter) -> tuple[float, int]:

@@ -271,7 +271,7 @@ def export(
     from loraweave.composer.compose.report import SavedRecipe
     from loraweave.hub.adapter import exporting
 
-    file = (exports := exporting(target)).require_target(target).file
+    file = exporting(target).require_target(target).file
     options: dict[str, Any] = {"target": target, "max_rank": max_rank, "allow_licenses": allow_licenses}
     if (folder / COMPOSITION_FILE).is_file() or not (folder / ADAPTER_FILE).is_file():
         recipe = SavedRecipe.read(folder)
@@ -284,7 +284,7 @@ def export(
             require_one_adapter(folder, "export", "--target", target, *limit, "--out", str(out))
         composed = lw.Composition.from_pretrained(folder, *load_model(base or recipe.base_model or None))
         if averages:
-            reports, notes = exports.export_members(composed, folder, out, **options)
+            reports, notes = exporting(target, "averages").export_members(composed, folder, out, **options)
         else:
             reports, notes = {"": composed.export(out, **options)}, []
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -361,3 +363,18 @@ def test_other_engines_and_addresses_are_refused():
         load(FOLDER, "file:///etc", engine="lorax")
     with pytest.raises(SourceUnavailable, match=r"nothing answers at http://127\.0\.0\.1:1"):
         load(FOLDER, "http://127.0.0.1:1", engine="sglang")
+
+
+def test_a_formula_becomes_a_folder_in_an_engine_that_has_no_training_package(tmp_path, hub):
+    """vLLM's environment has neither joblib, cma, peft nor accelerate: no module on the way may import them."""
+    script = """
+import sys
+sys.modules.update(dict.fromkeys(["joblib", "cma", "peft", "accelerate"]))
+from pathlib import Path
+from loraweave import Hub
+from loraweave.extensions.engines.folders import Folders
+print(Folders(Hub(sys.argv[1]), Path(sys.argv[2]), max_rank=8).hold("0.5*a + 0.25*b").canonical)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "hub"), str(tmp_path / "served")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip() == "0.5*a + 0.25*b", ran.stderr[-2000:]
