@@ -14,9 +14,9 @@ from typing import Any
 
 from loraweave.common.chat import Conversation, turn_end
 from loraweave.composer.compose.composition import Composition
-from loraweave.composer.compose.task_mixture import answer_limit
 from loraweave.composer.formula.formula import Formula, has_parts, parse, router_of
 from loraweave.composer.formula.nodes import Merge, Named, Stored, Sum, leaves
+from loraweave.composer.model.scoring import answer_limit
 from loraweave.errors import CompositionError, RetrievalError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key

@@ -30,7 +30,6 @@ from loraweave.composer.model.batches import (
     target_logits,
     untouched,
 )
-from loraweave.composer.model.scoring import in_chunks
 from loraweave.types import Task
 
 # what a function as the objective is called with, beside the model
@@ -101,10 +100,6 @@ class EncodedExamples:
             prompts += [example_task.prompt(text)] * len(texts)
             targets += texts
         return encode(self._model, self._tokenizer, prompts, targets, ends=[task.answer_end] * len(targets))
-
-    @cached_property
-    def _by_example(self) -> list[list[EncodedRow]]:
-        return in_chunks(self._rows, self.num_texts)
 
     @cached_property
     def _count_NR(self) -> Tensor:
@@ -195,7 +190,8 @@ class EncodedExamples:
         return best
 
     def _rows_of(self, examples: Sequence[int]) -> list[EncodedRow]:
-        return [row for example in examples for row in self._by_example[example]]
+        width = self.num_texts
+        return [row for example in examples for row in self._rows[example * width : (example + 1) * width]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +264,7 @@ def tree_logits(model: Any, inputs: dict[str, Tensor], num_kept: int) -> Tensor:
 def tree_inputs(model: nn.Module, trees: Sequence[TokenTree]) -> dict[str, Tensor]:
     """Return one row of a batch for each tree, padded on the left, with an additive attention mask of four axes."""
     dtype, device = _dtype(model), next(model.parameters()).device
-    longest = max(len(tree) for tree in trees)
+    longest = max(map(len, trees))
     ids_BT = torch.zeros(len(trees), longest, dtype=torch.long)
     position_BT = torch.zeros(len(trees), longest, dtype=torch.long)
     # padding sees itself, since a softmax over nothing is NaN

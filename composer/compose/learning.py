@@ -34,9 +34,9 @@ from loraweave.composer.compose.refine import (
     tuned_adapters,
 )
 from loraweave.composer.compose.settings import BEST, TRAINING, Settings, solver_class
-from loraweave.composer.compose.task_mixture import answer_limit
 from loraweave.composer.compose.trials import Bench, Scores, Selection, Split, Trial, fixed
 from loraweave.composer.live.fitting import Fitting
+from loraweave.composer.model.scoring import answer_limit
 from loraweave.composer.train.rows import MAX_PACKED
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.hub.adapter import Adapter, parent_of
@@ -385,7 +385,9 @@ def _routed_choice(bench: Bench, router: Any, kind: Kind, encoded: EncodedExampl
 
     def scores(examples: Sequence[int]) -> Scores:
         with bench.engine.activate(router):
-            (sums,) = row_sums(bench.engine, encoded, [Job.of(None, examples)], kind.needs | kind.hit_needs)
+            (sums,) = row_sums(
+                bench.engine, encoded, [Job(None, tuple(examples), tuple(examples))], kind.needs | kind.hit_needs
+            )
         return kind.losses(sums).double().numpy(), kind.hits(sums).numpy()
 
     count = sum(parameter.numel() for parameter in router.parameters()) if is_trained else 0

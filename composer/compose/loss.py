@@ -27,13 +27,12 @@ from loraweave.composer.compose.population import (
     forward_sums,
     in_passes,
     joined,
-    pass_sums,
     row_sums,
     task_values,
 )
 from loraweave.composer.composer import Composer
-from loraweave.composer.model.batches import untouched
-from loraweave.composer.model.scoring import generate, in_chunks
+from loraweave.composer.model.batches import in_chunks, untouched
+from loraweave.composer.model.scoring import generate
 from loraweave.errors import InvalidTask, WeightingError, WorkersFailed
 from loraweave.hub.base import fingerprint
 from loraweave.lowrank.algebra import all_finite
@@ -355,7 +354,7 @@ def _losses(pairs: Pairs) -> list[Scored]:
 def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
     """Return each pair's sums; sums of updates or factors share passes, any other merge is written into the base alone."""
     first, _ = pairs[0]
-    jobs = [Job.of(mixture, objective.only) for objective, mixture in pairs]
+    jobs = [Job(mixture, objective.only, objective.only) for objective, mixture in pairs]
     if first.merge_method == "linear":
         passes, counts = in_passes(first.encoded, jobs)
         return joined(first.deal(partial(_live_sums, needs), passes), counts)
@@ -366,7 +365,8 @@ def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
 
 
 def _live_sums(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list[RowSums]:
-    return pass_sums(on.engine, on.encoded, part, needs)
+    with untouched(on.engine.model), torch.no_grad():
+        return forward_sums(on.engine, on.encoded, part, needs)
 
 
 def _written(needs: frozenset[str], on: ExampleLoss, job: Job) -> RowSums:
@@ -386,9 +386,8 @@ def _summed(needs: frozenset[str], on: ExampleLoss, part: Sequence[Job]) -> list
 
 def _slopes(pairs: Pairs) -> list[Scored]:
     first, _ = pairs[0]
-    passes, counts = in_passes(
-        first.encoded, [Job.of(mixture, objective.only) for objective, mixture in pairs], backward=True
-    )
+    jobs = [Job(mixture, objective.only, objective.only) for objective, mixture in pairs]
+    passes, counts = in_passes(first.encoded, jobs, backward=True)
     shares: list[tuple[float, Tensor]] = []
     for losses, slopes in first.deal(_live_slopes, passes):
         shares += zip(losses, slopes, strict=True)

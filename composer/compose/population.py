@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,11 +41,6 @@ class Job:
     mixture: MixtureWeights | None
     examples: tuple[int, ...]
     whole: tuple[int, ...]
-
-    @classmethod
-    def of(cls, mixture: MixtureWeights | None, examples: Sequence[int]) -> Self:
-        """Return the job of scoring a candidate on all of these examples."""
-        return cls(mixture, tuple(examples), tuple(examples))
 
 
 def in_passes(encoded: EncodedExamples, jobs: Sequence[Job], *, backward: bool = False) -> tuple[list[list[Job]], list[int]]:
@@ -90,13 +85,8 @@ def joined(sums: Iterable[Sequence[RowSums]], counts: Sequence[int]) -> list[Row
 def row_sums(engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str]) -> list[RowSums]:
     """Return each job's sums of the names in `needs`, in the order of the jobs; without gradients."""
     passes, counts = in_passes(encoded, jobs)
-    return joined([pass_sums(engine, encoded, part, needs) for part in passes], counts)
-
-
-def pass_sums(engine: Composer, encoded: EncodedExamples, part: Sequence[Job], needs: frozenset[str]) -> list[RowSums]:
-    """Return each job's sums of the names in `needs`, from one forward pass without gradients."""
     with untouched(engine.model), torch.no_grad():
-        return forward_sums(engine, encoded, part, needs)
+        return joined([forward_sums(engine, encoded, part, needs) for part in passes], counts)
 
 
 def task_values(jobs: Sequence[Job]) -> Tensor:

@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
+from operator import attrgetter
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -23,11 +24,10 @@ from loraweave.common.checks import says_something
 from loraweave.common.display import progress_bar
 from loraweave.composer.compose.candidates import fitting_hits
 from loraweave.composer.compose.examples import TokenTree, runs_trees, token_tree, tree_inputs, tree_logits
-from loraweave.composer.compose.task_mixture import answer_limit
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model import scoring
-from loraweave.composer.model.batches import EncodedRow, batch, encode, token_scores, untouched
+from loraweave.composer.model.batches import EncodedRow, batch, encode, in_chunks, token_scores, untouched
 from loraweave.errors import BaseModelMismatch, InvalidTask, SearchFailed
 from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Candidate, Task
@@ -110,7 +110,7 @@ class Asked:
         # a batch has rows of one limit, so that no row's answer depends on the rows beside it
         new.sort(key=lambda question: (self._limit(question), len(str(prompts[question]))))
         for limit, group in groupby(new, key=self._limit):
-            for rows in scoring.in_chunks(list(group), MAX_ROWS):
+            for rows in in_chunks(list(group), MAX_ROWS):
                 with torch.no_grad(), untouched(self._engine.model), self._engine.activate([s.mixture for s, _ in rows]):
                     texts, stop = [prompts[row] for row in rows], self._tasks[rows[0][0]].stops
                     answers = scoring.generate(self._engine.model, self._tokenizer, texts, max_new_tokens=limit, stop=stop)
@@ -144,7 +144,7 @@ class Asked:
 
     def _as_rows(self, rows: dict[Target, EncodedRow]) -> Iterator[tuple[list[Target], list[Reading]]]:
         model = self._engine.model
-        for some in scoring.in_chunks(sorted(rows, key=lambda target: len(rows[target])), scoring.BATCH_SIZE):
+        for some in in_chunks(sorted(rows, key=lambda target: len(rows[target])), scoring.BATCH_SIZE):
             made = batch(model, self._tokenizer, [rows[target] for target in some])
             with self._engine.activate([step.mixture for step, _, _ in some]):
                 loss_BK, hit_BK = token_scores(model, made)
@@ -215,7 +215,7 @@ def search_programs(
     with closing(engine), progress_bar(progress) as bar:
         shown = bar.add_task("asking adapters", total=None)
         # as many tokens as the longest text, and four: an answer that goes on and on does not hold up the others
-        most = answer_limit(tokenizer, task.examples) // 2 + 2
+        most = scoring.answer_limit(tokenizer, task.examples) // 2 + 2
         asking = Asked(engine, tokenizer, task, lambda count: bar.update(shown, advance=count), most)
         search = ProgramSearch(asking, task, first, later, beam, gain, left_out)
         search.run(max_steps)
@@ -241,7 +241,7 @@ def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any)
             f"none of the {len(records)} adapters found in {hub} has a description to ask it by: give them some "
             "(hub.update(name, description=...))"
         )
-    limit = answer_limit(tokenizer, task.examples)
+    limit = scoring.answer_limit(tokenizer, task.examples)
     steps = {
         name: Step(name, record.description, record.hash, limit) for name, record in records.items() if name not in left_out
     }
@@ -387,5 +387,5 @@ class ProgramSearch:
 
 def _mean_loss(readings: Sequence[Reading]) -> float:
     """Return the mean loss over examples, infinite instead of NaN, so that it is worse than every other."""
-    loss = fmean(reading.loss for reading in readings)
+    loss = fmean(map(attrgetter("loss"), readings))
     return loss if loss == loss else math.inf

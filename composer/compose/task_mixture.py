@@ -282,7 +282,7 @@ class TaskMixture:
     def _between(self, texts: Sequence[Prompt]) -> Sequence[Prompt]:
         """Return the last step's inputs, one for each text: the answers of the step before it, or the texts themselves."""
         before = list(self.steps.values())[:-1]
-        limit = answer_limit(self.tokenizer, self.task.examples) if before else 0
+        limit = scoring.answer_limit(self.tokenizer, self.task.examples) if before else 0
         for step in before:
             texts = step._predict(texts, limit)
         return texts
@@ -319,10 +319,3 @@ class TaskMixture:
     @property
     def _on(self) -> tuple[Any, Any, Task]:
         return self.model, self.tokenizer, self.task
-
-
-def answer_limit(tokenizer: Any, examples: Sequence[tuple[Prompt, str]]) -> int:
-    """Return the most tokens that a step's answer may have: as many as the examples' longest text, if there are any."""
-    if not examples:
-        return scoring.MAX_NEW_TOKENS
-    return scoring.longest_answer(tokenizer, [(prompt, (str(prompt), target)) for prompt, target in examples])

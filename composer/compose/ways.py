@@ -200,7 +200,8 @@ def _averaged(trials: list[Trial], members: list[Trial], folds: Sequence[Split],
     average: list[Trial] = [averaged(members)] if len(members) > 1 else []
     for trial in average:
         trial.run(folds)
-    return Outcome([*trials, *average], next((trial.name for trial in [*average, *members]), None), remarks)
+    best = [*average, *members]
+    return Outcome([*trials, *average], best[0].name if best else None, remarks)
 
 
 def _stated(bench: Bench, plain: Sequence[Trial], run: Callable[[Trial], object], remarks: list[str]) -> list[Trial]:

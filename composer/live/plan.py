@@ -352,13 +352,11 @@ class KeptPlans:
         plan = kept.again() if kept else make_plan(weights, pool.names, self._workspace, pool.invocations, self.hooks)
         if key is None:
             return plan
-        while self._plans and (len(self._plans) >= NUM_KEPT or self._num_bytes_with(plan) > self._max_bytes):
-            self._plans.popitem(last=False)
         self._plans[key] = plan
+        plans = self._plans.values()
+        while len(plans) > NUM_KEPT or (len(plans) > 1 and sum(made.num_bytes for made in plans) > self._max_bytes):
+            self._plans.popitem(last=False)
         return plan
-
-    def _num_bytes_with(self, plan: Plan) -> int:
-        return plan.num_bytes + sum(kept.num_bytes for kept in self._plans.values())
 
     def calls(self, model: Parts, mixture: Any, resolve: Resolve, activate: Activate) -> tuple[MixtureWeights | Router, Any]:
         """Return an activation's weights for a pipeline, and the function that finds each call's mixture; None for one.

@@ -96,7 +96,8 @@ class RowWeights:
     def num_bytes(self) -> int:
         """The bytes that the kernels made so far keep."""
         # over a list, since a forward in another thread may add a layer meanwhile
-        return sum(rows.num_bytes for rows in list(self._layers.values()))
+        made = list(self._layers.values())
+        return sum(kernel.num_bytes for rows in made for kernel in list(rows.kernels.values()))
 
     def escaped(self) -> None:
         """Do not reuse the gathered factors' memory from now on, since a graph of autograd may outlive this object."""
@@ -280,10 +281,6 @@ class _LayerRows:
     ranked: RankedRows
     affine: Affine | None
     kernels: dict[tuple[str, torch.dtype], Kernel] = field(default_factory=dict)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(kernel.num_bytes for kernel in list(self.kernels.values()))
 
     def workload(self, num_inputs: int, num_outputs: int, tokens: int) -> Workload:
         return replace(

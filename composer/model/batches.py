@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from loraweave.common.chat import Conversation, Prompt, answered_ids, prompt_ids
 from loraweave.common.rows import GivenRows, read_rows
 from loraweave.errors import InvalidTask
 from loraweave.routers.tokens._call import prompted
+
+T = TypeVar("T")
 
 IGNORED = -100
 # padding is masked, so any token will do where there is no tokenizer
@@ -155,6 +157,11 @@ def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch
         targets_BK[index, width - len(row.target) :] = torch.tensor(row.labels)
     ids, mask = pad_rows(tokenizer, [row.prompt + row.target for row in rows])
     return TargetBatch(with_positions(model, ids, mask), targets_BK).to(device)
+
+
+def in_chunks(items: list[T], size: int) -> list[list[T]]:
+    """Return the items in their order, `size` at a time."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from loraweave.composer.model.batches import (
     encode,
     end_tokens,
     following,
+    in_chunks,
     last_logits,
     losses_of,
     mean_losses,
@@ -35,8 +36,6 @@ from loraweave.errors import InvalidTask
 from loraweave.retrieval.fusion import wilson
 from loraweave.routers.tokens._call import prompted
 from loraweave.types import LINE, Task
-
-T = TypeVar("T")
 
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 48
@@ -265,6 +264,12 @@ def longest_answer(tokenizer: Any, pairs: Pairs) -> int:
     return min(MAX_NEW_TOKENS, 2 * longest + 4)
 
 
+def answer_limit(tokenizer: Any, examples: Sequence[tuple[Prompt, str]]) -> int:
+    """Return the most tokens that a step's answer may have: as many as the examples' longest text, if there are any."""
+    texts = [(prompt, (str(prompt), target)) for prompt, target in examples]
+    return longest_answer(tokenizer, texts) if texts else MAX_NEW_TOKENS
+
+
 def score(answers: Sequence[str], pairs: Pairs, losses: Sequence[float]) -> Score:
     """Return the score of one answer and one loss for each pair; white space around an answer is ignored."""
     right = tuple(a.strip() in [t.strip() for t in accepted] for a, (_, accepted) in zip(answers, pairs, strict=True))
@@ -441,8 +446,3 @@ def pad_prompts(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[s
     left, device = not model.config.is_encoder_decoder, next(model.parameters()).device
     ids, mask = (tensor.to(device) for tensor in pad_rows(tokenizer, prompt_ids(tokenizer, prompts), left=left))
     return with_positions(model, ids, mask) if left else {"input_ids": ids, "attention_mask": mask}
-
-
-def in_chunks(items: list[T], size: int) -> list[list[T]]:
-    """Return the items in their order, `size` at a time."""
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -10,6 +10,7 @@ from loraweave.composer.model.batches import context_length as context_length
 from loraweave.composer.model.batches import encode as encode
 from loraweave.composer.model.batches import end_tokens as end_tokens
 from loraweave.composer.model.batches import following as following
+from loraweave.composer.model.batches import in_chunks as in_chunks
 from loraweave.composer.model.batches import last_logits as last_logits
 from loraweave.composer.model.batches import mean_losses as mean_losses
 from loraweave.composer.model.batches import pad_apart as pad_apart
@@ -27,6 +28,5 @@ from loraweave.composer.model.generate import encode_texts as encode_texts
 from loraweave.composer.model.generate import generation_call as generation_call
 from loraweave.composer.model.generate import read_prompt as read_prompt
 from loraweave.composer.model.scoring import encode_pairs as encode_pairs
-from loraweave.composer.model.scoring import in_chunks as in_chunks
 from loraweave.composer.model.scoring import predict as predict
 from loraweave.retrieval.fusion import wilson as wilson

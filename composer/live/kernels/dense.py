@@ -129,7 +129,8 @@ class Dense(RowKernel):
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         """Return y plus the update, in y's memory where autograd allows it: no layer needs its output for its gradients."""
-        if self._plain() or y_BTO.dtype is not self.dtype or not _may_change(y_BTO):
+        fixed = not y_BTO.is_contiguous() or (y_BTO.requires_grad and (y_BTO.is_leaf or y_BTO._is_view()))
+        if self._plain() or y_BTO.dtype is not self.dtype or fixed:
             return super().plus(x_BTI, y_BTO)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_BTI, y_BTO, self.w_BTP)):
             return self._product(y_BTO, x_BTI)
@@ -174,10 +175,6 @@ class Dense(RowKernel):
 def by_input(a_SI: Tensor) -> Tensor:
     """Return a_SI with the values of one input contiguous in memory, which halves the time of x a^T on a CPU."""
     return a_SI.T.contiguous().T
-
-
-def _may_change(y_BTO: Tensor) -> bool:
-    return y_BTO.is_contiguous() and not (y_BTO.requires_grad and (y_BTO.is_leaf or y_BTO._is_view()))
 
 
 class RankRows(NamedTuple):
