@@ -188,7 +188,7 @@ class Hub(CompositionShelf):
             return ExpertPool.on_demand(names, lambda name: self._get_pinned(name, *pinned[name]))
         chosen = [record.name for record in self.records()] if names is None else list(names)
         with paused_collector():
-            return ExpertPool([self[name] for name in chosen])
+            return ExpertPool(map(self.get, chosen))
 
     def search(
         self,

@@ -81,7 +81,7 @@ def tuned_adapters(
             start=begun,
             steps=tuning.steps,
             lr=tuning.lr,
-            batch_size=min(tuning.batch_size, max(len(chosen) for chosen in examples.values())),
+            batch_size=min(tuning.batch_size, max(map(len, examples.values()))),
             jobs_per_batch=len(jobs),
             target_modules=target_modules,
             warmup=0,

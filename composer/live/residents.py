@@ -142,7 +142,7 @@ class Residents:
         with self._lock:
             self._layout_of = {name: layout for name, layout in self._layout_of.items() if not wanted(name)}
             # a merge may have ranks that no other adapter has
-            in_use = {id(layout) for layout in self._layout_of.values()}
+            in_use = set(map(id, self._layout_of.values()))
             self._layouts = {key: layout for key, layout in self._layouts.items() if id(layout) in in_use}
             for shelf in (self._device, self._host):
                 shelf.drop(lambda key: wanted(key.name))

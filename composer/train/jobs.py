@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
@@ -371,7 +371,7 @@ def add_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequ
         if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad)
         else y
     )
-    added: Tensor = _RowProducts.apply(writable_y, x, tuple(ranges), *(tensor for pair in factors for tensor in pair))  # type: ignore[no-untyped-call]
+    added: Tensor = _RowProducts.apply(writable_y, x, tuple(ranges), *chain.from_iterable(factors))  # type: ignore[no-untyped-call]
     return added
 
 
@@ -434,6 +434,6 @@ def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_cou
 
 def row_losses(model: Any, rows: Sequence[EncodedRow], stacked: TargetBatch) -> Tensor:
     """Return loss_BK of the rows' target tokens, by the loss of their class, or by `EncodedRow`'s for several classes."""
-    kinds = {type(row) for row in rows}
+    kinds = set(map(type, rows))
     kind = kinds.pop() if len(kinds) == 1 else EncodedRow
     return kind.losses(model, rows, stacked)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def groups(sizes: Mapping[str, JobSize], jobs_per_batch: int, fits: Fits) -> lis
     A group has at most `jobs_per_batch` jobs that fit together, padded to the width of its widest job. Jobs adjacent in
     length are together; jobs of equal length keep their order. Each job must fit alone.
     """
-    names = in_order(sizes)
+    names = sorted(sizes, key=lambda name: sizes[name].width)
     # of the first n jobs: (groups, tokens, where the last group begins)
     best: list[tuple[int, float, int]] = [(0, 0.0, 0)]
     for end in range(1, len(names) + 1):
@@ -49,15 +50,10 @@ def groups(sizes: Mapping[str, JobSize], jobs_per_batch: int, fits: Fits) -> lis
     return [names[start:end] for end, start in zip(cuts[-2::-1], cuts[:0:-1], strict=True)]
 
 
-def in_order(sizes: Mapping[str, JobSize]) -> list[str]:
-    """Return the jobs' names by ascending width."""
-    return sorted(sizes, key=lambda name: sizes[name].width)
-
-
 def successor(waiting: Mapping[str, JobSize], running: Sequence[JobSize], fits: Fits) -> str | None:
     """Return the waiting job that fits beside the running ones and is nearest in length to them, if any."""
     mean = sum(size.width for size in running) / len(running)
-    nearest = sorted(in_order(waiting), key=lambda name: abs(waiting[name].width - mean))
+    nearest = sorted(waiting, key=lambda name: (abs(waiting[name].width - mean), waiting[name].width))
     return next((name for name in nearest if fits([*running, waiting[name]])), None)
 
 
@@ -231,17 +227,17 @@ class SharedTraining:
     def _step(self) -> None:
         started = time.perf_counter()
         chosen = [run.planned.pace.rows(run.planned.rows, run.planned.name, run.step) for run in self._running]
-        rows = [row for part in chosen for row in part]
+        rows = list(chain.from_iterable(chosen))
         total_J = self._losses(chosen)
         steps = {f"job {run.planned.name!r}": run.step for run in self._running}
         values = backward(total_J, steps, whole_J=self.processes.sum(total_J))
         for run, job_rows, value in zip(self._running, chosen, values, strict=True):
             self.processes.sum_gradients(run.vectors)
-            run.take_step(value, sum(len(row) for row in job_rows))
+            run.take_step(value, sum(map(len, job_rows)))
         self.report.seconds += time.perf_counter() - started
         self.report.num_steps += 1
-        self.report.num_tokens += sum(len(row) for row in rows)
-        width = max(len(row) for row in rows)
+        self.report.num_tokens += sum(map(len, rows))
+        width = max(map(len, rows))
         if self.model.config.is_encoder_decoder:
             width = max(len(row.prompt) for row in rows) + max(len(row.target) for row in rows)
         self.report.num_computed += len(rows) * width

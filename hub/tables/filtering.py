@@ -41,7 +41,7 @@ class Filters:
     @property
     def pass_all(self) -> bool:
         criteria = (self.base_model, self.license, self.language, self.max_rank, self.max_size_bytes)
-        return not self.tags and all(one is None for one in criteria)
+        return not self.tags and criteria == (None,) * len(criteria)
 
     def passes(self, record: Record) -> bool:
         """Return True if the record meets all conditions; `matching` selects the same adapters by look-ups."""

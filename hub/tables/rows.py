@@ -7,6 +7,7 @@ the flag; the table `quarantine` repeats it, so that counting need not read ever
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
 from typing import Any, NamedTuple
 
 from loraweave.common.checks import one_or_many
@@ -285,7 +286,7 @@ def record_from_json(data: Mapping[str, Any], size_bytes: int = 0) -> Record:
         size_bytes=size_bytes,
         source=None if source is None else Source(*source),
         fingerprint=None if fingerprint is None else Fingerprint.from_json(fingerprint),
-        anomalies=tuple(Anomaly(*anomaly) for anomaly in data["anomalies"]),
+        anomalies=tuple(starmap(Anomaly, data["anomalies"])),
         card={**data["card"], **card_fields},
     )
 

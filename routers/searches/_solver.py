@@ -125,7 +125,7 @@ class Solver(Declared, ABC):
         if not self._asked and not self._finished and (left := self._left()) > 0:
             self._asked = self._propose()[:left]
             self._finished = not self._asked
-        return [self.space.mixture(vector) for vector in self._asked]
+        return list(map(self.space.mixture, self._asked))
 
     def tell(self, losses: Sequence[float], gradients: Sequence[Tensor] | None = None) -> None:
         """Pass the losses of the candidates asked for, in order; NaN or infinity for a candidate that cannot be scored.
@@ -137,8 +137,7 @@ class Solver(Declared, ABC):
         if self.needs_gradients and (gradients is None or len(gradients) != len(losses)):
             num_told = "none" if gradients is None else str(len(gradients))
             raise WeightingError(f"{type(self).__name__} needs the gradient of each loss, but was told {num_told}")
-        pulled = [self.space.pull(gradient) for gradient in gradients or ()]
-        self._take([float(loss) for loss in losses], pulled)
+        self._take(list(map(float, losses)), list(map(self.space.pull, gradients or ())))
 
     def _take(self, losses: list[float], gradients: list[np.ndarray]) -> None:
         sound = [not gradients or bool(np.isfinite(gradients[number]).all()) for number in range(len(losses))]

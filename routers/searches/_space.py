@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -47,12 +48,12 @@ class Space:
     @cached_property
     def layers(self) -> tuple[str, ...]:
         """The layers of all groups, group by group."""
-        return tuple(layer for layers in self.groups.values() for layer in layers)
+        return tuple(chain.from_iterable(self.groups.values()))
 
     @cached_property
     def group_L(self) -> np.ndarray:
         """The index of each layer's group (L,)."""
-        counts = [len(layers) for layers in self.groups.values()]
+        counts = list(map(len, self.groups.values()))
         return np.repeat(np.arange(len(counts)), counts)
 
     def mixture(self, vector: np.ndarray) -> MixtureWeights:
