@@ -32,6 +32,8 @@ from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory
 
 _NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 Form = tuple[tuple[str, int, int, Kind, tuple[int, ...], bool], ...]
+# one tuple object for all equal tuples, so that equal forms can be recognised by identity
+_one_tuple = lru_cache(maxsize=256)(tuple)
 
 
 @dataclass(frozen=True)
@@ -298,12 +300,6 @@ class Adapter:
         invocation = f", invocation={list(self.invocation)}" if self.invocation else ""
         sizes = f"rank={self.rank}, layers={len(self.layers)}"
         return f"Adapter({self.name!r}, base_model={self.base_model!r}, {sizes}{invocation})"
-
-
-@lru_cache(maxsize=256)
-def _one_tuple(form: Form) -> Form:
-    """Return one tuple object for all equal tuples, so that equal forms can be recognised by identity."""
-    return form
 
 
 def exporting(target: str, part: str = "export") -> Any:

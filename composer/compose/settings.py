@@ -213,7 +213,7 @@ class Settings:
         # imported here, since few searches need merging
         from loraweave.composer.merge.method_call import MethodCall
 
-        if MethodCall(self.merge_method or "").takes("statistics"):
+        if "statistics" in MethodCall(self.merge_method or "").parameters:
             raise WeightingError(
                 f"merge method {self.merge_method!r} weighs by statistics of each adapter, which a search has none of: "
                 "lw.merge(statistics=...) takes them"

@@ -219,7 +219,7 @@ class Parser:
 
     def _check_merge(self, name: Token, options: Mapping[str, tuple[Token, Value]]) -> None:
         call = MethodCall(name.value)
-        if call.takes("statistics"):
+        if "statistics" in call.parameters:
             raise self._error(
                 f"{name.value!r} weighs by data, which a formula does not have; merge by lw.merge(..., statistics=...) and "
                 "add the result to the hub",

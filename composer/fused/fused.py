@@ -323,10 +323,10 @@ def mixture_updates(
     for name in layers:
         pairs = zip(experts, weights.for_layer(name)[0, 0, used].tolist(), strict=True)
         per_layer[name] = {expert: weight for expert, weight in pairs if weight != 0.0}
-    if call.takes("statistics"):
+    if "statistics" in call.parameters:
         wanted = {expert for weighed in per_layer.values() for expert in weighed}
         _check_statistics(method, statistics or {}, wanted, pool)
-    hashes = {expert: pool.adapters[expert].hash for expert in experts} if call.takes("seeds") else {}
+    hashes = {expert: pool.adapters[expert].hash for expert in experts} if "seeds" in call.parameters else {}
     updates = layer_updates(layer_calls(call, experts, hashes, per_layer, seed=seed, statistics=statistics))
     return ((layers[name], without_figures(update)) for name, update in updates)
 

@@ -82,7 +82,7 @@ def merge(
     parents = _parents(adapters, weights, statistics)
     call = MethodCall(method, options)
     method = call.method
-    if call.takes("statistics") and statistics is None:
+    if "statistics" in call.parameters and statistics is None:
         raise WeightingError(
             f"method {method!r} weighs by data: pass statistics=[collect_statistics(model, tokenizer, adapter, texts), ...] "
             "with one for each adapter"
@@ -147,7 +147,7 @@ def layer_calls(
     """
     by_layer = {layer: {name: experts[name].get(layer) for name in of_layer} for layer, of_layer in weights.items()}
     survey = None
-    if call.looks_at_all_layers:
+    if call.survey is not None:
         shared = next(iter(weights.values()), {})
         for layer, of_layer in weights.items():
             if of_layer != shared:
@@ -161,9 +161,9 @@ def layer_calls(
         if not any(updates.values()):
             continue
         supplied: dict[str, Any] = {"survey": survey, "rank": rank}
-        if call.takes("seeds"):
+        if "seeds" in call.parameters:
             supplied["seeds"] = layer_seeds(seed, [hashes[name] for name in of_layer], layer)
-        if call.takes("statistics"):
+        if "statistics" in call.parameters:
             known = [(statistics or {}).get(name) for name in of_layer]
             supplied["statistics"] = [None if seen is None else seen.layers.get(layer) for seen in known]
         combine = partial(call.combine, layer, updates, list(of_layer.values()), **supplied)
@@ -190,7 +190,7 @@ def _merge_layers(
     calls = layer_calls(
         call,
         experts,
-        {name: adapter.hash for name, adapter in zip(names, used, strict=True)} if call.takes("seeds") else {},
+        {name: adapter.hash for name, adapter in zip(names, used, strict=True)} if "seeds" in call.parameters else {},
         dict.fromkeys(layer_names, weights),
         seed=seed,
         statistics=dict(zip(names, recorded, strict=True)),

@@ -6,9 +6,9 @@ The numbers given to a merge are checked here, before a method gets them.
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -162,11 +162,12 @@ class MethodCall:
         # the registered name, or the name of the function
         self.method = str(getattr(given, "__name__", given))
         self.options = {} if options is None else options
-        self._signature = inspect.signature(self.function).parameters
-        second = next(islice(self._signature.values(), 1, None), None)
+        # some are no options of the user, those of `SUPPLIED`, which merging passes
+        self.parameters = inspect.signature(self.function).parameters
+        second = next(islice(self.parameters.values(), 1, None), None)
         if second is None or second.kind > second.POSITIONAL_OR_KEYWORD:
             raise WeightingError(
-                f"method {self.method!r} takes ({', '.join(self._signature)}); a method takes experts and weights first, "
+                f"method {self.method!r} takes ({', '.join(self.parameters)}); a method takes experts and weights first, "
                 "and its options by name"
             )
         if not isinstance(self.options, Mapping):
@@ -182,27 +183,19 @@ class MethodCall:
         """The names of the options that a user may set."""
         return list(self._kinds)
 
-    def takes(self, parameter: str) -> bool:
-        """Return True if the method's function has this parameter, one of `SUPPLIED`, which merging passes to methods."""
-        return parameter in self._signature
-
     @cached_property
-    def looks_at_all_layers(self) -> bool:
-        """True if the method, with these options, has to see all layers before it combines the first."""
-        if not self.takes("survey"):
-            return False
+    def survey(self) -> Callable[..., Any] | None:
+        """The function (layers, weights) -> survey of a method that surveys all layers before the first; else None."""
+        if "survey" not in self.parameters:
+            return None
         if not hasattr(self.function, "survey"):
             raise WeightingError(
                 f"method {self.method!r} takes a survey, and nothing says how to make it: declare it by `surveys`"
             )
-        where = self.function.needs_survey
-        return where is None or bool(where(**self._options_of(where)))
-
-    def survey(self, layers: Iterable[Sequence[Factors | None]], weights: Sequence[float]) -> Any:
-        """Return the survey of all layers that the method needs before the first; None for a method that needs none."""
-        if not self.looks_at_all_layers:
+        where, survey = self.function.needs_survey, self.function.survey
+        if where is not None and not where(**self._options_of(where)):
             return None
-        return self.function.survey(layers, weights, **self._options_of(self.function.survey))
+        return partial(survey, **self._options_of(survey))
 
     def combine(
         self, layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], **supplied: Any
@@ -215,7 +208,7 @@ class MethodCall:
         """
         if not require_sound(layer, experts, weights, self.method):
             return None
-        for name in set(supplied) - self._signature.keys():
+        for name in set(supplied) - self.parameters.keys():
             del supplied[name]
         try:
             result = self.function(list(experts.values()), weights, **self.options, **supplied)
@@ -306,17 +299,16 @@ def require_sound(layer: str, experts: Mapping[str, Factors | None], weights: Se
         if factors is None or weight == 0.0:
             continue
         counts = True
-        if _is_within(factors, LARGEST / abs(weight)):
-            continue
-        bound = _norm_product(factors)
-        if part := _unsound_part(factors, bound):
+        limit = LARGEST / abs(weight)
+        part, largest = _extent(factors, limit)
+        if part is not None:
             tensor = factors.tensors()[part]
             num = int((~torch.isfinite(tensor)).sum())
             raise CompositionError(
                 f"{num} of {tensor.numel()} values in {part} of adapter {name!r} are NaN or infinite in layer "
                 f"{layer!r}; leave the adapter out, or read it again"
             )
-        if (largest := _largest(factors, bound, LARGEST / abs(weight))) * abs(weight) > LARGEST:
+        if largest > limit:
             raise CompositionError(
                 f"method {method!r} could give values that are NaN or infinite for layer {layer!r}: the update of "
                 f"{name!r} is up to {largest:.3g}, its weight is {weight:.3g}, and the product may be {LARGEST:.3g} at "
@@ -329,34 +321,26 @@ def holds(update: Factors | DenseUpdate | TruncatedUpdate) -> bool:
     """Return True if a result is finite: its tensors, and the product of its factors in fp32."""
     if isinstance(update, DenseUpdate):
         return all_finite(update.delta_OI) and (update.bias_O is None or all_finite(update.bias_O))
-    factors, limit = update if isinstance(update, Factors) else update.factors, torch.finfo(torch.float32).max
-    if _is_within(factors, limit):
-        return True
-    bound = _norm_product(factors)
-    return _unsound_part(factors, bound) is None and _largest(factors, bound, limit) <= limit
+    limit = torch.finfo(torch.float32).max
+    part, largest = _extent(update if isinstance(update, Factors) else update.factors, limit)
+    return part is None and largest <= limit
 
 
-def _is_within(factors: Factors, limit: float) -> bool:
-    """Return True if the norms of a plain a and b prove that their product is finite and within `limit`."""
-    return factors.bound and factors.gain_O is None and factors.bias_O is None and _norm_product(factors) <= limit
+def _extent(factors: Factors, enough: float) -> tuple[str | None, float]:
+    """Return (first tensor with a NaN or infinity or None, largest magnitude of the update and its bias).
 
-
-def _unsound_part(factors: Factors, bound: float) -> str | None:
-    """Return the name of the first tensor with a NaN or infinity, or None; if `bound`, |B| |A|, is finite, a and b are."""
+    The magnitude is an upper bound where that is at most `enough`: no entry of the update exceeds |B| |A|.
+    """
+    a_RI, b_OR = factors.a_RI.detach(), factors.b_OR.detach()
+    bound = float(torch.linalg.vector_norm(b_OR)) * float(torch.linalg.vector_norm(a_RI))
+    # then both are finite
     sound = ("a_RI", "b_OR") if math.isfinite(bound) else ()
-    return next((part for part, tensor in factors.tensors().items() if part not in sound and not all_finite(tensor)), None)
-
-
-def _norm_product(factors: Factors) -> float:
-    """Return |B| * |A|, which no entry of the update exceeds in magnitude."""
-    return float(torch.linalg.vector_norm(factors.b_OR.detach())) * float(torch.linalg.vector_norm(factors.a_RI.detach()))
-
-
-def _largest(factors: Factors, bound: float, enough: float) -> float:
-    """Return the largest magnitude of the update and its bias, or an upper bound of it that is at most `enough`."""
+    for part, tensor in factors.tensors().items():
+        if part not in sound and not all_finite(tensor):
+            return part, math.inf
     bias = 0.0 if factors.bias_O is None else float(factors.bias_O.detach().abs().max())
     if max(bound, bias) <= enough or not factors.rank:
-        return max(bound, bias)
-    step = max(1, BLOCK // factors.a_RI.shape[1])
-    a_RI, b_OR = factors.a_RI.detach().double(), factors.b_OR.detach().double()
-    return max(bias, *(float((b_OR[row : row + step] @ a_RI).abs().max()) for row in range(0, len(b_OR), step)))
+        return None, max(bound, bias)
+    step = max(1, BLOCK // a_RI.shape[1])
+    a_RI, b_OR = a_RI.double(), b_OR.double()
+    return None, max(bias, *(float((b_OR[row : row + step] @ a_RI).abs().max()) for row in range(0, len(b_OR), step)))

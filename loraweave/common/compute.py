@@ -1,9 +1,9 @@
 """Fast arithmetic on small arrays: a thread for each piece of work, and libraries compiled from C files.
 
-A library is compiled for this processor at first use, kept in the cache folder and loaded once a process. Any C compiler
-does (`CC`, else cc, gcc or clang), in about a second; without one, or with LORAWEAVE_NATIVE=0, callers compute the same in
-PyTorch. LORAWEAVE_NATIVE may also be a value of the compiler's -march, such as x86-64, to which every processor of that kind
-conforms.
+A library is compiled for this processor at first use and kept in the cache folder; callers load it once a process. Any C
+compiler does (`CC`, else cc, gcc or clang), in about a second; without one, or with LORAWEAVE_NATIVE=0, callers compute the
+same in PyTorch. LORAWEAVE_NATIVE may also be a value of the compiler's -march, such as x86-64, to which every processor of
+that kind conforms.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -97,20 +97,24 @@ def side_by_side(
             yield waiting.popleft().result()
 
 
-@cache
-def library(source: Path, *, brief: bool) -> ctypes.CDLL | None:
+def library(source: Path, functions: Mapping[str, tuple[Any, Sequence[Any]]], *, brief: bool) -> ctypes.CDLL | None:
     """Compile and load the C file `source`; return None if LORAWEAVE_NATIVE is 0, or if compiling fails, which is logged.
 
-    Pass `brief` for functions that take microseconds: to keep Python's lock then costs less than to release it.
+    `functions` is {name: (the type of the result, the types of the arguments)}; the library need not have all of them. Pass
+    `brief` for functions that take microseconds: to keep Python's lock then costs less than to release it.
     """
     if os.environ.get("LORAWEAVE_NATIVE") == "0":
         return None
     try:
-        return (ctypes.PyDLL if brief else ctypes.CDLL)(str(_compiled(source)))
+        compiled = (ctypes.PyDLL if brief else ctypes.CDLL)(str(_compiled(source)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         _logger.info("PyTorch does the work of the library of %s: %s", source.name, str(said).strip()[:500])
         return None
+    for name, (result, arguments) in functions.items():
+        if (function := getattr(compiled, name, None)) is not None:
+            function.restype, function.argtypes = result, arguments
+    return compiled
 
 
 def _compiled(source: Path) -> Path:

@@ -3,9 +3,8 @@
 import ctypes
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,14 +66,8 @@ def _is_traced() -> bool:
     return torch._C._are_functorch_transforms_active() or compute.is_watched() > 0
 
 
-@cache
-def _library() -> Any:
-    library = compute.library(SOURCE, brief=True)
-    if library is not None:
-        whole = ctypes.c_int64
-        library.top_k_softmax.argtypes = [ctypes.c_void_p, whole, whole, whole, ctypes.c_void_p]
-        library.top_k_softmax.restype = None
-    return library
+_ARGUMENTS = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+_library = cache(partial(compute.library, SOURCE, {"top_k_softmax": (None, _ARGUMENTS)}, brief=True))
 
 
 def top_p_of_softmax(scores_BTE: Tensor, top_p: float) -> Tensor:

@@ -7,7 +7,7 @@ family is a file with its formula, its source and its defaults, which calls `mer
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -38,6 +38,11 @@ SOURCE = Path(__file__).with_name("entries.c")
 # entries of a tile, and of its width, as in entries.c
 TILE, WIDE = 256, 64
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+FUNCTIONS = {
+    "read_entries": (None, [_pointer, _int, _int, _int, _pointer, _pointer]),
+    "narrow_entries": (_int, [_pointer, _int, _int, _float, _float, _pointer, _pointer, _int, _pointer]),
+    "merge_entries": (None, [_pointer, _pointer, _int, _int, _pointer, _pointer]),
+}
 
 
 class Expert(ctypes.Structure):
@@ -89,17 +94,8 @@ class Numbers(NamedTuple):
 EVERY = Numbers()
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """Return the compiled library with its functions' types set, or None where it is not available."""
-    compiled = compute.library(SOURCE, brief=False)
-    if compiled is not None:
-        compiled.read_entries.argtypes = [_pointer, _int, _int, _int, _pointer, _pointer]
-        compiled.narrow_entries.argtypes = [_pointer, _int, _int, _float, _float, _pointer, _pointer, _int, _pointer]
-        compiled.narrow_entries.restype = _int
-        compiled.merge_entries.argtypes = [_pointer, _pointer, _int, _int, _pointer, _pointer]
-        compiled.read_entries.restype = compiled.merge_entries.restype = None
-    return compiled
+# called without arguments, returns the compiled library, or None where it is not available
+library = cache(partial(compute.library, SOURCE, FUNCTIONS, brief=False))
 
 
 class Rule(Protocol):

@@ -57,11 +57,6 @@ NOTHING = Cut(math.inf)
 EVERYTHING = Cut(0.0)
 
 
-def count_of(density: float, size: int) -> int:
-    """Return how many of `size` entries a density keeps: rounded down, as PEFT and mergekit do."""
-    return int(density * size)
-
-
 def largest(blocks: Blocks, count: int, scratch_OI: Tensor) -> Cut:
     """Return the cut that keeps exactly the `count` largest magnitudes (zeros aside), of equal ones those of lower index.
 
@@ -91,7 +86,7 @@ def keep_largest(entries: Entries, count: int) -> Sequence[Cut]:
 
 def prune_smallest(density: float) -> Prune:
     """Return a `Prune` that keeps each tensor's int(density * entries) largest magnitudes, of equal ones the earlier."""
-    return lambda entries: keep_largest(entries, count_of(density, entries.size))
+    return lambda entries: keep_largest(entries, int(density * entries.size))
 
 
 def _largest(entries: Entries, expert: int, count: int) -> Cut:

@@ -13,7 +13,7 @@ import torch
 from loraweave.common.options import Fraction
 from loraweave.composer.merge.method_call import DenseUpdate, Experts, Term, Weights, surveys, terms
 from loraweave.composer.merge.methods._entries import Entries, Rule, merge_elected, tensors, vote
-from loraweave.composer.merge.methods._pruning import EVERYTHING, NOTHING, Cut, count_of, kth_largest
+from loraweave.composer.merge.methods._pruning import EVERYTHING, NOTHING, Cut, kth_largest
 from loraweave.registry import traits
 
 
@@ -59,7 +59,8 @@ def survey_of(layers: Iterable[Experts], weights: Weights, *, density: Fraction 
             size += entries.size
             for expert, place in enumerate(entries.places):
                 parts.setdefault(place, []).append((entries, expert))
-    count = count_of(density, size)
+    # rounded down, as PEFT and mergekit do
+    count = int(density * size)
     if count == 0 or count == size:
         return Survey(kept, dict.fromkeys(parts, EVERYTHING if count else NOTHING))
     return Survey(kept, {place: Cut(kth_largest(part, count)[0], math.inf) for place, part in parts.items()})

@@ -11,7 +11,7 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -79,20 +79,12 @@ def work(num_elements: int) -> Tensor:
 _WORK = [torch.empty(0)]
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """Return the compiled library with its functions' argument types set, or None without a compiler."""
-    cdll = compiled_library(SOURCE, brief=True)
-    if cdll is None:
-        return None
-    pairs = [f"{NAMES[stored]}_{NAMES[dtype]}" for dtype, forms in STORED.items() for stored in forms]
-    argument_types: dict[str, list[Any]] = {f"add_{pair}": [ctypes.c_void_p] * 4 for pair in pairs}
-    argument_types |= {f"narrow_{short}": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64] for short in ("f16", "bf16")}
-    for name, types in argument_types.items():
-        # the library has those for float16 only if the processor converts it
-        if (made := getattr(cdll, name, None)) is not None:
-            made.argtypes, made.restype = types, ctypes.c_int if name.startswith("narrow") else None
-    return cdll
+PAIRS = [f"{NAMES[stored]}_{NAMES[dtype]}" for dtype, forms in STORED.items() for stored in forms]
+ADDS = {f"add_{pair}": (None, [ctypes.c_void_p] * 4) for pair in PAIRS}
+NARROWS = dict.fromkeys(("narrow_f16", "narrow_bf16"), (ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]))
+# called without arguments, returns the compiled library, or None without a compiler; functions for float16 are among it only
+# if the processor converts float16
+library = cache(partial(compiled_library, SOURCE, ADDS | NARROWS, brief=True))
 
 
 class Beside(NamedTuple):

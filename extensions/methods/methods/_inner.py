@@ -30,7 +30,7 @@ def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodC
             "updates, like 'ties_per_layer' or 'linear'"
         )
     call = MethodCall(name, options)
-    if call.takes("statistics"):
+    if "statistics" in call.parameters:
         raise WeightingError(
             f"{method}: inner={name!r} needs statistics of the layer's own inputs and outputs; merge with {name!r} directly"
         )
@@ -46,7 +46,7 @@ def combined(
     them). Raises WeightingError if it needs seeds and has none.
     """
     extra: dict[str, Any] = {"survey": survey} if survey is not None else {}
-    if call.takes("seeds"):
+    if "seeds" in call.parameters:
         if len(seeds) != len(experts):
             raise WeightingError(
                 f"inner={call.method!r} is random and needs a seed for each of {len(experts)} experts, got {len(seeds)}"

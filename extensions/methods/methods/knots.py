@@ -14,16 +14,17 @@ from loraweave.extensions.methods.methods._inner import NO_OPTIONS, combined, in
 
 def needs_survey(*, inner: str = "ties", inner_options: Mapping[str, Any] = NO_OPTIONS) -> bool:
     """Return True if the inner rule looks at all layers, so that `survey` must run first."""
-    return inner_call(inner, inner_options, method="knots").looks_at_all_layers
+    return inner_call(inner, inner_options, method="knots").survey is not None
 
 
 def survey(
     layers: Iterable[Experts], weights: Weights, *, inner: str = "ties", inner_options: Mapping[str, Any] = NO_OPTIONS
 ) -> Any:
     """Return the inner rule's survey of the pieces of all layers, which it needs before it merges the first layer."""
-    call = inner_call(inner, inner_options, method="knots")
+    survey_of = inner_call(inner, inner_options, method="knots").survey
+    assert survey_of is not None, "`needs_survey` asks before"
     layer_terms = ((experts, terms(experts, weights)) for experts in layers)
-    return call.survey(
+    return survey_of(
         (_pieces(experts, kept)[1] if kept else [None] * len(experts) for experts, kept in layer_terms), weights
     )
 

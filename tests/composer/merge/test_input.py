@@ -46,7 +46,7 @@ def recorded(of: Adapter) -> SimpleNamespace:
 
 
 def merged(method: str, adapters: list[Adapter], weights: Any, **options: Any) -> Adapter:
-    if MethodCall(method).takes("statistics"):
+    if "statistics" in MethodCall(method).parameters:
         options["statistics"] = [recorded(each) for each in adapters]
     return merge(adapters, weights, method=method, progress=False, **options)
 
@@ -210,7 +210,7 @@ def test_factors_that_learn_are_checked_like_others() -> None:
 
 
 # a method that draws at random draws for the hash of each adapter, which has the kind in it
-@PROPERTIES.add(of=[name for name in METHODS if not MethodCall(name).takes("seeds")])
+@PROPERTIES.add(of=[name for name in METHODS if "seeds" not in MethodCall(name).parameters])
 def an_expert_of_a_fused_parameter_is_merged_as_the_linear_layer_of_its_matrix(method: str) -> None:
     linear = [adapter("a", 1), adapter("b", 2)]
     experts = [

@@ -37,7 +37,6 @@ def fresh(tmp_path, monkeypatch):
 
 def forget():
     native_rows.library.cache_clear()
-    compute.library.cache_clear()
 
 
 def mixtures(dtype, inputs, outputs, ranks=RANKS, seed=0):

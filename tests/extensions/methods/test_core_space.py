@@ -27,7 +27,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
 # of an extension, which may not be there
-BY_DATA = [name for name in registry.names("methods") if MethodCall(name).takes("statistics")]
+BY_DATA = [name for name in registry.names("methods") if "statistics" in MethodCall(name).parameters]
 factors = partial(random_factors, num_out=9, num_in=11)
 
 
