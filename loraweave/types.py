@@ -7,7 +7,8 @@ of a pool (the sum of its ranks), I input features, O output features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 from loraweave.common.chat import Conversation, Prompt
@@ -379,7 +380,7 @@ class Task:
         if count == 1:
             return [self]
         starts = [len(pairs) * number // count for number in range(count)]
-        return [replace(self, demonstrations=pairs[start:] + pairs[:start], orders=1) for start in starts]
+        return [with_pairs(self, demonstrations=pairs[start:] + pairs[:start], orders=1) for start in starts]
 
     def prompt_of(self, row: Row) -> Prompt:
         """Return a row's prompt: its input if a whole prompt already, else with the instruction of the row or the task."""
@@ -442,3 +443,10 @@ class Task:
             return str(asked)
         kept = asked.without_system if self.system else asked
         return kept.turns[0][1] if len(kept.turns) == 1 else kept
+
+
+def with_pairs(task: Task, **fields: Any) -> Task:
+    """Return a copy of the task with these fields; pairs among them are tuples from a task, which are not read again."""
+    copied = copy(task)
+    vars(copied).update(fields)
+    return copied

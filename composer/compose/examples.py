@@ -7,7 +7,7 @@ tokens: an instruction is read once for all examples, and a prompt once for all 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,7 +30,7 @@ from loraweave.composer.model.batches import (
     target_logits,
     untouched,
 )
-from loraweave.types import Task
+from loraweave.types import Task, with_pairs
 
 # what a function as the objective is called with, beside the model
 Examples = list[tuple[Prompt, str]]
@@ -70,7 +70,7 @@ def in_turn(task: Task) -> list[Task]:
     for pair in task.examples:
         place = shown.index(pair) if pair in shown else len(shown)
         before, after = shown[:place], shown[place + 1 :]
-        tasks.append(replace(task, demonstrations=before if len(before) >= len(after) else after[::-1]))
+        tasks.append(with_pairs(task, demonstrations=before if len(before) >= len(after) else after[::-1]))
     return tasks
 
 

@@ -47,7 +47,7 @@ from loraweave.routers.searches._solver import Solver, described
 from loraweave.routers.searches._told import SearchResult, Told
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Record
+from loraweave.types import Record, with_pairs
 
 if TYPE_CHECKING:
     from loraweave.composer.compose.program_search import Order, Reading, Step
@@ -189,7 +189,7 @@ def shown(bench: Bench, adapter: Adapter, split: Split, steps: int = 0) -> Selec
 
     No prompt shows the example that it asks for.
     """
-    task = replace(bench.task, demonstrations=task_of(bench.task, split.seen).demonstrations)
+    task = with_pairs(bench.task, demonstrations=task_of(bench.task, split.seen).demonstrations)
     loss = example_loss(bench.engine.model, bench.tokenizer, task, ExpertPool({adapter.name: adapter}), turned=True)
     placed = loss.engine.pool[adapter.name]
     return bench.selection(
@@ -412,7 +412,7 @@ def _fitted(trial: Trial, settings: Settings, split: Split, steps: int) -> Any:
     learned = _new_router(bench, settings)
     learned.fit(
         bench.engine,
-        replace(bench.task, examples=[bench.task.examples[place] for place in split.seen]),
+        with_pairs(bench.task, examples=tuple([bench.task.examples[place] for place in split.seen])),
         steps=steps,
         lr=settings.options.get("lr"),
         batch_size=min(ROUTER_BATCH, len(split.seen)),

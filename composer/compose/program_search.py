@@ -30,7 +30,7 @@ from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import EncodedRow, batch, encode, in_chunks, token_scores, untouched
 from loraweave.errors import BaseModelMismatch, InvalidTask, SearchFailed
 from loraweave.retrieval.retriever import Retriever
-from loraweave.types import Candidate, Task
+from loraweave.types import LINE, Candidate, Task, with_pairs
 
 # the tokens that one tree, and one pass over several, have at most
 MAX_TREE, MAX_TOKENS = 384, 1024
@@ -62,7 +62,9 @@ class Step:
 
     def task(self, whole: Task) -> Task:
         """Return the task of answering a text by the step's instruction, in the template of the program's whole task."""
-        return Task([], instruction=self.instruction, template=whole.template, chat=whole.chat, system=whole.system)
+        stop, unscored = () if whole.chat else LINE, {"labels": None, "metric": "exact_match", "calibrated": False}
+        bare = with_pairs(whole, examples=(), demonstrations=(), orders=1)
+        return with_pairs(bare, instruction=self.instruction, stop=stop, **unscored)
 
 
 class Reading(NamedTuple):

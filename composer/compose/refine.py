@@ -28,7 +28,7 @@ from loraweave.lowrank import algebra
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Task
+from loraweave.types import Task, with_pairs
 
 # the cost of a training step in passes: forward, backward through the activations, and backward to the factors
 STEP_COST = 3
@@ -97,9 +97,9 @@ def tuned_adapters(
 
 def task_of(task: Task, seen: Sequence[int]) -> Task:
     """Return the task with the examples of these indices; if its prompts show its examples, they show the first of these."""
-    examples = [task.examples[index] for index in seen]
+    examples = tuple([task.examples[index] for index in seen])
     shown = examples[: len(task.shown)] if shows_its_examples(task) else task.demonstrations
-    return replace(task, examples=examples, demonstrations=shown)
+    return with_pairs(task, examples=examples, demonstrations=shown)
 
 
 def byom(adapter: Adapter, rank: int) -> Adapter:

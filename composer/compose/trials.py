@@ -28,7 +28,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.searches._told import SearchResult
 from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Task
+from loraweave.types import Task, with_pairs
 
 NO_REPORT = Report((), "", "", (), 0.0, 0)
 # (loss_N, hit_N) on some examples, without terms for the weights
@@ -92,7 +92,7 @@ class Bench:
         if self.task.demonstrations:
             return self
         shown = self.task.examples[:MAX_PACKED]
-        return replace(self, task=replace(self.task, demonstrations=shown, orders=orders), turned=True, _losses={})
+        return replace(self, task=with_pairs(self.task, demonstrations=shown, orders=orders), turned=True, _losses={})
 
     @property
     def everything(self) -> Split:

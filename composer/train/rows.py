@@ -17,7 +17,7 @@ from loraweave.composer.model.batches import IGNORED, EncodedRow, answer_ids, co
 from loraweave.composer.model.scoring import encode_pairs
 from loraweave.errors import InvalidTask, TrainingError, UnknownName
 from loraweave.routers.tokens._learned import UNKNOWN, LearnedRouter
-from loraweave.types import Task
+from loraweave.types import Task, with_pairs
 
 TOKENS = ("input_ids", "labels")
 Row = TypeVar("Row", bound=EncodedRow)
@@ -351,7 +351,7 @@ def pack_task(model: Any, tokenizer: Any, task: Task, seed: int) -> list[Trainin
     answers under 0, 1, 2 .. demonstrations (MetaICL, arXiv 2110.15943, takes a row for each). Raises InvalidTask for an
     example that alone exceeds the model's context.
     """
-    alone, limit = replace(task, demonstrations=()), context_length(model) or MAX_PACKED_TOKENS
+    alone, limit = with_pairs(task, demonstrations=()), context_length(model) or MAX_PACKED_TOKENS
     most = min(limit, MAX_PACKED_TOKENS)
     first = encode_pairs(model, tokenizer, alone, alone.examples)
     count = len(task.examples)
@@ -388,7 +388,7 @@ def _pack_turns(tokenizer: Any, task: Task, pairs: Sequence[tuple[Prompt, str]],
     ids: list[int] = []
     begins: list[tuple[int, list[int]]] = []
     for count, (question, target) in enumerate(pairs):
-        prompt = replace(task, demonstrations=pairs[:count]).prompt(question)
+        prompt = with_pairs(task, demonstrations=tuple(pairs[:count])).prompt(question)
         assert isinstance(prompt, Conversation)
         before, answer = answered_ids(tokenizer, prompt, target)
         if count and len(before) + len(answer) >= most:
