@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -236,22 +237,11 @@ def _file_of(packages: Iterable[str], name: str) -> str | None:
 def _files(folder: str) -> dict[str, str]:
     """Return {name: module} of a registry's files in the core and in extensions; the core's take precedence."""
     files: dict[str, str] = {}
-    for package in _packages(folder):
-        for module in pkgutil.iter_modules(_paths(package)):
+    for package, paths in _places(folder, FOLDERS.get(folder, ()), tuple(sys.path)).items():
+        for module in pkgutil.iter_modules(paths):
             if not module.ispkg and not module.name.startswith("_"):
                 files.setdefault(module.name, f"{package}.{module.name}")
     return files
-
-
-def _paths(package: str) -> Iterable[str]:
-    """Return the folders of a registry's package, [] for a missing one; an extension's package is not imported."""
-    if package.startswith(f"{EXTENSIONS}."):
-        extension, folder = package.removeprefix(f"{EXTENSIONS}.").split(".")
-        return [str(extensions()[extension] / folder)]
-    try:
-        return importlib.import_module(package).__path__
-    except ModuleNotFoundError:
-        return []
 
 
 @cache
@@ -264,11 +254,23 @@ def _extensions(path: tuple[str, ...]) -> dict[str, Path]:
 
 
 @cache
-def _extension_packages(folder: str, path: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the dotted packages that extensions add to a registry; `path` is sys.path, the key of the cache."""
+def _places(folder: str, packages: tuple[str, ...], path: tuple[str, ...]) -> dict[str, list[str]]:
+    """Return {package: its folders} of a registry: the core's `packages`, then those of extensions, which are not imported.
+
+    `path` is sys.path, a key of the cache. Raises UnknownName for a registry that there is not.
+    """
+    places: dict[str, list[str]] = {}
+    for package in packages:
+        with suppress(ModuleNotFoundError):
+            places[package] = list(importlib.import_module(package).__path__)
     inner = CALLED.get(folder, str(folder))
-    places = _extensions(path).items()
-    return tuple([f"{EXTENSIONS}.{name}.{inner}" for name, place in places if (place / inner / "__init__.py").is_file()])
+    for name, place in _extensions(path).items():
+        if (place / inner / "__init__.py").is_file():
+            places[f"{EXTENSIONS}.{name}.{inner}"] = [str(place / inner)]
+    if not places and folder not in FOLDERS:
+        known = registries()
+        raise UnknownName(f"no registry {folder!r}{nearest(folder, known)}; there are {', '.join(known)}")
+    return places
 
 
 @cache
@@ -295,14 +297,6 @@ def _from_plugin(folder: str, name: str) -> Any:
         return _entry(loaded, name) if isinstance(loaded, ModuleType) else loaded
     except Exception as error:
         raise PluginFailed(f"{whose} cannot be used: {type(error).__name__}: {error}") from error
-
-
-def _packages(folder: str) -> tuple[str, ...]:
-    packages = (*FOLDERS.get(folder, ()), *_extension_packages(folder, tuple(sys.path)))
-    if not packages and folder not in FOLDERS:
-        known = registries()
-        raise UnknownName(f"no registry {folder!r}{nearest(folder, known)}; there are {', '.join(known)}")
-    return packages
 
 
 def nearest(name: str, known: Iterable[str], folder: str = "") -> str:

@@ -133,8 +133,8 @@ def test_the_public_names_of_an_extension_are_documented(name):
 @pytest.mark.parametrize("folder", registry.registries())
 def test_no_extension_takes_a_name_that_the_core_or_another_extension_has(folder):
     taken = set()
-    for package in registry._packages(folder):
-        files = {path.stem for place in registry._paths(package) for path in Path(place).glob("[!_]*.py")}
+    for package, paths in registry._places(folder, registry.FOLDERS.get(folder, ()), tuple(sys.path)).items():
+        files = {path.stem for place in paths for path in Path(place).glob("[!_]*.py")}
         assert not package.startswith(PREFIX) or files & taken == set()
         taken |= files
 
