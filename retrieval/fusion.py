@@ -149,6 +149,11 @@ def wilson(share: float, count: float, drawn_R: np.ndarray | None = None) -> tup
     return (0.0 if share == 0 else low), (1.0 if share == 1 else high)
 
 
+def share_text(share: float, count: int) -> str:
+    """Return a share of `count` answers and its `wilson` interval, such as "60% (23-88)"; the share alone if count is 0."""
+    return f"{share:.0%} ({'-'.join(f'{100 * limit:.0f}' for limit in wilson(share, count))})" if count else f"{share:.0%}"
+
+
 @dataclass(frozen=True)
 class Abstention:
     """A threshold below which a search's best score counts as nothing, for the embedder, keys and fusion in `search`.

@@ -73,16 +73,28 @@ def _tables(text):
     return found
 
 
-def _output(words, width, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(width))
+def cells(line):
+    """The cells of a row of a table that was printed into a pipe, where two blanks or more are between them."""
+    return re.split(" {2,}", line.strip())
+
+
+def _output(words, width, monkeypatch, *, piped=False):
+    # rich takes its output for a terminal then, one that has no colours
+    terminal = {"TTY_COMPATIBLE": "0" if piped else "1", "TERM": "dumb", "LINES": "50", "COLUMNS": str(width)}
+    for name, value in terminal.items():
+        monkeypatch.setenv(name, value)
     done = call(*words)
     assert done.exit_code == 0, done.stderr
     return done.stdout
 
 
 def check_table(words, width, monkeypatch):
-    """The output in `width` columns beside that without a limit."""
+    """The output in `width` columns beside that without a limit, and in a pipe."""
     narrow, wide = _output(words, width, monkeypatch), _output(words, WIDE, monkeypatch)
+    piped = _output(words, width, monkeypatch, piped=True).splitlines()
+    assert max(map(len, piped)) <= width
+    assert not any(set(line) & set("┃│━─…") or line.endswith(" ") for line in piped)
+    assert [line for line in piped if not line] == []
     assert max(map(len, narrow.splitlines())) <= width
     assert "…" not in narrow
     pairs = list(zip(_tables(narrow), _tables(wide), strict=True))

@@ -22,6 +22,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key, load_base, require_model, warn_unverified
 from loraweave.hub.formats._files import read_bytes
 from loraweave.hub.pool import ExpertPool
+from loraweave.retrieval.fusion import share_text
 from loraweave.types import BaseKey, Fingerprint, Task
 
 
@@ -30,8 +31,8 @@ class ReportRow:
     """One way to answer the task, measured on its examples.
 
     `held_out_loss` is the mean loss of examples that had no part in choosing the weights (cross-validated), `loss` that of
-    all examples after choosing on all; `held_out_hits` is the share of held-out examples that greedy decoding would write.
-    Both held-out figures are None for a way that learned without folds, and for a composition that was refined.
+    all examples after choosing on all; `held_out_hits` is the share of those `num_held_out` examples that greedy decoding
+    would write. Both held-out figures are None for a way that learned without folds, and for a composition that was refined.
     `weights` are means over the layers where `by_layer` is given.
     `num_trained` counts the scalars that were chosen, `losses` are those of a search's candidates, terms for the weights
     included, and None for the `failed` ones that could not be scored.
@@ -48,6 +49,7 @@ class ReportRow:
     num_trained: int = 0
     failed: int = 0
     losses: tuple[float | None, ...] = ()
+    num_held_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Report:
 
     def __getitem__(self, name: str) -> ReportRow:
         return next(row for row in self.rows if row.name == name)
+
+    @property
+    def spending(self) -> str:
+        """The number of evaluations made, and that of each search, as a phrase."""
+        searched = "".join(f", {row.evaluations} in the search {row.name!r}" for row in self.rows if row.losses)
+        return f"{self.evaluations} evaluations{searched or ', none in a search'}"
 
     def with_choice(self, row: ReportRow, reason: str) -> Report:
         """Return the report with `row` as its choice; it replaces an earlier row of the same name."""
@@ -83,19 +91,19 @@ class Report:
         return fields
 
     def table(self) -> ShownTable:
-        """Return the rows as a table; the chosen one is marked."""
+        """Return the rows as a table; the chosen one is marked. Hits have their 95 % interval in per cent (Wilson's)."""
 
-        def cell(value: float | None, form: str) -> str:
-            return "-" if value is None else format(value, form)
+        def cell(value: float | None) -> str:
+            return "-" if value is None else f"{value:.3f}"
 
         table = ShownTable(title=f"chosen: {self.chosen} ({self.reason})", title_justify="left")
-        for column in ("", "loss", "held-out loss", "held-out hits", "trained", "seconds", "evaluations"):
+        for column in ("", "loss", "held-out loss", "held-out hits", "evaluations", "seconds", "trained"):
             table.add_column(column, justify="left" if not column else "right")
         for row in self.rows:
-            figures = (cell(row.loss, ".3f"), cell(row.held_out_loss, ".3f"), cell(row.held_out_hits, ".0%"))
-            spent = (str(row.num_trained), f"{row.seconds:.1f}", str(row.evaluations))
+            hits = "-" if row.held_out_hits is None else share_text(row.held_out_hits, row.num_held_out)
+            spent = (str(row.evaluations), f"{row.seconds:.1f}", str(row.num_trained))
             style = "bold" if row.name == self.chosen else ""
-            table.add_row(row.name, *figures, *spent, style=style)
+            table.add_row(row.name, cell(row.loss), cell(row.held_out_loss), hits, *spent, style=style)
         return table
 
     def _repr_html_(self) -> str:

@@ -259,6 +259,7 @@ class Trial:
             held_out_hits=float(self._held_hits_N.mean()) if held_out else None,
             seconds=self.seconds,
             evaluations=self.evaluations,
+            num_held_out=len(self._held_hits_N) if held_out else 0,
         )
         if self.chosen is None:
             return row

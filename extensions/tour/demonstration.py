@@ -117,6 +117,7 @@ def run(
     console.print(_table(composition, scores))
     chosen = composition.report.chosen
     console.print(f"Chosen: {LABELS.get(chosen, chosen)} ({composition.report.reason}).")
+    console.print(f"It made {composition.report.spending}; the budget of a search was {budget}.")
     console.print("What it has of the adapters, on the mean over layers and members:")
     for name, weight in sorted(composition.mean_weights.items(), key=lambda item: -abs(item[1]))[:MAX_WEIGHTS]:
         console.print(f"   {weight:+.3f}  {name}", markup=False, highlight=False)
@@ -181,7 +182,8 @@ def _scores(
         answering = others.get(row.name) or replace(plain, all_weights=row.weights, by_layer=row.by_layer)
         figures = answering.evaluate(unseen.test)
         scores[row.name] = {**figures, "seconds": row.seconds + time.perf_counter() - started}
-        console.print(f"   {figures['value']:4.0%}  {LABELS.get(row.name, row.name)}")
+        interval = f"({100 * figures['low']:.0f}-{100 * figures['high']:.0f})"
+        console.print(f"   {figures['value']:4.0%} {interval:<8} {LABELS.get(row.name, row.name)}", highlight=False)
     return scores
 
 

@@ -48,28 +48,22 @@ class Rows:
         """Return (input, accepted targets) of every row."""
         return [(row.asked, list(row.targets)) for row in self.rows]
 
-    def task(
-        self,
-        instruction: str | None,
-        system: str | None,
-        *,
-        labels: Sequence[str] | None = None,
-        num_examples: int | None = None,
-    ) -> Task:
-        """Make a task of the first `num_examples` rows, by default all; a `system` turn, even an empty one, makes it a chat.
+    def task(self, instruction: str | None, system: str | None, *, labels: Sequence[str] | None = None) -> Task:
+        """Make a task of all rows; a `system` turn, even an empty one, makes it a chat.
 
         Raises InvalidTask if no instruction is passed and those of the rows differ.
         """
         if instruction is None:
             instruction = shared_instruction([row for row in self.rows if row.chat is None])
         chat: dict[str, Any] = {} if system is None else {"chat": True, "system": system}
-        return Task(self.examples()[:num_examples], instruction=instruction, labels=labels, **chat)
+        return Task(self.examples(), instruction=instruction, labels=labels, **chat)
 
 
-def read_rows(path: Path, *, split: str) -> Rows:
+def read_rows(path: Path, *, split: str, most: int | None = None) -> Rows:
     """Read a .jsonl or .csv file, or stdin for `-`, without the rows whose field "split" differs from `split`.
 
-    Raises InvalidTask, with the file and line, for a row that cannot be read, and if no row is left.
+    Of the others at most the first `most` are returned. If rows are left out, a note says how many stay. Raises InvalidTask,
+    with the file and line, for a row that cannot be read, and if no row is left.
     """
     located_rows = _of_stdin() if path == STDIN else located(path, one_split=False)
     read = [read_row(row, where, targets="several") for where, row in located_rows]
@@ -79,9 +73,11 @@ def read_rows(path: Path, *, split: str) -> Rows:
     if not kept:
         splits = sorted({row.split for row in read})
         raise InvalidTask(f"{path} has no rows of split {split!r}; its splits are {', '.join(splits)}: pass --split")
-    if len(kept) < len(read):
-        note(f"{path.name}: {len(kept)} of {len(read)} rows, those of split {split!r}")
-    return Rows(tuple(kept))
+    used = kept[:most]
+    if len(used) < len(read):
+        which = f"the first {len(used)} of {len(kept)} rows" if len(used) < len(kept) else f"{len(kept)} rows"
+        note(f"{path.name}: {which}" + (f" of split {split!r}, out of {len(read)}" if len(kept) < len(read) else ""))
+    return Rows(tuple(used))
 
 
 def _of_stdin() -> Iterator[tuple[str, Any]]:

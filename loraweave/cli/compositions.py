@@ -129,10 +129,10 @@ def compose(
         raise typer.BadParameter("--pool and --hub both name adapters to choose from; leave one out")
     if out is not None:
         require_free(out, COMPOSITION_FILE)
-    rows = Rows(()) if examples is None else read_rows(examples, split=split)
+    rows = Rows(()) if examples is None else read_rows(examples, split=split, most=num_examples)
     from loraweave.composer.compose.compose import ComposeCall
 
-    task = rows.task(instruction, system, labels=wanted, num_examples=num_examples)
+    task = rows.task(instruction, system, labels=wanted)
     source = open_hub(hub) if pool is None else read_pool(pool)
     arguments = {"method": method, "k": k, "budget": budget, "seed": seed, "checkpoint": checkpoint, **options}
     arguments["allow_licenses"] = allow_licenses
@@ -150,7 +150,7 @@ def compose(
         composed = composed.cut(rank)
     if out is not None:
         composed.save_pretrained(out)
-    _show(composed, method, out, as_json)
+    _show(composed, method, budget, out, as_json)
 
 
 def _require_changeable(method: str, budget: int) -> None:
@@ -166,14 +166,18 @@ def _require_changeable(method: str, budget: int) -> None:
         )
 
 
-def _show(composed: lw.Composition, method: str, out: Path | None, as_json: bool) -> None:
+def _show(composed: lw.Composition, method: str, budget: int, out: Path | None, as_json: bool) -> None:
     if as_json:
         router = None if composed.router is None else method
         told = {"weights": composed.mean_weights, "router": router, "license": composed.license}
         print_json({**told, "report": composed.report.to_json(), "out": out})
         return
     chosen = f"chosen: {composed.report.chosen} ({composed.report.reason})"
-    print_table(composed.report.table()) if composed.report.rows else note(chosen)
+    if composed.report.rows:
+        print_table(composed.report.table())
+        note(f"made {composed.report.spending} (--budget {budget})")
+    else:
+        note(chosen)
     if composed.router is None:
         weights = composed.mean_weights
         by_size = sorted(weights, key=lambda name: abs(weights[name]), reverse=True)
@@ -233,15 +237,8 @@ def evaluate(
     if read is None:
         ask: Any = importlib.import_module(str(asks_harness)).evaluate_harness
         report = ask(what, harness, model=model, tokenizer=tokenizer, include_path=include_path, limit=limit)
-        scored: dict[str, dict[str, Any]] = dict(report["results"])
-        # lm_eval joins a metric and its filter by a comma, and has the standard error as one more metric
-        shown = [
-            (name, metric.partition(",")[0], f"{value:.4f}", figures.get(metric.replace(",", "_stderr,", 1)))
-            for name, figures in scored.items()
-            for metric, value in figures.items()
-            if isinstance(value, float) and "_stderr," not in metric
-        ]
-        show_rows(as_json, scored, ("task", "metric", "value", "standard error"), shown)
+        heads = ("task", "metric", "value", "95 % interval", "standard error")
+        show_rows(as_json, dict(report["results"]), heads, _harness_rows(report))
         return
     if isinstance(what, lw.Composition):
         result: Mapping[str, Any] = what.evaluate(read.accepted())
@@ -254,6 +251,25 @@ def evaluate(
         result = {name: getattr(score, name) for name in ("value", "low", "high", "loss", "count")}
     row = (f"{result['value']:.3f}", f"{result['low']:.3f} to {result['high']:.3f}", result["loss"], result["count"])
     show_rows(as_json, result, ("score", "95 % interval", "loss", "rows"), [row])
+
+
+def _harness_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, Any]]:
+    """Return (task, metric, value, interval, standard error) of lm_eval's results; only shares of answers have intervals."""
+    from loraweave.retrieval.fusion import wilson
+
+    rows = []
+    for name, figures in report["results"].items():
+        count = report.get("n-samples", {}).get(name, {}).get("effective", 0)
+        for metric, value in figures.items():
+            if not isinstance(value, float) or "_stderr," in metric:
+                continue
+            # lm_eval joins a metric and its filter by a comma, and has the standard error as one more metric
+            error, interval = figures.get(metric.replace(",", "_stderr,", 1)), "-"
+            # items are each right or wrong where their mean alone explains the error
+            if count and isinstance(error, float) and abs(error**2 * (count - 1) - value * (1 - value)) < 1e-6:
+                interval = "{:.3f} to {:.3f}".format(*wilson(value, count))
+            rows.append((name, metric.partition(",")[0], f"{value:.4f}", interval, error))
+    return rows
 
 
 @app.command(epilog="Example: loraweave export composed --target peft --max-rank 16 --out smaller")

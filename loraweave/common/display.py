@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Column, Table
 
 from loraweave.errors import PackageMissing
@@ -71,7 +72,7 @@ class ShownTable(Table):
     """A rich Table that prints itself at a Python prompt and shows as escaped HTML in a notebook.
 
     Numbers and the words of headings are never broken. In a narrow terminal texts wrap first; then the last columns are left
-    out, and a line below the table names them.
+    out, and a line below the table names them. In a pipe or a file the table has no borders.
     """
 
     @classmethod
@@ -87,15 +88,20 @@ class ShownTable(Table):
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from Table.__rich_console__(self._fitted(options.max_width), console, options)
+        fitted = self._fitted(options.max_width, boxed=options.is_terminal)
+        drawn: Iterable[Any] = Table.__rich_console__(fitted, console, options)
+        if not options.is_terminal:
+            lines = "".join(segment.text for segment in drawn).splitlines()
+            drawn = [Segment(f"{line.rstrip()}\n") for line in lines]
+        yield from drawn
 
-    def _fitted(self, width: int) -> ShownTable:
+    def _fitted(self, width: int, *, boxed: bool) -> ShownTable:
         """Return a copy at most `width` characters wide: each column gets a width, and the last columns may be left out."""
         least = [_least_width(column, is_first=not at) for at, column in enumerate(self.columns)]
 
         def spare(kept: int) -> int:
-            # a border and two blanks for each column, and one more border
-            return width - sum(least[:kept]) - 3 * kept - 1
+            # a border and two blanks for each column, and one more border; without a box two blanks between columns
+            return width - sum(least[:kept]) - (3 * kept + 1 if boxed else 2 * (kept - 1))
 
         kept = next((number for number in range(len(least), 2, -1) if spare(number) >= 0), min(2, len(least)))
         least[0] = max(1, least[0] + min(0, spare(kept)))
@@ -109,6 +115,8 @@ class ShownTable(Table):
             columns[at].width, columns[at].no_wrap, columns[at].overflow = least[at] + extra, False, "fold"
         fitted = copy.copy(self)
         fitted.columns = columns
+        if not boxed:
+            fitted.box, fitted.padding, fitted.pad_edge = None, (0, 2, 0, 0), False
         if gone := [str(column.header) for column in self.columns[kept:]]:
             fitted.caption, fitted.caption_justify = f"left out, for want of width: {', '.join(gone)}", "left"
         return fitted
@@ -117,7 +125,8 @@ class ShownTable(Table):
         written = io.StringIO()
         width = shutil.get_terminal_size().columns
         # in a notebook's kernel rich would display the table instead of writing it to the file
-        plain = Console(file=written, width=width, markup=False, emoji=False, color_system=None, force_jupyter=False)
+        settings: dict[str, Any] = {"force_terminal": True, "force_jupyter": False, "color_system": None}
+        plain = Console(file=written, width=width, markup=False, emoji=False, **settings)
         plain.print(self, highlight=False)
         return written.getvalue().rstrip("\n")
 
@@ -142,9 +151,8 @@ def _natural_width(column: Column) -> int:
 
 def _least_width(column: Column, *, is_first: bool) -> int:
     """Return a column's least width in characters: numbers and words of the heading stay whole, other texts may wrap."""
-    cells = [str(cell) for cell in column.cells]
-    words = [word for cell in cells for word in cell.split() if NUMBER.fullmatch(word)]
-    whole = [*(cells if column.justify == "right" else words), *str(column.header).split()]
+    words = [word for cell in column.cells for word in str(cell).split() if NUMBER.fullmatch(word)]
+    whole = [*words, *str(column.header).split()]
     return max([min(_natural_width(column), LEAST_NAME if is_first else LEAST), *map(cell_len, whole)])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from command_line import LAYERS, adapter, call, process, write_rows
+from command_line import LAYERS, adapter, call, cells, process, write_rows
 
 import loraweave as lw
 from loraweave.cli import app
@@ -280,7 +280,7 @@ def test_merge_draws_its_report(two):
 def test_merge_sums_its_report_up_by_module(two):
     done = call("merge", two / "left", two / "right", "--rank", "3", "--out", "m")
     row = next(line for line in done.stdout.splitlines() if "q_proj" in line)
-    assert [cell.strip() for cell in row.strip("│").split("│")][:4] == ["q_proj", "2", "4", "3"]
+    assert cells(row)[:4] == ["q_proj", "2", "4", "3"]
 
 
 def test_merge_takes_names_of_the_hub(two):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import LAYERS, adapter, call, process, write_rows
+from command_line import LAYERS, adapter, call, cells, process, write_rows
 
 import loraweave as lw
 from loraweave.errors import BaseModelMismatch, CompositionError
@@ -182,8 +182,7 @@ def test_export_gives_the_weighted_sum_as_a_peft_folder(two, base, rows):
 def test_compose_shows_its_weights_by_size(two, base, rows):
     words = ["--base", base, "--pool", two, "--examples", rows, "--method", "manual"]
     done = call("compose", *words, "--weight", "left=0.25", "--weight", "right=-1")
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("│ left", "│ right"))]
-    assert [[cell.strip() for cell in line.strip("│").split("│")] for line in lines] == [["right", "-1"], ["left", "0.25"]]
+    assert [cells(line) for line in done.stdout.splitlines()[-2:]] == [["right", "-1"], ["left", "0.25"]]
 
 
 def test_compose_asks_for_licenses_before_the_base_is_loaded(here, base, rows):
@@ -327,6 +326,21 @@ def test_a_composition_keeps_its_own_instruction(here, rows):
     Path("c").mkdir()
     Path("c/composition.json").write_text("{}")
     assert call("eval", "c", rows, "--instruction", "other").exit_code == 2
+
+
+@pytest.mark.parametrize(("split", "of"), [("", "6 rows"), ("train", "6 rows of split 'train', out of 7")])
+def test_the_notes_say_how_many_examples_and_evaluations_were_used(two, base, split, of):
+    lines = [{"input": f"a{number}", "target": "b", "split": split} for number in range(6)]
+    write_rows(Path("r.jsonl"), [*lines, *([{"input": "c", "target": "d", "split": "test"}] if split else [])])
+    words = ["--base", base, "--pool", two, "--examples", "r.jsonl", "--method", "lorahub", "--num-examples", 3]
+    done = call("compose", *words, "--budget", 9, "--option", "folds=0", "--out", "c")
+    assert done.exit_code == 0, done.stderr
+    assert f"r.jsonl: the first 3 of {of}\n" in done.stderr
+    report = json.loads(Path("c/composition.json").read_text())["report"]
+    spent = {row["name"]: row["evaluations"] for row in report["rows"]}
+    said = f"made {sum(spent.values())} evaluations, {spent['lorahub']} in the search 'lorahub' (--budget 9)\n"
+    assert said in done.stderr
+    assert "0% (0-56)" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import command_line
 import pytest
 import torch
-from command_line import call
+from command_line import call, cells
 from installed import needs_entry
 
 import loraweave as lw
@@ -86,9 +86,8 @@ def test_add_refuses_a_name_that_is_taken(hub):
 
 def test_list_shows_names_as_they_are(hub):
     lines = [line for line in call("hub", "list").stdout.splitlines() if "org/" in line]
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-    assert [row[0] for row in cells] == ["antonym", "[bold] :smile: 😀"]
-    assert cells[0][1:5] == ["2", "org/base", "MIT", "lexical"]
+    assert [cells(line)[0] for line in lines] == ["antonym", "[bold] :smile: 😀"]
+    assert cells(lines[0])[1:5] == ["2", "org/base", "MIT", "lexical"]
 
 
 def test_list_as_json_has_a_row_for_each_record(hub):

@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from loraweave.retrieval.fusion import wilson
+from loraweave.retrieval.fusion import share_text, wilson
 
 
 @pytest.mark.parametrize(("right", "count"), [(12, 12), (2, 2), (1, 1), (0, 1), (0, 50), (3, 7), (49, 50), (1, 2000)])
 def test_the_interval_of_a_share_is_wilsons(right, count):
     expected = binomtest(right, count).proportion_ci(method="wilson")
     assert wilson(right / count, count) == pytest.approx((expected.low, expected.high), rel=1e-12, abs=1e-15)
+
+
+def test_the_text_of_a_share_has_its_interval():
+    assert [share_text(1.0, 12), share_text(0.6, 5), share_text(0.0, 3)] == ["100% (76-100)", "60% (23-88)", "0% (0-56)"]
+    # of a report that was saved before the count was kept
+    assert share_text(0.6, 0) == "60%"
 
 
 def test_draws_count_as_many_answers_as_have_their_variance():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import cells
 from expert_families import WARNINGS, logits, make, save_families
 from rich.console import Console
 from tiny_models import Make
@@ -126,7 +127,7 @@ def test_the_total_is_the_sum_and_the_table_shows_it(tiny_llama: nn.Module, make
     console = Console(width=120)
     with console.capture() as capture:
         console.print(counted.table())
-    last = [cell.strip() for cell in capture.get().splitlines()[-2].split("│")[1:-1]]
+    last = cells(capture.get().splitlines()[-1])
     assert last[:3] == ["all", str(len(counted)), f"{counted.total.added_flops:,}"]
     assert last[5] == f"{counted.total.added_bytes / counted.total.base_bytes:.2%}"
     assert counted.to_json()["total"]["added_bytes"] == counted.total.added_bytes

@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from command_line import adapter, call, check_table, write_rows
+from command_line import adapter, call, cells, check_table, write_rows
+
+from loraweave.retrieval.fusion import wilson
 
 
 @pytest.fixture
@@ -71,6 +73,9 @@ def test_eval_scores_by_a_task_of_lm_eval(left, base, here, monkeypatch):
     words = ["eval", left, "--harness", "letters", "--include-path", "tasks", "--base", base]
     done = call(*words, "--json")
     assert json.loads(done.stdout)["letters"]["acc,none"] in (0.0, 1.0)
-    assert "letters" in call(*words).stdout
+    printed = [cells(line) for line in call(*words).stdout.splitlines()]
+    low, high = wilson(printed[1][2] == "1.0000", 2)
+    assert printed[1][:2] == ["letters", "acc"]
+    assert printed[1][3] == f"{low:.3f} to {high:.3f}"
     assert call("eval", left, "--base", base).exit_code == 2
     assert call(*words[:2], "rows.jsonl", *words[2:]).exit_code == 2
