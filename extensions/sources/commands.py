@@ -37,6 +37,9 @@ def add_tree(
     workers: WorkersOption = None,
     hub: HubOption = DEFAULT_HUB,
     blobs: BlobsOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List every adapter with its state, not only those that were refused.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Store every adapter below a folder; run again, it goes on, and reads only what was changed."""
@@ -60,8 +63,9 @@ def add_tree(
     if as_json:
         print_json(tree_report.to_json())
         return
-    # adapters that were there already are not listed
-    rows = [(entry.path, entry.state, entry.name, entry.why) for entry in tree_report.entries if entry.state != "present"]
-    if rows:
-        print_rows(("path", "state", "name", "why"), rows)
+    if everything or dry_run:
+        entries = tree_report.entries
+        print_rows(("path", "state", "name", "why"), [(entry.path, entry.state, entry.name, entry.why) for entry in entries])
+    elif refused := tree_report.of("refused"):
+        print_rows(("path", "refused because"), [(entry.path, entry.why) for entry in refused])
     note(", ".join(f"{count} {state}" for state, count in tree_report.counts().items()))

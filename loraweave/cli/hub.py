@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,8 @@ from loraweave.hub.compositions import StoredComposition
 
 # the most characters of a field that `show` prints
 MAX_CELL = 400
+# the number of sample inputs that `show` prints without --all
+NUM_EXAMPLES = 3
 NamesArgument = Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters of the hub.")]
 NameArgument = Annotated[str, typer.Argument(help="An adapter of the hub.")]
 
@@ -159,10 +162,11 @@ def search(
 @hub.command(epilog="Example: loraweave hub show antonym --json")
 def show(
     name: NameArgument,
+    everything: Annotated[bool, typer.Option("--all", help="Also the card, all inputs, versions and hashes.")] = False,
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Show everything that is known about one adapter."""
+    """Show what one adapter does and what it is for."""
     with open_hub(hub) as opened:
         *older, record = opened.history(name)
     anomalies = [vars(anomaly) for anomaly in record.anomalies]
@@ -172,6 +176,19 @@ def show(
     if as_json:
         fields["fingerprint"] = record.fingerprint.to_json() if record.fingerprint else None
         print_json(fields)
+        return
+    if not everything:
+        inputs = [repr(str(example)) for example in record.examples[:NUM_EXAMPLES]]
+        more = [f"and {len(record.examples) - NUM_EXAMPLES} more"] if len(record.examples) > NUM_EXAMPLES else []
+        wrong = [f"{anomaly.kind}: {anomaly.detail}" for anomaly in record.anomalies]
+        listed = {"tags": record.tags, "target modules": record.target_modules, "sample inputs": (*inputs, *more)}
+        texts = {"name": record.name, "description": record.description, "base model": record.base_model}
+        texts |= {"rank": record.rank, "license": record.license, "kB": _kilobytes(record.size_bytes)}
+        texts |= {"version": f"{record.version}, of {record.created}", "source": record.source and record.source.location}
+        texts |= {what: ", ".join(parts) for what, parts in listed.items()} | {"looks wrong": "; ".join(wrong)}
+        texts["in quarantine"] = "yes" if record.quarantined else ""
+        print_rows(("field", "value"), [(what, _brief(str(text))) for what, text in texts.items() if text])
+        note(f"`loraweave hub show {shlex.quote(name)} --all` has the card, hashes and versions too")
         return
     if record.fingerprint:
         # the samples are for comparing, not for reading

@@ -115,9 +115,19 @@ def test_list_filters(hub, words, found):
 def test_show_tells_all_that_is_known(hub):
     told = json.loads(call("hub", "show", "[bold] :smile: 😀", "--json").stdout)
     assert (told["card"]["steps"], told["fingerprint"], told["tags"]) == (3, None, ["lexical", "odd"])
-    shown = call("hub", "show", "antonym").stdout
+    shown = call("hub", "show", "antonym", "--all").stdout
     assert "the opposite of a word" in shown
     assert adapter("antonym", 0).hash in shown
+
+
+def test_show_is_short_and_says_how_to_see_more(hub):
+    hub.update("antonym", examples=[f"word {number}" for number in range(9)])
+    done = call("hub", "show", "antonym")
+    fields = dict(cells(line) for line in done.stdout.splitlines())
+    assert fields["sample inputs"] == "'word 0', 'word 1', 'word 2', and 6 more"
+    assert (fields["rank"], fields["license"], fields["base model"]) == ("2", "MIT", "org/base")
+    assert not {"card", "hash", "fingerprint", "in quarantine"} & set(fields)
+    assert done.stderr == "`loraweave hub show antonym --all` has the card, hashes and versions too\n"
 
 
 def test_targets_beside_sample_inputs_are_stored_where_every_line_has_one(here):
@@ -134,7 +144,7 @@ def test_targets_beside_sample_inputs_are_stored_where_every_line_has_one(here):
 
 def test_show_cuts_what_no_table_can_hold_and_says_so(hub):
     hub.update("antonym", examples=["x" * 300] * 5)
-    shown = call("hub", "show", "antonym").stdout
+    shown = call("hub", "show", "antonym", "--all").stdout
     assert max(map(len, shown.splitlines())) < 600
     assert "characters; --json has all)" in shown
 

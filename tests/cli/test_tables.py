@@ -21,7 +21,9 @@ def hub(here, words_embedder):
 
 
 @pytest.mark.parametrize(
-    "words", [["list"], ["search", "the adjective"], ["show", NAMES[2]], ["history", NAMES[2]]], ids=str
+    "words",
+    [["list"], ["search", "the adjective"], ["show", NAMES[2]], ["show", NAMES[2], "--all"], ["history", NAMES[2]]],
+    ids=str,
 )
 def test_the_tables_of_a_hub(words, width, hub, monkeypatch):
     check_table(["hub", *words], width, monkeypatch)

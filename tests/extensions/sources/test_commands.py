@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import call
+from command_line import call, cells
 
 import loraweave as lw
 from loraweave.types import Factors
@@ -32,14 +32,17 @@ def test_a_tree_is_added_with_a_report(tree):
         assert [(record.name, record.tags) for record in opened] == [("below/two", ("bulk",)), ("one", ("bulk",))]
 
 
-def test_the_table_has_what_is_new_and_the_reasons(tree):
+def test_the_table_has_the_refused_with_the_reasons_and_all_where_it_is_asked_for(tree):
     first = call("hub", "add-tree", "tree")
-    assert "below/two" in first.stdout
+    assert [cells(line)[0] for line in first.stdout.splitlines()] == ["path", "broken"]
     assert "AdapterCorrupt" in first.stdout
     assert "2 added, 1 refused" in first.stderr
-    second = call("hub", "add-tree", "tree")
-    assert "below/two" not in second.stdout
-    assert "AdapterCorrupt" in second.stdout
+    second = call("hub", "add-tree", "tree", "--all")
+    assert [cells(line)[:2] for line in second.stdout.splitlines()[1:]] == [
+        ["below/two", "present"],
+        ["broken", "refused"],
+        ["one", "present"],
+    ]
     assert "2 present, 1 refused" in second.stderr
 
 
