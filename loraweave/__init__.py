@@ -3,6 +3,8 @@
 Type checkers read the same names in `__init__.pyi`, which `scripts/stub.py` writes.
 """
 
+import logging
+
 from loraweave.registry import face
 
 _MODULES = {
@@ -38,4 +40,6 @@ _MODULES = {
 _LAZY = {name: f"loraweave.{module}" for module, names in _MODULES.items() for name in names.split()}
 
 __version__ = "0.1.0"
+# silent unless the program that imports it asks for its log
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 __getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -44,7 +44,7 @@ def root(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also show what loraweave logs.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show results and errors, and no notes.")] = False,
 ) -> None:
+    logging.basicConfig(format="%(name)s: %(message)s")
     if verbose or quiet:
-        logging.basicConfig(format="%(name)s: %(message)s")
         logging.getLogger("loraweave").setLevel(logging.ERROR if quiet else logging.DEBUG)
     progress_to_stderr()

@@ -79,10 +79,14 @@ class Application(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # people write these flags at the end of the line that failed; they belong to the root, so they are moved there
-        end = args.index("--") if "--" in args else len(args)
-        flags = [word for word in args[:end] if word in ANYWHERE]
-        args = [*flags, *(word for word in args[:end] if word not in ANYWHERE), *args[end:]]
-        rest: list[str] = super().parse_args(ctx, args)
+        command: Any = self
+        flags, others, end = list[str](), list[str](), args.index("--") if "--" in args else len(args)
+        for word in args[:end]:
+            # an option's value may look like a flag
+            is_value = any({*others[-1:]} & {*it.opts} for it in command.params if not getattr(it, "is_flag", True))
+            (flags if word in ANYWHERE and not is_value else others).append(word)
+            command = getattr(command, "commands", {}).get(word, command)
+        rest: list[str] = super().parse_args(ctx, [*flags, *others, *args[end:]])
         return rest
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -180,13 +180,12 @@ def show(
     if not everything:
         inputs = [repr(str(example)) for example in record.examples[:NUM_EXAMPLES]]
         more = [f"and {len(record.examples) - NUM_EXAMPLES} more"] if len(record.examples) > NUM_EXAMPLES else []
-        wrong = [f"{anomaly.kind}: {anomaly.detail}" for anomaly in record.anomalies]
+        wrong = [f"{it.kind}: {it.detail}" for it in record.anomalies] + ["in quarantine"] * record.quarantined
         listed = {"tags": record.tags, "target modules": record.target_modules, "sample inputs": (*inputs, *more)}
         texts = {"name": record.name, "description": record.description, "base model": record.base_model}
         texts |= {"rank": record.rank, "license": record.license, "kB": _kilobytes(record.size_bytes)}
         texts |= {"version": f"{record.version}, of {record.created}", "source": record.source and record.source.location}
         texts |= {what: ", ".join(parts) for what, parts in listed.items()} | {"looks wrong": "; ".join(wrong)}
-        texts["in quarantine"] = "yes" if record.quarantined else ""
         print_rows(("field", "value"), [(what, _brief(str(text))) for what, text in texts.items() if text])
         note(f"`loraweave hub show {shlex.quote(name)} --all` has the card, hashes and versions too")
         return

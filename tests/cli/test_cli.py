@@ -77,6 +77,20 @@ main()
     assert (("a note" in done.stderr), ("a log line" in done.stderr), "of others" in done.stderr) == (notes, logs, False)
 
 
+@pytest.mark.parametrize("value", ["-v", "-q", "--debug"])
+def test_a_value_that_looks_like_a_flag_is_the_value(here, value):
+    adapter("one").save_pretrained("one")
+    assert call("hub", "add", "one", "--description", value, "-q").exit_code == 0
+    assert json.loads(call("hub", "show", "one", "--json", "--debug").stdout)["description"] == value
+
+
+@pytest.mark.parametrize("settings", ["", "; logging.basicConfig()"])
+def test_the_log_is_silent_until_the_program_asks_for_it(settings):
+    code = f"import logging, loraweave{settings}; logging.getLogger('loraweave.hub').warning('a line')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ("a line" in done.stderr) == bool(settings)
+
+
 @pytest.mark.parametrize("words", [*([name] for name in EVERY), *(["hub", name] for name in ROOT.commands["hub"].commands)])
 def test_every_command_teaches_by_an_example(words):
     shown = " ".join(call(*words, "--help").stdout.split())
