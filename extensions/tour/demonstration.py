@@ -202,8 +202,8 @@ def _table(composition: lw.Composition, scores: dict[str, dict[str, float]]) -> 
 
 
 def _shipped(name: str, option: str) -> Path:
-    """Return examples/<name> of the checkout that this package was installed from. AdapterNotFound if it is missing."""
+    """Return examples/<name> of the checkout or the installed wheel. Raises AdapterNotFound if it is missing."""
     folder = Path(__file__).resolve().parents[2] / "examples" / name
     if not folder.is_dir():
-        raise AdapterNotFound(f"no folder {folder}: the demo's files come with the repository, not the wheel; give {option}")
+        raise AdapterNotFound(f"no folder {folder}: the demo's files come with the repository and the wheel; give {option}")
     return folder

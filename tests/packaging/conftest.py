@@ -18,6 +18,7 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     for name in (*ROOMS, "loraweave"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(ROOT / name, folder / name)
     return folder

@@ -64,8 +64,16 @@ def test_the_wheel_has_every_source_file_under_loraweave_and_no_other_package(wh
         }
         expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob("page_files/*")}
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert {name for name in names if not re.search(r"\.dist-info/|^loraweave/examples/", name)} == expected
     assert {"loraweave/hub/hub.py", "loraweave/composer/merge/methods/linear.py"} <= expected
+
+
+def test_the_wheel_has_the_files_of_the_demo_and_no_other_example(wheel):
+    parts = ("pool/*/*", "in_context/*", "data/MANIFEST.json", "data/unseen/*", "data/licences/*")
+    expected = {path.relative_to(ROOT).as_posix() for part in parts for path in (ROOT / "examples").glob(part)}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.removeprefix("loraweave/") for name in names if name.startswith("loraweave/examples/")} == expected
+    assert sum(name.endswith("/adapter_model.safetensors") for name in expected) == 34
 
 
 def test_the_wheel_has_its_licence_and_the_metadata_of_the_project(wheel):
