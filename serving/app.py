@@ -14,7 +14,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -206,9 +206,10 @@ class Exchange:
 
 @dataclass(eq=False)
 class Making:
-    """A composition that a thread is making, and the number of requests that wait for it."""
+    """A composition that a thread is making, `done` in the event loop, and the number of requests that wait for it."""
 
-    running: asyncio.Future[Served]
+    running: Future[Served]
+    done: asyncio.Future[Served]
     num_waiting: int = 0
 
 
@@ -305,15 +306,21 @@ class Face:
         if (count := len(inputs.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
         holder.require_rows(count)
-        served = await self._served(await self._wanted(asked.model, inputs.text, deadline), deadline, holder)
-        prompts = await self._asked(inputs, served, deadline, holder)
-        # others of the same key may have come meanwhile
-        holder.require_rows(count)
-        num_new = self._prompts.num_new(prompts, asked.new_tokens, asked.usual_tokens, self._limits.new_tokens)
-        for of_members in prompts:
-            for number in range(num_answers):
-                exchange.add(of_members, served, asked.sampling(num_new, number, served.stops), deadline)
-        self.scheduler.submit(exchange.rows)
+        wanted = await self._wanted(asked.model, inputs.text, deadline)
+        num_tokens = max(map(len, inputs.ids)) + min(asked.new_tokens or self._limits.new_tokens, self._limits.new_tokens)
+        served = await self._served(wanted, num_tokens, deadline, holder)
+        try:
+            prompts = await self._asked(inputs, served, deadline, holder)
+            # others of the same key may have come meanwhile
+            holder.require_rows(count)
+            num_new = self._prompts.num_new(prompts, asked.new_tokens, asked.usual_tokens, self._limits.new_tokens)
+            for of_members in prompts:
+                for number in range(num_answers):
+                    exchange.add(of_members, served, asked.sampling(num_new, number, served.stops), deadline)
+            self.scheduler.submit(exchange.rows)
+        finally:
+            # by now its rows hold it
+            self.scheduler.release(served)
         num_read = sum(map(len, chain(*prompts)))
         return Answer(asked, served, self._tokenizer, exchange.rows, num_read)
 
@@ -349,31 +356,42 @@ class Face:
             wanted = await self._in(self._readers, deadline, self._names.wanted, chosen)
         return wanted
 
-    async def _served(self, wanted: Wanted, deadline: float, holder: KeyHolder) -> Served:
-        """Return the composition, loaded into the engine; it is not made if all who wait leave before a thread begins."""
-        known = self._names.known(wanted)
-        if known is not None and self.scheduler.has(known):
-            return known
-        threads = self._mergers if wanted.merges else self._openers
-        making = self._making.get(wanted.identity)
-        if making is None:
-            holder.formulas.take("formulas that are not loaded")
-            loop = asyncio.get_running_loop()
-            making = self._making[wanted.identity] = Making(loop.run_in_executor(threads, self._make, wanted))
-        making.num_waiting += 1
-        try:
-            return await self._within(deadline, asyncio.shield(making.running))
-        finally:
-            making.num_waiting -= 1
-            if not making.num_waiting:
-                making.running.cancel()
-                if self._making.get(wanted.identity) is making:
-                    del self._making[wanted.identity]
+    async def _served(self, wanted: Wanted, num_tokens: int, deadline: float, holder: KeyHolder) -> Served:
+        """Return the composition, loaded until `release`; it is not made if all who wait leave before a thread begins."""
+        if wanted.formula.is_base:
+            return Served()
+        if (served := self.scheduler.hold(wanted.identity)) is None:
+            if (making := self._making.get(wanted.identity)) is None:
+                holder.formulas.take("formulas that are not loaded")
+                threads = self._mergers if wanted.merges else self._openers
+                running = threads.submit(self._make, wanted, num_tokens, deadline)
+                making = self._making[wanted.identity] = Making(running, asyncio.wrap_future(running))
+            making.num_waiting += 1
+            try:
+                served = await self._within(deadline, asyncio.shield(making.done))
+                self.scheduler.pin(served)
+            finally:
+                making.num_waiting -= 1
+                if not making.num_waiting:
+                    making.running.cancel()
+                    making.running.add_done_callback(self._drop_made)
+                    if self._making.get(wanted.identity) is making:
+                        del self._making[wanted.identity]
+                    self.scheduler.wake()
+        return replace(served, canonical=wanted.formula.canonical)
 
-    def _make(self, wanted: Wanted) -> Served:
-        served = self._names.make(wanted)
-        self.scheduler.prepare(served)
+    def _make(self, wanted: Wanted, num_tokens: int, deadline: float) -> Served:
+        """Make a composition, once there is memory for it, and load it until it is released."""
+        wanted, identity = self._names.opened(wanted), wanted.identity
+        adapters = () if wanted.pool is None else wanted.pool.adapters.values()
+        with self.scheduler.room(adapters, wanted.num_values, num_tokens, deadline, lambda: identity in self._making):
+            served = self._names.make(wanted)
+            self.scheduler.prepare(served)
         return served
+
+    def _drop_made(self, made: Future[Served]) -> None:
+        if not made.cancelled() and made.exception() is None:
+            self.scheduler.release(made.result())
 
     async def _in(self, threads: ThreadPoolExecutor, deadline: float, work: Callable[..., T], *of: Any) -> T:
         return await self._within(deadline, asyncio.get_running_loop().run_in_executor(threads, work, *of))

@@ -158,9 +158,9 @@ class Row:
         self.failed = False
         # tokens of the prompts that were not read, since their keys and values were there
         self.num_kept = 0
-        # whether the model failed on a batch with this row in it, and whether its experts were given back
+        # whether the model failed on a batch with this row in it, and whether its adapters are reserved for it
         self.suspect = False
-        self.released = False
+        self.held = False
         # how many rows that came later began before it
         self.passed = 0
         self._tell = tell

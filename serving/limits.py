@@ -47,7 +47,8 @@ class Limits:
     keeps `loaded` unused adapters, and the server as many compositions. `merges` allows merges by a method;
     `batch_invariant` makes an answer's bits independent of other rows, by the extension `accelerators`. A step that gives
     every running row a token should take `token_seconds` at most: rows that would prolong it wait, and others may pass
-    them a few times. `memory_bytes` limits keys and values, beginnings and adapters together (`Memory`).
+    them a few times. `memory_bytes` limits keys and values, beginnings, and compositions that are made or loaded, together;
+    0 stands for three quarters of the memory that is free when the server starts.
     """
 
     rows: int = 8
@@ -64,12 +65,12 @@ class Limits:
     merges: bool = True
     batch_invariant: bool = False
     token_seconds: float = float("inf")
-    memory_bytes: float = float("inf")
+    memory_bytes: float = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("merges", "batch_invariant", "prefix_bytes", "token_seconds") else 1
+            least = 0 if field.name in ("merges", "batch_invariant", "prefix_bytes", "token_seconds", "memory_bytes") else 1
             if not value >= least:
                 raise ValueError(f"the limit {field.name!r} is {value}; it is a number of {least} or more")
 

@@ -1,20 +1,31 @@
-"""The adapters that the server's engine has loaded, and the number of rows that use each."""
+"""The compositions that the server has loaded: adapters in the engine, and the number of rows that use each.
+
+A composition is kept while all its adapters are in the engine, so that an account of the engine's adapters has all of them.
+"""
+
+from __future__ import annotations
 
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.hook import hook_kinds
+from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.serving.names import Served
+
+if TYPE_CHECKING:
+    from loraweave.serving.batch import Row
 
 
 @dataclass
@@ -39,7 +50,8 @@ class Experts:
 
     Adapters are known by content hash: the hub may give a name to another adapter while a row still runs with the first.
     A router needs a pool of exactly its own adapters, so it has a Composer of its own, kept with its composition.
-    Any thread may call `load` and `has`; the other methods are for the thread that runs the model.
+    Compositions are known by identity while their adapters are loaded, at most `most` of them.
+    Any thread may call `load`, `has`, `hold`, `pin` and `release`; the other methods are for the thread that runs the model.
     """
 
     def __init__(self, model: Any, tokenizer: Any, most: int) -> None:
@@ -50,6 +62,7 @@ class Experts:
         self._num_users: Counter[str] = Counter()
         # by content hash, or a router by its composition's identity; the one loaded longest ago first
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self._compositions: OrderedDict[str, Served] = OrderedDict()
         # the rows of the last call, and their weights
         self._active: tuple[Sequence[Served], MixtureWeights] | None = None
         self._loading = threading.Lock()
@@ -66,23 +79,47 @@ class Experts:
             return {key: loaded for key, loaded in self._loaded.items() if not self._num_users[key]}
 
     def drop_oldest(self) -> None:
-        """Unload the unused adapter or router whose last use was longest ago."""
-        unused = self.unused()
+        """Unload the unused adapter or router whose last use was longest ago, if there still is one."""
         with self._loading, self._lock:
-            self._drop(min(unused, key=lambda key: unused[key].last_use))
+            unused = {key: loaded.last_use for key, loaded in self._loaded.items() if not self._num_users[key]}
+            if unused:
+                self._drop(min(unused, key=lambda key: unused[key]))
 
     def sizes(self, served: Served) -> dict[str, int]:
-        """Return {key: bytes in the engine} of a composition's adapters, or of its router."""
+        """Return {key: bytes} of a composition's adapters, or of its router."""
         return {key: self._size(served, key) for key in served.needs}
 
+    def used_bytes(self, rows: Sequence[Row]) -> int:
+        """Return the bytes of the loaded adapters and routers that are in use, and of those that `rows` need."""
+        with self._lock:
+            sizes = {key: loaded.size for key, loaded in self._loaded.items() if self._num_users[key]}
+        for row in rows:
+            sizes |= {key: self._size(row.served, key) for key in row.served.needs if key not in sizes}
+        return sum(sizes.values())
+
+    def missing_bytes(self, adapters: Iterable[Adapter], num_values: int) -> int:
+        """Return the bytes of those of the adapters that are not loaded, and of `num_values` more values."""
+        with self._lock:
+            missing = {adapter.hash: adapter for adapter in adapters if adapter.hash not in self._loaded}
+        return sum(map(self.bytes_of, missing.values())) + num_values * self.value_bytes
+
     def _size(self, served: Served, key: str) -> int:
-        """Return the bytes in the engine of one adapter of a composition, or of its router."""
-        device, dtype = self._model.device, self._model.dtype
+        """Return the bytes of one adapter of a composition, or of all adapters of its router."""
         if served.router is not None:
-            return int(dtype.itemsize * sum(adapter.num_values for adapter in served.all_adapters.values()))
-        adapter = served.all_adapters[key]
-        beside = [hook.bytes_beside(adapter, device, dtype) for hook in hook_kinds()]
-        return int(dtype.itemsize * adapter.num_values + sum(beside))
+            return sum(map(self.bytes_of, served.all_adapters.values()))
+        return self.bytes_of(served.all_adapters[key])
+
+    def bytes_of(self, adapter: Adapter) -> int:
+        """Return the bytes of a loaded adapter: its factors in fp32, and the engine's copy, if that needs one."""
+        beside = [hook.bytes_beside(adapter, self._model.device, self._model.dtype) for hook in hook_kinds()]
+        return adapter.num_values * self.value_bytes + int(sum(beside))
+
+    @cached_property
+    def value_bytes(self) -> int:
+        """The bytes of one value of a loaded adapter: the engine copies no value of fp32 on a CPU."""
+        dtype = self._model.dtype
+        is_copied = self._model.device.type != "cpu" or dtype != torch.float32
+        return torch.float32.itemsize + is_copied * int(dtype.itemsize)
 
     def has(self, served: Served) -> bool:
         """Return True if a composition's adapters, or its router, are loaded."""
@@ -122,34 +159,65 @@ class Experts:
                     # from now on it may be unloaded
                     self._loaded[key] = Loaded(partial(self._size, served, key), time.monotonic(), routed)
 
-    def take(self, served: Served) -> None:
-        """Reserve the adapters or the router of a row until `give_back`, loading them if necessary.
+    def hold(self, identity: str) -> Served | None:
+        """Return the loaded composition of this identity, reserved until `release`; None if there is none."""
+        with self._lock:
+            served = self._compositions.get(identity)
+            if served is not None:
+                self._compositions.move_to_end(identity)
+                self._num_users.update(served.needs)
+            return served
 
-        Raises what `load` raises; nothing is reserved then.
-        """
+    def pin(self, served: Served) -> None:
+        """Reserve the adapters or the router of a composition, which need not be loaded yet, until `release`."""
         with self._lock:
             self._num_users.update(served.needs)
+
+    def release(self, served: Served) -> None:
+        """End one reservation of a composition; `trim` unloads adapters that nobody uses."""
+        with self._lock:
+            self._num_users.subtract(served.needs)
+            self._num_users = +self._num_users
+            for key in served.needs:
+                if key in self._loaded:
+                    self._loaded[key].last_use = time.monotonic()
+
+    def take(self, served: Served) -> None:
+        """Reserve the adapters or the router of a composition until `release`, loading them if necessary.
+
+        From then on `hold` knows the composition. Raises what `load` raises; nothing is reserved then.
+        """
+        self.pin(served)
         if not self.has(served):
             try:
                 self.load(served)
             except BaseException:
-                self.give_back(served)
+                self.release(served)
                 raise
+        with self._lock:
+            self._compositions[served.identity] = served
+            if len(self._compositions) > self._most:
+                self._compositions.popitem(last=False)
 
     def give_back(self, served: Served) -> None:
         """Release the adapters or the router of a row, and unload unused ones beyond the limit."""
-        with self._lock:
-            self._num_users.subtract(served.needs)
-            self._num_users = +self._num_users
-            self._active = None
-            for key in served.needs:
-                if key in self._loaded:
-                    self._loaded[key].last_use = time.monotonic()
-            for is_routed in (False, True):
-                of_kind = [key for key, loaded in self._loaded.items() if (loaded.routed is not None) is is_routed]
-                unused = [key for key in of_kind if not self._num_users[key]]
-                for key in unused[: max(0, len(unused) - self._most)]:
-                    self._drop(key)
+        self._active = None
+        self.release(served)
+        self.trim()
+
+    def trim(self) -> None:
+        """Unload unused adapters and routers beyond the limit; do nothing while a thread is loading."""
+        if not self._loading.acquire(blocking=False):
+            return
+        try:
+            with self._lock:
+                for is_routed in (False, True):
+                    of_kind = [key for key, loaded in self._loaded.items() if (loaded.routed is not None) is is_routed]
+                    unused = [key for key in of_kind if not self._num_users[key]]
+                    for key in unused[: max(0, len(unused) - self._most)]:
+                        self._drop(key)
+        finally:
+            self._loading.release()
 
     def activate(self, rows: Sequence[Served]) -> AbstractContextManager[Any]:
         """Return a context for one call of the model with one batch entry for each member of each row, under its mixture.
@@ -173,6 +241,8 @@ class Experts:
         return self._engine.activate(self._active[1])
 
     def _drop(self, key: str) -> None:
+        for identity in [identity for identity, served in self._compositions.items() if key in served.needs]:
+            del self._compositions[identity]
         if (routed := self._loaded.pop(key).routed) is not None:
             routed[0].close()
             return

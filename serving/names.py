@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -12,10 +11,13 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from loraweave.common.chat import Conversation, turn_end
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.formula.formula import Formula, has_parts, parse, router_of
 from loraweave.composer.formula.nodes import Merge, Named, Stored, Sum, leaves
+from loraweave.composer.merge.method_call import MethodCall, TruncatedUpdate
 from loraweave.composer.model.scoring import answer_limit
 from loraweave.errors import CompositionError, RetrievalError
 from loraweave.hub.adapter import Adapter
@@ -27,7 +29,7 @@ from loraweave.hub.search.search import NO_FILTERS
 from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.serving.limits import Limits, Refusal
-from loraweave.types import LINE, Task
+from loraweave.types import LINE, Factors, Task
 
 # the most adapters that `auto` mixes, the temperature of their weights, and the share below which one is left out
 NUM_FOUND, TEMPERATURE, LEAST_SHARE = 3, 0.1, 0.1
@@ -106,12 +108,16 @@ class Served:
 class Wanted:
     """A requested formula with the stored formulas in it expanded, and the hash of the formula and its adapters' contents.
 
-    `merges` is True if the formula contains a merge by a method, which takes a while to make.
+    `merges` is True if the formula contains a merge by a method, which takes a while to make. Once it is open, it has its
+    `stored` composition or the `pool` of its adapters, and the most `num_values` that are merged, or read from its files.
     """
 
     formula: Formula
     identity: str
     merges: bool = False
+    stored: StoredComposition | None = None
+    pool: ExpertPool | None = None
+    num_values: int = 0
 
 
 class Names:
@@ -126,8 +132,6 @@ class Names:
         self._tokenizer = tokenizer
         self._base = base_key(model)
         self._limits = limits
-        self._lock = threading.Lock()
-        self._known: OrderedDict[str, Served] = OrderedDict()
         self._retriever: Retriever | None = None
         self._generation = -1
         self._searched: tuple[int, int] | None = None
@@ -187,37 +191,27 @@ class Names:
             raise Refusal(400, f"{expanded} is a merge by a method, and this server makes none", param="model")
         return Wanted(expanded, expanded.identity(self._hub), merges)
 
-    def known(self, wanted: Wanted) -> Served | None:
-        """Return the composition if it was made before and is still kept, else None."""
-        if wanted.formula.is_base:
-            return Served()
-        with self._lock:
-            served = self._known.get(wanted.identity)
-            if served is None:
-                return None
-            self._known.move_to_end(wanted.identity)
-        return replace(served, canonical=wanted.formula.canonical)
+    def opened(self, wanted: Wanted) -> Wanted:
+        """Open what the composition is made of, as the hub has it now; nothing is read but what is needed to measure it."""
+        formula = wanted.formula
+        if (stored := formula.stored(self._hub)) is not None:
+            return replace(wanted, stored=stored, num_values=sum(stored.files.values()) // torch.float32.itemsize)
+        # the identity is that of the pool's adapters, even if the hub changes meanwhile
+        pool = formula.pool(self._hub)
+        merged = [_merged(member.root, pool)[1] for _, member in formula.members() if _has_merge(member)]
+        return replace(wanted, identity=formula.identity(pool), pool=pool, num_values=sum(merged))
 
     def make(self, wanted: Wanted) -> Served:
-        """Make the composition from the adapters that the hub has now, and keep it for later requests.
+        """Make an opened composition.
 
         Raises what the hub, `lw.merge`, `lw.router` and `Composition.from_pretrained` raise.
         """
-        if (served := self.known(wanted)) is not None:
-            return served
-        formula = wanted.formula
-        if (stored := formula.stored(self._hub)) is not None:
-            made = self._of_stored(stored, formula.canonical, formula.identity(self._hub))
-        else:
-            # the identity is that of the pool's adapters, even if the hub changes meanwhile
-            pool = formula.pool(self._hub)
-            members = [replace(_mixture(member, pool), share=share) for share, member in formula.members()]
-            made = replace(_average(members), canonical=formula.canonical, identity=formula.identity(pool))
-        with self._lock:
-            self._known[made.identity] = made
-            while len(self._known) > self._limits.loaded:
-                self._known.popitem(last=False)
-        return made
+        formula, pool = wanted.formula, wanted.pool
+        if wanted.stored is not None:
+            return self._of_stored(wanted.stored, formula.canonical, formula.identity(self._hub))
+        assert pool is not None
+        members = [replace(_mixture(member, pool), share=share) for share, member in formula.members()]
+        return replace(_average(members), canonical=formula.canonical, identity=wanted.identity)
 
     def listed(self) -> list[tuple[str, int]]:
         """List (name, Unix time at which it was stored) of the base, every adapter and every stored composition."""
@@ -292,6 +286,32 @@ def _has_merge(formula: Formula) -> bool:
             if isinstance(term, Merge):
                 return True
     return False
+
+
+def _merged(node: Any, pool: ExpertPool) -> tuple[dict[str, tuple[int, int, int]], int]:
+    """Return ({layer: (rank, inputs, outputs)}, values) that a merge and the merges inside it have at most.
+
+    A method that gives factors adds up ranks; any other may give a layer its full rank.
+    """
+    match node:
+        case Sum(terms=((1.0, only),)):
+            return _merged(only, pool)
+        case Sum(terms):
+            parts, adds, limit = [term for _, term in terms], True, math.inf
+        case Merge(method, parts, _, options):
+            adds = MethodCall(method, {}).function.__annotations__["return"] in (Factors, TruncatedUpdate)
+            limit = dict(options).get("rank") or math.inf
+        case _:
+            factors = pool[node.key].layers.items()
+            return {layer: (part.rank, part.a_RI.shape[1], part.b_OR.shape[0]) for layer, part in factors}, 0
+    inside = [_merged(part, pool) for part in parts]
+    layers: dict[str, tuple[int, int, int]] = {}
+    for sizes, _ in inside:
+        for layer, (rank, *shape) in sizes.items():
+            rank = layers.get(layer, (0,))[0] + rank if adds else min(shape)
+            layers[layer] = (min(limit, rank), *shape)
+    own = sum(rank * (num_in + num_out) for rank, num_in, num_out in layers.values())
+    return layers, own + sum(count for _, count in inside)
 
 
 def _whole(adapter: Adapter) -> Served:

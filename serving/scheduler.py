@@ -15,14 +15,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from loraweave.composer.live.kernels._parts import only_kernel
 from loraweave.errors import CompositionError
+from loraweave.hub.adapter import Adapter
 from loraweave.serving.batch import Batch, Prefixes, Row
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.serving.memory import Experts
@@ -30,6 +32,8 @@ from loraweave.serving.names import Served
 
 # rows that may begin before one that came earlier; then all wait for that one
 MOST_PASSED = 8
+# seconds between two looks at waiting rows while none can run
+WAIT = 0.02
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +69,20 @@ class Admission:
     clock: Callable[[], float] = staticmethod(time.perf_counter)
     # whether later rows may run before a row that has to wait
     lets_pass = False
+    # the bytes of compositions that threads are making, which the scheduler counts
+    reserved = 0
 
     def require_possible(self, row: Row) -> None:
         """Raise Refusal for a row that could not even run alone."""
 
-    def has_room(self, rows: Sequence[Row]) -> bool:
-        """Return True if the rows fit into memory without kept prefixes and unused adapters."""
+    def require_loadable(self, num_bytes: int, num_tokens: int) -> None:
+        """Raise Refusal if a composition of `num_bytes` and an answer of `num_tokens` could not even be there alone."""
+
+    def has_room(self, rows: Sequence[Row], num_bytes: int = 0, *, beside_kept: bool = False) -> bool:
+        """Return True if the rows, adapters in use, and `num_bytes` more fit into memory.
+
+        Kept prefixes and unused adapters count only with `beside_kept`.
+        """
         return True
 
     def make_room(self, rows: Sequence[Row]) -> None:
@@ -84,8 +96,16 @@ class Admission:
         """Record the seconds, by `clock`, that a step of these rows took."""
 
 
+@dataclass(eq=False)
+class Claim:
+    """A thread's claim to memory for a composition that it is about to make."""
+
+    num_bytes: int
+    is_granted: bool = False
+
+
 class Scheduler:
-    """A thread that runs rows until `close`; `submit`, `wake` and `alive` are for other threads.
+    """A thread that runs rows until `close`. Other threads may call everything without an underscore but `turn`.
 
     Raises CompositionError for a model whose rows cannot share a cache.
     """
@@ -104,14 +124,17 @@ class Scheduler:
         self._experts = Experts(model, tokenizer, limits.loaded)
         self._prefixes = prefixes or Prefixes()
         self._admission = Admission()
-        if min(limits.memory_bytes, limits.token_seconds) < float("inf"):
-            if make_admission is None:
-                raise CompositionError("memory_bytes and token_seconds are kept by an extension, which is not installed")
+        if make_admission is not None:
             self._admission = make_admission(model, limits, self._prefixes, self._experts)
+        elif 0 < limits.memory_bytes < float("inf") or limits.token_seconds < float("inf"):
+            raise CompositionError("memory_bytes and token_seconds are kept by an extension, which is not installed")
         self._make_batch = partial(Batch, model, tokenizer, self._experts, self._prefixes)
         # the batch of rows without a router is always there
         self._batches: dict[Hashable, Batch] = {None: self._make_batch()}
         self._waiting: deque[Row] = deque()
+        self._claims: deque[Claim] = deque()
+        # whether something but rows has changed
+        self._woken = False
         self._changed = threading.Condition()
         self._closed = False
         self._shapes = partial(only_kernel, "fixed_shape", model) if limits.batch_invariant else nullcontext
@@ -132,7 +155,7 @@ class Scheduler:
         """End every row with an error, and then the thread."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -141,12 +164,56 @@ class Scheduler:
         """True if submitted rows will run."""
         return self._thread.is_alive() and not self._closed
 
-    def has(self, served: Served) -> bool:
-        """Return True if a composition's adapters, or its router, are in the engine."""
-        return self._experts.has(served)
+    def hold(self, identity: str) -> Served | None:
+        """Return the loaded composition of this identity, which stays loaded until `release`; None if there is none."""
+        return self._experts.hold(identity)
+
+    def pin(self, served: Served) -> None:
+        """Keep a composition loaded until one more `release`."""
+        self._experts.pin(served)
+
+    def release(self, served: Served) -> None:
+        """End one `hold`, `pin` or `prepare` of a composition."""
+        self._experts.release(served)
+        self.wake()
+
+    @contextmanager
+    def room(
+        self, adapters: Iterable[Adapter], num_values: int, num_tokens: int, deadline: float, is_wanted: Callable[[], bool]
+    ) -> Iterator[None]:
+        """Wait for memory for a composition of these adapters and `num_values` merged values, which the block makes.
+
+        Raises Refusal: 413 if there can never be room for the composition and an answer of `num_tokens`, 504 at the deadline
+        or once `is_wanted` returns False, 503 after `close`.
+        """
+        claim = Claim(self._experts.missing_bytes(adapters, num_values))
+        self._admission.require_loadable(claim.num_bytes, num_tokens)
+        with self._changed:
+            if not self._claims and self._admission.has_room(self._running, claim.num_bytes, beside_kept=True):
+                self._admission.reserved += claim.num_bytes
+                claim.is_granted = True
+            else:
+                self._claims.append(claim)
+                self.wake()
+            self._changed.wait_for(
+                lambda: claim.is_granted or self._closed or not is_wanted(), max(0.0, deadline - time.monotonic())
+            )
+        try:
+            if self._closed:
+                raise Refusal(503, "the server is stopping", code="unavailable")
+            if not claim.is_granted:
+                raise Refusal(504, "the deadline passed before there was memory for it", code="deadline_exceeded")
+            yield
+        finally:
+            with self._changed:
+                if claim in self._claims:
+                    self._claims.remove(claim)
+                else:
+                    self._admission.reserved -= claim.num_bytes
+                self.wake()
 
     def prepare(self, served: Served) -> None:
-        """Load a composition's adapters into the engine while others run.
+        """Load a composition's adapters into the engine while others run; they stay loaded until `release`.
 
         Raises what `Experts.load` raises, and Refusal with status 400 if answers must be batch-invariant, but weights differ
         between the tokens of a row.
@@ -159,7 +226,7 @@ class Scheduler:
                 "start the server without --batch-invariant",
                 param="model",
             )
-        self._experts.load(served)
+        self._experts.take(served)
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue all rows, or none. Raises Refusal: 429 if too many wait, 413 for a row with too many tokens or prompts."""
@@ -183,13 +250,17 @@ class Scheduler:
                 raise Refusal(503, "the server is stopping", code="unavailable")
             if len(self._waiting) + len(rows) > self._limits.waiting:
                 raise too_busy(f"{len(self._waiting)} answers wait already, of {self._limits.waiting} that may")
+            for row in rows:
+                self._experts.pin(row.served)
+                row.held = True
             self._waiting.extend(rows)
-            self._changed.notify()
+            self.wake()
 
     def wake(self) -> None:
-        """Wake the thread, because a client has gone."""
+        """Wake the thread, because a client has gone, or memory is wanted or free."""
         with self._changed:
-            self._changed.notify()
+            self._woken = True
+            self._changed.notify_all()
 
     def _run(self) -> None:
         ended: Exception | None = None
@@ -203,6 +274,7 @@ class Scheduler:
         with self._changed:
             self._closed = True
             left, self._waiting = [*self._running, *self._waiting], deque()
+            self._changed.notify_all()
         for row in left:
             row.fail(ended or Refusal(503, "the server is stopping", code="unavailable"))
 
@@ -213,17 +285,39 @@ class Scheduler:
     def turn(self) -> bool:
         """Wait until there are rows; admit waiting ones and run a step of each batch. Return False once closed."""
         with self._changed:
-            while not (self._closed or self._waiting or self._running):
+            while not (self._closed or self._woken or self._waiting or self._running):
                 self._changed.wait()
+            self._woken = False
             if self._closed:
                 return False
         self._dismiss_unwanted()
+        self._experts.trim()
+        self._grant()
         self._admit()
         for batch in list(self._batches.values()):
             if batch.rows:
                 self._step(batch)
         self._batches = {key: batch for key, batch in self._batches.items() if key is None or batch.rows}
+        with self._changed:
+            if self._waiting and not (self._running or self._woken):
+                # for a composition that is being made
+                self._changed.wait(WAIT)
         return True
+
+    def _grant(self) -> None:
+        """Make room for compositions that threads wait to make, in their order, beside the waiting row that needs most."""
+        while self._claims:
+            with self._changed:
+                largest = max(self._waiting, key=lambda row: len(row.prompts) * row.longest, default=None)
+                asked = [self._running, *([] if largest is None else [[largest]])]
+                if not self._claims or not all(self._admission.has_room(rows, self._claims[0].num_bytes) for rows in asked):
+                    return
+                claim = self._claims.popleft()
+                self._admission.reserved += claim.num_bytes
+            self._admission.make_room(self._running)
+            with self._changed:
+                claim.is_granted = True
+                self._changed.notify_all()
 
     def _dismiss_unwanted(self) -> None:
         with self._changed:
@@ -231,6 +325,7 @@ class Scheduler:
                 row.require_wanted()
                 if row.over:
                     self._waiting.remove(row)
+                    self._let_go(row)
         for batch in self._batches.values():
             running = batch.rows
             for row in running:
@@ -247,7 +342,10 @@ class Scheduler:
                 self._experts.take(row.served)
             except Exception as error:
                 row.fail(error)
+                self._let_go(row)
             else:
+                self._let_go(row)
+                row.held = True
                 joining.append(row)
         first: dict[Hashable, list[Row]] = {}
         again: dict[Hashable, list[Row]] = {}
@@ -267,6 +365,8 @@ class Scheduler:
                         earlier.passed += 1
                     del self._waiting[place]
                     return row
+                if not (others or self._admission.reserved):
+                    row.fail(too_busy("adapters of other requests take its memory"))
                 if row.passed >= MOST_PASSED or not self._admission.lets_pass:
                     return None
             return None
@@ -322,10 +422,16 @@ class Scheduler:
     def _release(self, rows: Sequence[Row]) -> None:
         """Release, once, the adapters of rows that have ended."""
         for row in rows:
-            if row.over and not row.released:
-                row.released = True
-                self._experts.give_back(row.served)
+            if row.over and self._let_go(row):
                 self._metrics.ended(gone=row.gone)
+
+    def _let_go(self, row: Row) -> bool:
+        """Release a row's adapters; return False if they were released before."""
+        if row.held:
+            row.held, self._woken = False, True
+            self._experts.give_back(row.served)
+            return True
+        return False
 
 
 def too_busy(why: str) -> Refusal:

@@ -11,13 +11,17 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from scipy.optimize import nnls
 
 from loraweave import Adapter, CompositionError
+from loraweave.extend import free_host_bytes
 from loraweave.extend.live import Workload, costs
 from loraweave.extend.models import head_size
 from loraweave.extend.serving import Admission, Limits, Refusal
 
+# the part of the free memory that a server takes unless it is told a number
+FREE_SHARE = 0.75
 # the number of steps that are remembered, and of steps that the first guess weighs as much as
 NUM_STEPS, GUESS = 256, 1.0
 # the first guess of c2: an update takes the seconds of its price
@@ -40,19 +44,16 @@ class Budgets(Admission):
         self.lets_pass = self._step_times is not None
 
     def require_possible(self, row: Any) -> None:
-        if not self.memory.has_room([row]):
-            raise Refusal(
-                413,
-                f"the answer and its adapters need up to {self.memory.needed([row])} bytes, and this server has "
-                f"{self._limits.memory_bytes:.0f}; ask for fewer max_tokens, or start it with more --memory-bytes",
-                code="context_length_exceeded",
-            )
+        self.memory.require("the answer and its adapters", self.memory.alone(row))
 
-    def has_room(self, rows: Sequence[Any]) -> bool:
-        return self.memory.has_room(rows)
+    def require_loadable(self, num_bytes: int, num_tokens: int) -> None:
+        self.memory.require("the composition and its answer", num_bytes + num_tokens * self.memory.token_bytes)
+
+    def has_room(self, rows: Sequence[Any], num_bytes: int = 0, *, beside_kept: bool = False) -> bool:
+        return self.memory.has_room(rows, self.reserved + num_bytes, beside_kept=beside_kept)
 
     def make_room(self, rows: Sequence[Any]) -> None:
-        self.memory.make_room(rows)
+        self.memory.make_room(rows, self.reserved)
 
     def is_quick(self, rows: Sequence[Any]) -> bool:
         return self._step_times is None or self._step_times.predict(rows) <= self._limits.token_seconds
@@ -63,56 +64,80 @@ class Budgets(Admission):
 
 
 class Memory:
-    """A budget of `max_bytes` for running rows, kept prefixes and adapters. One thread uses it.
+    """A budget of `max_bytes` (0: three quarters of what is free now) for running rows, kept prefixes and compositions.
 
-    Running rows, with their adapters, come first. Kept prefixes and adapters that no row uses make room for them, the least
-    recently used first.
+    Running rows, and compositions that requests use or that are being made, come first. Kept prefixes and adapters that
+    nobody uses make room for them, the least recently used first. An adapter counts as it was read or merged, in fp32, and
+    once more if the engine keeps a copy.
 
     Each prompt of a row counts with the longest length of all beside it, answer included, since a batch is padded. Bytes are
-    only added up: the common budget is S-LoRA's (Sheng et al. 2024, arXiv 2311.03285), without its paged memory.
+    only added up: the common budget is S-LoRA's (Sheng et al. 2024, arXiv 2311.03285), without its paged memory. One thread
+    makes room; any thread may ask whether there is.
     """
 
     def __init__(self, model: Any, max_bytes: float, prefixes: Any, experts: Any) -> None:
-        self._max_bytes = max_bytes
-        self._token_bytes = 0 if max_bytes == math.inf else _token_bytes(model)
+        config = model.config.get_text_config()
+        size = head_size(config)
+        if size is None and 0 < max_bytes < math.inf:
+            raise CompositionError(
+                "memory_bytes needs a model whose config has the number and the size of its attention heads"
+            )
+        self.max_bytes, self.token_bytes = math.inf, 0
+        if size is not None:
+            self.max_bytes = max_bytes or FREE_SHARE * free_bytes(model)
+            kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            self.token_bytes = int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)
         self._prefixes, self._experts = prefixes, experts
 
+    def require(self, what: str, num_bytes: float) -> None:
+        """Raise Refusal (413) if `what` needs more than there is in all."""
+        if num_bytes > self.max_bytes:
+            raise Refusal(
+                413,
+                f"{what} need up to {num_bytes:.0f} bytes, and this server has {self.max_bytes:.0f}; ask for fewer "
+                "max_tokens or adapters, or start it with more --memory-bytes",
+                code="memory_exceeded",
+            )
+
+    def alone(self, row: Any) -> int:
+        """Return the bytes that one row needs, for keys, values and adapters."""
+        return self._states([row]) + sum(self._experts.sizes(row.served).values())
+
     def needed(self, rows: Sequence[Any]) -> int:
-        """Return the bytes that these rows need together, for keys, values and adapters."""
-        if not rows:
-            return 0
-        lines = sum(len(row.prompts) for row in rows)
-        adapters = {key: size for row in rows for key, size in self._experts.sizes(row.served).items()}
-        return int(lines * max(row.longest for row in rows) * self._token_bytes + sum(adapters.values()))
+        """Return the bytes of these rows' keys and values, and of their adapters and all others in use."""
+        return self._states(rows) + self._experts.used_bytes(rows)
 
-    def has_room(self, rows: Sequence[Any]) -> bool:
-        """Return True if the rows fit into the budget once all kept prefixes and unused adapters are dropped."""
-        return self._max_bytes == math.inf or self.needed(rows) <= self._max_bytes
+    def _states(self, rows: Sequence[Any]) -> int:
+        """Return the bytes of the keys and values of these rows in one batch, each at the longest length."""
+        return sum(len(row.prompts) for row in rows) * max((row.longest for row in rows), default=0) * self.token_bytes
 
-    def make_room(self, rows: Sequence[Any]) -> None:
-        """Drop kept prefixes and unused adapters, least recently used first, until the rest fits beside these rows."""
-        if self._max_bytes == math.inf:
+    @property
+    def _kept(self) -> int:
+        return self._prefixes.kept_bytes + sum(loaded.size for loaded in self._experts.unused().values())
+
+    def has_room(self, rows: Sequence[Any], num_bytes: int = 0, *, beside_kept: bool = False) -> bool:
+        """Return True if the rows and `num_bytes` more fit once what is kept unused is dropped, or `beside_kept`."""
+        return self.max_bytes == math.inf or self.needed(rows) + num_bytes + beside_kept * self._kept <= self.max_bytes
+
+    def make_room(self, rows: Sequence[Any], num_bytes: int = 0) -> None:
+        """Drop kept prefixes and unused adapters, least recently used first, until the rest fits beside rows and bytes."""
+        if self.max_bytes == math.inf:
             # nothing is added up at each step of a server without a limit
             return
-        spare = self._max_bytes - self.needed(rows)
-        while True:
-            unused = self._experts.unused().values()
-            if self._prefixes.kept_bytes + sum(adapter.size for adapter in unused) <= spare:
-                return
-            adapter = min((adapter.last_use for adapter in unused), default=math.inf)
+        spare = self.max_bytes - self.needed(rows) - num_bytes
+        while self._kept > spare:
+            adapter = min((loaded.last_use for loaded in self._experts.unused().values()), default=math.inf)
             if self._prefixes.oldest == adapter == math.inf:
                 return
             (self._experts if adapter < self._prefixes.oldest else self._prefixes).drop_oldest()
 
 
-def _token_bytes(model: Any) -> int:
-    """Return the bytes of one token's keys and values in all layers. Raises CompositionError for an unknown config."""
-    config = model.config.get_text_config()
-    size = head_size(config)
-    if size is None:
-        raise CompositionError("memory_bytes needs a model whose config has the number and the size of its attention heads")
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)
+def free_bytes(model: Any) -> float:
+    """Return how many bytes are free where the model is, within a container's limit; infinity if that is not known."""
+    if model.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(model.device)[0])
+    free = free_host_bytes()
+    return math.inf if free is None else free
 
 
 class StepTimes:

@@ -342,7 +342,11 @@ def serve(
     ] = None,
     memory_bytes: Annotated[
         int | None,
-        typer.Option(min=1, help="Bytes for keys and values, kept prompts, and adapters together; no limit by default."),
+        typer.Option(
+            min=1,
+            help="Bytes for keys and values, kept prompts, adapters and merges; by default three quarters of what is "
+            "free at the start.",
+        ),
     ] = None,
     adapters: Annotated[int, typer.Option(min=1, help="Adapters of one formula at most.")] = 16,
     loaded: Annotated[int, typer.Option(min=1, help="Adapters, and formulas with theirs, that stay in memory unused.")] = 64,
@@ -370,7 +374,7 @@ def serve(
         new_tokens=max_tokens,
         seconds=deadline,
         token_seconds=float("inf") if token_seconds is None else token_seconds,
-        memory_bytes=float("inf") if memory_bytes is None else memory_bytes,
+        memory_bytes=memory_bytes or 0,
         adapters=adapters,
         loaded=loaded,
         merges=merges,

@@ -291,7 +291,7 @@ def test_a_batch_invariant_server_loads_nothing_that_weighs_tokens_apart(setting
         with pytest.raises(Refusal, match=f"{why}, .* without --batch-invariant") as refused:
             scheduler.prepare(asked)
         assert (refused.value.status, refused.value.body["error"]["param"]) == (400, "model")
-        assert not scheduler.has(asked)
+        assert scheduler.hold(asked.identity) is None
     both = served(adapters, {"a": 0.5, "b": 0.5})
     scheduler.prepare(both)
-    assert scheduler.has(both)
+    assert scheduler.hold(both.identity) is both

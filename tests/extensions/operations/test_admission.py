@@ -50,8 +50,10 @@ def unused_bytes(experts):
 
 def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, make_scheduler):
     engine, adapters = setting
+    # the factors in fp32, and the engine's copy in float64
     sizes = {
-        name: 8 * sum(t.numel() for f in engine.pool[name].layers.values() for t in f.tensors().values()) for name in "abc"
+        name: (4 + 8) * sum(t.numel() for f in engine.pool[name].layers.values() for t in f.tensors().values())
+        for name in "abc"
     }
     # 2 layers, 2 heads of 4 numbers, keys and values, in float64
     token_bytes = 2 * 2 * 2 * 4 * 8
@@ -75,7 +77,7 @@ def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, 
     assert scheduler._prefixes.kept_bytes + unused_bytes(scheduler._experts) <= scheduler._limits.memory_bytes
     for start in range(0, len(rows), len(MIXTURES)):
         require_alone(engine, rows[start : start + len(MIXTURES)])
-    with pytest.raises(Refusal, match=r"need up to \d+ bytes, and this server has") as refused:
+    with pytest.raises(Refusal, match=rf"need up to \d+ bytes, and this server has {sizes['b']};") as refused:
         make_scheduler(memory_bytes=sizes["b"]).submit([long_row(tokenizer, adapters).row])
     assert refused.value.status == 413
 
