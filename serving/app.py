@@ -56,6 +56,11 @@ Handler = Callable[[Request], Awaitable[Response]]
 NUM_READERS, NUM_OPENERS = 2, 2
 # the status counted for a request whose client disconnected before its answer
 CLIENT_GONE = 499
+# calls of OpenAI's API that are answered by 404, and what to use instead
+NOT_SERVED = {
+    "/v1/responses": "use /v1/chat/completions",
+    "/v1/embeddings": "the models of this server write text, and give no embeddings",
+}
 # characters that a header's value may have unescaped
 PLAIN = "".join(map(chr, range(32, 127))).replace("%", "")
 
@@ -417,5 +422,8 @@ def _headers(canonical: str, identity: str) -> dict[str, str]:
 
 
 async def _no_route(request: Request, error: Any) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return refused(Refusal(error.status_code, message, headers=error.headers))
+    detail = error.detail
+    for path, instead in NOT_SERVED.items():
+        if request.url.path == path or request.url.path.startswith(f"{path}/"):
+            detail = f"{path} is not served here: {instead}"
+    return refused(Refusal(error.status_code, f"{request.method} {request.url.path}: {detail}", headers=error.headers))

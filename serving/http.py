@@ -4,7 +4,7 @@ import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -33,8 +33,22 @@ def require_loopback(host: str, way_out: str) -> None:
 
 
 def loopback_only(app: ASGIApp) -> ASGIApp:
-    """Return the application, wrapped to accept requests to loopback host names only."""
-    return TrustedHostMiddleware(app, LOOPBACK_NAMES, www_redirect=False)
+    """Return the application, wrapped to refuse, in OpenAI's form, requests to other host names than those of loopback."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        trusted: list[Scope] = []
+
+        async def trust(scope: Scope, receive: Receive, send: Send) -> None:
+            trusted.append(scope)
+
+        async def drop(message: Any) -> None:
+            """Send nothing: the middleware's own refusal is plain text."""
+
+        await TrustedHostMiddleware(trust, LOOPBACK_NAMES, www_redirect=False)(scope, receive, drop)
+        foreign = Refusal(400, "the Host header names another machine than this one, which serves loopback names alone")
+        await (app if trusted else refused(foreign))(scope, receive, send)
+
+    return answer
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:

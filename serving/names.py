@@ -28,6 +28,7 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.hub.search.search import NO_FILTERS
 from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.tokens._router import TokenRouter
+from loraweave.routers.weights import MixtureWeights
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.types import LINE, Factors, Task
 
@@ -272,6 +273,8 @@ def _mixture(formula: Formula, pool: ExpertPool) -> Served:
     mixture = formula.mixture(pool)
     if not isinstance(mixture, dict):
         return _routed(mixture, pool)
+    # a weight outside the range of fp32 is refused under the adapter's name
+    MixtureWeights.of(mixture, tuple(mixture))
     weights: dict[str, float] = defaultdict(float)
     for key, weight in mixture.items():
         # two names of one content are one expert

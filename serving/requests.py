@@ -6,18 +6,20 @@ An unsupported field is refused rather than ignored, so that an answer is always
 from __future__ import annotations
 
 import copy
+import json
 import math
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from loraweave.common.chat import Conversation, Prompt, prompt_ids, rendered
 from loraweave.composer.model.batches import context_length
@@ -31,17 +33,26 @@ MAX_STOPS, MAX_STOP_CHARACTERS, MAX_ALTERNATIVES = 16, 256, 20
 
 # fields that are accepted with these values only, which change nothing, and with None
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
     "logit_bias": ({},),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
 }
 
+
+def _whole(value: Any) -> Any:
+    """Return a whole number such as 5.0 as the integer that JSON does not tell it from, and any other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -50,16 +61,26 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Pick = tuple[str, float | None, list[tuple[str, float]]]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Fields(BaseModel):
+    """An object of a request: of known fields, each of its JSON type; a null field counts as left out."""
 
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
+
+
+class StreamOptions(Fields):
     include_usage: bool = False
+    # padding against those who watch the network, which nothing is gained from without
+    include_obfuscation: Literal[False] = False
 
 
-class Asked(BaseModel):
+class Asked(Fields):
     """The fields that the bodies of /v1/completions and /v1/chat/completions share."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
     # the limit of new tokens for requests without one; infinity for the server's own limit
     usual_tokens: ClassVar[float] = math.inf
     # the prefix of an answer's id, and the `object` field of a whole answer and of a streamed part
@@ -68,19 +89,22 @@ class Asked(BaseModel):
     part: ClassVar[str]
 
     model: Annotated[str, Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[Whole, Field(ge=1)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # fields about the client, which change no answer
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
+    service_tier: Any = None
     frequency_penalty: Any = None
     presence_penalty: Any = None
     logit_bias: Any = None
@@ -89,7 +113,8 @@ class Asked(BaseModel):
     def _without_what_is_not_there(self) -> Self:
         for name, neutral in NEUTRAL.items():
             value = getattr(self, name, None)
-            if value is not None and value not in neutral:
+            # True is 1 to Python, and not to JSON
+            if value is not None and all(type(value) is not type(one) or value != one for one in neutral):
                 raise ValueError(f"{name}={value!r:.60} is not there yet: leave it out")
         return self
 
@@ -131,7 +156,7 @@ class CompletionRequest(Asked):
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
     prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
-    logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     best_of: Any = None
     echo: Any = None
     suffix: Any = None
@@ -151,16 +176,12 @@ class CompletionRequest(Asked):
         return {"tokens": words, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TextPart(Fields):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
@@ -168,10 +189,16 @@ class Message(BaseModel):
     tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """Return the message as a chat template reads it: its content is one text."""
+        """Return the message as a chat template reads it: its content is one text, and arguments of tools are objects."""
         parts = self.content
         text = "".join(part.text for part in parts) if isinstance(parts, list) else parts or ""
-        return {**self.model_dump(exclude_none=True), "content": text}
+        message = {**self.model_dump(exclude_none=True), "content": text}
+        for call in message.get("tool_calls", ()):
+            function = call.get("function")
+            # text that is no JSON is shown as it is
+            with suppress(TypeError, ValueError, RecursionError):
+                call["function"] = {**function, "arguments": json.loads(function["arguments"])}
+        return message
 
 
 class ChatRequest(Asked):
@@ -180,13 +207,14 @@ class ChatRequest(Asked):
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     tools: list[dict[str, Any]] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     tool_choice: Any = None
     parallel_tool_calls: Any = None
     response_format: Any = None
+    modalities: Any = None
 
     @property
     def new_tokens(self) -> int | None:
@@ -332,8 +360,9 @@ class Prompts:
             if self._tokenizer.chat_template is None:
                 raise Refusal(400, "this base's tokenizer has no chat template: use /v1/completions", param="messages")
             render = partial(rendered, self._tokenizer, messages)
+            tools = None if asked.tool_choice == "none" else asked.tools
             try:
-                text, without_tools = render(tools=asked.tools), render() if asked.tools else None
+                text, without_tools = render(tools=tools), render() if tools else None
             except InvalidTask as error:
                 raise Refusal(400, str(error), param="messages") from error
             if text == without_tools:
@@ -343,7 +372,7 @@ class Prompts:
         # a task's input has neither tools nor their results
         plain = not asked.tools and all(message.keys() == {"role", "content"} for message in messages)
         is_input = plain and turns.turns[-1][0] == "user"
-        return Given(messages[-1]["content"], [self._fitting(ids)], [turns] if is_input else None)
+        return Given(messages[-1]["content"], [self._fitting(ids, "messages")], [turns] if is_input else None)
 
     def of_members(
         self, given: Given, served: Served, between: Mapping[tuple[Served, ...], Sequence[Prompt]] = MappingProxyType({})
@@ -406,12 +435,12 @@ class Prompts:
             raise Refusal(400, "the prompt has no token, and the tokenizer no token to begin with", param="prompt")
         return ids
 
-    def _fitting(self, ids: Sequence[int]) -> tuple[int, ...]:
+    def _fitting(self, ids: Sequence[int], param: str = "prompt") -> tuple[int, ...]:
         if self.context is not None and len(ids) >= self.context:
             raise Refusal(
-                413,
+                400,
                 f"the prompt has {len(ids)} tokens, and the model's context is {self.context}; shorten it",
-                param="prompt",
+                param=param,
                 code="context_length_exceeded",
             )
         return tuple(ids)

@@ -25,7 +25,7 @@ from loraweave import errors, extend, registry
 LIMITS = {
     "files of the core": 244,
     "lines of the core": 45_752,
-    "lines of the product": 82_830,
+    "lines of the product": 83_135,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,
@@ -33,7 +33,7 @@ LIMITS = {
     "names of the largest kit": 58,
     "names for those who extend": 477,
     "imports below loraweave. in the pages": 0,
-    "values named found, own, each, given or asked": 8,
+    "values named found, own, each, given or asked": 10,
     "docstrings that are no order": 0,
 }
 # a limit that stays: an extension is small enough to be read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ REFUSED = [
     ({"model": "@kept + arrow(a, b)"}, 400, "model", "stands alone"),
     ({"model": "mole(a, b)"}, 400, "model", "."),
     ({"model": "1e300*a"}, 400, "model", "fp32"),
+    ({"model": "b + 1e308*a"}, 400, "model", r"1e\+308.*'a'|'a'.*1e\+308"),
     ({"model": "'" + "a" * 2000 + "'"}, 400, "model", "2002 characters, above the limit of 1024"),
     ({"model": " + ".join(f"a@{n}" for n in range(1, 18))}, 400, "model", "17 adapters, above the limit of 16"),
     ({"model": "../../etc/passwd"}, 400, "model", "."),
@@ -31,10 +33,19 @@ REFUSED = [
     ({"model": 3}, 400, "model", "string"),
     ({"prompt": []}, 400, None, "."),
     ({"prompt": [70]}, 400, "prompt", "token id 70 is outside the vocabulary of 61"),
-    ({"prompt": "a" * 3000}, 413, "prompt", "the model's context is 2048"),
+    ({"prompt": "a" * 3000}, 400, "prompt", "the model's context is 2048"),
     ({"prompt": "a" * 2040}, 400, "max_tokens", "beyond the context"),
     ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
     ({"max_tokens": 5000}, 400, "max_tokens", "at most 1024"),
+    ({"max_tokens": True}, 400, "max_tokens", "valid integer"),
+    ({"max_tokens": "5"}, 400, "max_tokens", "valid integer"),
+    ({"max_tokens": 5.5}, 400, "max_tokens", "valid integer"),
+    ({"temperature": "0"}, 400, "temperature", "valid number"),
+    ({"stream": "true"}, 400, "stream", "valid boolean"),
+    ({"n": True}, 400, "n", "valid integer"),
+    ({"prompt": [True]}, 400, "prompt", "."),
+    ({"frequency_penalty": False}, 400, "frequency_penalty", "is not there yet"),
+    ({"best_of": True}, 400, "best_of", "is not there yet"),
     ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
     ({"temperature": float("nan")}, 400, "temperature", "."),
     ({"n": 17}, 400, "n", "17 answers are asked for, above the limit of 16"),
@@ -90,6 +101,43 @@ def test_other_refusals_have_the_same_shape(serve):
         assert client.send("GET", "/v1/models/0.5*a%20+%20b")[2]["id"] == "0.5*a + b"
 
 
+def test_a_prompt_beyond_the_context_is_400_in_both_calls(serve):
+    with serve() as client:
+        for fields in ({"max_tokens": 9}, {"max_tokens": 1000}, {}):
+            for count in (3000, 2040):
+                chat = {"model": "a", "messages": [{"role": "user", "content": "a" * count}], **fields}
+                asked = {"model": "a", "prompt": "a" * count, **fields}
+                for path, body in (("/v1/chat/completions", chat), ("/v1/completions", asked)):
+                    status, _, told = client.send("POST", path, body)
+                    if status != 200:
+                        assert (status, told["error"]["code"]) == (400, "context_length_exceeded"), told
+                        assert told["error"]["param"] in {"max_tokens", *body}
+                    assert (status == 200) == (count == 2040 and fields.get("max_tokens") is None)
+
+
+def test_null_is_as_if_it_was_left_out_also_in_fields_that_are_not_known(serve):
+    with serve() as client:
+        expected = client.complete("b", "zebra")[2]["choices"]
+        nothing = dict.fromkeys(("reasoning_effort", "n", "stop", "stream_options", "response_format", "verbosity"))
+        assert client.complete("b", "zebra", **nothing)[2]["choices"] == expected
+        neutral = {"frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "service_tier": "auto"}
+        assert client.complete("b", "zebra", **neutral, user="me", max_tokens=9.0)[2]["choices"] == expected
+        # an answer that a client sends back is a message
+        chat = {"model": "b", "messages": [{"role": "user", "content": "zebra", "name": None}], "max_tokens": 9}
+        message = client.send("POST", "/v1/chat/completions", chat)[2]["choices"][0]["message"]
+        sent = {**message, "audio": None, "function_call": None, "tool_calls": None}
+        chat["messages"] += [sent, {"role": "user", "content": "and?"}]
+        assert client.send("POST", "/v1/chat/completions", chat)[0] == 200
+
+
+def test_calls_of_the_api_that_are_not_there_say_what_is(serve):
+    with serve() as client:
+        for path, instead in (("/v1/responses", "/v1/chat/completions"), ("/v1/embeddings", "no embeddings")):
+            status, _, body = client.send("POST", path, {"model": "a", "input": "abc"})
+            assert (status, f"{path} is not served here" in body["error"]["message"]) == (404, True)
+            assert instead in body["error"]["message"]
+
+
 def test_a_chat_that_the_template_refuses_is_the_clients_fault(serve):
     with serve() as client:
         chat = {"model": "a", "messages": [{"role": "tool", "content": "abc"}]}
@@ -111,8 +159,38 @@ def test_tools_are_shown_by_the_template_or_refused(serve):
         status, _, body = client.send("POST", "/v1/chat/completions", chat)
         assert (status, body["error"]["param"]) == (400, "tools")
     with serve(template="{% if tools %}{{ tools[0].function.name }}: {% endif %}{{ messages[0].content }}") as client:
-        text = client.send("POST", "/v1/chat/completions", chat)[2]["choices"][0]["message"]["content"]
-        assert text == alone(client.engine, "abc: zebra", {"b": 1.0})[0]
+        for choice, prompt in ((None, "abc: zebra"), ("auto", "abc: zebra"), ("none", "zebra")):
+            _, _, body = client.send("POST", "/v1/chat/completions", {**chat, "tool_choice": choice})
+            assert body["choices"][0]["message"]["content"] == alone(client.engine, prompt, {"b": 1.0})[0]
+        status, _, body = client.send("POST", "/v1/chat/completions", {**chat, "tool_choice": "required"})
+        assert (status, body["error"]["param"]) == (400, "tool_choice")
+
+
+# as the templates of Qwen and Hermes write them, which take a call's arguments as an object
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}{% for m in messages %}{{ m.role }}:"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }} {{ call.function.arguments.city }}</tool_call>"
+    "{% endfor %}{{ m.content }}\n{% endfor %}"
+)
+
+
+def test_a_conversation_with_calls_of_tools_and_their_results_goes_through_a_template_that_knows_them(serve):
+    called = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "zebra"}'}}
+    chat = {
+        "model": "b",
+        "messages": [
+            {"role": "user", "content": "abc"},
+            {"role": "assistant", "content": None, "tool_calls": [called], "refusal": None},
+            {"role": "tool", "tool_call_id": "call_1", "content": "12"},
+        ],
+        "temperature": 0,
+        "max_tokens": 9,
+    }
+    with serve(template=WITH_TOOLS) as client:
+        status, _, body = client.send("POST", "/v1/chat/completions", chat)
+        assert status == 200, body
+        prompt = "user:abc\nassistant:<tool_call>weather zebra</tool_call>\ntool:12\n"
+        assert body["choices"][0]["message"]["content"] == alone(client.engine, prompt, {"b": 1.0})[0]
 
 
 def test_without_its_key_a_server_tells_only_its_health(serve):
@@ -130,7 +208,9 @@ def test_without_a_key_it_answers_under_a_loopback_name_alone(serve, key, status
         for host, expected in (("evil.example", status), ("localhost", 200), (f"127.0.0.1:{client.port}", 200)):
             connection = HTTPConnection("127.0.0.1", client.port, timeout=30)
             connection.request("GET", "/health", headers={"Host": host})
-            assert connection.getresponse().status == expected
+            answer = connection.getresponse()
+            assert answer.status == expected
+            assert ("error" in json.loads(answer.read())) == (expected == 400)
             connection.close()
 
 
