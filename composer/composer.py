@@ -343,8 +343,8 @@ class Composer:
         """
         with self._lock:
             self._require_open()
-            names = [wanted] if isinstance(wanted, str) else wanted
-            if is_list(names, str):
+            if isinstance(wanted, str) or is_list(wanted, str):
+                names = [wanted] if isinstance(wanted, str) else wanted
                 return self._residents.prefetch(self._pool.known(names))
             weights = resolve(wanted, self._pool, self._bound)
             return self._residents.prefetch(self._plans.plan(weights, self._pool).experts)

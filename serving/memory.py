@@ -154,7 +154,7 @@ class Experts:
                         self._engine = Composer(self._model, ExpertPool({key: served.all_adapters[key] for key in missing}))
                     elif key not in self._engine.pool.names:
                         self._engine.load(key, served.all_adapters[key])
-                    self._engine.prefetch([key])
+                    self._engine.prefetch(key)
                 with self._lock:
                     # from now on it may be unloaded
                     self._loaded[key] = Loaded(partial(self._size, served, key), time.monotonic(), routed)

@@ -102,7 +102,8 @@ class EncodedExamples:
         return encode(self._model, self._tokenizer, prompts, targets, ends=[task.answer_end] * len(targets))
 
     @cached_property
-    def _count_NR(self) -> Tensor:
+    def count_NR(self) -> Tensor:
+        """The number of target tokens of each row, of R rows for each of N examples."""
         return torch.tensor([len(row.target) for row in self._rows]).view(-1, self.num_texts)
 
     @cached_property
@@ -119,13 +120,10 @@ class EncodedExamples:
         rows = [(row.prompt, row.target) for row in self._rows_of(examples)]
         return text_digest(repr((rows, self.right_N[list(examples)].tolist())))
 
-    def counts(self, examples: Sequence[int]) -> Tensor:
-        """Return count_NR, the number of target tokens of each row."""
-        return self._count_NR[list(examples)]
-
     def num_targets(self, examples: Sequence[int]) -> int:
         """Return the number of tokens of the examples' own targets."""
-        return int(self.counts(examples).gather(1, self.right_N[list(examples)][:, None]).sum())
+        places = list(examples)
+        return int(self.count_NR[places].gather(1, self.right_N[places][:, None]).sum())
 
     def size(self, examples: tuple[int, ...]) -> tuple[int, int]:
         """Return the numbers of tokens, and of logits over the vocabulary, in the forward pass of one job."""

@@ -120,8 +120,8 @@ def forward_sums(
         end = start + len(job.examples)
         sums_by_name = {name: sum_M.view(-1, encoded.num_texts)[start:end].cpu() for name, sum_M in sums.items()}
         start = end
-        right_N, num_targets = encoded.right_N[list(job.examples)], encoded.num_targets(job.whole)
-        job_sums.append(RowSums(encoded.counts(job.examples), right_N, num_targets, sums_by_name))
+        places, num_targets = list(job.examples), encoded.num_targets(job.whole)
+        job_sums.append(RowSums(encoded.count_NR[places], encoded.right_N[places], num_targets, sums_by_name))
     return job_sums
 
 

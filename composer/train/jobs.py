@@ -434,6 +434,6 @@ def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_cou
 
 def row_losses(model: Any, rows: Sequence[EncodedRow], stacked: TargetBatch) -> Tensor:
     """Return loss_BK of the rows' target tokens, by the loss of their class, or by `EncodedRow`'s for several classes."""
-    kinds = set(map(type, rows))
+    kinds = {type(row) for row in rows}
     kind = kinds.pop() if len(kinds) == 1 else EncodedRow
     return kind.losses(model, rows, stacked)

@@ -80,11 +80,11 @@ _WORK = [torch.empty(0)]
 
 
 PAIRS = [f"{NAMES[stored]}_{NAMES[dtype]}" for dtype, forms in STORED.items() for stored in forms]
-ADDS = {f"add_{pair}": (None, [ctypes.c_void_p] * 4) for pair in PAIRS}
+ADDS: dict[str, tuple[Any, list[Any]]] = {f"add_{pair}": (None, [ctypes.c_void_p] * 4) for pair in PAIRS}
 NARROWS = dict.fromkeys(("narrow_f16", "narrow_bf16"), (ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]))
 # called without arguments, returns the compiled library, or None without a compiler; functions for float16 are among it only
 # if the processor converts float16
-library = cache(partial(compiled_library, SOURCE, ADDS | NARROWS, brief=True))
+library = cache(partial(compiled_library, SOURCE, {**ADDS, **NARROWS}, brief=True))
 
 
 class Beside(NamedTuple):
