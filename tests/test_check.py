@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+import loraweave as lw
 
 ROOT = Path(__file__).parents[1]
+CHECK = (ROOT / "scripts" / "check").read_text(encoding="utf-8")
 TOOLS = ("ruff", "mypy", "python")
 
 
 @pytest.fixture
 def check(tmp_path):
     """check(*words): the exit status, and the calls of the tools, which are stubs that fail where $FAILING names them."""
-    for tool in (*TOOLS, "python3.13"):
+    for tool in (*TOOLS, "python3.11", "python3.13", "python3.14"):
         stub = tmp_path / tool
         stub.write_text(f'#!/bin/sh\necho {tool} "$@" >>"{tmp_path}/calls"\n[ "$FAILING" != {tool} ]\n')
         stub.chmod(0o755)
@@ -67,6 +72,33 @@ def test_a_place_is_checked_with_the_tests_that_mirror_it(check, place, tests):
     [run] = pytest_calls(calls)
     assert run.endswith(f"-m not gpu and not faults_long {tests}")
     assert f"ruff check {place} {tests}" in calls
+
+
+def test_the_oldest_versions_are_the_lower_bounds_of_the_project(check):
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    bounds = [text.replace(">=", "==") for text in dependencies if text.startswith(("torch>", "transformers>", "peft>"))]
+    done = subprocess.run(
+        ["bash", "-c", "sed -nE '" + re.search(r"sed -nE '(.*)' pyproject", CHECK)[1] + "' pyproject.toml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == bounds
+    assert check("oldest")[1][0].startswith("python3.11 -m venv ")
+
+
+def test_the_workflow_runs_these_checks_on_the_versions_that_are_supported():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))["jobs"]
+    runs = [step["run"] for job in workflow.values() for step in job["steps"] if "run" in step]
+    named = {word for run in runs if run.startswith("scripts/check") for word in re.findall(r"check (\w+)$", run)}
+    assert named | set(workflow["bounds"]["strategy"]["matrix"]["versions"]) == {"fast", "oldest", "newest", "release"}
+    assert workflow["check"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13", "3.14"]
+
+
+def test_the_version_is_the_same_wherever_it_stands():
+    named = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert named == project == lw.__version__
 
 
 @pytest.mark.parametrize("tool", TOOLS)

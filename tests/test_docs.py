@@ -125,6 +125,10 @@ def test_the_code_of_a_page_prints_what_it_says(run_page, here, capsys, name, sa
     assert re.match(said, capsys.readouterr().out)
 
 
+def test_the_page_on_what_is_stable(run_page):
+    run_page("docs/stability.md")
+
+
 def test_the_page_on_merging(run_page, tmp_path):
     names = run_page("docs/merging.md")
     assert (names["row"].rank_in, names["row"].rank_out) == (16, 8)
