@@ -182,7 +182,7 @@ def show(
         more = [f"and {len(record.examples) - NUM_EXAMPLES} more"] if len(record.examples) > NUM_EXAMPLES else []
         wrong = [f"{it.kind}: {it.detail}" for it in record.anomalies] + ["in quarantine"] * record.quarantined
         listed = {"tags": record.tags, "target modules": record.target_modules, "sample inputs": (*inputs, *more)}
-        texts = {"name": record.name, "description": record.description, "base model": record.base_model}
+        texts: dict[str, Any] = {"name": record.name, "description": record.description, "base model": record.base_model}
         texts |= {"rank": record.rank, "license": record.license, "kB": _kilobytes(record.size_bytes)}
         texts |= {"version": f"{record.version}, of {record.created}", "source": record.source and record.source.location}
         texts |= {what: ", ".join(parts) for what, parts in listed.items()} | {"looks wrong": "; ".join(wrong)}
