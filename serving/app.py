@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +37,9 @@ from loraweave.composer.model.scoring import answer_in
 from loraweave.hub.hub import Hub
 from loraweave.serving.batch import Piece, Row, Sampling
 from loraweave.serving.http import (
+    Bodies,
     EventStream,
+    Stopping,
     loopback_only,
     read_body,
     read_request,
@@ -44,16 +48,21 @@ from loraweave.serving.http import (
     unless_gone,
 )
 from loraweave.serving.keys import KeyHolder, Keys, read_keys
-from loraweave.serving.limits import Limits, Refusal, refusal_of
+from loraweave.serving.limits import Limits, Refusal, Turns, refusal_of
 from loraweave.serving.names import Names, Served, Wanted
 from loraweave.serving.requests import Answer, Asked, ChatRequest, CompletionRequest, Given, Prompts
 from loraweave.serving.scheduler import Metrics, Scheduler, too_busy
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 # threads that read prompts and names, and that open adapters; more only take turns on the interpreter's lock
 NUM_READERS, NUM_OPENERS = 2, 2
+# seconds within which a hub answers a server that is ready
+HUB_SECONDS = 2.0
+# the characters of all prompts of a request that is short, which is read within milliseconds
+SHORT = 1 << 14
 # the status counted for a request whose client disconnected before its answer
 CLIENT_GONE = 499
 # calls of OpenAI's API that are answered by 404, and what to use instead
@@ -91,6 +100,7 @@ def make_app(
 
     handlers: list[tuple[str, str, Handler]] = [
         ("/health", "GET", face.health),
+        ("/ready", "GET", face.ready),
         ("/metrics", "GET", face.figures),
         ("/v1/models", "GET", face.models),
         ("/v1/models/{name:path}", "GET", face.model),
@@ -121,7 +131,7 @@ def make_server(
     Raises CompositionError if other machines reach `host` and there is no key, for an empty key or a faulty file of keys,
     and for a model that cannot be served.
     """
-    import uvicorn
+    from loraweave.serving.server import Server, Settings
 
     is_open = api_key is None and key_file is None
     if is_open:
@@ -132,9 +142,7 @@ def make_server(
         )
     app = make_app(hub, model, tokenizer, limits=limits, api_key=api_key, key_file=key_file)
     answering = loopback_only(app) if is_open else app
-    # streams may be open for minutes, but a server that stops waits only seconds for them
-    settings: dict[str, Any] = {"log_level": log_level, "ws": "none", "timeout_graceful_shutdown": 5}
-    return uvicorn.Server(uvicorn.Config(answering, host=host, port=port, **settings))
+    return Server(Settings(answering, limits or Limits(), host=host, port=port, log_level=log_level), app.state.face)
 
 
 class Exchange:
@@ -147,6 +155,7 @@ class Exchange:
     def __init__(self, scheduler: Scheduler, is_open: set[Exchange], holder: KeyHolder) -> None:
         self.rows: list[Row] = []
         self.holder = holder
+        self.client = holder.name
         self._scheduler = scheduler
         self._loop = asyncio.get_running_loop()
         self._heard: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
@@ -178,7 +187,7 @@ class Exchange:
     async def events(
         self, answer: Answer, first: tuple[int, Piece], rest: AsyncIterator[tuple[int, Piece]]
     ) -> AsyncIterator[str]:
-        """Yield the JSON text of each server-sent event, then [DONE]; after an error, its JSON text is the last event."""
+        """Yield the JSON text of each server-sent event, or of an error, then [DONE]."""
         for body in answer.beginnings():
             yield json.dumps(body)
         try:
@@ -188,10 +197,15 @@ class Exchange:
                     yield json.dumps(answer.piece(index, piece))
         except Exception as error:
             yield json.dumps(refusal_of(error).body)
+            yield "[DONE]"
             return
         for body in answer.ending():
             yield json.dumps(body)
         yield "[DONE]"
+
+    def stop(self) -> None:
+        """End the answers that are not complete by the refusal of a server that stops."""
+        self._heard.put_nowait((0, Stopping()))
 
     def close(self) -> None:
         """Tell the scheduler to end the unfinished rows; a second call does nothing."""
@@ -228,11 +242,19 @@ class Face:
         parts = next(registry.bringing("server"), None)
         self._metrics: Metrics = Metrics() if parts is None else parts.make_metrics()
         self._names = Names(hub, model, tokenizer, limits)
-        self._prompts = Prompts(model, tokenizer)
+        self._prompts = Prompts(model, tokenizer, limits.prompt_characters)
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="loraweave-reader")
+        # of long prompts, so that short ones share nothing with them
+        self._long_prompts, self._turns = Prompts(model, tokenizer), Turns()
+        self._long_reader = ThreadPoolExecutor(1, thread_name_prefix="loraweave-long-reader")
         self._openers = ThreadPoolExecutor(NUM_OPENERS, thread_name_prefix="loraweave-opener")
         self._mergers = ThreadPoolExecutor(1, thread_name_prefix="loraweave-merger")
         self._searcher = ThreadPoolExecutor(1, thread_name_prefix="loraweave-searcher")
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="loraweave-checker")
+        self._checking: asyncio.Future[int] | None = None
+        self.is_stopping = False
+        self._hub = hub
+        self._bodies = Bodies(limits.reading_bytes)
         self._making: dict[str, Making] = {}
         self._open: set[Exchange] = set()
         self._metrics.watch(open_requests=lambda: len(self._open))
@@ -241,7 +263,7 @@ class Face:
 
     def close(self) -> None:
         self.scheduler.close()
-        for threads in (self._readers, self._openers, self._mergers, self._searcher):
+        for threads in (self._readers, self._long_reader, self._openers, self._mergers, self._searcher, self._checker):
             # a merge that is being made is not waited for
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -251,7 +273,7 @@ class Face:
         async def answer(request: Request) -> Response:
             begun, response = time.monotonic(), Response(status_code=500)
             try:
-                if path != "/health":
+                if path not in ("/health", "/ready"):
                     request.state.holder = self._keys.holder(request.headers.get("authorization", ""))
                     request.state.holder.requests.take("requests")
                 response = await handler(request)
@@ -269,6 +291,36 @@ class Face:
         alive = self.scheduler.alive
         return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
+    async def ready(self, request: Request) -> Response:
+        """Answer 200 if the server takes requests and its hub answers in time; probes that come meanwhile share one look."""
+        status = "stopping"
+        if not self.is_stopping and self.scheduler.alive:
+            if self._checking is None or self._checking.done():
+                self._checking = asyncio.get_running_loop().run_in_executor(self._checker, self._look_at_hub)
+            try:
+                async with asyncio.timeout(HUB_SECONDS):
+                    await asyncio.shield(self._checking)
+                return JSONResponse({"status": "ready"})
+            except Exception as error:
+                logger.warning("not ready: the hub does not answer", exc_info=error)
+                status = "the hub does not answer"
+        return JSONResponse({"status": status}, 503)
+
+    def _look_at_hub(self) -> int:
+        # an open database answers without its folder, too
+        os.stat(self._hub.path)
+        return self._hub.generation
+
+    @property
+    def num_open(self) -> int:
+        """The number of requests that are being answered."""
+        return len(self._open)
+
+    def end_answers(self) -> None:
+        """End all answers that are not complete: streams by an error and [DONE], others by 503."""
+        for exchange in self._open:
+            exchange.stop()
+
     async def figures(self, request: Request) -> Response:
         return Response(self._metrics.text(), headers={"Content-Type": self._metrics.content_type})
 
@@ -284,11 +336,15 @@ class Face:
         return JSONResponse(_model(name, 0), headers=_headers(wanted.formula.canonical, wanted.identity))
 
     async def answer(self, form: type[Asked], request: Request) -> Response:
-        body = read_request(form, await read_body(request, self._limits))
+        body = read_request(form, await read_body(request, self._limits, self._bodies))
+        if self.is_stopping:
+            raise Stopping
         if len(self._open) >= self._limits.waiting + self._limits.rows:
             raise too_busy(f"{len(self._open)} requests are open")
+        self._prompts.require_short(body)
         deadline = time.monotonic() + self._limits.seconds
         exchange = Exchange(self.scheduler, self._open, request.state.holder)
+        exchange.client = f"{request.state.holder.name} {request.client.host if request.client else ''}"
         try:
             answer = await unless_gone(request.receive, self._begin(exchange, body, deadline))
             headers = _headers(answer.served.canonical, answer.served.identity)
@@ -307,7 +363,12 @@ class Face:
     async def _begin(self, exchange: Exchange, asked: Asked, deadline: float) -> Answer:
         """Read the prompts, load the composition, and submit the rows; return the answer, which has no text yet."""
         holder = exchange.holder
-        inputs = await self._in(self._readers, deadline, self._prompts.read, asked)
+        if (num_characters := sum(asked.characters)) <= SHORT:
+            inputs = await self._in(self._readers, deadline, self._prompts.read, asked)
+        else:
+            # only one at a time is in the queue of the thread, and of any client that which costs least so far
+            async with self._turns.turn(exchange.client, num_characters):
+                inputs = await self._in(self._long_reader, deadline, self._long_prompts.read, asked)
         if (count := len(inputs.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
         holder.require_rows(count)
@@ -338,7 +399,9 @@ class Face:
                 for step in member.before:
                     said = replace(said, inputs=await self._said(said, step, deadline, holder))
                 between[member.before] = said.inputs or ()
-        return await self._in(self._readers, deadline, self._prompts.of_members, given, served, between)
+        is_long = sum(map(len, given.ids)) > SHORT and any(member.task is not None for member in served.members)
+        prompts, threads = (self._long_prompts, self._long_reader) if is_long else (self._prompts, self._readers)
+        return await self._in(threads, deadline, prompts.of_members, given, served, between)
 
     async def _said(self, given: Given, step: Served, deadline: float, holder: KeyHolder) -> list[Prompt]:
         """Return the answers of `step`, a composition that runs before others, to each prompt: the next step's inputs."""

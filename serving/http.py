@@ -51,23 +51,56 @@ def loopback_only(app: ASGIApp) -> ASGIApp:
     return answer
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """Return the request's body. Raises Refusal if the body is too large, comes too late, or is not declared as JSON."""
+class Bodies:
+    """The bodies that are being read: beyond `most` bytes together, the one that began first is given up."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._reading: dict[asyncio.Timeout, int] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all bodies that are being read."""
+        return sum(self._reading.values())
+
+    def add(self, timer: asyncio.Timeout, num_bytes: int) -> None:
+        """Count more bytes of the body that is read until `timer` ends."""
+        self._reading[timer] = self._reading.get(timer, 0) + num_bytes
+        while self.num_bytes > self._most:
+            first = next(iter(self._reading))
+            self.end(first)
+            # its time may just be up
+            with suppress(RuntimeError):
+                first.reschedule(0)
+
+    def end(self, timer: asyncio.Timeout) -> None:
+        """Count a body no longer."""
+        self._reading.pop(timer, None)
+
+
+async def read_body(request: Request, limits: Limits, bodies: Bodies | None = None) -> bytes:
+    """Return the request's body, counted among `bodies` while it is read.
+
+    Raises Refusal if the body is too large, comes too late, or is not declared as JSON.
+    """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, f"the body's Content-Type is {kind!r}; send application/json")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limits.body_bytes:
         raise Refusal(413, f"the body has {declared[:20]} bytes, and at most {limits.body_bytes} are read")
-    body = bytearray()
+    body, bodies = bytearray(), bodies or Bodies(limits.body_bytes)
     try:
-        async with asyncio.timeout(limits.seconds):
+        async with asyncio.timeout(min(limits.seconds, limits.body_seconds)) as timer:
             async for part in request.stream():
                 body += part
                 if len(body) > limits.body_bytes:
                     raise Refusal(413, f"the body has more than {limits.body_bytes} bytes")
+                bodies.add(timer, len(part))
     except TimeoutError as error:
-        raise Refusal(408, f"the body did not come within {limits.seconds:g} seconds") from error
+        raise Refusal(408, "the body came too slowly: it had no more time, or others needed its memory") from error
+    finally:
+        bodies.end(timer)
     return bytes(body)
 
 
@@ -126,7 +159,9 @@ class Stopping(Refusal):
     """The refusal of a request that a stopping server has no time left to finish."""
 
     def __init__(self) -> None:
-        super().__init__(503, "the server is stopping; ask again when it runs")
+        super().__init__(
+            503, "the server is stopping; ask again when it runs", code="unavailable", headers={"Retry-After": "5"}
+        )
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:

@@ -1,9 +1,13 @@
 """The limits of a server, and its refusals: an HTTP status with OpenAI's error object instead of an answer."""
 
+import asyncio
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
+from heapq import heappop, heappush
+from itertools import count
 from typing import Any
 
 from loraweave.errors import (
@@ -36,6 +40,12 @@ PLACE = re.compile(r" in the hub .*?(?=[;:] |\n|$)")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
+MAY_BE_ZERO = (
+    *("merges", "batch_invariant", "prefix_bytes", "token_seconds", "memory_bytes", "prompt_characters", "grace"),
+    *("head_seconds", "body_seconds"),
+)
+
+
 @dataclass(frozen=True)
 class Limits:
     """The numbers of 1 or more above which a request waits or is refused. A row is one answer that is being generated.
@@ -49,6 +59,10 @@ class Limits:
     every running row a token should take `token_seconds` at most: rows that would prolong it wait, and others may pass
     them a few times. `memory_bytes` limits keys and values, beginnings, and compositions that are made or loaded, together;
     0 stands for three quarters of the memory that is free when the server starts.
+
+    A request's head has `head_bytes` and `head_seconds`, its body `body_seconds`; bodies that are being read have
+    `reading_bytes` together, beyond which the one that began first is refused. There are at most `connections`. A prompt has
+    `prompt_characters` (0: 16 for each token of the context). A server that stops lets answers run for `grace` seconds.
     """
 
     rows: int = 8
@@ -66,13 +80,60 @@ class Limits:
     batch_invariant: bool = False
     token_seconds: float = float("inf")
     memory_bytes: float = 0
+    head_bytes: int = 1 << 14
+    head_seconds: float = 10.0
+    body_seconds: float = 30.0
+    reading_bytes: int = 1 << 24
+    connections: int = 512
+    prompt_characters: int = 0
+    grace: float = 10.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("merges", "batch_invariant", "prefix_bytes", "token_seconds", "memory_bytes") else 1
+            least = 0 if field.name in MAY_BE_ZERO else 1
             if not value >= least:
                 raise ValueError(f"the limit {field.name!r} is {value}; it is a number of {least} or more")
+
+
+class Turns:
+    """Turns at something that one at a time may use, shared among clients by what their uses cost.
+
+    A use begins, on a clock of costs, at the end of the client's last one or now, and the earliest beginning is next
+    (start-time fair queuing, Goyal, Vin and Cheng 1996). One event loop uses it.
+    """
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._ends: dict[str, float] = {}
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._numbers = count()
+        self._is_taken = False
+
+    @asynccontextmanager
+    async def turn(self, client: str, cost: float) -> AsyncIterator[None]:
+        """Wait for the client's turn, which lasts while the block runs."""
+        begin = max(self._now, self._ends.get(client, 0.0))
+        self._ends[client] = begin + cost
+        come: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heappush(self._waiting, (begin, next(self._numbers), come))
+        try:
+            self._next()
+            await come
+            yield
+        finally:
+            if come.done() and not come.cancelled():
+                self._is_taken = False
+            come.cancel()
+            self._next()
+
+    def _next(self) -> None:
+        while self._waiting and not self._is_taken:
+            self._now, _, come = heappop(self._waiting)
+            if not come.done():
+                come.set_result(None)
+                self._is_taken = True
+        self._ends = {client: end for client, end in self._ends.items() if end > self._now}
 
 
 class Refusal(Exception):

@@ -29,6 +29,8 @@ from loraweave.serving.limits import Refusal
 from loraweave.serving.names import Served
 from loraweave.types import Task
 
+# far above what texts have, and far below the longest tokens
+CHARACTERS_OF_TOKEN = 16
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_ALTERNATIVES = 16, 256, 20
 
 # fields that are accepted with these values only, which change nothing, and with None
@@ -135,6 +137,11 @@ class Asked(Fields):
         return self.max_tokens
 
     @property
+    def characters(self) -> list[int]:
+        """The numbers of characters, or of token ids, that the prompts have before a chat template is applied."""
+        raise NotImplementedError
+
+    @property
     def alternatives(self) -> int | None:
         """The number of likeliest tokens to return with each token's log-probability; None for no log-probabilities."""
         raise NotImplementedError
@@ -160,6 +167,11 @@ class CompletionRequest(Asked):
     best_of: Any = None
     echo: Any = None
     suffix: Any = None
+
+    @property
+    def characters(self) -> list[int]:
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return [len(prompt) for prompt in (self.prompt if several else [self.prompt])]  # type: ignore[arg-type]
 
     @property
     def alternatives(self) -> int | None:
@@ -219,6 +231,10 @@ class ChatRequest(Asked):
     @property
     def new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def characters(self) -> list[int]:
+        return [len(str(self.tools or "")) + sum(len(message.for_template()["content"]) for message in self.messages)]
 
     @property
     def alternatives(self) -> int | None:
@@ -330,13 +346,27 @@ class Given:
 
 
 class Prompts:
-    """A reader of requests' prompts, with its own copy of the tokenizer, which takes one call at a time."""
+    """A reader of requests' prompts, with its own copy of the tokenizer, which takes one call at a time.
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    Prompts of more than `most_characters` (0: 16 for each token of the context) are refused before they become tokens.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, most_characters: int = 0) -> None:
+        self._most_characters = most_characters or CHARACTERS_OF_TOKEN * (context_length(model) or math.inf)
         self._tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self.context = context_length(model)
+
+    def require_short(self, asked: Asked) -> None:
+        """Raise Refusal for a request with a prompt of too many characters, without reading the prompt."""
+        if (longest := max(asked.characters)) > self._most_characters:
+            raise Refusal(
+                413,
+                f"the prompt has {longest} characters, and at most {self._most_characters} are read; shorten it",
+                param="prompt",
+                code="context_length_exceeded",
+            )
 
     def read(self, asked: Asked) -> Given:
         """Return the prompts of a request. Raises Refusal for prompts that cannot be read."""

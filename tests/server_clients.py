@@ -35,14 +35,6 @@ def answering(server):
         assert not thread.is_alive()
 
 
-def face_of(server):
-    """The handlers of a uvicorn server's application, below its middleware."""
-    app = server.config.app
-    while not hasattr(app, "state"):
-        app = app.app
-    return app.state.face
-
-
 class Counted(Metrics):
     """The figures that tests look at, under the names of the extension `operations`, where that is not installed."""
 

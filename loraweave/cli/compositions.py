@@ -348,6 +348,11 @@ def serve(
             "free at the start.",
         ),
     ] = None,
+    prompt_characters: Annotated[
+        int | None, typer.Option(min=1, help="Characters of one prompt; 16 for each token of the context by default.")
+    ] = None,
+    connections: Annotated[int, typer.Option(min=1, help="Connections at once.")] = 512,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that answers may go on once the server is to stop.")] = 10.0,
     adapters: Annotated[int, typer.Option(min=1, help="Adapters of one formula at most.")] = 16,
     loaded: Annotated[int, typer.Option(min=1, help="Adapters, and formulas with theirs, that stay in memory unused.")] = 64,
     merges: Annotated[bool, typer.Option(help="Whether formulas may have merges by a method, such as ties(a, b).")] = True,
@@ -375,6 +380,9 @@ def serve(
         seconds=deadline,
         token_seconds=float("inf") if token_seconds is None else token_seconds,
         memory_bytes=memory_bytes or 0,
+        prompt_characters=prompt_characters or 0,
+        connections=connections,
+        grace=grace,
         adapters=adapters,
         loaded=loaded,
         merges=merges,

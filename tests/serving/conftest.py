@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from server_clients import Client, Counted, running
+from server_clients import Client, Counted, answering
 
 import loraweave as lw
 from loraweave.serving import app
@@ -35,8 +35,12 @@ def serve(tmp_path, monkeypatch, make_model, make_adapters, tokenizer):
             tokenizer.chat_template = template
             try:
                 keys = {"api_key": api_key, "key_file": key_file}
-                with running(hub, model, tokenizer, limits=Limits(**limits), **keys) as port:
-                    yield Client(port, hub, lw.Composer(model, adapters, tokenizer=tokenizer))
+                limited = {"limits": Limits(**limits), "port": 0, "log_level": "critical"}
+                server = app.make_server(hub, model, tokenizer, **limited, **keys)
+                with answering(server) as port:
+                    client = Client(port, hub, lw.Composer(model, adapters, tokenizer=tokenizer))
+                    client.server, client.face = server, server.face
+                    yield client
             finally:
                 tokenizer.chat_template = None
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from server_clients import Client, answering, face_of, until
+from server_clients import Client, answering, until
 
 import loraweave as lw
 from loraweave.extend.serving import Limits, Refusal, make_server
@@ -30,7 +30,7 @@ def serve(tmp_path, make_model, make_adapters, tokenizer):
             server = make_server(hub, model, tokenizer, port=0, limits=Limits(**limits), log_level="critical")
             with answering(server) as port:
                 client = Client(port, hub, lw.Composer(model, adapters, tokenizer=tokenizer))
-                client.face = face_of(server)
+                client.face = server.face
                 yield client
 
     return run

@@ -1,0 +1,90 @@
+"""The uvicorn server of an application: connections and request heads within limits, and a stop that lets answers end."""
+
+import asyncio
+import signal
+import socket
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from loraweave.serving.limits import Limits
+
+# seconds for the last bytes of answers, once there is no more time for answers
+LAST_SECONDS = 2
+
+
+class Settings(uvicorn.Config):
+    """uvicorn's settings with our limits, and the connections whose next request has not begun, the oldest first."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, **settings: Any) -> None:
+        # httptools has no limit for a request's head
+        settings |= {"http": Connection, "h11_max_incomplete_event_size": limits.head_bytes, "ws": "none"}
+        super().__init__(app, timeout_graceful_shutdown=LAST_SECONDS, **settings)
+        self.limits = limits
+        self.silent: dict[Connection, asyncio.TimerHandle] = {}
+
+
+class Connection(H11Protocol):
+    """A connection that ends if a request's head comes late, or if it waits longest for one and there are too many."""
+
+    config: Settings
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait_for_head()
+        if len(self.connections) > self.config.limits.connections:
+            next(iter(self.config.silent)).transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:
+            self._end_wait()
+
+    def on_response_complete(self) -> None:
+        before = self.cycle
+        self._wait_for_head()
+        super().on_response_complete()
+        if self.cycle is not before:
+            # the next request was there already
+            self._end_wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_wait()
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        self._end_wait()
+        if not self.transport.is_closing():
+            self.config.silent[self] = self.loop.call_later(self.config.limits.head_seconds, self.transport.abort)
+
+    def _end_wait(self) -> None:
+        if (timer := self.config.silent.pop(self, None)) is not None:
+            timer.cancel()
+
+
+class Server(uvicorn.Server):
+    """A server that, told to stop, refuses new requests for `grace` seconds while begun answers end, and exits with 0."""
+
+    def __init__(self, config: Settings, face: Any) -> None:
+        super().__init__(config)
+        self.face = face
+        self._grace = config.limits.grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's own would raise the signal again at the end
+        self.face.is_stopping = True
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.face.is_stopping = True
+        end = time.monotonic() + self._grace
+        while self.face.num_open and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.02)
+        self.face.end_answers()
+        await super().shutdown(sockets)
