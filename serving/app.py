@@ -214,6 +214,8 @@ class Exchange:
             self.holder.num_rows -= len(self.rows)
             for row in self.rows:
                 row.gone = not row.over
+            # rows tell this exchange, so that the two would wait for the garbage collector, with all adapters
+            self.rows = []
             self._scheduler.wake()
 
     def __enter__(self) -> Self:

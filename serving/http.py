@@ -186,3 +186,5 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         for task in (working, going):
             task.cancel()
         await asyncio.gather(working, going, return_exceptions=True)
+        # an error's traceback has this frame, which would keep the task and all that the request had loaded
+        del working, going, task
