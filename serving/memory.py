@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,9 +23,6 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.serving.names import Served
-
-if TYPE_CHECKING:
-    from loraweave.serving.batch import Row
 
 
 @dataclass
@@ -89,12 +86,12 @@ class Experts:
         """Return {key: bytes} of a composition's adapters, or of its router."""
         return {key: self._size(served, key) for key in served.needs}
 
-    def used_bytes(self, rows: Sequence[Row]) -> int:
-        """Return the bytes of the loaded adapters and routers that are in use, and of those that `rows` need."""
+    def used_bytes(self, compositions: Iterable[Served]) -> int:
+        """Return the bytes of the loaded adapters and routers that are in use, and of those that compositions need."""
         with self._lock:
             sizes = {key: loaded.size for key, loaded in self._loaded.items() if self._num_users[key]}
-        for row in rows:
-            sizes |= {key: self._size(row.served, key) for key in row.served.needs if key not in sizes}
+        for served in compositions:
+            sizes |= {key: self._size(served, key) for key in served.needs if key not in sizes}
         return sum(sizes.values())
 
     def missing_bytes(self, adapters: Iterable[Adapter], num_values: int) -> int:

@@ -313,8 +313,8 @@ def _merged(node: Any, pool: ExpertPool) -> tuple[dict[str, tuple[int, int, int]
         for layer, (rank, *shape) in sizes.items():
             rank = layers.get(layer, (0,))[0] + rank if adds else min(shape)
             layers[layer] = (min(limit, rank), *shape)
-    own = sum(rank * (num_in + num_out) for rank, num_in, num_out in layers.values())
-    return layers, own + sum(count for _, count in inside)
+    num_values = sum(rank * (num_in + num_out) for rank, num_in, num_out in layers.values())
+    return layers, num_values + sum(count for _, count in inside)
 
 
 def _whole(adapter: Adapter) -> Served:

@@ -309,8 +309,10 @@ class Scheduler:
         while self._claims:
             with self._changed:
                 largest = max(self._waiting, key=lambda row: len(row.prompts) * row.longest, default=None)
-                asked = [self._running, *([] if largest is None else [[largest]])]
-                if not self._claims or not all(self._admission.has_room(rows, self._claims[0].num_bytes) for rows in asked):
+                batches = [self._running, *([] if largest is None else [[largest]])]
+                if not self._claims or not all(
+                    self._admission.has_room(rows, self._claims[0].num_bytes) for rows in batches
+                ):
                     return
                 claim = self._claims.popleft()
                 self._admission.reserved += claim.num_bytes

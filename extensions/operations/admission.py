@@ -105,7 +105,7 @@ class Memory:
 
     def needed(self, rows: Sequence[Any]) -> int:
         """Return the bytes of these rows' keys and values, and of their adapters and all others in use."""
-        return self._states(rows) + self._experts.used_bytes(rows)
+        return self._states(rows) + self._experts.used_bytes(row.served for row in rows)
 
     def _states(self, rows: Sequence[Any]) -> int:
         """Return the bytes of the keys and values of these rows in one batch, each at the longest length."""
