@@ -116,7 +116,7 @@ class Experts:
         """The bytes of one value of a loaded adapter: the engine copies no value of fp32 on a CPU."""
         dtype = self._model.dtype
         is_copied = self._model.device.type != "cpu" or dtype != torch.float32
-        return torch.float32.itemsize + is_copied * int(dtype.itemsize)
+        return int(torch.float32.itemsize + is_copied * dtype.itemsize)
 
     def has(self, served: Served) -> bool:
         """Return True if a composition's adapters, or its router, are loaded."""

@@ -300,19 +300,19 @@ def _merged(node: Any, pool: ExpertPool) -> tuple[dict[str, tuple[int, int, int]
         case Sum(terms=((1.0, only),)):
             return _merged(only, pool)
         case Sum(terms):
-            parts, adds, limit = [term for _, term in terms], True, math.inf
+            parts, adds, limit = [term for _, term in terms], True, None
         case Merge(method, parts, _, options):
-            adds = MethodCall(method, {}).function.__annotations__["return"] in (Factors, TruncatedUpdate)
-            limit = dict(options).get("rank") or math.inf
+            adds = MethodCall(method, {}).function.__annotations__.get("return") in (Factors, TruncatedUpdate)
+            limit = dict(options).get("rank")
         case _:
             factors = pool[node.key].layers.items()
             return {layer: (part.rank, part.a_RI.shape[1], part.b_OR.shape[0]) for layer, part in factors}, 0
     inside = [_merged(part, pool) for part in parts]
-    layers: dict[str, tuple[int, int, int]] = {}
+    layers: dict[str, Any] = {}
     for sizes, _ in inside:
         for layer, (rank, *shape) in sizes.items():
             rank = layers.get(layer, (0,))[0] + rank if adds else min(shape)
-            layers[layer] = (min(limit, rank), *shape)
+            layers[layer] = (min(limit, rank) if isinstance(limit, int) else rank, *shape)
     num_values = sum(rank * (num_in + num_out) for rank, num_in, num_out in layers.values())
     return layers, num_values + sum(count for _, count in inside)
 

@@ -101,11 +101,11 @@ class Memory:
 
     def alone(self, row: Any) -> int:
         """Return the bytes that one row needs, for keys, values and adapters."""
-        return self._states([row]) + sum(self._experts.sizes(row.served).values())
+        return self._states([row]) + int(sum(self._experts.sizes(row.served).values()))
 
     def needed(self, rows: Sequence[Any]) -> int:
         """Return the bytes of these rows' keys and values, and of their adapters and all others in use."""
-        return self._states(rows) + self._experts.used_bytes(row.served for row in rows)
+        return self._states(rows) + int(self._experts.used_bytes(row.served for row in rows))
 
     def _states(self, rows: Sequence[Any]) -> int:
         """Return the bytes of the keys and values of these rows in one batch, each at the longest length."""
@@ -113,7 +113,7 @@ class Memory:
 
     @property
     def _kept(self) -> int:
-        return self._prefixes.kept_bytes + sum(loaded.size for loaded in self._experts.unused().values())
+        return int(self._prefixes.kept_bytes + sum(loaded.size for loaded in self._experts.unused().values()))
 
     def has_room(self, rows: Sequence[Any], num_bytes: int = 0, *, beside_kept: bool = False) -> bool:
         """Return True if the rows and `num_bytes` more fit once what is kept unused is dropped, or `beside_kept`."""
