@@ -33,6 +33,7 @@ from starlette.routing import Route
 
 import loraweave.registry as registry
 from loraweave.common.chat import Prompt
+from loraweave.common.process import give_back_freed_memory
 from loraweave.composer.model.scoring import answer_in
 from loraweave.hub.hub import Hub
 from loraweave.serving.batch import Piece, Row, Sampling
@@ -455,6 +456,9 @@ class Face:
         wanted, identity = self._names.opened(wanted), wanted.identity
         adapters = () if wanted.pool is None else wanted.pool.adapters.values()
         with self.scheduler.room(adapters, wanted.num_values, num_tokens, deadline, lambda: identity in self._making):
+            if wanted.num_values:
+                # of the compositions that made room
+                give_back_freed_memory()
             served = self._names.make(wanted)
             self.scheduler.prepare(served)
         return served

@@ -1,5 +1,6 @@
 """State of the process: garbage collection, locks across forks, context variables, its launch and free memory."""
 
+import ctypes
 import gc
 import os
 import threading
@@ -67,6 +68,13 @@ def launched_processes() -> int:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def give_back_freed_memory() -> None:
+    """Return freed memory to the operating system, where the C library is glibc, which otherwise keeps much of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 MEMINFO = Path("/proc/meminfo")
