@@ -14,7 +14,9 @@ import asyncio
 import json
 import logging
 import os
+import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -71,6 +73,8 @@ NOT_SERVED = {
     "/v1/responses": "use /v1/chat/completions",
     "/v1/embeddings": "the models of this server write text, and give no embeddings",
 }
+# a client's own id of a request, which is sent back; another is replaced
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 # characters that a header's value may have unescaped
 PLAIN = "".join(map(chr, range(32, 127))).replace("%", "")
 
@@ -286,7 +290,7 @@ class Face:
                 response = refused(error)
             finally:
                 self._metrics.request(path, response.status_code, time.monotonic() - begun)
-            return response
+            return _identified(request, response)
 
         return answer
 
@@ -490,9 +494,17 @@ def _headers(canonical: str, identity: str) -> dict[str, str]:
     return {"X-Loraweave-Formula": quote(canonical, safe=PLAIN), "X-Loraweave-Identity": identity}
 
 
+def _identified(request: Request, response: Response) -> Response:
+    """Return the response with the request's X-Request-Id, or one made for it where that is missing or none."""
+    sent = request.headers.get("x-request-id", "")
+    response.headers["X-Request-Id"] = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+    return response
+
+
 async def _no_route(request: Request, error: Any) -> Response:
     detail = error.detail
     for path, instead in NOT_SERVED.items():
         if request.url.path == path or request.url.path.startswith(f"{path}/"):
             detail = f"{path} is not served here: {instead}"
-    return refused(Refusal(error.status_code, f"{request.method} {request.url.path}: {detail}", headers=error.headers))
+    refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {detail}", headers=error.headers)
+    return _identified(request, refused(refusal))

@@ -50,6 +50,20 @@ def test_an_answer_says_which_composition_it_is_of(serve):
         assert client.complete("@kept")[2]["system_fingerprint"] == lw.parse("0.5*a + 0.5*c").canonical
 
 
+def test_a_request_has_an_id_which_is_the_clients_or_a_new_one(serve):
+    with serve() as client:
+        asked = {"model": "a", "prompt": "abc", "max_tokens": 2}
+        for path, status in (("/v1/completions", 200), ("/v1/chat/completions", 400), ("/v1/responses", 404)):
+            ids = []
+            for sent in ("mine-1", "two words", "x" * 200):
+                found, headers, _ = client.send("POST", path, asked, **{"X-Request-Id": sent})
+                assert found == status
+                ids.append(headers["X-Request-Id"])
+            assert ids[0] == "mine-1"
+            assert len({*ids, "two words", "x" * 200}) == 5
+        assert client.send("POST", "/v1/completions", {**asked, "stream": True})[1]["X-Request-Id"]
+
+
 def test_a_merge_by_a_method_is_served_as_its_adapter(serve):
     with serve() as client:
         name = "b + 0.5*ties(a, c; density=0.5)"
