@@ -161,6 +161,9 @@ class Row:
         # whether the model failed on a batch with this row in it, and whether its adapters are reserved for it
         self.suspect = False
         self.held = False
+        # times by `time.monotonic`: of its making, of leaving the queue, and of its first and last token
+        self.made = time.monotonic()
+        self.begun = self.first = self.last = math.nan
         # how many rows that came later began before it
         self.passed = 0
         self._tell = tell
@@ -203,6 +206,9 @@ class Row:
                 scores_V = log_average(exact_MV.log_softmax(dim=-1)[:, None], share_M)[0]
             chosen = choose(scores_V, self.sampling, self._generator)
             self.tokens.append(chosen.token)
+            self.last = time.monotonic()
+            if len(self.tokens) == 1:
+                self.first = self.last
             ended, full = chosen.token in ends, len(self.tokens) >= self.sampling.max_tokens
             text, stopped = self._stops.add("" if ended else self._text.text([chosen.token]))
             if (ended or full) and not stopped:

@@ -58,6 +58,9 @@ class Metrics:
     def ended(self, *, gone: bool) -> None:
         """Count a row that has ended; `gone` is True if its client disconnected."""
 
+    def timed(self, row: Row) -> None:
+        """Record the times of a row that has ended: of its making, leaving the queue, first token and last token."""
+
     def text(self) -> bytes:
         """Return all figures as text."""
         raise Refusal(404, "this server shows no figures: the extension that counts them is not installed")
@@ -366,6 +369,7 @@ class Scheduler:
                     for earlier in islice(self._waiting, place):
                         earlier.passed += 1
                     del self._waiting[place]
+                    row.begun = time.monotonic()
                     return row
                 if not (others or self._admission.reserved):
                     row.fail(too_busy("adapters of other requests take its memory"))
@@ -426,6 +430,7 @@ class Scheduler:
         for row in rows:
             if row.over and self._let_go(row):
                 self._metrics.ended(gone=row.gone)
+                self._metrics.timed(row)
 
     def _let_go(self, row: Row) -> bool:
         """Release a row's adapters; return False if they were released before."""

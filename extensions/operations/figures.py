@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from loraweave.extend.serving import Metrics
@@ -14,7 +14,9 @@ WATCHED = {
     "open_requests": "Requests for answers that are not over",
     "prefix_bytes": "Bytes of beginnings that are kept",
 }
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+# the last are beyond the deadline that a server has by default, 600 s
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600, 1200, 3600)
+TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.035, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5, 30)
 
 
 class PrometheusMetrics(Metrics):
@@ -41,6 +43,13 @@ class PrometheusMetrics(Metrics):
         for gone in ("true", "false"):
             # zero is shown before the first
             self._ended.labels(gone)
+        self._queue = Histogram("queue_seconds", "A row's wait for the batch", buckets=SECONDS, **known)
+        text = "From a row's making to its first token"
+        self._first = Histogram("first_token_seconds", text, buckets=SECONDS, **known)
+        text = "Seconds of a token after the first, the mean of each row"
+        self._per_token = Histogram("token_seconds", text, buckets=TOKEN_SECONDS, **known)
+        self._whole = Histogram("answer_seconds", "From a row's making to its last token", buckets=SECONDS, **known)
+        ProcessCollector(registry=self._registry)
         self._watched = {name: Gauge(name, text, **known) for name, text in WATCHED.items()}
 
     def request(self, path: str, status: int, seconds: float) -> None:
@@ -62,6 +71,16 @@ class PrometheusMetrics(Metrics):
 
     def ended(self, *, gone: bool) -> None:
         self._ended.labels(str(gone).lower()).inc()
+
+    def timed(self, row: Any) -> None:
+        if not row.tokens:
+            # it left, or its time was up, before it had an answer
+            return
+        self._queue.observe(row.begun - row.made)
+        self._first.observe(row.first - row.made)
+        self._whole.observe(row.last - row.made)
+        if len(row.tokens) > 1:
+            self._per_token.observe((row.last - row.first) / (len(row.tokens) - 1))
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
