@@ -24,8 +24,8 @@ from loraweave import errors, extend, registry
 
 LIMITS = {
     "files of the core": 244,
-    "lines of the core": 45_752,
-    "lines of the product": 83_135,
+    "lines of the core": 45_901,
+    "lines of the product": 83_469,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,

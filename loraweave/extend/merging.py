@@ -10,7 +10,7 @@ _MODULES = {
     "composer.merge.methods._pruning": (
         "LEVELS Cut draws_for keep_largest largest prune_random prune_smallest quantise stream"
     ),
-    "composer.merge.methods._span": "combination empty_update gram interpolation mean_weights pair_shares shares",
+    "composer.merge.methods._span": "combination empty_update gram mean_weights shares",
     "hub.adapter": "cosine",
     "hub.merge_report": "MergeReport by_number interference",
 }

@@ -28,9 +28,7 @@ from loraweave.composer.merge.methods._pruning import stream as stream
 from loraweave.composer.merge.methods._span import combination as combination
 from loraweave.composer.merge.methods._span import empty_update as empty_update
 from loraweave.composer.merge.methods._span import gram as gram
-from loraweave.composer.merge.methods._span import interpolation as interpolation
 from loraweave.composer.merge.methods._span import mean_weights as mean_weights
-from loraweave.composer.merge.methods._span import pair_shares as pair_shares
 from loraweave.composer.merge.methods._span import shares as shares
 from loraweave.hub.adapter import cosine as cosine
 from loraweave.hub.merge_report import MergeReport as MergeReport

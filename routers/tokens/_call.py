@@ -22,9 +22,6 @@ from loraweave.common.process import holding
 from loraweave.errors import ScopeError
 from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
 
-# the names that models give the argument with a cache
-CACHE_NAMES = ("cache", "past_key_values")
-
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
@@ -79,7 +76,8 @@ def real_tokens(ids_BT: Tensor, mask_BT: Tensor) -> list[list[int]]:
 
 def cache_of(arguments: Mapping[str, Any]) -> Any | None:
     """Return the key-value cache among the arguments of a call of the model, or None."""
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    names = ("cache", "past_key_values")
+    return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,30 +77,5 @@ def shares(weights: Weights) -> list[float]:
     return mean_weights(weights)
 
 
-def pair_shares(weights: Weights) -> list[float]:
-    """Return the weights over their sum. Raises WeightingError for more than two that are not zero, or a negative one."""
-    count = sum(weight != 0.0 for weight in weights)
-    if count > 2:
-        raise WeightingError(
-            f"the method interpolates between two experts and got {count}: merge two at a time, or use a method that takes "
-            "any number, such as linear"
-        )
-    return shares(weights)
-
-
-def interpolation(inner_EE: Tensor, parts: Sequence[float], *, max_cosine: float) -> Tensor:
-    """Return the coefficients of spherical interpolation, (2,) or (2, O), for inner products (2, 2) or (2, 2, O), float64.
-
-    `parts` are the shares 1 - t and t; they are the coefficients where |cos| is above `max_cosine` or a norm is zero.
-    """
-    norm_E = torch.stack([inner_EE[0, 0], inner_EE[1, 1]]).clamp(min=0.0).sqrt()
-    scale = norm_E[0] * norm_E[1]
-    cosine = torch.where(scale > 0.0, inner_EE[0, 1] / torch.where(scale > 0.0, scale, 1.0), 1.0).clamp(-1.0, 1.0)
-    straight = (cosine.abs() > max_cosine) | (cosine.abs() == 1.0)
-    angle = torch.where(straight, 1.0, cosine.acos())
-    rows = [torch.where(straight, part, (part * angle).sin() / angle.sin()) for part in parts]
-    return torch.stack(rows)
-
-
 def _listed(weights: Weights) -> str:
     return ", ".join(f"{weight:g}" for weight in weights)

@@ -11,10 +11,10 @@ from tiny_models import dense
 from tiny_models import random_factors as factors
 from torch import Tensor
 
-from loraweave.composer.merge.methods.slerp import slerp
 from loraweave.extensions.methods.methods.karcher import karcher
 from loraweave.extensions.methods.methods.model_stock import model_stock
 from loraweave.extensions.methods.methods.nuslerp import nuslerp
+from loraweave.extensions.methods.methods.slerp import slerp
 from loraweave.types import Factors
 
 

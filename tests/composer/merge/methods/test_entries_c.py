@@ -15,9 +15,9 @@ from loraweave.composer.merge.methods._entries import Entries, tensors
 from loraweave.composer.merge.methods._pruning import kth_largest
 from loraweave.composer.merge.methods.dare_linear import dare_linear
 from loraweave.composer.merge.methods.dare_ties import dare_ties
-from loraweave.composer.merge.methods.magnitude_prune import magnitude_prune
 from loraweave.composer.merge.methods.ties import ties
 from loraweave.composer.merge.methods.ties_per_layer import ties_per_layer
+from loraweave.extensions.methods.methods.magnitude_prune import magnitude_prune
 from loraweave.extensions.methods.methods.ties_count import ties_count
 from loraweave.extensions.methods.methods.ties_weighted import ties_weighted
 from loraweave.types import Factors

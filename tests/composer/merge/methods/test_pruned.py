@@ -15,7 +15,7 @@ from tiny_models import random_factors as factors
 from loraweave.composer.merge.methods._pruning import draws
 from loraweave.composer.merge.methods.dare_linear import dare_linear
 from loraweave.composer.merge.methods.dare_ties import dare_ties
-from loraweave.composer.merge.methods.magnitude_prune import magnitude_prune
+from loraweave.extensions.methods.methods.magnitude_prune import magnitude_prune
 from loraweave.types import Factors
 
 pytestmark = pytest.mark.usefixtures("entries_way")

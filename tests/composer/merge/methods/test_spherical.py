@@ -10,7 +10,7 @@ from tiny_models import dense
 from tiny_models import random_factors as factors
 from torch import Tensor
 
-from loraweave.composer.merge.methods.slerp import slerp
+from loraweave.extensions.methods.methods.slerp import slerp
 from loraweave.types import Factors
 
 

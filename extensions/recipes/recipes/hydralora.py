@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from loraweave.common.options import Count, Positive, Rate
-from loraweave.routers.recipes._gate import TokenGate
-from loraweave.routers.recipes._recipe import EvenRecipe, ExpertShape, Site
+from loraweave.extend import Count, Positive, Rate
+from loraweave.extend.recipes import EvenRecipe, ExpertShape, Site, TokenGate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,7 @@
 """Magnitude pruning before the sum, PEFT's `magnitude_prune` on updates."""
 
-from loraweave.common.options import Fraction
-from loraweave.composer.merge.method_call import DenseUpdate, Experts, Weights
-from loraweave.composer.merge.methods._entries import sum_pruned
-from loraweave.composer.merge.methods._pruning import prune_smallest
-from loraweave.registry import traits
+from loraweave.extend import Fraction, traits
+from loraweave.extend.merging import DenseUpdate, Experts, Weights, prune_smallest, sum_pruned
 
 
 @traits("lossy")

@@ -7,12 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.common.options import Count, NonNegative
-from loraweave.routers.losses.mixtral import mixtral
-from loraweave.routers.recipes._gate import TokenGate
-from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.tokens._call import block_of
-from loraweave.routers.tokens._learned import Step
+from loraweave.extend import Count, NonNegative, get
+from loraweave.extend.recipes import ExpertShape, Recipe, Site, TokenGate
+from loraweave.extend.routing import Step, block_of
+
+mixtral = get("losses", "mixtral")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,9 @@
 """Spherical interpolation between two updates."""
 
-from loraweave.common.options import Share
-from loraweave.composer.merge.method_call import Experts, Weights, terms
-from loraweave.composer.merge.methods._span import combination, gram, interpolation, pair_shares
-from loraweave.registry import traits
-from loraweave.types import Factors
+from loraweave import Factors
+from loraweave.extend import Share, traits
+from loraweave.extend.merging import Experts, Weights, combination, gram, terms
+from loraweave.extensions.methods.methods.nuslerp import interpolation, pair_shares
 
 
 @traits("pairs", "shares")
