@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import random
-import re
 import socket
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import shown
 
 # before anything imports huggingface_hub, which reads it once
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -158,23 +156,18 @@ def here(tmp_path, monkeypatch):
 def run_page(tmp_path, monkeypatch):
     """run_page("docs/routers.md"): the names after the page's blocks, run in order in a folder where only the examples are.
 
-    Python and the shell both, as they stand; README's first two shell blocks set up an environment and are left out.
+    Fails where the page shows other outputs than its blocks have; `python scripts/shown.py PAGE` writes these. Prints them.
     """
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-
-    environment = {**os.environ, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
+    monkeypatch.setenv("COLUMNS", str(shown.WIDTH))
 
     def run(page):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        blocks = re.findall(r"^```(python|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        assert blocks
         names = {}
-        for language, code in blocks:
-            if language == "python":
-                exec(compile(code, page, "exec"), names)
-            elif "pip install" not in code:
-                subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True, env=environment)
+        blocks = [(block[3] or "", text) for block, text in shown.run(ROOT / page, names)]
+        assert blocks
+        print(*(text for _, text in blocks), sep="")
+        assert [(written, text) for written, text in blocks if written and not shown.is_current(written, text)] == []
         return names
 
     return run

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import shown
 import torch
 from installed import needs_entry
 
@@ -137,10 +138,8 @@ def test_the_page_on_merging(run_page, tmp_path):
 
 def test_the_page_on_formulas(run_page):
     names = run_page("docs/formulas.md")
-    assert names["both"].canonical == "0.7*negation + 0.7*passive"
     assert names["voted"].rank == 8
     assert names["router"].members.names == ("antonym", "negation", "passive")
-    assert str(names["twice"]) == "1.4*negation + 1.4*passive - antonym"
     assert names["name"] == names["both"].identity(names["hub"])
 
 
@@ -201,13 +200,29 @@ def test_the_python_of_the_readme(run_page):
     read = lw.Composition.from_pretrained("composed", names["model"], names["tokenizer"])
     assert (read.mean_weights, read.by_layer) == (names["composition"].mean_weights, names["composition"].by_layer)
     assert set(names["composition"].mean_weights) <= {"passive", "negation", "antonym"}
-    assert list(names["at_once"].steps) == ["passive", "negation"]
-    assert names["at_once"].predict(["The king helped the farmers."]) == ["The farmers were not helped by the king."]
-    readme, printed = (ROOT / "README.md").read_text(encoding="utf-8"), "\n".join(names["answers"])
-    assert f"```\n{printed}\n```" in readme
-    assert f"# {names['composition'].predict(['The senator helped the doctor.'])}\n" in readme
-    assert names["merged"].rank == 8
-    assert lw.Adapter.from_pretrained("plain").hash == names["weighed"].adapter.hash
+    assert lw.Adapter.from_pretrained("for-vllm").rank == 8
+
+
+def test_the_python_of_the_readme_is_short_and_has_its_answers():
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```\n\n```output\n", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    lines = [line for line in block.splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 22
+
+
+@pytest.mark.parametrize(
+    ("written", "text", "current"),
+    [
+        ("loss 0.51, 3 s", "loss 0.52, 8 s", True),
+        ("loss 0.51", "loss 0.71", False),
+        ("an answer", "another answer", False),
+        ("12 hits", "13 hits", False),
+        ("┏━━┳━━━━━━━━━┓\n┃  ┃ seconds ┃\n│ a│     0.1 │", "┏━━━┳━━━━━━━━━┓\n┃   ┃ seconds ┃\n│ a │    17.4 │", True),
+    ],
+)
+def test_an_output_is_compared_by_its_words_and_roughly_by_its_figures(written, text, current):
+    assert shown.is_current(written, text) is current
 
 
 @pytest.mark.slow
@@ -231,8 +246,7 @@ def test_the_page_on_ensembles_whose_two_ways_agree(run_page):
 def test_the_page_on_generation_whose_three_ways_give_one_answer(run_page, capsys):
     names = run_page("docs/generation.md")
     answers = names["answers"]
-    assert answers[0] == " The doctor was thanked by the judge."
-    pieces = [eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    pieces = [eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("['")]
     assert ["".join(parts) for parts in zip(*pieces, strict=True)] == answers
     start = names["batch"]["input_ids"].shape[1]
     assert names["tokenizer"].batch_decode(names["ids"][:, start:], skip_special_tokens=True) == answers

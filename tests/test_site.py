@@ -79,6 +79,7 @@ def test_a_notebook_is_kept_without_outputs(path):
     assert [cell["source"] for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
 
 
+@pytest.mark.slow
 def test_how_to_merge(run_page, tmp_path):
     names = run_page("docs/howto/merge.md")
     assert lw.Adapter.from_pretrained("merged").hash == names["small"].hash
@@ -104,8 +105,6 @@ def test_how_to_compose_for_an_unseen_task(run_page):
     assert names["again"].mean_weights == names["composition"].mean_weights
     assert list(names["composition"].steps) == ["passive", "negation"]
     assert (names["score"]["value"], names["score"]["count"]) == (1.0, 6)
-    page = (ROOT / "docs" / "howto" / "unseen_task.md").read_text(encoding="utf-8")
-    assert f"\n{names['answers'][:2]}\n1.000 ({names['score']['low']:.3f} to 1.000)\n" in page
 
 
 @pytest.mark.slow
