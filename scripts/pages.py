@@ -16,6 +16,7 @@ import posixpath
 import re
 from importlib.resources import files as resources
 from pathlib import Path
+from typing import Any
 
 import tables
 import typer.main
@@ -165,10 +166,24 @@ def commands() -> str:
 
 
 def tutorial(notebook: Path) -> str:
-    """A notebook as a page: its texts, and its code in blocks."""
+    """A notebook as a page: its texts, its code in blocks, and below each block what it shows."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    texts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
     name = notebook.relative_to(ROOT).as_posix()
     start = f"This page is the notebook `{name}`."
-    body = [f"```python\n{text}\n```" if code else text for text, code in texts]
+    body = []
+    for cell in cells:
+        text = "".join(cell["source"])
+        body.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+        body.extend(map(output, cell.get("outputs", ())))
     return "\n\n".join([body[0], start, *body[1:]])
+
+
+def output(made: dict[str, Any]) -> str:
+    """What a cell of a notebook shows, as a part of a page: a picture, a table, or a block of text."""
+    data = made.get("data", {})
+    if "image/png" in data:
+        return f"![What the cell draws](data:image/png;base64,{''.join(data['image/png']).strip()})"
+    if "text/html" in data:
+        return "".join(data["text/html"])
+    text = "".join(made.get("text", data.get("text/plain", "")))
+    return f"```output\n{text.rstrip()}\n```"

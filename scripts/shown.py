@@ -36,9 +36,9 @@ def run(page: Path, names: dict[str, Any]) -> Iterator[tuple[re.Match[str], str]
         language, code = block[1], block[2]
         if "pip install" not in code:
             text = shown_by_python(code, str(page), names) if language == "python" else shown_by_shell(code)
-            lines = [
-                part for line in text.strip("\n").splitlines() for part in folded(line.replace(f"{Path.cwd()}{os.sep}", ""))
-            ]
+            # without the log of a server, which names a port
+            told = [line.replace(f"{Path.cwd()}{os.sep}", "") for line in text.splitlines() if not line.startswith("INFO: ")]
+            lines = [part for line in "\n".join(told).strip("\n").splitlines() for part in folded(line)]
             yield block, "".join(f"{line}\n" for line in lines)
 
 
