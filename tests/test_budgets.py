@@ -23,17 +23,17 @@ import loraweave as lw
 from loraweave import errors, extend, registry
 
 LIMITS = {
-    "files of the core": 244,
+    "files of the core": 240,
     "lines of the core": 45_901,
     "lines of the product": 83_469,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,
     "names of loraweave.extend itself": 60,
-    "names of the largest kit": 58,
-    "names for those who extend": 477,
+    "names of the largest kit": 56,
+    "names for those who extend": 468,
     "imports below loraweave. in the pages": 0,
-    "values named found, own, each, given or asked": 10,
+    "values named found, own, each, given or asked": 8,
     "docstrings that are no order": 0,
 }
 # a limit that stays: an extension is small enough to be read
