@@ -11,7 +11,6 @@ request whose composition is loaded waits for none of them. Requests for one com
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import re
@@ -19,12 +18,12 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from starlette.applications import Starlette
@@ -38,7 +37,8 @@ from loraweave.common.chat import Prompt
 from loraweave.common.process import give_back_freed_memory
 from loraweave.composer.model.scoring import answer_in
 from loraweave.hub.hub import Hub
-from loraweave.serving.batch import Piece, Row, Sampling
+from loraweave.serving.batch import Sampling
+from loraweave.serving.exchange import Exchange
 from loraweave.serving.http import (
     Bodies,
     EventStream,
@@ -51,9 +51,10 @@ from loraweave.serving.http import (
     unless_gone,
 )
 from loraweave.serving.keys import KeyHolder, Keys, read_keys
-from loraweave.serving.limits import Limits, Refusal, Turns, refusal_of
+from loraweave.serving.limits import Limits, Refusal, Turns
 from loraweave.serving.names import Names, Served, Wanted
-from loraweave.serving.requests import Answer, Asked, ChatRequest, CompletionRequest, Given, Prompts
+from loraweave.serving.prompts import Given, Prompts
+from loraweave.serving.requests import Answer, Asked, ChatRequest, CompletionRequest
 from loraweave.serving.scheduler import Metrics, Scheduler, too_busy
 
 logger = logging.getLogger(__name__)
@@ -148,86 +149,6 @@ def make_server(
     app = make_app(hub, model, tokenizer, limits=limits, api_key=api_key, key_file=key_file)
     answering = loopback_only(app) if is_open else app
     return Server(Settings(answering, limits or Limits(), host=host, port=port, log_level=log_level), app.state.face)
-
-
-class Exchange:
-    """The rows of one request, and a queue of their pieces, which the scheduler's thread fills.
-
-    The exchange is in the set `is_open` until `close`, called at the end of the `with` block or of the response's stream,
-    tells the scheduler to end unfinished rows.
-    """
-
-    def __init__(self, scheduler: Scheduler, is_open: set[Exchange], holder: KeyHolder) -> None:
-        self.rows: list[Row] = []
-        self.holder = holder
-        self.client = holder.name
-        self._scheduler = scheduler
-        self._loop = asyncio.get_running_loop()
-        self._heard: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
-        self._is_open = is_open
-        is_open.add(self)
-
-    def add(self, prompts: Sequence[Sequence[int]], served: Served, sampling: Sampling, deadline: float) -> None:
-        """Add a row for these prompts, whose pieces any thread may put into this exchange's queue."""
-        index = len(self.rows)
-
-        def tell(event: Piece | BaseException) -> None:
-            # a loop that is closed has no client left
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._heard.put_nowait, (index, event))
-
-        self.rows.append(Row(prompts, served, sampling, tell, deadline=deadline))
-        self.holder.num_rows += 1
-
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Yield (index of the row, piece) until all rows have ended. Raises the error that ended a row."""
-        left = len(self.rows)
-        while left:
-            index, event = await self._heard.get()
-            if isinstance(event, BaseException):
-                raise event
-            left -= event.finish is not None
-            yield index, event
-
-    async def events(
-        self, answer: Answer, first: tuple[int, Piece], rest: AsyncIterator[tuple[int, Piece]]
-    ) -> AsyncIterator[str]:
-        """Yield the JSON text of each server-sent event, or of an error, then [DONE]."""
-        for body in answer.beginnings():
-            yield json.dumps(body)
-        try:
-            yield json.dumps(answer.piece(*first))
-            async for index, piece in rest:
-                if piece.text or piece.chosen or piece.finish:
-                    yield json.dumps(answer.piece(index, piece))
-        except Exception as error:
-            yield json.dumps(refusal_of(error).body)
-            yield "[DONE]"
-            return
-        for body in answer.ending():
-            yield json.dumps(body)
-        yield "[DONE]"
-
-    def stop(self) -> None:
-        """End the answers that are not complete by the refusal of a server that stops."""
-        self._heard.put_nowait((0, Stopping()))
-
-    def close(self) -> None:
-        """Tell the scheduler to end the unfinished rows; a second call does nothing."""
-        if self in self._is_open:
-            self._is_open.remove(self)
-            self.holder.num_rows -= len(self.rows)
-            for row in self.rows:
-                row.gone = not row.over
-            # rows tell this exchange, so that the two would wait for the garbage collector, with all adapters
-            self.rows = []
-            self._scheduler.wake()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from server_clients import until
 
 from loraweave.serving.limits import Turns
-from loraweave.serving.requests import Prompts
+from loraweave.serving.prompts import Prompts
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -37,7 +37,7 @@ def test_long_prompts_are_refused_unread(serve, monkeypatch):
         chat = {"model": "a", "messages": [{"role": "user", "content": "a" * 1001}]}
         asked = [client.complete(prompt=prompt) for prompt in ("a" * 1001, ["b", "a" * 1001], [5] * 1001)]
         for status, _, body in [*asked, client.send("POST", "/v1/chat/completions", chat)]:
-            assert (status, body["error"]["code"]) == (413, "context_length_exceeded")
+            assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
             assert "has 1001 characters, and at most 1000 are read" in body["error"]["message"]
 
 
@@ -66,7 +66,7 @@ def test_a_short_prompt_waits_for_no_long_one_which_are_read_one_at_a_time(serve
         assert client.complete(max_tokens=2)[0] == 200
         assert len(begun) == 1
         free.set()
-        assert {each.result()[0] for each in waiting} == {413}
+        assert {each.result()[0] for each in waiting} == {400}
 
 
 def test_turns_are_shared_by_cost_among_clients_and_left_by_those_who_go():
