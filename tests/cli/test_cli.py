@@ -78,7 +78,9 @@ main()
 
 
 @pytest.mark.parametrize("value", ["-v", "-q", "--debug"])
-def test_a_value_that_looks_like_a_flag_is_the_value(here, value):
+def test_a_value_that_looks_like_a_flag_is_the_value(here, caplog, value):
+    # -q changes the level of the log for the whole process; caplog restores it
+    caplog.set_level("WARNING", "loraweave")
     adapter("one").save_pretrained("one")
     assert call("hub", "add", "one", "--description", value, "-q").exit_code == 0
     assert json.loads(call("hub", "show", "one", "--json", "--debug").stdout)["description"] == value
