@@ -166,7 +166,7 @@ def run_page(tmp_path, monkeypatch):
         names = {}
         blocks = [(block[3] or "", text) for block, text in shown.run(ROOT / page, names)]
         assert blocks
-        print(*(text for _, text in blocks), sep="")
+        print(*(text for _, text in blocks), sep="", end="")
         assert [(written, text) for written, text in blocks if written and not shown.is_current(written, text)] == []
         return names
 
