@@ -49,6 +49,7 @@ ENVIRONMENTS = {
         )
     ),
     "mlx": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
+    "ray": Environment(("ray==2.55.1",)),
     # whose exporter imports datasets where there is one, and has an older huggingface_hub than the tests' goes with
     "openvino": Environment(("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "datasets==3.6.0")),
     # with what formulas need beside it

@@ -24,14 +24,14 @@ from loraweave import errors, extend, registry
 
 LIMITS = {
     "files of the core": 242,
-    "lines of the core": 45_929,
+    "lines of the core": 45_930,
     "lines of the product": 83_497,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
     "public names but errors": 31,
     "names of loraweave.extend itself": 60,
     "names of the largest kit": 56,
-    "names for those who extend": 468,
+    "names for those who extend": 469,
     "imports below loraweave. in the pages": 0,
     "values named found, own, each, given or asked": 8,
     "docstrings that are no order": 0,

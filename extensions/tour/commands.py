@@ -20,7 +20,6 @@ app = typer.Typer()
 # what each extra is for; engines, docs, test and dev are for those who change this package
 EXTRAS = {
     "dask": "work spread over a Dask cluster (joblib.parallel_config)",
-    "flower": "federate() with backend='flower'",
     "gguf": "the embedded base model, and exports for llama.cpp",
     "harness": "loraweave eval --harness (lm_eval)",
     "images": "pipelines of images (diffusers)",

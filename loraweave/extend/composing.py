@@ -5,6 +5,7 @@ from loraweave.registry import face
 _MODULES = {
     "composer.compose.candidates": "experts_of in_context_adapter",
     "composer.compose.compose": "ComposeCall",
+    "composer.compose.program": "Program",
     "composer.ensembles.ensemble": (
         "EnsemblePrediction align_right answers by_rows known_members last_positions member_passes rows_of rows_that_fit "
         "without_cache"

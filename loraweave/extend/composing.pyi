@@ -1,6 +1,7 @@
 from loraweave.composer.compose.candidates import experts_of as experts_of
 from loraweave.composer.compose.candidates import in_context_adapter as in_context_adapter
 from loraweave.composer.compose.compose import ComposeCall as ComposeCall
+from loraweave.composer.compose.program import Program as Program
 from loraweave.composer.ensembles.ensemble import EnsemblePrediction as EnsemblePrediction
 from loraweave.composer.ensembles.ensemble import align_right as align_right
 from loraweave.composer.ensembles.ensemble import answers as answers

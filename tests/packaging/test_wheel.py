@@ -121,6 +121,7 @@ def test_a_copy_of_the_tests_passes_with_the_wheel_outside_the_checkout(unpacked
     for name in chosen:
         (copied / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "tests" / name, copied / name)
+    shutil.copy(ROOT / "scripts" / "shown.py", copied)
     (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = tests\nmarkers =\n    slow: real model\n    gpu: CUDA\n")
     code = "import pytest\nsys.exit(pytest.main(['--import-mode=importlib', '-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
     run = run_with(unpacked, code, tmp_path, copied)

@@ -97,7 +97,7 @@ def test_a_cluster_is_empty_from_the_first_look_that_finds_no_worker(monkeypatch
 @pytest.mark.slow
 def test_a_ray_worker_that_dies_costs_its_piece_and_ray_is_not_started_unasked(tmp_path):
     script = ROOT / "tests" / "engine_scripts" / "ray_pieces.py"
-    said = engines.run("flower", script, {"root": str(ROOT), "folder": str(tmp_path)}, timeout=500, **engines.RAY)
+    said = engines.run("ray", script, {"root": str(ROOT), "folder": str(tmp_path)}, timeout=500, **engines.RAY)
     assert said["refused"] == 'Ray is not connected: call ray.init(address="...") first, or set RAY_ADDRESS'
     assert said["failed"] == {"raises": "ValueError: its disk is full"}
     assert said["elsewhere"] == ["a", "b", "c", "dies"]
