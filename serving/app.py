@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import time
 import uuid
@@ -36,7 +35,9 @@ import loraweave.registry as registry
 from loraweave.common.chat import Prompt
 from loraweave.common.process import give_back_freed_memory
 from loraweave.composer.model.scoring import answer_in
+from loraweave.errors import HubError
 from loraweave.hub.hub import Hub
+from loraweave.hub.stores.open_stores import hub_exists
 from loraweave.serving.batch import Sampling
 from loraweave.serving.exchange import Exchange
 from loraweave.serving.http import (
@@ -236,7 +237,8 @@ class Face:
 
     def _look_at_hub(self) -> int:
         # an open database answers without its folder, too
-        os.stat(self._hub.path)
+        if not hub_exists(self._hub._address[0]):
+            raise HubError(f"there is no hub in {self._hub.path} any more")
         return self._hub.generation
 
     @property
@@ -272,9 +274,9 @@ class Face:
         self._prompts.require_short(body)
         deadline = time.monotonic() + self._limits.seconds
         exchange = Exchange(self.scheduler, self._open, request.state.holder)
-        exchange.client = f"{request.state.holder.name} {request.client.host if request.client else ''}"
+        client = f"{exchange.holder.name} {request.client.host if request.client else ''}"
         try:
-            answer = await unless_gone(request.receive, self._begin(exchange, body, deadline))
+            answer = await unless_gone(request.receive, self._begin(exchange, client, body, deadline))
             headers = _headers(answer.served.canonical, answer.served.identity)
             pieces = exchange.pieces()
             if body.stream:
@@ -288,14 +290,14 @@ class Face:
         exchange.close()
         return JSONResponse(answer.body(), headers=headers)
 
-    async def _begin(self, exchange: Exchange, asked: Asked, deadline: float) -> Answer:
+    async def _begin(self, exchange: Exchange, client: str, asked: Asked, deadline: float) -> Answer:
         """Read the prompts, load the composition, and submit the rows; return the answer, which has no text yet."""
         holder = exchange.holder
         if (num_characters := sum(asked.characters)) <= SHORT:
             inputs = await self._in(self._readers, deadline, self._prompts.read, asked)
         else:
             # only one at a time is in the queue of the thread, and of any client that which costs least so far
-            async with self._turns.turn(exchange.client, num_characters):
+            async with self._turns.turn(client, num_characters):
                 inputs = await self._in(self._long_reader, deadline, self._long_prompts.read, asked)
         if (count := len(inputs.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")

@@ -27,7 +27,6 @@ class Exchange:
     def __init__(self, scheduler: Scheduler, is_open: set[Exchange], holder: KeyHolder) -> None:
         self.rows: list[Row] = []
         self.holder = holder
-        self.client = holder.name
         self._scheduler = scheduler
         self._loop = asyncio.get_running_loop()
         self._heard: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()

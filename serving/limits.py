@@ -38,12 +38,9 @@ STATUSES: tuple[tuple[tuple[type[LoraweaveError], ...], int], ...] = (
 # the hub's path in an error's text, which clients must not see
 PLACE = re.compile(r" in the hub .*?(?=[;:] |\n|$)")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-MAY_BE_ZERO = (
-    *("merges", "batch_invariant", "prefix_bytes", "token_seconds", "memory_bytes", "prompt_characters", "grace"),
-    *("head_seconds", "body_seconds"),
-)
+# the limits that may be 0
+MAY_BE_ZERO = {"merges", "batch_invariant", "prefix_bytes", "token_seconds", "memory_bytes", "prompt_characters", "grace"}
+MAY_BE_ZERO |= {"head_seconds", "body_seconds"}
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ class Experts:
     def take(self, served: Served) -> None:
         """Reserve the adapters or the router of a composition until `release`, loading them if necessary.
 
-        From then on `hold` knows the composition. Raises what `load` raises; nothing is reserved then.
+        Afterwards `hold` finds the composition. Raises the errors of `load`, and reserves nothing then.
         """
         self.pin(served)
         if not self.has(served):

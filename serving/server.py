@@ -18,7 +18,7 @@ LAST_SECONDS = 2
 
 
 class Settings(uvicorn.Config):
-    """uvicorn's settings with our limits, and the connections whose next request has not begun, the oldest first."""
+    """The settings of uvicorn with a server's limits, and the connections that wait for a request, the oldest first."""
 
     def __init__(self, app: ASGIApp, limits: Limits, **settings: Any) -> None:
         # httptools has no limit for a request's head

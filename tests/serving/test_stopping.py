@@ -19,6 +19,10 @@ def test_a_server_is_ready_while_its_hub_answers_and_healthy_without(serve, monk
         shutil.move(client.hub.path, away)
         assert client.send("GET", "/ready")[::2] == (503, {"status": "the hub does not answer"})
         assert client.send("GET", "/health")[0] == 200
+        with monkeypatch.context() as on_a_server:
+            # whose folder on this machine is made when a blob is fetched
+            on_a_server.setattr(client.hub, "_address", ("postgresql://host/hub", None))
+            assert client.send("GET", "/ready")[0] == 200
         shutil.move(away, client.hub.path)
         assert client.send("GET", "/ready")[0] == 200
 
