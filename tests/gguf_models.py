@@ -76,7 +76,8 @@ def write_model(path: Path, model: Any, arch: str, texts: Sequence[str] = (), qu
     writer.add_token_list(tokens)
     shown = len(texts) or len(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * shown + [gguf.TokenType.CONTROL] * (len(tokens) - shown))
-    writer.add_token_merges(["1 2"])
+    # old releases of transformers read a list of one merge as the characters of that merge
+    writer.add_token_merges(["1 2", "1 3"])
     writer.add_eos_token_id(config.eos_token_id)
     writer.add_bos_token_id(config.bos_token_id)
     for name, tensor in model.state_dict().items():

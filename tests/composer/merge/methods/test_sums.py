@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from rounding import assert_near
 from tiny_models import Make, dense
 from tiny_models import random_factors as factors
@@ -106,9 +108,12 @@ def test_svd_sums_gains_and_biases_exactly() -> None:
 
 @pytest.mark.parametrize(("method", "peft_type"), [(linear, "cat"), (task_arithmetic, "cat"), (svd, "svd")])
 def test_it_gives_the_same_delta_as_peft(method, peft_type: str, in_peft: Make) -> None:
-    model, experts = in_peft([1.0, 2.5, 0.5], [2, 3, 1])
-    weights = [0.7, 0.4, 1.3]
-    model.add_weighted_adapter(["0", "1", "2"], weights, "merged", combination_type=peft_type)
+    scalings, weights = [1.0, 2.5, 0.5], [0.7, 0.4, 1.3]
+    model, experts = in_peft(scalings, [2, 3, 1])
+    # peft before 0.21 multiplies by the scaling twice where it decomposes
+    twice = peft_type == "svd" and Version(peft.__version__) < Version("0.21")
+    weights_in_peft = [weight / scaling for weight, scaling in zip(weights, scalings, strict=True)] if twice else weights
+    model.add_weighted_adapter(["0", "1", "2"], weights_in_peft, "merged", combination_type=peft_type)
     expected_OI = model.base_model.model.layer.get_delta_weight("merged").detach().double()
     # a decomposition is off by its size times the rounding of at most one term for each entry
     assert_near(dense(whole(method(experts, weights))), expected_OI, terms=expected_OI.numel(), dtype=torch.float32)
