@@ -7,6 +7,7 @@ but this server.
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -44,6 +45,7 @@ from loraweave.extensions.ui.catalogue import Alike, Catalogue, Listed, Named, P
 from loraweave.extensions.ui.overview import Overview
 from loraweave.extensions.ui.workbench import (
     Answered,
+    Copied,
     Exported,
     Found,
     Mixed,
@@ -84,23 +86,40 @@ def make_ui_server(
     host: str = "127.0.0.1",
     port: int = 8001,
     log_level: str = "info",
+    base: str | None = None,
+    ready: Callable[[str], None] = lambda address: None,
 ) -> uvicorn.Server:
     """Make a server of the page over a hub; its `run()` answers until an interruption, or until `should_exit` is set.
 
-    `load` gives (model, tokenizer) when something is first tried on the base model. Raises CompositionError for an address
-    that other machines reach: the page has no key, and saves into the hub.
+    `load` gives (model, tokenizer) when something is first tried on the base model; `base` is that model's name in the texts
+    that the page offers to copy, None for the default. `ready` is called with the address once the server answers. Raises
+    CompositionError for an address that other machines reach: the page has no key, and saves into the hub.
     """
     require_loopback(
         host, f"the page has no key: keep 127.0.0.1, and come from another machine through ssh -L {port}:127.0.0.1:{port}"
     )
     settings: dict[str, Any] = {"log_level": log_level, "access_log": False, "ws": "none", "timeout_graceful_shutdown": 1}
-    return uvicorn.Server(uvicorn.Config(make_ui(hub, load), host=host, port=port, **settings))
+    return Announced(uvicorn.Config(make_ui(hub, load, base=base), host=host, port=port, **settings), ready)
 
 
-def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]]) -> Starlette:
+class Announced(uvicorn.Server):
+    """A server that calls `ready` with its address once it answers."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._ready(f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/")
+
+
+def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]], *, base: str | None = None) -> Starlette:
     """Make an ASGI application that serves the page and its JSON routes."""
     overview = Overview(hub)
-    catalogue, bench, threads = Catalogue(hub, overview), Workbench(hub, load), Threads()
+    catalogue, bench, threads = Catalogue(hub, overview), Workbench(hub, load, base), Threads()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -126,6 +145,7 @@ def make_ui(hub: Hub, load: Callable[[], tuple[Any, Any]]) -> Starlette:
         threads.question("choices", Query, lambda asked: bench.choices()),
         threads.question("picked", Picked, bench.picked, method="POST"),
         threads.question("mixed", Mixed, bench.mixed, method="POST"),
+        threads.question("copied", Copied, bench.copied, method="POST"),
         threads.act("answer", Answered, bench.answer),
         threads.act("find", Found, bench.find),
         threads.act("save", Saved, bench.save),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraweave import AdapterNotFound, Candidate, Hub, Record, Retriever
-from loraweave.extend import algebra
+from loraweave.extend import algebra, composing
 from loraweave.extend.formats import entry
 from loraweave.extend.hubs import Filters
 from loraweave.extend.merging import by_number
@@ -97,8 +97,7 @@ class Catalogue:
         bases = [{"name": first.base_model, "count": count} for first, count in self._hub.bases()]
         licenses = {} if snapshot is None else snapshot.licenses
         return {
-            # as repr(hub) shows it, without a password
-            "place": repr(self._hub)[len("Hub(") : -1].strip("'\""),
+            "place": place_of(self._hub),
             "count": len(self._hub),
             "quarantined": len(self._hub.records(quarantined=True)),
             "bases": bases,
@@ -174,6 +173,7 @@ class Catalogue:
         ]
         return {
             **row_of(record),
+            "formula": str(composing.Named(record.name)),
             "hash": record.hash,
             "base_revision": record.base_revision or "",
             "language": list(record.language),
@@ -240,6 +240,11 @@ class Catalogue:
         except AdapterNotFound:
             # an adapter removed in between has no row
             return None
+
+
+def place_of(hub: Hub) -> str:
+    """Return the folder or address of the hub as repr(hub) shows it, without a password."""
+    return repr(hub)[len("Hub(") : -1].strip("'\"")
 
 
 def row_of(record: Record) -> dict[str, Any]:

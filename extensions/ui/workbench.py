@@ -42,6 +42,7 @@ from loraweave.extend.composing import Named, Stored
 from loraweave.extend.merging import MergeReport, by_number, interference
 from loraweave.extend.routing import TokenRouter, router_class, router_names
 from loraweave.extensions.ui.catalogue import Name, Query, block_and_kind, grid
+from loraweave.extensions.ui.snippets import texts_of
 
 MAX_PICKED = 8
 # the name of the file and function by which an extension shows the weights of tokens
@@ -51,6 +52,8 @@ MAX_KEPT = 8
 Text = Annotated[str, Field(max_length=20_000)]
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-100, le=100)]
 Tell = Callable[[dict[str, Any]], None]
+# what a panel returns: HTML, {adapter: share}, the mean entropy, and (token, {adapter: share}) of the answer's tokens
+Shown = tuple[str, dict[str, float], float, list[tuple[str, dict[str, float]]]]
 
 
 class Part(Query):
@@ -87,7 +90,16 @@ class Mixed(Query):
     @property
     def formula(self) -> str:
         """The mixture as a formula; "" for weights by block, which no formula has."""
-        return "" if self.by_block else str(parse(" + ".join(f"{part.weight!r}*{Named(part.name)}" for part in self.parts)))
+        return self._formula(repr)
+
+    @property
+    def shown(self) -> str:
+        """The formula with weights of three digits, to be read; "" for weights by block."""
+        return self._formula("{:.3g}".format)
+
+    def _formula(self, written: Callable[[float], str]) -> str:
+        terms = (f"{written(part.weight)}*{Named(part.name)}" for part in self.parts)
+        return "" if self.by_block else str(parse(" + ".join(terms)))
 
     def require_some(self) -> None:
         """Raise WeightingError if all weights are zero."""
@@ -110,13 +122,21 @@ class Asked(Query):
         return str(Task([], instruction=self.instruction).prompt(self.text)) if self.instruction.strip() else self.text
 
 
-class Answered(Mixed, Asked):
+class Question(Asked):
     chat: bool = False
 
     @property
     def question(self) -> Prompt:
         """The prompt, or in chat mode the user's turn."""
         return Task([], instruction=self.instruction, chat=True).prompt(self.text) if self.chat else self.prompt
+
+
+class Answered(Mixed, Question):
+    """A question to the base and to a mixture."""
+
+
+class Copied(Question):
+    formula: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class Found(Picked):
@@ -151,12 +171,14 @@ class Routed(Asked):
 class Workbench:
     """The experiments on one hub and one base; `load` returns (model, tokenizer). Only some methods may run in any thread.
 
-    These are `picked`, `mixed` and `explanation`; all others need one thread.
+    These are `picked`, `mixed`, `copied` and `explanation`; all others need one thread. `base` is the base model's name in
+    texts to copy, None for the default.
     """
 
-    def __init__(self, hub: Hub, load: Callable[[], tuple[Any, Any]]) -> None:
+    def __init__(self, hub: Hub, load: Callable[[], tuple[Any, Any]], base: str | None = None) -> None:
         self._hub = hub
         self._load = load
+        self._base = base
         self._loaded: tuple[Any, Any] | None = None
         self._engine: Composer | None = None
         self._engine_of: tuple[tuple[str, str], ...] = ()
@@ -193,7 +215,12 @@ class Workbench:
             "agreement": grid({layer: fmean(row.cosines) for layer, row in report.items() if row.cosines}),
             "shares": [grid({layer: row.norms[at] for layer, row in report.items()}) for at in range(len(pool))],
             "formula": asked.formula,
+            "shown": asked.shown,
         }
+
+    def copied(self, asked: Copied) -> dict[str, str]:
+        """Return the formula as texts to copy, keyed by their kind."""
+        return texts_of(self._hub, self._base, asked.formula, asked.question, asked.max_new_tokens)
 
     def answer(self, asked: Answered, tell: Tell) -> None:
         """Stream two answers to one prompt, generated as one batch: the base's and the mixture's."""
@@ -262,13 +289,17 @@ class Workbench:
         engine = self._composer(names, tell)
         made = router(asked.router, engine.bound_pool)
         title = f"{asked.router} over {', '.join(names)}"
-        page, shares, entropy = _panel()(engine, asked.prompt, made, max_new_tokens=asked.max_new_tokens, title=title)
+        # the last token of an answer is never read, so that no router weighs it: one more shows all that were asked for
+        tokens = asked.max_new_tokens + 1 if asked.max_new_tokens else 0
+        page, shares, entropy, answer = _panel()(engine, asked.prompt, made, max_new_tokens=tokens, title=title)
         number = uuid4().hex
         self._pages[number] = page
         while len(self._pages) > MAX_KEPT:
             self._pages.popitem(last=False)
         told = [{"name": name, "share": share} for name, share in shares.items()]
-        tell({"page": number, "shares": told, "entropy": entropy})
+        formula = f"{asked.router}({', '.join(str(Named(name)) for name in names)})"
+        pieces = [{"token": token, "shares": of_token} for token, of_token in answer]
+        tell({"page": number, "shares": told, "entropy": entropy, "answer": pieces, "formula": str(parse(formula))})
 
     def explanation(self, number: str) -> str:
         """Return the page of that number. Raises AdapterNotFound for an unknown or dropped number."""
@@ -321,12 +352,12 @@ class ToldProgress(Progress):
         self._tell({"what": task.description, "done": task.completed, "total": task.total, "seconds_left": left})
 
 
-def _panel() -> Callable[..., tuple[str, dict[str, float], float]]:
+def _panel() -> Callable[..., Shown]:
     """Return the function `panel`, which shows weights by token, from an installed package with a file `panel`."""
     modules = brought(PANEL)
     if not modules:
         raise PackageMissing("no extension that is installed shows the weights of tokens; loraweave comes with one")
-    shows: Callable[..., tuple[str, dict[str, float], float]] = getattr(import_module(min(modules.values())), PANEL)
+    shows: Callable[..., Shown] = getattr(import_module(min(modules.values())), PANEL)
     return shows
 
 

@@ -1,6 +1,7 @@
 // One adapter: what its card says, its layers, what is odd, its versions, its parents, and who resembles it.
 
 import { adapterLink, ask, bytes, count, day, h, named, number, svg, within } from "/dom.js";
+import { formulaShown } from "/formula.js";
 import { blues, heat } from "/heat.js";
 import { MOST, pick, tray, watchPicks } from "/picks.js";
 
@@ -24,7 +25,7 @@ export async function adapterView(main, query, signal) {
     found.quarantined ? h("p", { class: "error" }, "In quarantine: nothing finds or reads it. In a shell, ", h("code", {}, "loraweave hub release"), " lets it out.") : "",
     tray(signal),
     h("div", { class: "cards" },
-      section("Card", facts(found)),
+      section("Card", facts(found), found.quarantined ? "" : formulaShown(found.formula, () => ({ instruction: found.description, text: found.examples[0]?.input ?? "" }), signal)),
       section("What looks odd", anomalies(found.anomalies)),
       layers,
       section("Versions", versions(found.versions)),

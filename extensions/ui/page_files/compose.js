@@ -1,6 +1,7 @@
 // A mixture by sliders: both answers side by side, how the updates agree, weights from examples, saving and exporting.
 
 import { adapterLink, ask, count, debounced, follow, h, labelled, named, number, say, send, within } from "/dom.js";
+import { formulaShown } from "/formula.js";
 import { blues, bothWays, heat, oranges } from "/heat.js";
 import { MOST, pick, picks } from "/picks.js";
 
@@ -16,9 +17,9 @@ export async function composeView(main, query, signal) {
   }
   const [about, choices] = await Promise.all([send("picked", { names }, signal), ask("choices", {}, signal)]);
   const mixture = new Mixture(names, about.blocks);
-  const parts = { mixture, about, choices, signal };
+  const parts = { mixture, about, choices, signal, formula: h("div", {}) };
   const answers = tryOut(parts);
-  const agreement = agree(parts);
+  const agreement = agree(parts, answers.task);
   main.append(h("div", { class: "bench" },
     h("div", {}, sliders(parts), search(parts, answers.task)),
     h("div", {}, answers.place, agreement, keep(parts, answers.task))));
@@ -57,6 +58,15 @@ class Mixture {
     this.watching.forEach((told) => told());
   }
 
+  // the formula as the name of a file
+  get title() {
+    const parts = [...this.parts].sort((one, other) => (one.name < other.name ? -1 : 1));
+    const differs = parts.some(({ blocks }) => Object.keys(blocks).length);
+    const terms = differs ? parts.map(({ name }) => name) : parts.filter(({ weight }) => weight).map(({ name, weight }) => `${number(weight)} ${name}`);
+    const text = `${terms.join(" + ").replaceAll("+ -", "- ")}${differs ? " by block" : ""}`;
+    return text.replace(/[^\p{L}\p{N} .+_-]/gu, "_").slice(0, 100).trim();
+  }
+
   get asked() {
     return this.parts.map(({ name, weight, blocks }) => ({ name, weight, blocks }));
   }
@@ -82,7 +92,7 @@ function adder(names, signal) {
   return h("form", { class: "adder", onsubmit: add }, labelled("Add an adapter", box), list, h("button", { disabled: names.length >= MOST }, "Add"), told);
 }
 
-function sliders({ mixture, about }) {
+function sliders({ mixture, about, formula }) {
   const rows = mixture.parts.map((part) => {
     const id = `weight-${mixture.parts.indexOf(part)}`;
     const slider = h("input", { type: "range", id, list: "ticks", min: LEAST, max: LARGEST, step: "0.01", "aria-label": `Weight of ${part.name}`, oninput: () => mixture.set(part, Number(slider.value)) });
@@ -95,12 +105,12 @@ function sliders({ mixture, about }) {
     const state = h("span", { class: "soft" });
     mixture.watching.push(() => {
       slider.value = part.weight;
-      if (document.activeElement !== exact) exact.value = number(part.weight, 4);
+      if (document.activeElement !== exact) exact.value = number(part.weight);
       ofBlocks.forEach(({ block, own, value }) => {
         const weight = part.blocks[block] ?? part.weight;
         own.value = weight;
         own.setAttribute("aria-valuetext", number(weight));
-        value.textContent = number(weight, 2);
+        value.textContent = number(weight);
       });
       state.textContent = Object.keys(part.blocks).length ? "differs by block" : "";
     });
@@ -115,6 +125,7 @@ function sliders({ mixture, about }) {
   return h("section", { class: "card first" }, h("h2", {}, "Weights"), h("datalist", { id: "ticks" }, ...[-1, 0, 1].map((value) => h("option", { value }))),
     h("ul", { class: "weights" }, ...rows),
     h("div", { class: "row" }, h("button", { type: "button", onclick: all(Number((1 / mixture.parts.length).toFixed(2))) }, "Equal shares"), h("button", { type: "button", onclick: all(0) }, "All zero"), h("button", { type: "button", onclick: all(1) }, "All one")),
+    formula,
     clash && h("p", { class: "soft" }, `Licenses: ${[...new Set(Object.values(about.licenses))].filter(Boolean).join(", ")}.`));
 }
 
@@ -125,6 +136,7 @@ function tryOut({ mixture, about, signal }) {
   const chat = h("input", { type: "checkbox" });
   const said = { base: h("p", { class: "answer" }), composition: h("p", { class: "answer" }) };
   const state = h("p", { class: "soft", role: "status" });
+  const task = () => ({ instruction: instruction.value, text: text.value, chat: chat.checked, max_new_tokens: Math.max(1, Math.min(512, Number(tokens.value) || 24)) });
   let asking = new AbortController();
   signal.addEventListener("abort", () => asking.abort());
   const ask_ = async () => {
@@ -145,8 +157,7 @@ function tryOut({ mixture, about, signal }) {
       state.replaceChildren("Answering …");
     };
     await within(state, async () => {
-      const body = { parts: mixture.asked, instruction: instruction.value, text: text.value, chat: chat.checked, max_new_tokens: Math.max(1, Math.min(512, Number(tokens.value) || 24)) };
-      await follow("answer", body, own, (event) => {
+      await follow("answer", { parts: mixture.asked, ...task() }, own, (event) => {
         if (event.what) state.replaceChildren(`${event.what} …`);
         if (event.base === undefined) return;
         begin();
@@ -170,10 +181,10 @@ function tryOut({ mixture, about, signal }) {
   const place = h("section", { class: "card second" }, h("h2", {}, "Both answers"),
     h("div", { class: "asked" }, labelled("Instruction (empty: the input is the whole prompt)", instruction), labelled("Input", text), h("div", { class: "row" }, labelled("Tokens at most", tokens, { class: "short" }), h("label", { class: "inline" }, chat, h("span", {}, "ask in the chat template")))),
     both, state);
-  return { place, task: { instruction, text, chat } };
+  return { place, task };
 }
 
-function agree({ mixture, signal }) {
+function agree({ mixture, signal, formula }, task) {
   const shown = h("select", {});
   const place = h("div", {}, h("p", { class: "soft" }, "Reading the factors …"));
   let asking = new AbortController();
@@ -201,8 +212,8 @@ function agree({ mixture, signal }) {
       shown.replaceChildren(...kinds.map(([title], at) => h("option", { value: String(at) }, title)));
       shown.value = kinds[Number(kept)] ? kept || "0" : "0";
       shown.onchange = draw;
+      formula.replaceChildren(found.formula ? formulaShown(found.formula, task, signal, found.shown) : h("p", { class: "soft" }, "Weights differ by block, so that no formula has them: save the mixture, whose formula is its name."));
       place.replaceChildren(
-        found.formula ? h("p", {}, h("code", { class: "formula" }, found.formula)) : h("p", { class: "soft" }, "Weights differ by block, so that no formula has them."),
         h("h3", {}, "Cosines of the weighted updates"),
         h("div", { class: "sideways", tabindex: "0", role: "region", "aria-label": "Cosines" }, h("table", { class: "cosines" },
           h("thead", {}, h("tr", {}, h("td", {}), ...found.names.map((_, at) => h("th", { scope: "col" }, String(at + 1))), h("th", { scope: "col" }, "norm"))),
@@ -257,7 +268,8 @@ function search({ mixture, signal }, task) {
     await within(told, async () => {
       const examples = [...rows.children].map((row) => [...row.querySelectorAll("input")].map((box) => box.value)).filter(([input, output]) => input || output);
       if (!examples.length) throw new Error("There is no example yet: write an input and the output that you want for it, better three or more.");
-      const body = { names: mixture.parts.map(({ name }) => name), instruction: task.instruction.value, examples, chat: task.chat.checked, per: per.value, held_out: heldOut.checked };
+      const { instruction, chat } = task();
+      const body = { names: mixture.parts.map(({ name }) => name), instruction, examples, chat, per: per.value, held_out: heldOut.checked };
       await follow("find", body, searching.signal, (found) => {
         if (found.total) bar.value = found.done / found.total;
         if (found.what) line.textContent = `${found.what} …${found.seconds_left ? ` about ${count(Math.ceil(found.seconds_left), "second")} left` : ""}`;
@@ -292,23 +304,24 @@ function keep({ mixture, choices, signal }, task) {
   const target = h("select", {}, ...choices.targets.map((each) => h("option", { value: each, selected: each === "peft" }, each)));
   const licenses = h("input", { type: "checkbox" });
   const told = h("div", { "aria-live": "polite" });
-  const body = () => ({ parts: mixture.asked, instruction: task.instruction.value, allow_licenses: licenses.checked });
+  const body = () => ({ parts: mixture.asked, instruction: task().instruction, allow_licenses: licenses.checked });
   const waiting = () => told.replaceChildren(h("p", { class: "soft" }, "Working …"));
   const save = (event) => {
     event.preventDefault();
     waiting();
     within(told, () => follow("save", { ...body(), name: name.value, replace: replace.checked }, signal, (found) => {
-      if (found.formula) told.replaceChildren(h("p", {}, "Saved. Formulas and servers know it as ", h("code", {}, found.formula), "."));
+      if (found.formula) told.replaceChildren(h("p", {}, "Saved. Formulas and servers know it by its name:"), formulaShown(found.formula, task, signal));
     }));
   };
   const download = () => {
     waiting();
     within(told, async () => {
       const response = await send("export", { ...body(), target: target.value }, signal);
-      const link = h("a", { href: URL.createObjectURL(await response.blob()), download: `${target.value}.zip` });
+      const file = `${mixture.title} (${target.value}).zip`;
+      const link = h("a", { href: URL.createObjectURL(await response.blob()), download: file });
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
-      told.replaceChildren(h("p", {}, `${target.value}.zip is in your downloads.`));
+      told.replaceChildren(h("p", {}, `“${file}” is in your downloads.`));
     });
   };
   return h("section", { class: "card" }, h("h2", {}, "Keep it"),

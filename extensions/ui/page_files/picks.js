@@ -45,7 +45,7 @@ export function tray(signal) {
   watchPicks((kept) => {
     place.hidden = !kept.length;
     const chips = kept.map((name) => h("button", { type: "button", class: "chip", onclick: () => pick(name, false), "aria-label": `Put ${name} back` }, named(name), h("span", { "aria-hidden": "true" }, "×")));
-    place.replaceChildren(h("span", { class: "soft" }, `${kept.length} picked`), ...chips, h("a", { class: "button primary", href: "#/compose" }, "Compose"));
+    place.replaceChildren(h("span", { class: "soft" }, `${kept.length} picked`), h("div", { class: "chips" }, ...chips), h("a", { class: "button primary", href: "#/compose" }, "Compose"));
   }, signal);
   return place;
 }

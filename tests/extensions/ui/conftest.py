@@ -46,8 +46,9 @@ def look(browser):
     """look(address, width=..., scheme=...): the page in a tab. Its errors, and questions to others, fail the test."""
     contexts, wrong = [], []
 
-    def open_page(address, *, width=1280, height=900, scheme="light"):
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    def open_page(address, *, width=1280, height=900, scheme="light", permissions=()):
+        viewport = {"width": width, "height": height}
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, permissions=list(permissions))
         contexts.append(context)
         context.set_default_timeout(120_000)
         page = context.new_page()

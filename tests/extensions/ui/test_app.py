@@ -75,6 +75,14 @@ def test_only_loopback_is_an_address_for_it(hub):
         make_ui_server(hub, lw.load_base, host="0.0.0.0")
 
 
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_the_address_is_told_once_the_server_answers_there(hub, host, shown):
+    told = []
+    with answering(make_ui_server(hub, pytest.fail, host=host, port=0, log_level="critical", ready=told.append)) as port:
+        until(lambda: told)
+    assert told == [f"http://{shown}:{port}/"]
+
+
 @pytest.mark.parametrize("path", ["/../app.py", "/%2e%2e/app.py", "/..%2fapp.py", "/page_files"])
 def test_nothing_beside_the_pages_files_is_given_out(ask, path):
     assert ask(path)[0] in (400, 404)
@@ -462,6 +470,21 @@ def test_an_export_is_a_zip_of_what_the_library_writes(address, hub, tmp_path):
     read = lw.Adapter.from_pretrained(tmp_path / "export")
     for layer, factors in hub["past"].layers.items():
         torch.testing.assert_close(read.delta(layer), factors.b_OR @ factors.a_RI)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 4])
+def test_a_routed_answer_has_the_shares_with_which_each_of_its_tokens_was_read(send, hub, tiny, tokenizer, num_tokens):
+    pytest.importorskip("loraweave.extensions.explain")
+    names = ["plural", "past"]
+    _, events = send("/api/route", names=names, router="arrow", text="abc", max_new_tokens=num_tokens)
+    answer = events[-1]["answer"]
+    engine = lw.Composer(tiny, hub.pool(names), tokenizer=tokenizer)
+    options = {"mixture": lw.router("arrow", engine.bound_pool), "max_new_tokens": num_tokens, "do_sample": False}
+    assert "".join(piece["token"] for piece in answer) == (engine.generate(["abc"], **options)[0] if num_tokens else "")
+    for piece in answer:
+        assert set(piece["shares"]) == set(names)
+        assert sum(piece["shares"].values()) == pytest.approx(1)
+    assert events[-1]["formula"] == "arrow(past, plural)"
 
 
 def test_the_shares_of_a_router_are_those_of_explain(send, ask, hub, tiny, tokenizer):

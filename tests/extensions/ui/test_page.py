@@ -248,6 +248,9 @@ def test_a_slider_for_each_block(look_with, address):
     expected = (0.5 + 1.25 + 0.5) / 3 if page.get_by_label("Weight of plural in lm_head").count() else (0.5 + 1.25) / 2
     assert float(page.get_by_label("Exact weight of plural").input_value()) == pytest.approx(expected, abs=1e-3)
     page.get_by_text("no formula has them").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    assert download.value.suggested_filename == "past + plural by block (peft).zip"
     # it stays when the page is loaded again
     page.reload()
     page.get_by_text("differs by block").wait_for()
@@ -329,7 +332,8 @@ def test_a_mixture_is_saved_and_downloaded(look_with, address, hub):
     assert hub.composition("from the page").formula == "0.5*past + 0.5*plural"
     with page.expect_download() as download:
         page.get_by_role("button", name="Download").click()
-    assert download.value.suggested_filename == "peft.zip"
+    assert download.value.suggested_filename == "0.5 past + 0.5 plural (peft).zip"
+    page.get_by_text("“0.5 past + 0.5 plural (peft).zip” is in your downloads.").wait_for()
     with zipfile.ZipFile(io.BytesIO(download.value.path().read_bytes())) as archive:
         assert json.loads(archive.read("adapter_config.json"))["peft_type"] == "LORA"
     page.get_by_label("Weight of past", exact=True).fill("1")
@@ -356,17 +360,85 @@ def test_without_an_extension_that_shows_weights_the_view_says_so(look, address,
 @pytest.mark.parametrize("width", [1280, 360])
 def test_a_router_shows_which_adapter_counts_for_which_token(look_with, address, width):
     page = look_with(f"{address}/#/route", ["plural", "past", "capital"], width=width)
+    page.get_by_label("Instruction").fill("")
     page.get_by_label("Text").fill("abc abd")
     page.get_by_role("button", name="Show the weights").click()
     page.wait_for_selector(".shares li >> nth=2")
     frame = page.frame_locator("iframe")
     frame.locator(".token").first.wait_for()
-    assert frame.locator(".token bdi").all_text_contents()[-7:] == list("abc abd")
+    pieces = page.locator(".piece").all_text_contents()
+    assert frame.locator(".token bdi").all_text_contents()[-7 - len(pieces) :] == [*"abc abd", *pieces]
     frame.locator("#cells").focus()
     page.keyboard.press("ArrowRight")
     frame.get_by_text("Token 1").wait_for()
     page.wait_for_function(FRAME_FITS)
     assert no_sideways_scrolling(page)
+
+
+def test_the_tokens_of_a_routed_answer_have_the_colour_of_the_adapter_that_counts_most(
+    look_with, address, hub, tiny, tokenizer
+):
+    page = look_with(f"{address}/#/route", ["plural", "past"])
+    # the first picked adapter's text is there to be tried
+    assert page.get_by_label("Instruction").input_value() == "Write the plural of the noun."
+    assert page.get_by_label("Text").input_value() == "cat"
+    page.get_by_label("Instruction").fill("")
+    page.get_by_label("Text").fill("abc abd")
+    page.get_by_label("Tokens of its answer").fill("5")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".piece")
+    engine = lw.Composer(tiny, hub.pool(["plural", "past"]), tokenizer=tokenizer)
+    (said,) = engine.generate(["abc abd"], mixture=lw.router("arrow", engine.bound_pool), max_new_tokens=5, do_sample=False)
+    pieces = page.locator(".piece")
+    assert "".join(pieces.all_text_contents()) == said
+    page.get_by_role("group", name="The answer, token by token").focus()
+    swatches = {
+        row.locator("bdi").text_content(): row.locator(".swatch").evaluate("each => getComputedStyle(each).backgroundColor")
+        for row in page.locator(".shares li").all()
+    }
+    for number, piece in enumerate(pieces.all()):
+        page.keyboard.press("ArrowRight")
+        assert "here" in piece.get_attribute("class")
+        token, strongest = re.fullmatch(
+            r'(".*"): (\w+) \d+ %.*', page.locator(".card .told").text_content(), re.DOTALL
+        ).groups()
+        assert json.loads(token) == pieces.all_text_contents()[number]
+        assert piece.evaluate("each => getComputedStyle(each).borderBottomColor") == swatches[strongest]
+    page.keyboard.press("Escape")
+    assert page.locator(".piece.here").count() == 0
+
+
+def test_a_formula_is_copied_as_python_shell_and_curl(look_with, address, hub):
+    page = look_with(f"{address}/#/compose", ["plural", "past"], permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_label("Exact weight of past").fill("0.123456")
+    page.keyboard.press("Tab")
+    # three digits are shown, and all of them copied
+    page.get_by_text("0.123*past + 0.5*plural", exact=True).wait_for()
+    page.wait_for_function("document.querySelector('[aria-label=\"Exact weight of past\"]').value === '0.123'")
+    copied = {}
+    for kind in ("Python", "shell", "formula", "curl"):
+        page.get_by_role("button", name=f"Copy as {kind}").press("Enter")
+        page.get_by_text(f"Copied as {kind}.", exact=True).first.wait_for()
+        copied[kind] = page.evaluate("navigator.clipboard.readText()")
+        assert page.locator(f"pre[aria-label='As {kind}']").text_content() == copied[kind]
+    assert copied["formula"] == "0.123456*past + 0.5*plural"
+    assert all(copied["formula"] in text for text in copied.values())
+    for view, formula in (("adapter?name=past", "past"), ("route", "arrow(past, plural)")):
+        page.goto(f"{address}/#/{view}")
+        if view == "route":
+            page.get_by_role("button", name="Show the weights").click()
+        page.get_by_role("button", name="Copy as formula").click()
+        page.get_by_text("Copied as formula.", exact=True).first.wait_for()
+        assert page.evaluate("navigator.clipboard.readText()") == formula
+
+
+def test_without_a_clipboard_the_text_to_copy_is_selected(look, address):
+    page = look(f"{address}/#/adapter?name=past")
+    page.get_by_role("button", name="Copy as formula").wait_for()
+    page.evaluate("() => { navigator.clipboard.writeText = async () => { throw new Error(); }; }")
+    page.get_by_role("button", name="Copy as formula").click()
+    page.get_by_text("the text is selected").first.wait_for()
+    assert page.evaluate("String(getSelection())") == "past"
 
 
 # whether what has the focus is seen as a whole
@@ -396,8 +468,28 @@ def test_no_heading_covers_the_example_that_is_edited(look_with, address, width)
         assert page.evaluate(UNCOVERED)
 
 
-def test_no_heading_covers_what_the_keyboard_goes_to(look, address):
-    page = look(address, height=200)
+@pytest.mark.parametrize("width", [1280, 800, 390])
+def test_what_is_picked_is_seen_however_far_the_page_is_scrolled(look_with, long_words, width):
+    page = look_with(long_words, [WORD[:200], "y"], width=width, height=420)
+    page.wait_for_selector("table.list")
+    page.evaluate("scrollTo(0, 10_000)")
+    assert page.evaluate("scrollY") > 200
+    tray = page.get_by_role("complementary", name="Picked adapters")
+    box = tray.bounding_box()
+    assert (0 <= box["y"] < 5, box["height"] < 60, no_sideways_scrolling(page)) == (True, True, True)
+    # its end is there, however long the names are
+    link = tray.get_by_role("link", name="Compose").bounding_box()
+    assert box["x"] <= link["x"] < link["x"] + link["width"] <= box["x"] + box["width"]
+    chip = tray.get_by_role("button", name="Put y back")
+    chip.focus()
+    assert page.evaluate(UNCOVERED)
+    page.keyboard.press("Enter")
+    tray.get_by_text("1 picked").wait_for()
+
+
+@pytest.mark.parametrize("picked", [[], ["plural", "past"]])
+def test_no_heading_covers_what_the_keyboard_goes_to(look_with, address, picked):
+    page = look_with(address, picked, height=240)
     page.get_by_text("5 adapters.").wait_for()
     links = page.locator("table.list tbody :is(a, input)")
     links.last.focus()
