@@ -418,7 +418,7 @@ def test_a_formula_is_copied_as_python_shell_and_curl(look_with, address, hub):
     copied = {}
     for kind in ("Python", "shell", "formula", "curl"):
         page.get_by_role("button", name=f"Copy as {kind}").press("Enter")
-        page.get_by_text(f"Copied as {kind}.", exact=True).first.wait_for()
+        page.locator(".copies").get_by_text(f"Copied as {kind}.", exact=True).wait_for()
         copied[kind] = page.evaluate("navigator.clipboard.readText()")
         assert page.locator(f"pre[aria-label='As {kind}']").text_content() == copied[kind]
     assert copied["formula"] == "0.123456*past + 0.5*plural"
@@ -428,7 +428,7 @@ def test_a_formula_is_copied_as_python_shell_and_curl(look_with, address, hub):
         if view == "route":
             page.get_by_role("button", name="Show the weights").click()
         page.get_by_role("button", name="Copy as formula").click()
-        page.get_by_text("Copied as formula.", exact=True).first.wait_for()
+        page.locator(".copies").get_by_text("Copied as formula.", exact=True).wait_for()
         assert page.evaluate("navigator.clipboard.readText()") == formula
 
 
@@ -437,7 +437,7 @@ def test_without_a_clipboard_the_text_to_copy_is_selected(look, address):
     page.get_by_role("button", name="Copy as formula").wait_for()
     page.evaluate("() => { navigator.clipboard.writeText = async () => { throw new Error(); }; }")
     page.get_by_role("button", name="Copy as formula").click()
-    page.get_by_text("the text is selected").first.wait_for()
+    page.locator(".copies").get_by_text("the text is selected").wait_for()
     assert page.evaluate("String(getSelection())") == "past"
 
 
@@ -485,6 +485,16 @@ def test_what_is_picked_is_seen_however_far_the_page_is_scrolled(look_with, long
     assert page.evaluate(UNCOVERED)
     page.keyboard.press("Enter")
     tray.get_by_text("1 picked").wait_for()
+
+
+def test_a_row_of_a_grid_has_its_name_beside_it(look_with, address):
+    page = look_with(f"{address}/#/adapter?name=plural", ["plural", "past"])
+    page.wait_for_selector("table.heat")
+    rows = page.locator("table.heat tbody tr")
+    assert rows.count() > 1
+    for row in rows.all():
+        heading, line = row.locator("th").bounding_box(), row.bounding_box()
+        assert line["y"] - 1 <= heading["y"] < line["y"] + line["height"]
 
 
 @pytest.mark.parametrize("picked", [[], ["plural", "past"]])
