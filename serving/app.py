@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -276,6 +276,7 @@ class Face:
         exchange = Exchange(self.scheduler, self._open, request.state.holder)
         client = f"{exchange.holder.name} {request.client.host if request.client else ''}"
         try:
+            exchange.count(1)
             answer = await unless_gone(request.receive, self._begin(exchange, client, body, deadline))
             headers = _headers(answer.served.canonical, answer.served.identity)
             pieces = exchange.pieces()
@@ -301,14 +302,12 @@ class Face:
                 inputs = await self._in(self._long_reader, deadline, self._long_prompts.read, asked)
         if (count := len(inputs.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
-        holder.require_rows(count)
+        exchange.count(count)
         wanted = await self._wanted(asked.model, inputs.text, deadline)
         num_tokens = max(map(len, inputs.ids)) + min(asked.new_tokens or self._limits.new_tokens, self._limits.new_tokens)
         served = await self._served(wanted, num_tokens, deadline, holder)
         try:
             prompts = await self._asked(inputs, served, deadline, holder)
-            # others of the same key may have come meanwhile
-            holder.require_rows(count)
             num_new = self._prompts.num_new(prompts, asked.new_tokens, asked.usual_tokens, self._limits.new_tokens)
             for of_members in prompts:
                 for number in range(num_answers):
@@ -337,7 +336,7 @@ class Face:
         """Return the answers of `step`, a composition that runs before others, to each prompt: the next step's inputs."""
         prompts = await self._asked(given, step, deadline, holder)
         num_new = self._prompts.num_new(prompts, step.max_new_tokens, 0, self._limits.new_tokens)
-        with Exchange(self.scheduler, set(), holder) as exchange:
+        with closing(Exchange(self.scheduler, set(), holder)) as exchange:
             for of_members in prompts:
                 exchange.add(of_members, step, Sampling(num_new, temperature=0.0, stop=step.stops), deadline)
             self.scheduler.submit(exchange.rows)

@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from typing import Self
 
 from loraweave.serving.batch import Piece, Row, Sampling
 from loraweave.serving.http import Stopping
@@ -20,8 +19,8 @@ from loraweave.serving.scheduler import Scheduler
 class Exchange:
     """The rows of one request, and a queue of their pieces, which the scheduler's thread fills.
 
-    The exchange is in the set `is_open` until `close`, called at the end of the `with` block or of the response's stream,
-    tells the scheduler to end unfinished rows.
+    The exchange is in the set `is_open` until `close`, called after the response or its stream, tells the scheduler to end
+    unfinished rows.
     """
 
     def __init__(self, scheduler: Scheduler, is_open: set[Exchange], holder: KeyHolder) -> None:
@@ -31,7 +30,15 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._heard: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
         self._is_open = is_open
+        self._num_counted = 0
         is_open.add(self)
+
+    def count(self, num_answers: int) -> None:
+        """Count so many answers of this exchange among those of its key. Raises Refusal if the key allows fewer at once."""
+        self.holder.num_rows -= self._num_counted
+        self._num_counted = 0
+        self.holder.take_rows(num_answers)
+        self._num_counted = num_answers
 
     def add(self, prompts: Sequence[Sequence[int]], served: Served, sampling: Sampling, deadline: float) -> None:
         """Add a row for these prompts, whose pieces any thread may put into this exchange's queue."""
@@ -43,7 +50,6 @@ class Exchange:
                 self._loop.call_soon_threadsafe(self._heard.put_nowait, (index, event))
 
         self.rows.append(Row(prompts, served, sampling, tell, deadline=deadline))
-        self.holder.num_rows += 1
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Yield (index of the row, piece) until all rows have ended. Raises the error that ended a row."""
@@ -82,15 +88,9 @@ class Exchange:
         """Tell the scheduler to end the unfinished rows; a second call does nothing."""
         if self in self._is_open:
             self._is_open.remove(self)
-            self.holder.num_rows -= len(self.rows)
+            self.holder.num_rows -= self._num_counted
             for row in self.rows:
                 row.gone = not row.over
             # rows tell this exchange, so that the two would wait for the garbage collector, with all adapters
             self.rows = []
             self._scheduler.wake()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

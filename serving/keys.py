@@ -28,7 +28,7 @@ class KeyLimits(BaseModel):
     requests_per_minute: Annotated[float, Field(ge=1)] = math.inf
     # compositions that are loaded or merged for this client's requests
     formulas_per_minute: Annotated[float, Field(ge=1)] = math.inf
-    # answers that run or wait at once
+    # answers that are prepared, run or wait at once
     rows: Annotated[float, Field(ge=1)] = math.inf
 
 
@@ -67,11 +67,12 @@ class KeyHolder:
         self.requests = Rate(math.inf if limits is None else limits.requests_per_minute)
         self.formulas = Rate(math.inf if limits is None else limits.formulas_per_minute)
 
-    def require_rows(self, count: int) -> None:
-        """Raise Refusal if `count` more answers would run or wait at once than the key allows."""
+    def take_rows(self, count: int) -> None:
+        """Count `count` more answers. Raises Refusal if more would be prepared, run or wait at once than the key allows."""
         if self.num_rows + count > self._max_rows:
             message = f"this key may have {self._max_rows:g} answers at once: {self.num_rows} run or wait, {count} are new"
             raise Refusal(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+        self.num_rows += count
 
 
 class Keys:

@@ -2,7 +2,9 @@
 
 import json
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 from server_clients import gate_before, until
@@ -12,6 +14,7 @@ from loraweave.serving import keys
 from loraweave.serving.app import make_server
 from loraweave.serving.keys import Keys, Rate, read_keys
 from loraweave.serving.limits import Refusal
+from loraweave.serving.names import Names
 
 ANNA, BERT = "anna-has-this-key-1", "bert-has-this-key-22"
 
@@ -71,6 +74,32 @@ def test_rows_of_a_key_are_counted_while_they_run_and_others_are_not_held_back(s
         gate.open()
         assert [running.result()[0], beside.result()[0]] == [200, 200]
         assert client.send("POST", "/v1/completions", asked, **bearer(ANNA))[0] == 200
+
+
+def test_a_request_counts_among_the_answers_of_its_key_before_its_composition_is_made(serve, key_file, monkeypatch):
+    free, begun, make = threading.Event(), threading.Event(), Names.make
+
+    def slow(self, wanted):
+        begun.set()
+        assert free.wait(60)
+        return make(self, wanted)
+
+    monkeypatch.setattr(Names, "make", slow)
+    path = key_file(anna={"key": ANNA, "rows": 2}, bert={"key": BERT})
+    # more than the server lets be open in all
+    with serve(key_file=path, rows=1, waiting=2) as client, ThreadPoolExecutor(8) as pool, ExitStack() as stack:
+        stack.callback(free.set)
+        asked = [{"model": f"ties(a, b; density=0.{n})", "prompt": "x", "max_tokens": 1} for n in range(1, 9)]
+        sent = [pool.submit(client.send, "POST", "/v1/completions", each, **bearer(ANNA)) for each in asked]
+        until(lambda: sum(each.done() for each in sent) == 6)
+        assert begun.wait(60)
+        base = {"model": "base", "prompt": "x", "max_tokens": 1}
+        assert client.send("POST", "/v1/completions", base, **bearer(BERT))[0] == 200
+        free.set()
+        answers = [each.result() for each in sent]
+        assert sorted(status for status, _, _ in answers) == [200] * 2 + [429] * 6
+        refused = {body["error"]["message"] for status, _, body in answers if status == 429}
+        assert refused == {"this key may have 2 answers at once: 2 run or wait, 1 are new"}
 
 
 def test_a_key_loads_so_many_formulas_a_minute_and_uses_loaded_ones_freely(serve, key_file):
