@@ -427,6 +427,9 @@ def judged(alone: list[Alone], changes: Changes, asked: list[Asked], answers: li
             what = "malformed and refused" if heard.status in (400, 404) else "wrong"
         elif heard.status == 404:
             what = "refused, since the adapter had gone" if None in seen else "wrong"
+        elif heard.status == 413 and "ties(" in each.formula and COMING_AND_GOING in each.formula:
+            # of adapters on all layers, whose merge has full rank
+            what = "refused, since the merge does not fit alone"
         elif heard.status == 200 and each.kind == "leaves":
             what = "left after one event"
         elif heard.status == 200:
