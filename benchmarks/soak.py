@@ -221,7 +221,7 @@ class Life:
             if answer.status == 200 and asked.kind == "leaves":
                 answer.readline()
                 return 200, None, {}
-            return answer.status, json.loads(answer.read()), answer.headers
+            return answer.status, json.loads(answer.read()), dict(answer.headers)
         finally:
             connection.close()
 
@@ -239,7 +239,7 @@ class Life:
             if status not in (401, 429, 503):
                 return Heard(status, body, begun, time.monotonic(), again)
             again.append(f"{status}: {re.sub(r'[0-9]+', 'N', body['error']['message'])}")
-            time.sleep(float(headers.get("Retry-After", "0.1")))
+            time.sleep(float(headers.get("retry-after", "0.1")))
 
     def _own(self) -> int:
         served = self._served
