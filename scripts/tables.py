@@ -102,7 +102,8 @@ These groups are not registries. An entry point of theirs names
   page over a hub ([ui](extensions/ui.md));
 - `loraweave.server`: a module of what a server counts, keeps and admits: `make_metrics()` returns its `Metrics`,
   `make_prefixes(max_bytes)` its `Prefixes`, and `make_admission(model, limits, prefixes, experts)`, where a budget is set,
-  its `Admission` ([operations](extensions/operations.md));
+  its `Admission`; `observed(app)` wraps the application to log requests, and `log_config(log_format, log_level)` configures
+  `logging` ([operations](extensions/operations.md));
 - `loraweave.collecting`: a module with `collect_statistics` and `record_inputs` ([statistics](extensions/statistics.md)).
 """
 

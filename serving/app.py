@@ -35,7 +35,7 @@ import loraweave.registry as registry
 from loraweave.common.chat import Prompt
 from loraweave.common.process import give_back_freed_memory
 from loraweave.composer.model.scoring import answer_in
-from loraweave.errors import HubError
+from loraweave.errors import CompositionError, HubError
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores.open_stores import hub_exists
 from loraweave.serving.batch import Sampling
@@ -131,10 +131,12 @@ def make_server(
     api_key: str | None = None,
     key_file: str | Path | None = None,
     log_level: str = "info",
+    log_format: str | None = None,
 ) -> Any:
     """Make a uvicorn server; its `run()` serves requests until interrupted, or until its `should_exit` is set.
 
-    Without `api_key` and `key_file` (`read_keys`), the server accepts requests to loopback host names only.
+    Without `api_key` and `key_file` (`read_keys`), the server accepts requests to loopback host names only. `log_format` is
+    "text" or "json", by an extension, with a record for each request; by default uvicorn logs as it is configured to.
     Raises CompositionError if other machines reach `host` and there is no key, for an empty key or a faulty file of keys,
     and for a model that cannot be served.
     """
@@ -149,7 +151,14 @@ def make_server(
         )
     app = make_app(hub, model, tokenizer, limits=limits, api_key=api_key, key_file=key_file)
     answering = loopback_only(app) if is_open else app
-    return Server(Settings(answering, limits or Limits(), host=host, port=port, log_level=log_level), app.state.face)
+    settings: dict[str, Any] = {"host": host, "port": port, "log_level": log_level}
+    if (parts := next(registry.bringing("server"), None)) is not None:
+        answering = parts.observed(answering)
+        if log_format is not None:
+            settings |= {"log_config": parts.log_config(log_format, log_level), "access_log": False}
+    elif log_format == "json":
+        raise CompositionError("log_format 'json' is written by an extension, which is not installed")
+    return Server(Settings(answering, limits or Limits(), **settings), app.state.face)
 
 
 @dataclass(eq=False)
@@ -266,7 +275,10 @@ class Face:
         return JSONResponse(_model(name, 0), headers=_headers(wanted.formula.canonical, wanted.identity))
 
     async def answer(self, form: type[Asked], request: Request) -> Response:
+        # for an extension that tells what became of the request
+        record = request.scope.get("record", {})
         body = read_request(form, await read_body(request, self._limits, self._bodies))
+        record["model"] = body.model
         if self.is_stopping:
             raise Stopping
         if len(self._open) >= self._limits.waiting + self._limits.rows:
@@ -278,6 +290,7 @@ class Face:
         try:
             exchange.count(1)
             answer = await unless_gone(request.receive, self._begin(exchange, client, body, deadline))
+            record["answer"] = answer
             headers = _headers(answer.served.canonical, answer.served.identity)
             pieces = exchange.pieces()
             if body.stream:

@@ -283,7 +283,7 @@ class Answer:
             self._choice(index, self._asked.text(choice.text, is_part=False), choice.chosen, choice.finish)
             for index, choice in enumerate(self.choices)
         ]
-        return {**self._head, "object": self._asked.whole, "choices": choices, "usage": self._usage()}
+        return {**self._head, "object": self._asked.whole, "choices": choices, "usage": self.usage()}
 
     def beginnings(self) -> list[dict[str, Any]]:
         """Return the events that begin a stream: for a chat, one with the assistant's role for each choice, else none."""
@@ -293,12 +293,13 @@ class Answer:
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
         """Return the stream's event for one piece of the choice `index`."""
+        self.choices[index].finish = piece.finish
         return self._part([self._choice(index, self._asked.text(piece.text, is_part=True), piece.chosen, piece.finish)])
 
     def ending(self) -> list[dict[str, Any]]:
         """Return the events that end a stream: one with the numbers of tokens if the request wants them, else none."""
         options = self._asked.stream_options
-        return [self._part([]) | {"usage": self._usage()}] if options is not None and options.include_usage else []
+        return [self._part([]) | {"usage": self.usage()}] if options is not None and options.include_usage else []
 
     def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self._asked.part, "choices": choices}
@@ -317,7 +318,8 @@ class Answer:
     def _word(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
 
-    def _usage(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
+        """Return the numbers of tokens read, chosen so far, and taken from kept prompts, as in OpenAI's `usage`."""
         num_new = sum(len(choice.row.tokens) for choice in self.choices)
         num_prompt = self._num_prompt_tokens
         counts = {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}

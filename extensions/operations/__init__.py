@@ -3,7 +3,7 @@
 `Limits.memory_bytes` and `Limits.token_seconds` (`loraweave serve --memory-bytes`, `--token-seconds`) are kept by `Budgets`:
 rows wait for memory, and for steps that would be quick enough. `PrometheusMetrics` is what /metrics shows. Both count at
 each step of the model; without a budget nothing is added up. `KeptPrefixes` keeps what was read of prompts, up to
-`Limits.prefix_bytes`, so that it is not read again.
+`Limits.prefix_bytes`, so that it is not read again. `observed` logs each request, and sends its spans to OpenTelemetry.
 """
 
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loraweave.extensions.operations.admission import Budgets, Memory, StepTimes
     from loraweave.extensions.operations.figures import PrometheusMetrics
     from loraweave.extensions.operations.prefixes import KeptPrefixes
+    from loraweave.extensions.operations.requests import observed
 else:
     __getattr__ = lazy(
         __name__,
@@ -21,7 +22,8 @@ else:
             f"{__name__}.admission": "Budgets Memory StepTimes",
             f"{__name__}.figures": "PrometheusMetrics",
             f"{__name__}.prefixes": "KeptPrefixes",
+            f"{__name__}.requests": "observed",
         },
     )
 
-__all__ = ["Budgets", "KeptPrefixes", "Memory", "PrometheusMetrics", "StepTimes"]
+__all__ = ["Budgets", "KeptPrefixes", "Memory", "PrometheusMetrics", "StepTimes", "observed"]

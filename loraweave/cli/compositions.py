@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -353,6 +353,9 @@ def serve(
     ] = None,
     connections: Annotated[int, typer.Option(min=1, help="Connections at once.")] = 512,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that answers may go on once the server is to stop.")] = 10.0,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="How the log's lines, one for each request among them, are written.")
+    ] = "text",
     adapters: Annotated[int, typer.Option(min=1, help="Adapters of one formula at most.")] = 16,
     loaded: Annotated[int, typer.Option(min=1, help="Adapters, and formulas with theirs, that stay in memory unused.")] = 64,
     merges: Annotated[bool, typer.Option(help="Whether formulas may have merges by a method, such as ties(a, b).")] = True,
@@ -393,6 +396,7 @@ def serve(
         if device is not None:
             model.to(device)
         settings: dict[str, Any] = {"host": host, "port": port, "limits": limits, "api_key": api_key, "key_file": key_file}
+        settings["log_format"] = log_format
         make_server(opened, model, tokenizer, **settings).run()
 
 
