@@ -8,10 +8,12 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from h11 import Data, EndOfMessage, Response
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from loraweave.serving.limits import Limits
+from loraweave.serving.http import refused
+from loraweave.serving.limits import Limits, Refusal
 
 # seconds for the last bytes of answers, once there is no more time for answers
 LAST_SECONDS = 2
@@ -52,6 +54,13 @@ class Connection(H11Protocol):
         if self.cycle is not before:
             # the next request was there already
             self._end_wait()
+
+    def send_400_response(self, msg: str) -> None:
+        # uvicorn's own is plain text
+        refusal = refused(Refusal(400, msg, headers={"Connection": "close"}))
+        for event in (Response(status_code=400, headers=refusal.raw_headers), Data(data=refusal.body), EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_wait()

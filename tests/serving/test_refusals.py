@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -281,3 +282,13 @@ def test_a_client_that_leaves_its_stream_stops_its_work(serve):
         gate.open()
         until(lambda: client.metric('rows_total{gone="true"}') == 1)
         assert client.metric("new_tokens_total") <= before + 1
+
+
+@pytest.mark.parametrize("head", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Big: " + b"x" * 20_000])
+def test_a_head_that_is_no_request_is_refused_in_openais_form(serve, head):
+    with serve() as client, socket.create_connection(("127.0.0.1", client.port), timeout=60) as opened:
+        opened.sendall(head)
+        told, _, body = opened.makefile("rb").read().partition(b"\r\n\r\n")
+    assert told.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in told.lower()
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
