@@ -58,7 +58,11 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         # uvicorn's own is plain text
         refusal = refused(Refusal(400, msg, headers={"Connection": "close"}))
-        for event in (Response(status_code=400, headers=refusal.raw_headers), Data(data=refusal.body), EndOfMessage()):
+        for event in (
+            Response(status_code=400, headers=refusal.raw_headers),
+            Data(data=bytes(refusal.body)),
+            EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event))
         self.transport.close()
 
