@@ -1,9 +1,9 @@
 """Hooks of mkdocs: the pages of the site that are made when it is built, and links to files outside of docs/.
 
-README.md is the front page. The reference has an entry for every public name, by the room that it comes from, for those of
-each extension and of `loraweave.extend` and its kits, and one for every command. Notebooks become tutorials. Pages of
-extensions are docs/extensions/*.md and, of other packages, NAME.md in the package that the entry point NAME of
-`loraweave.pages` names. A file of the repository that a page links to is on the site, below repository/.
+The reference has an entry for every public name, by the room that it comes from, for those of each extension and of
+`loraweave.extend` and its kits, and one for every command. Notebooks become tutorials. Pages of extensions are
+docs/extensions/*.md and, of other packages, NAME.md in the package that the entry point NAME of `loraweave.pages` names. A
+file of the repository that a page links to is on the site, below repository/.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from loraweave import extend, registry
 from loraweave.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-FRONT = ROOT / "README.md"
-LINK = r"\]\(([^)#:\s]+)(?:#[^)]*)?\)"
+LINK = r"(?:\]\(|\b(?:src|srcset)=\")([^)#:\"\s]+)(?:#[^)]*)?[)\"]"
 
 # pages of the reference, and where their names are defined; of several that fit, the longest beginning counts
 REFERENCE = {
@@ -53,7 +52,7 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the reference, the tutorials, the front page, and the files of the repository that pages link to."""
+    """Adds the reference, the tutorials, and the files of the repository that pages link to."""
     made = {f"reference/{slug(title)}.md": reference(title) for title in REFERENCE} | {"reference/commands.md": commands()}
     made |= {f"tutorials/{path.stem}.md": tutorial(path) for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")}
     made |= {"reference/extensions.md": extensions(), "reference/extending.md": extending()}
@@ -64,7 +63,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for uri, text in made.items():
         files.append(File.generated(config, uri, content=text))
-    files.append(File.generated(config, place(FRONT), abs_src_path=str(FRONT)))
     pages = [source for file in files.documentation_pages() if (source := source_of(file))]
     for page in pages:  # which grows
         for target in re.findall(LINK, page.read_text(encoding="utf-8")):
@@ -79,8 +77,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """The page, its links to files leading to their places on the site."""
     if page.is_homepage:
-        page.meta["hide"] = ["navigation"]  # a column with this page alone
+        page.meta["hide"] = ["navigation", "toc"]  # columns with this page alone
     source = source_of(page.file)
+    if not page.file.src_uri.startswith(("reference/", "repository/")):
+        page.meta["search"] = {"boost": 4}  # a page that explains comes before entries and tables of the same words
     if source is None:
         return markdown
 
@@ -105,8 +105,6 @@ def linked(page: Path, target: str) -> Path | None:
 
 def place(file: Path) -> str:
     """Where on the site a file of the repository is."""
-    if file == FRONT:
-        return "index.md"
     name = file.relative_to(ROOT).as_posix()
     return name.removeprefix("docs/") if name.startswith("docs/") else f"repository/{name}"
 

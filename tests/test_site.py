@@ -74,6 +74,18 @@ def test_the_site_loads_nothing_from_another_host(site):
     assert [path for path in site.rglob("*.html") if re.search(loading, path.read_text(encoding="utf-8"))] == []
 
 
+def test_every_picture_of_the_site_is_there(site):
+    pages = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    names = [(path, name) for path, text in pages.items() for name in re.findall(r'\b(?:src|srcset)="([\w./-]+)"', text)]
+    assert [(path, name) for path, name in names if path.name != "404.html" and not (path.parent / name).is_file()] == []
+
+
+def test_search_ranks_a_page_that_explains_above_an_entry_of_the_same_words(site):
+    found = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
+    boosts = {entry["location"]: entry.get("boost", 1) for entry in found}
+    assert (boosts["merging/"], boosts["reference/adapters-and-merging/"]) == (4, 1)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_kept_with_its_outputs(path):
     cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
