@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +47,7 @@ class Answers:
     """The answers of a cell: a text, a mean loss and a number of target tokens for each test row, in the order of the rows.
 
     `seconds` and `cpu_seconds` (of the process) are what making the method's composition took, without answering.
+    `measured` is the date of the answers, as YYYY-MM-DD.
     """
 
     answers: tuple[str, ...]
@@ -55,6 +57,7 @@ class Answers:
     cpu_seconds: float
     chosen: str
     weights: Mapping[str, float]
+    measured: str
 
 
 def cells(study: Study, hub: Hub) -> list[Cell]:
@@ -110,7 +113,10 @@ class Store:
     def read(self, cell: Cell) -> Answers:
         said = json.loads(self._path(cell).read_text(encoding="utf-8"))
         texts, losses, tokens = (tuple(said[key]) for key in ("answers", "losses", "tokens"))
-        return Answers(texts, losses, tokens, said["seconds"], said["cpu_seconds"], said["chosen"], said["weights"])
+        # files of earlier versions have no date but their own
+        measured = said.get("measured") or date.fromtimestamp(self._path(cell).stat().st_mtime).isoformat()
+        named = (said[key] for key in ("seconds", "cpu_seconds", "chosen", "weights"))
+        return Answers(texts, losses, tokens, *named, measured)
 
     def keep(self, cell: Cell, found: Answers) -> None:
         write_whole(self._path(cell), json.dumps({**cell.named, **asdict(found)}, ensure_ascii=False))
@@ -145,6 +151,7 @@ def answered(cell: Cell, study: Study, composition: Composition, spent: tuple[fl
         round(spent[1], 3),
         composition.report.chosen,
         {name: round(weight, 6) for name, weight in by_size},
+        date.today().isoformat(),
     )
 
 

@@ -179,7 +179,7 @@ def page(results: StudyResults, plot: str) -> str:
     summary = (
         f"{len(study.methods)} methods on {len(study.tasks)} tasks, {', '.join(map(str, study.shots))} examples, seeds "
         f"{', '.join(map(str, study.seeds))}; {items}; base model {study.base or 'as given'}; "
-        f"written on {date.today()} with {versions}."
+        f"{_measured(results)}written on {date.today()} with {versions}."
     )
     failed = ShownTable.of(("failed", "why"), results.failures.items())._repr_html_() if results.failures else ""
     return PAGE.substitute(
@@ -193,6 +193,14 @@ def page(results: StudyResults, plot: str) -> str:
         num=NUM_SHOWN,
         answers="".join(_shown_answers(results)),
     )
+
+
+def _measured(results: StudyResults) -> str:
+    """Return the first and the last day on which answers of the study were measured, or "" without answers."""
+    days = sorted({answers.measured for answers in results.answers.values()})
+    if not days:
+        return ""
+    return f"measured on {days[0]}, " if len(days) == 1 else f"measured from {days[0]} to {days[-1]}, "
 
 
 def told_apart(results: StudyResults) -> str:

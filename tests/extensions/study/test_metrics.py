@@ -68,7 +68,7 @@ def drawn(right, metric="exact_match"):
     """The draws of a task whose items were answered right or wrong, seed by seed."""
     count = len(right[0])
     task = SimpleNamespace(name="t", test=[("", ["a"])] * count)
-    rest = (1.0,) * count, (1,) * count, 0.0, 0.0, "", {}
+    rest = (1.0,) * count, (1,) * count, 0.0, 0.0, "", {}, ""
     answers = {seed: Answers(tuple("a" if hit else "b" for hit in hits), *rest) for seed, hits in enumerate(right)}
     return results._draws(task, metric_of(metric, None, {"half": lambda answer, _: 0.5 * (answer == "a")}), answers, [0, 1])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from dataclasses import replace
 from datetime import date
@@ -220,12 +221,28 @@ def test_all_files_say_the_same_and_names_are_only_ever_text(run):
     assert "<svg" in (results.folder / "plot.svg").read_text()
 
 
+def test_the_page_says_when_its_answers_were_measured(run):
+    results = run(methods=["base", {"name": "mine", "formula": "a"}])
+    first, *others = results.folder.glob("cells/*.json")
+    assert others
+    first.write_text(json.dumps({**json.loads(first.read_text()), "measured": "2026-01-31"}))
+    page = (run(methods=["base", {"name": "mine", "formula": "a"}]).folder / "report.html").read_text()
+    assert f"; measured from 2026-01-31 to {date.today()}, written on {date.today()} with" in page
+    # a file of an earlier version
+    said = json.loads(first.read_text())
+    first.write_text(json.dumps({key: said[key] for key in said if key != "measured"}))
+    os.utime(first, (86400 * 365.5, 86400 * 365.5))
+    page = (run(methods=["base", {"name": "mine", "formula": "a"}]).folder / "report.html").read_text()
+    assert f"; measured from 1971-01-01 to {date.today()}, written on" in page
+
+
 def test_the_page_says_what_was_compared_with_what_and_what_the_items_tell(run):
     results = run(methods=["base", {"name": "mine", "formula": "a"}])
     page = (results.folder / "report.html").read_text()
     assert "<h1>Study: out</h1>" in page
     assert f"3 test items of {results.study.tasks[0].name}; base model" in page
-    assert f"written on {date.today()} with loraweave {version('loraweave')}, torch {version('torch')}" in page
+    versions = f"loraweave {version('loraweave')}, torch {version('torch')}"
+    assert f"; measured on {date.today()}, written on {date.today()} with {versions}" in page
     assert "prefers-color-scheme: dark" in page
     told = ((0.1, 0.3, "mine above"), (-0.3, -0.1, "mine below"), (-0.1, 0.1, "mine not told apart from it"))
     for low, high, said in told:
