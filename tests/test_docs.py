@@ -291,7 +291,7 @@ def test_the_page_on_search(run_page, tmp_path):
     assert names["found"].loss < 0.01
     assert names["learned"].num_trained == 3 * len(names["engine"].target_layers)
     assert names["learned"].loss < names["learned"].losses[0]
-    assert names["composition"].report["lorahub"].evaluations <= 4 * 12
+    assert names["composition"].report["gradient"].evaluations <= 4 * 12
 
 
 @pytest.mark.slow
