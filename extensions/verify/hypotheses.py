@@ -64,11 +64,12 @@ def possible(
     with their weights; `config` is the base model's configuration, which has the number of heads.
     """
     others, faults = list(others), likely(asked)
+    if parts:
+        faults.append(Hypothesis("weights of the sum not applied", tuple((part, 1.0) for part, _ in parts)))
     faults += [Hypothesis(f"got {name}", ((other, 1.0),)) for name, other in others]
     faults += [Hypothesis(f"an older version: {name}", ((other, 1.0),)) for name, other in older]
     faults += [Hypothesis(verdict, ((asked, factor),)) for factor, verdict in _scales(asked).items()]
-    if parts:
-        faults.append(Hypothesis("weights of the sum not applied", tuple((part, 1.0) for part, _ in parts)))
+    if len(parts) > 1:
         for left, _ in parts:
             rest = tuple((part, weight) for part, weight in parts if part is not left)
             faults.append(Hypothesis(f"{left.name} left out", rest))

@@ -4,19 +4,21 @@ Probes are kept in a folder by the content of what they are for, so that a serve
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from loraweave import Adapter, AdapterUnsupported, Composer, CompositionError, ExpertPool
 from loraweave.extend import text_digest, whole_file
 from loraweave.extend.scoring import end_tokens, pad_id
-from loraweave.extensions.verify.answers import Answer, distance, top_of
+from loraweave.extensions.verify.answers import Answer, distance, key, top_of
+from loraweave.extensions.verify.fits import Transcript, Weights
 from loraweave.extensions.verify.hypotheses import Hypothesis
 
 FORMAT = 1
@@ -42,14 +44,14 @@ class Probe:
         return min((distance(other, self.asked) for other in list(self.answers.values())[1:]), default=float("inf"))
 
 
+@dataclass(eq=False)
 class References:
     """A source of reference answers by the model that `load` returns once needed; the folder, or None, keeps probes."""
 
-    def __init__(self, load: Callable[[], tuple[Any, Any]], base: str, folder: Path | None) -> None:
-        self._load = load
-        self._base = base
-        self._folder = folder
-        self._known: dict[Any, Answer] = {}
+    _load: Callable[[], tuple[Any, Any]]
+    _base: str
+    _folder: Path | None
+    _known: dict[Any, Answer] = field(default_factory=dict)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
@@ -106,6 +108,45 @@ class References:
                 self._known |= {(row.sign, ids, num_tokens): answer for row, answer in zip(batch, answers, strict=True)}
         return [[self._known[row.sign, ids, num_tokens] for row in rows] for ids in prompts]
 
+    @cached_property
+    def _ids_by_key(self) -> dict[str, list[int]]:
+        """The token ids of the vocabulary by their texts' keys."""
+        ids: dict[str, list[int]] = {}
+        for token in range(self.config.get_text_config().vocab_size):
+            ids.setdefault(key(self._loaded[1].decode([token])), []).append(token)
+        return ids
+
+    def id_of(self, word: str) -> int | None:
+        """Return the id of the one token that has this text; None if several have it, or none."""
+        same = [token for token in self._ids_by_key.get(key(word), ()) if self._loaded[1].decode([token]) == word]
+        return same[0] if len(same) == 1 else None
+
+    @torch.no_grad()
+    def predicted(
+        self, adapters: Mapping[str, Adapter], transcripts: Sequence[Transcript], rows: Sequence[Weights]
+    ) -> np.ndarray:
+        """Return the log-probabilities of all listed tokens under each row's weights of the adapters, as [row][token].
+
+        Of tokens with the same text the likeliest counts; NaN stands for a text that no token has.
+        """
+        model, values = self._loaded[0], []
+        engine = Composer(model, ExpertPool({adapter.hash: adapter for adapter in adapters.values()}))
+        mixtures = [{adapters[name].hash: weight for name, weight in weights.items()} or None for weights in rows]
+        for batch in (mixtures[start : start + NUM_ROWS] for start in range(0, len(mixtures), NUM_ROWS)):
+            columns = []
+            with engine.activate(batch):
+                for transcript in transcripts:
+                    ids_BT = torch.tensor([[*transcript.prompt, *transcript.chosen]] * len(batch), device=model.device)
+                    logits_BKV = model(ids_BT, use_cache=False).logits[:, len(transcript.prompt) - 1 :]
+                    logprobs_BKV = logits_BKV.double().log_softmax(dim=-1).cpu()
+                    for logprobs_BV, top in zip(logprobs_BKV.unbind(1), transcript.tops, strict=True):
+                        tokens = [self._ids_by_key.get(text) for text in top]
+                        columns += [
+                            logprobs_BV[:, ids].amax(1) if ids else torch.full((len(batch),), torch.nan) for ids in tokens
+                        ]
+            values.append(torch.stack([column.double() for column in columns], dim=1).numpy())
+        return np.concatenate(values)
+
     def _greedy(self, ids: tuple[int, ...], count: int, num_tokens: int) -> list[Answer]:
         model, tokenizer = self._loaded
         prompt_BT = torch.tensor([ids] * count, device=model.device)
@@ -138,9 +179,7 @@ class References:
         return Answer("".join(texts[: length - ended]), texts, tuple(tops), end, ended)
 
     def _path(self, said: Any) -> Path | None:
-        if self._folder is None:
-            return None
-        return self._folder / f"{text_digest(json.dumps(said))}.json"
+        return None if self._folder is None else self._folder / f"{text_digest(json.dumps(said))}.json"
 
 
 def _read(path: Path) -> list[Probe] | None:

@@ -4,7 +4,7 @@ base ------------------------> its distance from the model at hand: the rounding
 each name alone, then base --> as asked where all probes are within it
 all of them at once ---------> the same, with the base among them
 after a reload --------------> the same, where the server can
-any other answer ------------> the nearest known fault names the culprit
+any other answer ------------> the nearest known fault, else the weights that explain it, names the culprit
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from loraweave import (
     Adapter,
@@ -32,6 +34,7 @@ from loraweave.extend.models import EMBEDDED
 from loraweave.extensions.verify.answers import AS_ASKED, Answer, Finding, ServerReport, distance
 from loraweave.extensions.verify.asked import Asked, asked_of, base_name_of, base_of, formula_of
 from loraweave.extensions.verify.client import Listed, Refused, Server
+from loraweave.extensions.verify.fits import Fit, Weights, fitted, transcript_of
 from loraweave.extensions.verify.hypotheses import BASE, Hypothesis, possible
 from loraweave.extensions.verify.references import Probe, References
 
@@ -39,6 +42,8 @@ from loraweave.extensions.verify.references import Probe, References
 FLOOR, TEXT, ROUGH = 2e-3, 0.25, 0.2
 # an adapter may add to the base's rounding; what is not that part of the tolerance away cannot be told apart
 FACTOR, APART = 4.0, 0.75
+# nats: an explanation this near needs no better one
+FINE = 2e-4
 BEYOND = "differs beyond rounding"
 QUANTISED = f"{BEYOND}: quantised base?"
 CACHED = "right without the prompt cache: a cached prefix of another adapter?"
@@ -112,28 +117,19 @@ def verify_server(
     )
 
 
+@dataclass(eq=False)
 class Visit:
     """One visit to a server: the order of its requests, and the verdicts on the answers."""
 
-    def __init__(
-        self,
-        server: Server,
-        culprits: Culprits,
-        asked: Sequence[Asked],
-        base: Asked | None,
-        num_tokens: int,
-        width: int,
-        progress: bool,
-    ) -> None:
-        self._server = server
-        self._culprits = culprits
-        self._asked = asked
-        self._base = base
-        self._num_tokens = num_tokens
-        self._width = width
-        self._progress = progress
-        self._sound: set[str] = set()
-        self.rounding: float | None = None
+    _server: Server
+    _culprits: Culprits
+    _asked: Sequence[Asked]
+    _base: Asked | None
+    _num_tokens: int
+    _width: int
+    _progress: bool
+    _sound: set[str] = field(default_factory=set)
+    rounding: float | None = None
 
     @property
     def tolerance(self) -> float:
@@ -173,7 +169,7 @@ class Visit:
             answered = [(probe, reply) for (of, probe), reply in zip(turns, replies, strict=True) if of is target]
             if answered:
                 finding = self._judged(target, "mixed", answered)
-                # no single adapter explains an answer each of whose tokens may come from another
+                # no weights explain an answer each of whose tokens may come from another adapter
                 beside = target.name in self._sound and finding.verdict.startswith(BEYOND)
                 yield replace(finding, verdict=BESIDE) if beside else finding
 
@@ -204,10 +200,12 @@ class Visit:
         if not answers:
             return
         self.rounding = max(distance(reply, probe.asked) for probe, reply in answers)
-        if self.rounding > ROUGH:
-            _, score = self._culprits.nearest(base, answers, self._least)
-            if score < self.rounding / 3:
-                self.rounding = score
+        if self.rounding > self._least:
+            scores = [self._culprits.nearest(base, answers, self._least)[1]] if self.rounding > ROUGH else []
+            if (fit := self._culprits.fit(base, answers, self._least)) is not None:
+                scores.append(fit.score)
+            if min(scores, default=self.rounding) < self.rounding / 3:
+                self.rounding = min(scores)
 
     def _judged(self, asked: Asked, when: str, replies: Sequence[tuple[Probe, Reply]]) -> Finding:
         """Return the finding on these replies: as asked if all of them fit, else the most likely fault."""
@@ -237,22 +235,29 @@ class Visit:
     def _fits(self, probe: Probe, reply: Answer) -> bool:
         """Return whether an answer is within the tolerance and not clearly nearer to a likely fault."""
         error = distance(reply, probe.asked)
-        others = [
-            distance(reply, answer)
-            for answer in probe.answers.values()
-            if distance(answer, probe.asked) >= APART * self.tolerance
-        ]
-        return error <= self.tolerance and (error <= self._least or error <= 2 * min(others, default=error))
+        likely = [answer for answer in probe.answers.values() if distance(answer, probe.asked) >= APART * self.tolerance]
+        nearest = min((distance(reply, answer) for answer in likely), default=error)
+        return error <= self.tolerance and (error <= self._least or error <= 2 * nearest)
 
     def _named(self, asked: Asked, wrong: Replies) -> str:
         """Return the verdict that explains the wrong answers: one for all of them, else one for each, joined by a slash."""
+        _, score = self._culprits.nearest(asked, wrong, self._least)
+        fit = None if score <= FINE else self._culprits.fit(asked, wrong, self.tolerance)
+        if fit is not None and fit.score < min(score / 3, self.tolerance):
+            promised = self._culprits.promised(asked)
+            others = [other.name for other in self._asked if len(other.parts) == 1 and other.name not in promised]
+            return fit.verdict(promised, others)
+        self._culprits.unexplained.add(asked.name)
+        return self._nearest_of(asked, wrong)
+
+    def _nearest_of(self, asked: Asked, wrong: Replies) -> str:
         best, score = self._culprits.nearest(asked, wrong, self._least)
         error = max(distance(reply, probe.asked) for probe, reply in wrong)
         # far better than the adapter that was asked, and close enough by itself
         if score <= max(self._least, min(error / 3, 2 * self.tolerance)):
             return best.verdict
         if len(wrong) > 1:
-            named = list(dict.fromkeys(self._named(asked, [pair]) for pair in wrong))
+            named = list(dict.fromkeys(self._nearest_of(asked, [pair]) for pair in wrong))
             return " / ".join([verdict for verdict in named if not verdict.startswith(BEYOND)] or named[:1])
         if self.rounding is not None and self.rounding > ROUGH:
             return QUANTISED
@@ -267,14 +272,17 @@ NEAR = 1.5
 Replies = Sequence[tuple[Probe, Answer]]
 
 
+@dataclass(eq=False)
 class Culprits:
     """The adapters that may have answered: those that a server names, and those of the hub."""
 
-    def __init__(self, hub: Hub, references: References, asked: Sequence[Asked], num_tokens: int) -> None:
-        self._hub = hub
-        self._references = references
-        self._asked = asked
-        self._num_tokens = num_tokens
+    _hub: Hub
+    _references: References
+    _asked: Sequence[Asked]
+    _num_tokens: int
+    # the last fit of each name, and the names whose replies no weights explained
+    _fits: dict[str, Weights] = field(default_factory=dict)
+    unexplained: set[str] = field(default_factory=set)
 
     def nearest(self, asked: Asked, replies: Replies, least: float) -> tuple[Hypothesis, float]:
         """Return (hypothesis, nats): the hypothesis whose answers are nearest to the replies, and its largest distance.
@@ -293,6 +301,47 @@ class Culprits:
             candidates = [(hypothesis, score) for hypothesis, score in candidates if score <= limit]
         return candidates[0]
 
+    def fit(self, asked: Asked, replies: Replies, enough: float) -> Fit | None:
+        """Return the weights of adapters that best explain the replies, good `enough` if the remainder is that many nats.
+
+        None without log-probabilities or adapters, and for a name whose earlier replies no weights explained.
+        """
+        adapters, served = self._candidates(asked)
+        transcripts = [transcript_of(probe.ids, reply, self._references.id_of) for probe, reply in replies if reply.tops]
+        if not adapters or not transcripts or asked.name in self.unexplained:
+            return None
+        told = np.array([value for transcript in transcripts for top in transcript.tops for value in top.values()])
+        known = np.isfinite(self._references.predicted(adapters, transcripts, [{}])[0])
+
+        def predict(rows: Sequence[Weights]) -> np.ndarray:
+            return self._references.predicted(adapters, transcripts, rows)[:, known]
+
+        before = self._fits.get(asked.name, {})
+        promised = {name: weight for name, weight in self.promised(asked).items() if name in adapters}
+        fit = fitted(told[known], predict, promised, before, served, list(adapters), enough)
+        self._fits[asked.name] = fit.weights
+        return fit
+
+    def promised(self, asked: Asked) -> dict[str, float]:
+        """Return {candidate: weight} as asked: of a sum its adapters, of a merge by a method the merged adapter."""
+        if asked.parts:
+            return {str(leaf): weight for leaf, weight in asked.parts.items()}
+        return {} if asked.adapter is None else {asked.name: 1.0}
+
+    def _candidates(self, asked: Asked) -> tuple[dict[str, Adapter], list[str]]:
+        """Return ({name: adapter}, the served names): the adapters of this name, of all other names, then of the hub."""
+        adapters: dict[str, Adapter] = {}
+        for target in (asked, *(other for other in self._asked if other is not asked)):
+            for leaf in target.parts:
+                adapters.setdefault(str(leaf), self._hub.get(leaf.name, version=leaf.version))
+            if target is asked and not target.parts and target.adapter is not None:
+                adapters[target.name] = target.adapter
+        # two names of one content cannot be told apart
+        first = {adapter.hash: name for name, adapter in reversed(adapters.items())}
+        adapters = {name: adapters[name] for name in adapters if first[adapters[name].hash] == name}
+        others = self._of_hub(next(iter(adapters.values())), set(first)) if adapters else ()
+        return adapters | dict(others), list(adapters)
+
     def _hypotheses(self, asked: Asked) -> list[Hypothesis]:
         served = [(other.name, other.adapter) for other in self._asked if other is not asked and other.adapter is not None]
         expected = asked.adapter
@@ -304,7 +353,9 @@ class Culprits:
             return [BASE, *(Hypothesis(f"got {name}", ((adapter, 1.0),)) for name, adapter in others)]
         older = self._older(next(iter(asked.parts)), known) if list(asked.parts.values()) == [1.0] else ()
         parts = [(self._hub.get(leaf.name, version=leaf.version), weight) for leaf, weight in asked.parts.items()]
-        return possible(expected, others, older, parts if len(parts) > 1 else (), self._references.config)
+        return possible(
+            expected, others, older, parts if list(asked.parts.values()) != [1.0] else (), self._references.config
+        )
 
     def _of_hub(self, of: Adapter, known: set[str]) -> Iterator[tuple[str, Adapter]]:
         """Yield (name, adapter) of the hub's adapters for the same base whose content hash is not in `known`."""

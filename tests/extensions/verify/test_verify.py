@@ -109,9 +109,9 @@ def test_a_base_that_an_adapter_answers_for_beside_others_is_seen_only_there(url
     assert found == {"alone": "as asked", "between others": "as asked", "mixed": "got negation"}
 
 
-def test_a_batch_that_gives_rows_what_no_adapter_explains_is_told_apart_from_a_wrong_adapter(url, hub, look):
+def test_a_batch_that_gives_rows_what_no_weights_explain_is_told_apart_from_a_wrong_adapter(url, hub, look):
     def before(body, in_flight):
-        return {**body, "model": "0.3*passive - 0.8*negation"} if in_flight > 2 and body["model"] == "base" else body
+        return {**body, "model": "ties(passive,negation;density=0.3)"} if in_flight > 2 and body["model"] == "base" else body
 
     with proxy(url, before=before) as front:
         report = look(front, hub, ["passive", "negation"])
