@@ -115,8 +115,8 @@ class Store:
         texts, losses, tokens = (tuple(said[key]) for key in ("answers", "losses", "tokens"))
         # files of earlier versions have no date but their own
         measured = said.get("measured") or date.fromtimestamp(self._path(cell).stat().st_mtime).isoformat()
-        named = (said[key] for key in ("seconds", "cpu_seconds", "chosen", "weights"))
-        return Answers(texts, losses, tokens, *named, measured)
+        named = {key: said[key] for key in ("seconds", "cpu_seconds", "chosen", "weights")}
+        return Answers(texts, losses, tokens, **named, measured=measured)
 
     def keep(self, cell: Cell, found: Answers) -> None:
         write_whole(self._path(cell), json.dumps({**cell.named, **asdict(found)}, ensure_ascii=False))
