@@ -288,7 +288,7 @@ class Face:
         exchange = Exchange(self.scheduler, self._open, request.state.holder)
         client = f"{exchange.holder.name} {request.client.host if request.client else ''}"
         try:
-            exchange.count(1)
+            exchange.num_counted = exchange.holder.take_rows(1)
             answer = await unless_gone(request.receive, self._begin(exchange, client, body, deadline))
             record["answer"] = answer
             headers = _headers(answer.served.canonical, answer.served.identity)
@@ -315,7 +315,7 @@ class Face:
                 inputs = await self._in(self._long_reader, deadline, self._long_prompts.read, asked)
         if (count := len(inputs.ids) * (num_answers := asked.n or 1)) > self._limits.choices:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
-        exchange.count(count)
+        exchange.num_counted = holder.take_rows(count, exchange.num_counted)
         wanted = await self._wanted(asked.model, inputs.text, deadline)
         num_tokens = max(map(len, inputs.ids)) + min(asked.new_tokens or self._limits.new_tokens, self._limits.new_tokens)
         served = await self._served(wanted, num_tokens, deadline, holder)

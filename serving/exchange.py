@@ -30,15 +30,9 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._heard: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
         self._is_open = is_open
-        self._num_counted = 0
+        # answers counted among those of the key
+        self.num_counted = 0
         is_open.add(self)
-
-    def count(self, num_answers: int) -> None:
-        """Count so many answers of this exchange among those of its key. Raises Refusal if the key allows fewer at once."""
-        self.holder.num_rows -= self._num_counted
-        self._num_counted = 0
-        self.holder.take_rows(num_answers)
-        self._num_counted = num_answers
 
     def add(self, prompts: Sequence[Sequence[int]], served: Served, sampling: Sampling, deadline: float) -> None:
         """Add a row for these prompts, whose pieces any thread may put into this exchange's queue."""
@@ -88,7 +82,7 @@ class Exchange:
         """Tell the scheduler to end the unfinished rows; a second call does nothing."""
         if self in self._is_open:
             self._is_open.remove(self)
-            self.holder.num_rows -= self._num_counted
+            self.holder.num_rows -= self.num_counted
             for row in self.rows:
                 row.gone = not row.over
             # rows tell this exchange, so that the two would wait for the garbage collector, with all adapters

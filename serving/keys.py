@@ -67,12 +67,17 @@ class KeyHolder:
         self.requests = Rate(math.inf if limits is None else limits.requests_per_minute)
         self.formulas = Rate(math.inf if limits is None else limits.formulas_per_minute)
 
-    def take_rows(self, count: int) -> None:
-        """Count `count` more answers. Raises Refusal if more would be prepared, run or wait at once than the key allows."""
-        if self.num_rows + count > self._max_rows:
-            message = f"this key may have {self._max_rows:g} answers at once: {self.num_rows} run or wait, {count} are new"
+    def take_rows(self, count: int, held: int = 0) -> int:
+        """Count a request's `count` answers in place of the `held` that were counted before. Returns `count`.
+
+        Raises Refusal if more answers would be prepared, run or wait at once than the key allows.
+        """
+        others = self.num_rows - held
+        if others + count > self._max_rows:
+            message = f"this key may have {self._max_rows:g} answers at once: {others} run or wait, {count} are new"
             raise Refusal(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
-        self.num_rows += count
+        self.num_rows = others + count
+        return count
 
 
 class Keys:

@@ -24,7 +24,7 @@ from loraweave import errors, extend, registry
 
 LIMITS = {
     "files of the core": 242,
-    "lines of the core": 45_960,
+    "lines of the core": 45_959,
     "lines of the product": 84_178,
     "lines of the largest extension": 4_000,
     "loose files of composer/": 0,
