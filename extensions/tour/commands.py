@@ -34,6 +34,7 @@ EXTRAS = {
     "serve": "loraweave serve and ui",
     "sign": "signatures of adapters",
     "study": "metrics of studies (BLEU, chrF, ROUGE), and tasks from datasets",
+    "traces": "a span for each request to the server (OpenTelemetry)",
     "triton": "kernels for NVIDIA GPUs",
     "vllm": "formulas as model names of a vLLM server",
 }
