@@ -92,15 +92,7 @@ def main(
 def soaked(run: Run, requests: int, clients: int, tiny: bool) -> list[dict[str, Any]]:
     """What each part of the run has shown: how many of each kind, and the server's memory after it."""
     folder = run.folder()
-    model, tokenizer = base_model()
-    base = None
-    if tiny:
-        base = folder / "model"
-        model = tiny_model(len(tokenizer), base)
-        tokenizer.save_pretrained(base)
-        adapters = {name: random_adapter(model, name, "all", run.seed) for name in NAMES}
-    else:
-        adapters = {name: lw.Adapter.from_pretrained(run.pool / name) for name in NAMES}
+    model, tokenizer, base, adapters = base_and_adapters(run, folder, tiny)
     found = []
     with run.hub(without=[path.name for path in run.adapters()]) as hub:
         for name, adapter in adapters.items():
@@ -132,6 +124,17 @@ def soaked(run: Run, requests: int, clients: int, tiny: bool) -> list[dict[str, 
                     f"{min(requests, (number + 1) * PART)} requests, {wrong} wrong, {found[-1]['own'] / 1e6:.0f} MB"
                 )
     return found
+
+
+def base_and_adapters(run: Run, folder: Path, tiny: bool) -> tuple[Any, Any, Path | None, dict[str, lw.Adapter]]:
+    """(model, tokenizer, the model's folder, {name: adapter}); the folder is None for the default base."""
+    model, tokenizer = base_model()
+    if not tiny:
+        return model, tokenizer, None, {name: lw.Adapter.from_pretrained(run.pool / name) for name in NAMES}
+    base = folder / "model"
+    model = tiny_model(len(tokenizer), base)
+    tokenizer.save_pretrained(base)
+    return model, tokenizer, base, {name: random_adapter(model, name, "all", run.seed) for name in NAMES}
 
 
 def tiny_model(num_tokens: int, folder: Path) -> Any:

@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -42,10 +42,10 @@ import typer
 
 import loraweave as lw
 from benchmarks._data import kept, known
-from benchmarks._models import base_model, random_adapter
+from benchmarks._models import random_adapter
 from benchmarks._run import ROOT, Run, Table, console
 from benchmarks._served import Served, free_port, started
-from benchmarks.serve import COMING_AND_GOING, NAMES, Alone, Asked, compared, drawn, tiny_model
+from benchmarks.serve import COMING_AND_GOING, Alone, Asked, base_and_adapters, compared, drawn
 from loraweave.extend.serving import Limits, make_server
 
 app = typer.Typer()
@@ -54,6 +54,8 @@ CLIENTS = 4
 # of the adapter that comes and goes: contents one after the other, None while it is not there, and seconds of each
 CONTENTS = (0, 1, None, 2, 1, None)
 CHANGE_S = 1.0
+# between two looks at the server's memory
+LOOK_S = 0.1
 ENDED_EVERY, ALONE_EVERY = 10, 4
 # beyond what the limits allow: one layer of a merge, and what the allocator keeps
 BESIDE_BYTES = 64 << 20
@@ -251,21 +253,14 @@ class Life:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Keep the most memory that the server has during the block."""
-        ended = threading.Event()
         self.most = self._own()
 
         def look() -> None:
-            while not ended.wait(0.1):
-                with self._watching:
-                    self.most = max(self.most, self._own())
+            with self._watching:
+                self.most = max(self.most, self._own())
 
-        thread = threading.Thread(target=look)
-        thread.start()
-        try:
+        with repeated(look, LOOK_S):
             yield
-        finally:
-            ended.set()
-            thread.join()
 
 
 class Changes:
@@ -295,43 +290,29 @@ class Changes:
             content for (since, _, content), last in zip(self._past, until, strict=True) if since <= ended and last >= begun
         }
 
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Make a change every second during the block."""
-        ended = threading.Event()
-        faults: list[Exception] = []
 
-        def change() -> None:
-            while not ended.wait(CHANGE_S):
-                try:
-                    self.next()
-                except Exception as error:
-                    faults.append(error)
-                    return
+@contextmanager
+def repeated(act: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call `act` in a thread every so many seconds during the block. Raises its first error at the end."""
+    ended = threading.Event()
 
-        thread = threading.Thread(target=change)
-        thread.start()
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            act()
+
+    with ThreadPoolExecutor(1) as thread:
+        repeating = thread.submit(repeat)
         try:
             yield
         finally:
             ended.set()
-            thread.join()
-        if faults:
-            raise faults[0]
+    repeating.result()
 
 
 def soaked(run: Run, requests: int, size: int, tiny: bool) -> list[dict[str, Any]]:
     """What each part of the run has shown."""
     folder = run.folder()
-    model, tokenizer = base_model()
-    base = None
-    if tiny:
-        base = folder / "model"
-        model = tiny_model(len(tokenizer), base)
-        tokenizer.save_pretrained(base)
-        adapters = {name: random_adapter(model, name, "all", run.seed) for name in NAMES}
-    else:
-        adapters = {name: lw.Adapter.from_pretrained(run.pool / name) for name in NAMES}
+    model, tokenizer, base, adapters = base_and_adapters(run, folder, tiny)
     contents = [random_adapter(model, f"comes{number}", "all", run.seed) for number in range(3)]
     alone = [Alone(model, tokenizer, lw.ExpertPool({**adapters, COMING_AND_GOING: each})) for each in contents]
     limits = {**SMALLEST, "memory_bytes": MEMORY_BYTES[tiny]}
@@ -380,7 +361,7 @@ def part(life: Life, changes: Changes, asked: list[Asked], alone: list[Alone], n
     with ExitStack() as stack:
         stack.enter_context(life.watched())
         outcomes = stack.enter_context(attacked(life)) if is_attacked else {}
-        stack.enter_context(changes.changing())
+        stack.enter_context(repeated(changes.next, CHANGE_S))
         threads = stack.enter_context(ThreadPoolExecutor(CLIENTS))
         futures = [threads.submit(client, mine) for mine in range(CLIENTS)]
         if ended_by is not None:
