@@ -152,12 +152,12 @@ def make_server(
     app = make_app(hub, model, tokenizer, limits=limits, api_key=api_key, key_file=key_file)
     answering = loopback_only(app) if is_open else app
     settings: dict[str, Any] = {"host": host, "port": port, "log_level": log_level}
-    if (parts := next(registry.bringing("server"), None)) is not None:
+    if (parts := app.state.face.parts) is not None:
         answering = parts.observed(answering)
         if log_format is not None:
             settings |= {"log_config": parts.log_config(log_format, log_level), "access_log": False}
     elif log_format == "json":
-        raise CompositionError("log_format 'json' is written by an extension, which is not installed")
+        raise CompositionError("log_format 'json' needs an extension that writes logs, and none is installed")
     return Server(Settings(answering, limits or Limits(), **settings), app.state.face)
 
 
@@ -177,7 +177,7 @@ class Face:
         self._limits = limits
         self._keys = keys
         self._tokenizer = tokenizer
-        parts = next(registry.bringing("server"), None)
+        self.parts = parts = next(registry.bringing("server"), None)
         self._metrics: Metrics = Metrics() if parts is None else parts.make_metrics()
         self._names = Names(hub, model, tokenizer, limits)
         self._prompts = Prompts(model, tokenizer, limits.prompt_characters)
