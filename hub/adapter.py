@@ -40,10 +40,10 @@ _one_tuple = lru_cache(maxsize=256)(tuple)
 class ExportReport:
     """The report of an export: the folder written, its errors, and how a server loads it.
 
-    `rank` is the largest of any layer in the folder (that of every layer for most targets). `errors` has each layer's
-    relative Frobenius error from the cut of its rank, 0 if nothing was cut, and `relative_error` that of the whole update.
-    `flags` are the arguments that a server needs after `program`, its name and the base's; `modules` the layer names that it
-    must know. `license` is that of the card, for a merge that of all its parents; None if it is not known.
+    `rank` is the largest rank of any layer in the folder (for most targets, all layers have it). `errors` gives the relative
+    Frobenius error of cutting each layer's rank, 0 without a cut; `relative_error`, that of the whole update. `flags` are
+    the arguments that a server needs after `program`, its name and the base's; `modules` the layer names it must know.
+    `license` is the card's, or that of all parents of a merge; None if unknown.
     """
 
     folder: Path
@@ -71,7 +71,7 @@ class ExportReport:
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Upload the export to `owner/name` on the model hub; return the commit's id. HubReadOnly without write access."""
+        """Upload the export to `owner/name` on the model hub; return the commit's id. Raises HubReadOnly if refused."""
         message = commit_message or f"an export for {self.target}"
         return upload(self.folder, repository, token=token, private=private, message=message)
 
@@ -101,9 +101,9 @@ class Adapter:
     """A stored LoRA. `layers` maps module paths, as in the base model's `named_modules()`, to their factors.
 
     `card` is JSON: description, examples, tags, license, recipe, scores. `heads` maps parameter names of the base model to
-    whole trained tensors that replace the base's (PEFT's modules_to_save), fp32. `files` are those beside its weights:
-    tokenizer, chat template, a reward model's value_head.safetensors; they are kept and written back, and nothing computes
-    with them. `invocation` makes it an activated LoRA (aLoRA, Greenewald et al. 2025, arXiv 2504.12397): the adapter acts
+    whole trained tensors that replace the base's (PEFT's modules_to_save), fp32. `files` are the other files of its folder
+    (tokenizer, chat template, a reward model's value_head.safetensors): they are kept and written back, but no computation
+    uses them. `invocation` makes it an activated LoRA (aLoRA, Greenewald et al. 2025, arXiv 2504.12397): the adapter acts
     from the last occurrence of these token ids in the prompt onwards; an empty one makes it act everywhere. Two adapters
     with equal `hash` have equal factors, heads and invocation tokens.
     """
@@ -158,8 +158,8 @@ class Adapter:
 
         Besides LoRA, most other types that PEFT trains become factors (docs/adapters.md). `model` is the base (or pipeline)
         for types whose file does not determine the update. An update that is not of low rank is cut to the smallest rank
-        within `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`; `card["conversion"]` has both
-        figures of every layer. Raises AdapterUnsupported if `rank` leaves a larger error, and for types without such a form.
+        within `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`; `card["conversion"]` has each
+        layer's rank and error. Raises AdapterUnsupported if `rank` leaves a larger error, and for types without such a form.
         """
         wanted = (*ADAPTER_FILES, *_reading.file_patterns(allow_pickle=allow_pickle))
         with open_source(
@@ -303,7 +303,7 @@ class Adapter:
 
 
 def exporting(target: str, part: str = "export") -> Any:
-    """Return the extension module `part`, which exports. Raises AdapterUnsupported, naming `target`, if there is none."""
+    """Return module `part` of the extension that exports. Raises AdapterUnsupported, naming `target`, if there is none."""
     return extension_module(part, f"an export for {target!r:.80}", "engines", "writes for other programs")
 
 

@@ -220,7 +220,7 @@ def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model
 
 
 def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields in `given`, each with the card's value where it is empty."""
+    """Return the fields in `given`, the empty ones filled from the card."""
     fields = {key: given[key] or card.get(key) or given[key] for key in OWN_FIELDS}
     if fields["license"]:
         said = checked_text(name, "license", fields["license"], MAX_LABEL_BYTES)
@@ -229,7 +229,7 @@ def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, An
 
 
 def _source(card: Mapping[str, Any], place: str | None) -> Source | None:
-    """Return the repository and commit that reading noted in the card, else `place`; None for an adapter from memory."""
+    """Return the repository and commit that the reader noted in the card, else `place`; None for an adapter from memory."""
     match card.get("source"):
         case {"repository": str() as repository, "revision": str() as revision} if place in (None, repository):
             return Source(repository, revision)
@@ -287,7 +287,7 @@ def layout_of(folder: Path) -> Any | None:
 
 
 def keep_mixture(hub: CompositionShelf, addition: Addition, *, replace: bool, model: Any) -> StoredComposition | None:
-    """Store the mixture of adapters in a folder as a composition, and return it; None if the source is no such folder.
+    """Store the mixture of adapters in a folder as a composition, and return it; None for any other source.
 
     It is opened for the base `model`, if given. Raises HubError for fields that a composition lacks, and errors of saving.
     """

@@ -42,14 +42,14 @@ def load_base(
     """Return (model, tokenizer) of a base model, in evaluation mode.
 
     `name`: None for $LORAWEAVE_BASE, if it is set, else for the embedded default; or a local folder, a GGUF file, a
-    model-hub id, or a name of the registry `bases`. `dtype`: a torch.dtype or its name, as "bfloat16"; None is fp32 for a
-    GGUF file, as the default is one, and the checkpoint's own for others. Adapters record the model's `name_or_path`.
+    model-hub id, or a name of the registry `bases`. `dtype`: a torch.dtype or its name, as "bfloat16"; None means fp32 for a
+    GGUF file (as the default), else the checkpoint's own. Adapters record the model's `name_or_path`.
 
     `device` puts all of it in one place, `device_map` spreads it ("auto", or {module: device}). `quantization_config`,
     `attn_implementation` and `revision` (branch, tag or commit of a model-hub id; adapters are compared with its commit) are
     those of transformers. `trust_remote_code=True` runs Python files of the checkpoint with your rights: read them first.
 
-    Raises PackageMissing for a package that is missing (of the embedded default, a quantisation or an attention),
+    Raises PackageMissing if the embedded default, the quantisation or the attention needs a package that is not installed,
     AdapterCorrupt for a damaged cache or package file, WeightingError for an `unknown` argument, an unknown dtype and
     arguments that exclude each other, and BaseModelMismatch when nothing of that name can be loaded.
     """
@@ -250,7 +250,7 @@ NUM_SHOWN = 3
 
 
 def require_same_base(who: str, its: BaseKey, own: BaseKey, *, whatever_id: bool = False) -> None:
-    """Raise BaseModelMismatch if weights, shapes or commits show that `its`, the base of `who`, is another base than `own`.
+    """Raise BaseModelMismatch if weights, shapes or commits show that `its`, the base of `who`, differs from the base `own`.
 
     Commits are compared if the ids are the same, with `whatever_id` also if they differ.
     """

@@ -136,7 +136,7 @@ class CompositionShelf(Listing):
 
         Compositions have their own names, apart from those of the adapters; a formula names one by `@name`. Equal content
         under the same name is not stored again. An error leaves the composition unsaved. Raises AdapterExists for other
-        content without `replace`, InvalidName, HubError for anything that is no composition, and the errors of saving it.
+        content without `replace`, InvalidName, HubError for anything but a composition, and the errors of saving it.
         """
         checked = checked_name(name)
         doing = f"saving composition {checked!r}"

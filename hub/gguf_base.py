@@ -43,8 +43,8 @@ LAYOUT = 1
 class GgufBase:
     """A base model in a GGUF file: `id` is what adapters record, `fetch` returns the file's path, fetching it if need be.
 
-    `again` says how to repair a file whose hash is not `sha256`. With `tied`, the file's output matrix, in better precision,
-    is the embedding matrix, too.
+    `again` says how to repair a file whose hash is not `sha256`. If `tied`, the file's output matrix, which is stored in
+    better precision, also serves as embedding matrix.
     """
 
     id: str
@@ -111,7 +111,7 @@ def without_bars() -> Iterator[None]:
 
 
 def _convert(gguf: Path, folder: Path, *, tied: bool = False) -> None:
-    """Write the model and the tokenizer of a GGUF file to the folder, with a manifest of sizes and hashes, at once."""
+    """Write model and tokenizer of a GGUF file, with a manifest of sizes and hashes, to the folder, whole or not at all."""
     if importlib.util.find_spec("gguf") is None:
         raise PackageMissing(f"reading the base model {gguf.name} needs the package gguf: pip install gguf")
     logger.info("converting %s to safetensors, once", gguf.name)
@@ -160,7 +160,7 @@ def _convert(gguf: Path, folder: Path, *, tied: bool = False) -> None:
 
 
 def _complete(folder: Path) -> bool:
-    """Return whether the cached files have the sizes and hashes in the manifest; hashes are computed once per process."""
+    """Return True if the cached files have the sizes and hashes in the manifest; hashes are computed once per process."""
     manifest = folder / "complete.json"
     if not manifest.is_file():
         return False

@@ -138,7 +138,7 @@ class Hub(CompositionShelf):
 
         `n_jobs` workers, or those that `joblib.parallel_config` names, read and check a list of folders, files and
         repositories, and write their content into the store; this process writes the rows, in the order of the list
-        (docs/howto/many_machines.md). A piece whose workers are lost is in `.refused`.
+        (docs/howto/many_machines.md). A source whose workers die is in `.refused`.
         """
         from loraweave.hub.adding import add_many
 

@@ -71,7 +71,7 @@ class Listing:
 
         A base model is an id, or the key of a loaded model (`base_key`), which tells namesakes apart and finds the same
         weights under another id. Licenses are SPDX expressions or ids of the model hub; "MIT OR GPL-3.0-only" is also found
-        for MIT. Those in quarantine are left out, or with `quarantined` they alone are listed.
+        for MIT. Adapters in quarantine are left out; with `quarantined`, they alone are listed.
         """
         filters = Filters(base_model, license, tags)
         with self._catalogue.reading() as connection:

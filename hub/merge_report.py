@@ -34,10 +34,10 @@ class LayerReport:
 
     `rank_in` is the rank of the update that the method's formula gives, `rank_out` that of the stored update, and
     `relative_error` the Frobenius norm of their difference over that of the first. `norms` has |w_e D_e| for each parent, 0
-    if it lacks the layer; () if the merge did not compare its parents. `cosines` are <D_i, D_j> / (|D_i| |D_j|) with
-    the weights' signs, for the pairs (0, 1), (0, 2), ..., (1, 2), ... `sign_conflict` is the share, 0 to 1, of the entries
-    not zero in all parents in which two parents have opposite signs; exact for layers of at most 128 x 128, sampled evenly
-    above.
+    if it lacks the layer; () if the merge did not compare its parents. `cosines` are <D_i, D_j> / (|D_i| |D_j|) with the
+    weights' signs, for the pairs (0, 1), (0, 2), ..., (1, 2), ... `sign_conflict` is the share, 0 to 1, of entries in which
+    two parents have opposite signs, among those that are not zero in all parents; exact for layers of at most 128 x 128,
+    sampled evenly above.
     """
 
     rank_in: int

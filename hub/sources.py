@@ -90,9 +90,9 @@ def open_source(
 ) -> Iterator[OpenedSource]:
     """Yield the local folder or file of `source`; an unpacked archive is deleted when the block ends.
 
-    A source that is no local path is a repository `owner/name` or `owner/name/file` of the model hub, whose needed files are
-    downloaded. Raises AdapterNotFound if neither exists, AdapterUnsupported for a repository without a file that can hold an
-    adapter. A token never appears in a message.
+    A source that is not a local path is a repository `owner/name` or `owner/name/file` of the model hub, whose needed files
+    are downloaded. Raises AdapterNotFound if neither exists, AdapterUnsupported for a repository without a file that can
+    hold an adapter. A token never appears in a message.
     """
     wanted: dict[str, Any] = {"token": token, "local_files_only": local_files_only, "allow_patterns": allow_patterns}
     if isinstance(source, Repository):

@@ -1,7 +1,7 @@
 """Fusion of several keys' scores into one score, and a threshold below which a search finds no adapter.
 
 The fused score is a mean of scores or of reciprocal ranks, or a learned probability. `Abstention` is the threshold: if the
-best score is below, the base model is the answer. Few inputs that no adapter is for reach it.
+best score is below it, the base model answers. Few inputs without a fitting adapter reach it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _MEAN_WEIGHTS = {"relation": 0.3}
 
 @dataclass(frozen=True)
 class Fusion:
-    """A way to fuse keys' scores; a key that `weights` lacks weighs 1 (`relation` 0.3 in a mean, all 0 in "logistic").
+    """A way to fuse keys' scores. Weights not in `weights` are 1, for `relation` in a mean 0.3, and in "logistic" 0.
 
     "mean": the weighted mean of the scores, -1 to 1. "reciprocal_rank": the weighted mean of 61 / (60 + rank), 0 to 1, which
     needs no common scale. "logistic": the probability that an adapter is the right one, from scores that are standardised
-    over the adapters of a query; `fit` learns its weights. A key without an opinion on an adapter counts as an average one.
+    over the adapters of a query; `fit` learns its weights. A NaN counts as the mean of the key's scores.
     """
 
     kind: str = "mean"
@@ -46,7 +46,7 @@ class Fusion:
             raise RetrievalError(f"fusion {self.kind!r} is unknown; there are {', '.join(KINDS)}")
 
     def fuse(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the fused scores_N, NaN where no key has an opinion. RetrievalError if the weights sum to 0 or less."""
+        """Return the fused scores_N, NaN where all keys score NaN. Raises RetrievalError if the weights sum to 0 or less."""
         useful = {name: scores_N for name, scores_N in parts.items() if not np.isnan(scores_N).all()}
         if not useful:
             return np.full(len(next(iter(parts.values()))), np.nan)
@@ -135,10 +135,10 @@ def _ranks(scores_N: np.ndarray) -> np.ndarray:
 def wilson(share: float, count: float, drawn_R: np.ndarray | None = None) -> tuple[float, float]:
     """Return the 95 % interval of a `share`, 0 to 1, of `count` independent answers, above 0, after Wilson (1927).
 
-    The interval has a width even if all answers are right, or none is. If the answers are not independent, for instance
-    over several seeds or tasks, pass R bootstrap draws of the share as `drawn_R`: the interval is then that of as many
-    independent answers as would have the draws' variance, the effective sample size of Franco, Little, Louis and Slud (2019,
-    Journal of Survey Statistics and Methodology 7). Draws that are all equal are ignored.
+    The interval has a width even if all answers are right, or none is. If the answers are not independent, for instance over
+    several seeds or tasks, pass R bootstrap draws of the share as `drawn_R`: the interval then counts as many independent
+    answers as would have the draws' variance, the effective sample size (Franco, Little, Louis and Slud 2019, Journal of
+    Survey Statistics and Methodology 7). Draws that are all equal are ignored.
     """
     if drawn_R is not None and float(np.ptp(drawn_R)) >= 1e-9 and share not in (0, 1):
         count = share * (1 - share) / float(np.var(drawn_R))
@@ -158,8 +158,8 @@ def share_text(share: float, count: int) -> str:
 class Abstention:
     """A threshold below which a search's best score counts as nothing, for the embedder, keys and fusion in `search`.
 
-    `false_accept` is the share of the foreign inputs of the calibration (no adapter is for them) that reached the threshold,
-    `false_accept_high` the upper end of its 95 % interval (Wilson), `accept` the share of own inputs (one is for them).
+    In the calibration, `false_accept` is the share of foreign inputs (those without an adapter) that reached the threshold,
+    `false_accept_high` the upper end of its 95 % Wilson interval, `accept` the share of own inputs (those with one).
     """
 
     threshold: float
@@ -208,7 +208,7 @@ class Abstention:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the threshold, and what it was calibrated with, as JSON."""
+        """Write the threshold and the figures of its calibration as JSON."""
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod

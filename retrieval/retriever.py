@@ -49,16 +49,16 @@ class Retriever:
     `embedder` and `index` are names of the registry (`loraweave.names`); `embedder` may be an object, or the folder of an
     encoder that `train_encoder` wrote. Scores are cosines, -1 to 1. Results are sorted by score, ties by order of addition.
     A result is [] when the hub is empty, nothing passes the filters, or nothing reaches `min_score`: then the base model is
-    the answer. Texts are cut at what the embedder reads. RetrievalError for a text without a visible character, a k that is
-    no int of 0 or more, a diversity outside 0 to 1.
+    the answer. Texts are cut at what the embedder reads. Raises RetrievalError for a text without a visible character, a k
+    that is not an int of at least 0, a diversity outside 0 to 1.
 
     `keys` are names of the registry or objects: the `shortlist` (200) best adapters of the index are scored by each of them,
-    and `fusion` makes one score of these. By default the key `classifier` scores the 50 best, beside `description` where the
-    query has one; a search by a description alone, or for more than 50, is left to the index. With keys=() the index alone
-    scores every search by texts, through the whole hub. With `abstention` (see `calibrate`) a search by texts whose best
-    score is below its threshold finds nothing; a threshold of a plain search keeps the searches plain.
+    and `fusion` makes one score of these. By default the key `classifier` scores the 50 best, and `description` too if the
+    query has one; a search by a description alone, or for more than 50, uses the index alone. With keys=() the index alone
+    scores every search by texts, over the whole hub. With `abstention` (see `calibrate`) a search by texts finds nothing if
+    its best score is below the threshold; one calibrated for the index alone turns the default keys off.
 
-    All searches give `k` adapters (20), take a `min_score` and a `diversity`, share the filters `base_model`, `license`,
+    All searches return `k` adapters (20), take a `min_score` and a `diversity`, share the filters `base_model`, `license`,
     `tags`, `language` (one, or any of several), `max_rank` and `max_size_bytes`, and page by `after`: the last candidate of
     the page before.
     """
@@ -141,8 +141,8 @@ class Retriever:
     ) -> list[Candidate]:
         """Return the k adapters that fit one task best, by several of its inputs.
 
-        Five inputs find the right adapter much more often than one of them; a description of the task does more still.
-        With evidence=False the candidates' evidence is "", which saves embedding the adapters' own texts. RetrievalError
+        Five inputs find the right adapter much more often than one of them; a description of the task does more still. With
+        evidence=False the candidates' evidence is "", which saves embedding the adapters' own texts. Raises RetrievalError
         if there is neither a text nor a description.
         """
         request = Request(evidence=evidence, **options)
@@ -162,7 +162,7 @@ class Retriever:
         Outputs tell apart the tasks whose inputs are alike, for adapters whose cards hold `outputs` beside their examples.
         Scored by the retriever's `keys`, by default by the `classifier`, which weighs outputs by what they do for the hub's
         own samples, and with keys=() by `mean`, `outputs` and `relation`; with a description also by `description`. An
-        example with an empty output counts by its input alone. RetrievalError without an example, InvalidTask for
+        example with an empty output counts by its input alone. Raises RetrievalError without an example, InvalidTask for
         anything but rows.
         """
         request = Request(**options)
@@ -188,7 +188,7 @@ class Retriever:
         """Return the k adapters whose weights are most like those of an adapter (a name or an object), best first.
 
         A named adapter is not among them. Of the built-in keys only `spectral` reads weights. The first search reads every
-        adapter once; its sketches are stored in the catalogue. AdapterNotFound for a name that the hub does not have.
+        adapter once; its sketches are stored in the catalogue. Raises AdapterNotFound for a name that the hub does not have.
         """
         request = Request(**options)
         if request.diversity:
@@ -209,7 +209,7 @@ class Retriever:
         """Map the k likeliest adapters for a task, known by its inputs or examples, to their probabilities, best first.
 
         The key `classifier`, calibrated on held-out samples, judges the shortlist, assuming that one adapter of it is right
-        and that the rows are independent. {} for an empty hub. RetrievalError without rows.
+        and that the rows are independent. {} for an empty hub. Raises RetrievalError without rows.
         """
         request = Request(**options)
         query = _query(read_rows(rows, targets="any"))
@@ -230,9 +230,9 @@ class Retriever:
         `own`: inputs of tasks that adapters are for, none of them a sample input; `foreign`: inputs of tasks that no adapter
         is for. At most the share `false_accept` of the foreign ones passes. Scores grow with the number of inputs, so a
         threshold holds for queries of `inputs_per_query` inputs; the inputs are grouped in their order. If neither is given,
-        the sample inputs of the hub's adapters (of at most 50) serve as both: as own, scored by a classifier fitted without
-        the input; as foreign, by one fitted without its adapter. InvalidTask for anything but texts and rows; RetrievalError
-        if only one of the two is given, or neither for a retriever with named keys.
+        the sample inputs of the hub's adapters (of at most 50) serve as both: as own inputs, scored by a classifier fitted
+        without that input; as foreign ones, by one fitted without its adapter. Raises InvalidTask for anything but texts and
+        rows; RetrievalError if only one of the two is given, or neither for a retriever with named keys.
         """
         if own is None and foreign is None and self._classifier is not None:
             own_scores, foreign_scores = self._held_out_scores(self._classifier, inputs_per_query)
@@ -274,9 +274,9 @@ class Retriever:
     def fit_fusion(self, held_out: Mapping[str, GivenRows], *, inputs_per_query: int = 1) -> Fusion:
         """Set and return logistic weights of the retriever's keys, learned from inputs whose adapter is known.
 
-        `held_out`: adapter name -> inputs, or examples with input and output, that are none of its samples. RetrievalError
-        for a retriever without keys, AdapterNotFound for a name that the hub does not have, InvalidTask for anything but
-        rows.
+        `held_out`: adapter name -> inputs, or examples with input and output, none of them one of its samples. Raises
+        RetrievalError for a retriever without keys, AdapterNotFound for a name that the hub does not have, InvalidTask for
+        anything but rows.
         """
         if not self.keys:
             raise RetrievalError('there are no keys to weigh: Retriever(hub, keys=("mean", "description", ...))')
@@ -411,13 +411,13 @@ def _query(rows: Sequence[Row]) -> Query:
 
 
 def _resolve(keys: str | Sequence[str | Key]) -> dict[str, Key]:
-    """Map the names of one or several keys to key objects. UnknownName for a name that the registry does not have."""
+    """Map the names of one or several keys to key objects. Raises UnknownName for a name that the registry does not have."""
     keys = [keys] if isinstance(keys, str) else keys
     return dict((key, registry.get("keys", key)()) if isinstance(key, str) else (key_name(key), key) for key in keys)
 
 
 def _groups_of(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
-    """Split the items into groups of `size`, in their order, dropping the rest. RetrievalError for a size below 1."""
+    """Split the items into groups of `size`, in their order, dropping the rest. Raises RetrievalError for a size below 1."""
     if not is_whole(size, 1):
         raise RetrievalError(f"inputs_per_query is {size!r}; it must be an int of 1 or more")
     return [tuple(items[start : start + size]) for start in range(0, len(items) - size + 1, size)]

@@ -27,7 +27,7 @@ class Form:
     id = "form:1"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Return embeddings (N, 44), fp32, unit norm; the empty text has one, too."""
+        """Return embeddings (N, 44), fp32, unit norm, also for an empty text."""
         rows_ND = np.array([_features(readable(text)) for text in texts], dtype=np.float64).reshape(len(texts), self.dim)
         # centred on the middle of their range, so that absence counts as much as presence
         rows_ND = 2.0 * rows_ND - 1.0

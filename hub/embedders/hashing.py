@@ -26,7 +26,7 @@ class Hashing:
         return f"hashing:crc32-{'-'.join(map(str, N_GRAM_SIZES))}:{self.dim}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Return embeddings (N, dim), fp32, unit norm; the empty text has one, too."""
+        """Return embeddings (N, dim), fp32, unit norm, also for an empty text."""
         rows_ND = np.zeros((len(texts), self.dim), dtype=np.float64)
         for row_D, text in zip(rows_ND, texts, strict=True):
             for gram, count in _grams(text).items():

@@ -61,7 +61,7 @@ class Sentence:
         return _folder() if self.folder is None else self.folder
 
     def loaded_copy(self) -> tuple[Any, Any]:
-        """Return a new (tokenizer, model) of transformers, which a training may change."""
+        """Return a new transformers (tokenizer, model), which a caller may train."""
         from transformers import AutoModel, AutoTokenizer
 
         from loraweave.hub.gguf_base import without_bars
@@ -91,7 +91,7 @@ def _folder() -> Path:
 
 
 def _read_trained(folder: Path) -> tuple[str, int]:
-    """Return the instruction that an encoder was trained with, and its size. Raises RetrievalError for damaged files."""
+    """Return the instruction an encoder was trained with, and its hidden size. Raises RetrievalError for damaged files."""
     missing = [name for name in (*MODEL_FILES, ENCODER_FILE) if not (folder / name).is_file()]
     if missing:
         raise RetrievalError(

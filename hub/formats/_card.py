@@ -32,7 +32,7 @@ DERIVED = ("peft", "stored_dtype")
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], Fingerprint | None, dict[str, Any]]:
-    """Return a folder's (card, fingerprint of the base, notes of the zeros that our writer added for PEFT).
+    """Return a folder's (card, fingerprint of the base, notes on the zeros that our writer added for PEFT).
 
     Without loraweave.json, README.md gives license, tags, languages, data sets, and a description in its first paragraph. A
     damaged README never blocks. Raises AdapterCorrupt for a damaged loraweave.json: it holds the base's fingerprint.

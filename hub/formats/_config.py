@@ -62,14 +62,14 @@ class AdapterConfig:
         return self._number(self.fields.get(name, default), name)
 
     def numbers(self, name: str) -> dict[str, float]:
-        """Return the field's object from layer patterns to finite numbers."""
+        """Return the field, a JSON object {layer pattern: finite number}."""
         return {key: self._number(value, f"{name}[{key!r}]") for key, value in self.table(name).items()}
 
     def count(self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_COUNT) -> int:
         return self._count(self.fields.get(name, default), name, least, most)
 
     def counts(self, name: str, *, most: int = MAX_COUNT) -> dict[str, int]:
-        """Return the field's object from layer patterns to whole numbers from 1 to `most`."""
+        """Return the field, a JSON object {layer pattern: whole number from 1 to `most`}."""
         return {key: self._count(value, f"{name}[{key!r}]", 1, most) for key, value in self.table(name).items()}
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -81,7 +81,7 @@ class AdapterConfig:
         return self._typed(name, "" if value is None else value, str, f"a text of up to {MAX_TEXT} characters")
 
     def names(self, name: str) -> tuple[str, ...]:
-        """Return a list of module names, each once; empty if the field is missing or null."""
+        """Return the module names that the field lists, each once; empty if the field is missing or null."""
         value = self._typed(name, self.fields.get(name) or [], list, "a list of module names")
         if len(value) > MAX_NAMES:
             raise AdapterCorrupt(f"{self.folder}: {name} lists {len(value)} names, above the limit of {MAX_NAMES}")
@@ -90,14 +90,14 @@ class AdapterConfig:
         return tuple(dict.fromkeys(value))
 
     def whole_numbers(self, name: str, *, most: int) -> tuple[int, ...]:
-        """Return a list of up to `most` whole numbers from 0; empty if the field is missing or null."""
+        """Return the field's list of up to `most` whole numbers from 0; empty if the field is missing or null."""
         value = self._typed(name, self.fields.get(name) or [], list, "a list of whole numbers")
         if len(value) > most:
             raise AdapterCorrupt(f"{self.folder}: {name} lists {len(value)} numbers, above the limit of {most}")
         return tuple(self._count(number, f"{name}[{place}]", 0, MAX_COUNT) for place, number in enumerate(value))
 
     def table(self, name: str) -> Mapping[str, Any]:
-        """Return an object from layer patterns to values; empty if the field is missing, null or empty."""
+        """Return the field, a JSON object {layer pattern: value}; empty if the field is missing, null or empty."""
         return self._typed(name, self.fields.get(name) or {}, dict, "an object of layer patterns")
 
     def matched(self, pattern: str, layer: str, default: str) -> float:
@@ -143,7 +143,7 @@ def resolve_patterns(
 
 
 def extension_module(part: str, what: str, *missing: str) -> Any:
-    """Return the module `part` of an extension; else raise AdapterUnsupported: `what`, and `missing_extension(*missing)`."""
+    """Return an extension's module `part`. Raises AdapterUnsupported with `what` and `missing_extension(*missing)`."""
     module = next(bringing(part), None)
     if module is None:
         raise AdapterUnsupported(f"{what}: nothing here reads or writes this form{missing_extension(*missing)}")
@@ -156,7 +156,7 @@ def missing_extension(name: str = MORE_FORMATS, does: str = "reads more") -> str
 
 
 def words(text: str) -> frozenset[str]:
-    """Return the set of words in a text, which is a short way to write a table of names."""
+    """Split a text of names at its blanks into a set."""
     return frozenset(text.split())
 
 

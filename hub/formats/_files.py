@@ -161,7 +161,7 @@ def _held_bytes(descriptor: int, size: int) -> int:
 
 
 def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises AdapterCorrupt, with the reason, if it is no such object or too large."""
+    """Return the JSON object in a file. Raises AdapterCorrupt, with the reason, for anything else or a file too large."""
     try:
         return parse_json(read_bytes(folder, name, max_bytes))
     except ValueError as error:
@@ -321,7 +321,7 @@ def as_kept_files(files: Mapping[str, bytes]) -> KeptFiles:
 
 
 def shared_files(parents: Sequence[Mapping[str, bytes]]) -> KeptFiles:
-    """Return the files that all of several adapters have with the same bytes."""
+    """Return the files that all parents have with the same bytes."""
     tables = [as_kept_files(files).files for files in parents]
     first = tables[0]
     alike = [name for name in first if all(name in one and one[name].sha256 == first[name].sha256 for one in tables)]
@@ -329,7 +329,7 @@ def shared_files(parents: Sequence[Mapping[str, bytes]]) -> KeptFiles:
 
 
 def read_kept(folder: Path) -> KeptFiles:
-    """Return the files in a folder that have a name in KEPT. Warns of those left out: damaged, too large, or a pickle."""
+    """Return the files in a folder that have a name in KEPT. Warns of files left out: damaged, too large, or a pickle."""
     files = {}
     for name in KEPT:
         if present(folder, name):

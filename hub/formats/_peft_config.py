@@ -223,9 +223,9 @@ def parse_key(key: str) -> Key | None:
 
 
 def check_all_known(keys: Iterable[str], folder: Path, *, nested: bool = False) -> dict[str, Key]:
-    """Map each tensor name to its `Key`. Raises AdapterUnsupported for features not read, AdapterCorrupt for unknown names.
+    """Map each tensor name to its `Key`. Raises AdapterUnsupported for unsupported features, AdapterCorrupt for others.
 
-    `nested` permits PEFT's wrappers within wrappers, which several target_parameters of one module have.
+    `nested` permits wrappers within wrappers, as PEFT makes for several target_parameters of one module.
     """
     parsed: dict[str, Key] = {}
     unknown: list[str] = []
@@ -306,7 +306,7 @@ def path_of(layer: str, factors: Factors) -> str:
 
 
 def module_names(layers: Mapping[str, Factors]) -> tuple[str, ...]:
-    """Return the last steps of the layers' paths, such as q_proj, sorted; for an expert, those of its parameter."""
+    """Return the last names of the layers' paths, such as q_proj, sorted; for an expert, that of its parameter."""
     return tuple(sorted({path_of(layer, factors).rpartition(".")[2] for layer, factors in layers.items()}))
 
 

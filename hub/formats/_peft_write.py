@@ -253,7 +253,7 @@ def _parts(factors: Factors, lora_bias: bool) -> dict[str, Tensor]:
 
 
 def _layout(layers: Mapping[str, Factors], expert_notes: Mapping[str, int], lora_bias: bool) -> dict[str, Any]:
-    """Return notes of the zeros that were added for PEFT, by which reading gives back the same factors."""
+    """Return notes on the zeros added for PEFT, from which reading restores the same factors."""
     padded = [layer for layer, factors in layers.items() if lora_bias and _is_wrapped(factors) and factors.bias_O is None]
     empty = {layer: int(factors.a_RI.shape[1]) for layer, factors in layers.items() if not factors.rank}
     layout = (("padded_bias", padded), ("rank_zero", empty), ("expert_ranks", dict(expert_notes)))

@@ -273,7 +273,7 @@ def names_in(folder: Path, name: str) -> list[str]:
 
 
 def is_pickle(name: str) -> bool:
-    """Return whether a file of this name is a pickle: anything but safetensors."""
+    """Return True if a file of this name counts as a pickle, as all but safetensors files do."""
     return not name.endswith(".safetensors")
 
 

@@ -49,10 +49,10 @@ class Peft:
         """Return the factors of a PEFT folder in fp32 with the scale folded into b, its base model, and its card.
 
         The layers and their sizes are read from the tensors; target patterns are recorded and never run. If a tensor's rank
-        differs from what the config gives the layer, the scale uses the tensor's, with a warning. `card["peft"]` holds
-        the fields of the config that `write` writes back and `card["stored_dtype"]` the dtypes in the file. `assumed`
-        replaces fields of the config; `allow_pickle` has a .bin read by the safe loader. Raises AdapterCorrupt for damaged
-        files, and AdapterUnsupported for contents without an exact form as factors and for an adapter without effect.
+        differs from what the config gives the layer, the scale uses the tensor's, with a warning. `card["peft"]` holds the
+        fields of the config that `write` writes back and `card["stored_dtype"]` the dtypes in the file. `assumed` replaces
+        fields of the config; with `allow_pickle`, torch's safe loader reads a .bin. Raises AdapterCorrupt for damaged files,
+        and AdapterUnsupported for contents without an exact form as factors and for an adapter without effect.
         """
         folder = Path(folder)
         config = parse_lora({**AdapterConfig.of(folder).fields, **(assumed or {})}, folder)

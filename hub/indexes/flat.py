@@ -53,7 +53,7 @@ Choice = Callable[[int], Any]
 
 
 def index_choice(index: str) -> Choice:
-    """Return a function from the number of keys to class `index`, or for "auto" by `default_from`. Raises UnknownName."""
+    """Return a function (number of keys) -> index class: the named one, or for "auto" one that fits. Raises UnknownName."""
     if index == "auto":
         return _kind_for
     kind = registry.get("indexes", index)

@@ -70,7 +70,7 @@ def digest_of(record: Spoken) -> str:
 
 
 def made_keys(embed: Embed, given: Any, records: Sequence[Spoken]) -> Iterator[tuple[Sequence[Spoken], list[np.ndarray]]]:
-    """Embed the records' texts and yield (records, their keys (D,)) part by part; many run in joblib's configured workers.
+    """Yield (part of the records, their keys (D,)) from the embedded texts; joblib's workers, if set, embed large parts.
 
     `given` is the embedder as the user named it, which a worker opens for itself. When all parts have ended, the error of
     the first failed part is raised.

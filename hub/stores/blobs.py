@@ -78,7 +78,7 @@ def blob_bytes(
 def read_blob(path: Path, who: str) -> Blob:
     """Return the content of the blob at `path`, its tensors mapped from the file.
 
-    Raises AdapterCorrupt, naming `who` and the path, if the file is no intact blob; FileNotFoundError if it is missing;
+    Raises AdapterCorrupt, naming `who` and the path, if the file is not an intact blob; FileNotFoundError if it is missing;
     OSError if the file system cannot open or map it.
     """
     try:

@@ -174,7 +174,7 @@ def put_files(blobs: BlobStore, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def reading_blob(blobs: BlobStore, content_hash: str, who: str) -> Iterator[None]:
-    """Make errors of reading a blob inside the block name `who`. Raises AdapterCorrupt if the blob is missing."""
+    """Let errors of reading a blob in the block name its owner `who`. Raises AdapterCorrupt if the blob is missing."""
     place = blobs.place(content_hash)
     with storage_errors(place, f"reading {who}"):
         try:

@@ -46,7 +46,7 @@ def verify(
     also: Check | None,
     n_jobs: int | None,
 ) -> Verification:
-    """Read every row and every blob, and report damage without raising; `index_problems` checks the files of the search.
+    """Read every row and every blob, and report damage without raising; `index_problems` checks the search index's files.
 
     `also`, if any, checks the records of all adapters. With `n_jobs`, an extension's workers read the newest blobs.
     """

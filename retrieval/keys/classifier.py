@@ -1,9 +1,9 @@
 """A closed-form classifier over the sample inputs of several adapters: it tells which adapter's inputs a text resembles.
 
 Its kernel is a mixture: the embedder's cosine, a Gaussian of the look (`form`), and the cosine of TF-IDF vectors of words
-and marks. A query with outputs adds the same of the outputs, and how they stand to the inputs (`relation_of`). The mixture
-and the ridge are those that find held-out samples best (`kernel_ridge.choose`), so outputs count as far as they help with
-the hub's own samples.
+and marks. A query with outputs adds the same kernels of the outputs, and one of their relation to the inputs
+(`relation_of`). The mixture and the ridge are those that find held-out samples best (`kernel_ridge.choose`), so outputs
+count as far as they help with the hub's own samples.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ _Pair = tuple[str, str]
 class TfIdf:
     """TF-IDF vectors at norm 1: (1 + ln(count)) * (1 + ln((1 + N) / (1 + texts with the word))), with N = len(texts).
 
-    A word that the N texts lack counts in the norm alone, so that a query looks no more like them than a held-out text.
+    A word in none of the N texts counts in the norm alone, so that a query looks no more like them than a held-out text
+    does.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -123,9 +124,8 @@ class _Fitted:
 class Classifier(Declared):
     """The cosine of an input with the adapter's direction in the space of the mixed kernel, averaged over several inputs.
 
-    `samples`: how many of an adapter's samples count at most, 1 or more; evenly spaced, and fewer where there are over 2,000
-    in all. An adapter without samples is known by its description, else by its name; one without outputs by its inputs
-    alone.
+    At most `samples` of an adapter's samples are used, evenly spaced; fewer if all adapters together have over 2,000. For an
+    adapter without samples its description, else its name, is the sample; for one without outputs, inputs alone count.
 
     A list of adapters is fitted once and kept: texts not met before are embedded, a mixture is chosen on up to 700 samples,
     and N samples are solved for in O(N^3 / 3). A fit depends on nothing but the list.
@@ -241,7 +241,7 @@ def _pairs(record: Record, space: KeySpace) -> list[_Pair]:
 def _folds(labels_N: np.ndarray) -> np.ndarray:
     """Return each sample's number within its class: all first samples are held out together, then all second ones.
 
-    Held out alone, a sample meets its own class one smaller than the others, and looks less like it than a query does.
+    A sample held out alone would leave its own class one smaller than the others, and look less like it than a query does.
     """
     return np.arange(len(labels_N)) - np.searchsorted(labels_N, labels_N)
 

@@ -9,7 +9,7 @@ from loraweave.types import Record
 
 
 class Outputs:
-    """The cosine of the mean sample output with the query's mean output. The card's `outputs` are one for each example."""
+    """The cosine of the mean sample output with the query's mean output. The card's `outputs` hold one text per example."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
         outputs = [output for output in query.outputs if output.strip()]

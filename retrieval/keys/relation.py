@@ -29,7 +29,7 @@ def _mean(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
 
 
 def relation_of(given: str, answer: str) -> np.ndarray:
-    """Describe how `answer` stands to `given`: 13 numbers, -1 to 1 before the whole is scaled to norm 1."""
+    """Return the relation of `answer` to `given`, a unit vector of 13 features, each -1 to 1 before scaling to norm 1."""
     folded, other = given.casefold(), answer.casefold()
     words, answer_words = folded.split(), other.split()
     letters, answer_letters = set(folded), set(other)

@@ -25,7 +25,7 @@ ID = f"spectral:1:{SIDE}"
 
 
 class Spectral:
-    """An estimate, within some hundredths, of the cosine of two adapters' updates in all layers, by 576 numbers of each."""
+    """An estimate, to a few hundredths, of the cosine of two adapters' updates over all layers, from 576 numbers each."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
         if query.adapter is None or not records:
