@@ -196,7 +196,7 @@ _ANSWERING: ContextVar[Answering | None] = ContextVar("loraweave_answering", def
 
 
 def answering(with_weights: Answering) -> AbstractContextManager[None]:
-    """Let `under` enter `with_weights({name: weight})` inside the context, in which the model answers with that mixture."""
+    """Make `under` use `with_weights` inside the context: with_weights(w) is a context that answers with the mixture w."""
     return holding(_ANSWERING, with_weights)
 
 

@@ -64,7 +64,7 @@ class Invoked:
             self._used_BE = (router.values_BTLE != 0).flatten(1, 2).any(dim=1).tolist()
 
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
-        """Return the router of one call. ScopeError without ids, for an encoder-decoder, and for a row of unknown tokens."""
+        """Return one call's router. Raises ScopeError without ids, for an encoder-decoder, or a row of unknown tokens."""
         if has_two_sequences(model):
             raise ScopeError(
                 f"expert {self._some!r} counts from its invocation tokens on, and {type(model).__name__} has an encoder and "

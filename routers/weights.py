@@ -117,7 +117,7 @@ class MixtureWeights:
         return cls(torch.cat(rows)[None, None], tuple(experts), tuple(weights))
 
     def means(self) -> dict[str, float]:
-        """Return {name: weight} of a task-scope mixture, averaged over its layers. ScopeError for any other scope."""
+        """Return {name: weight} of a task-scope mixture, averaged over its layers. Raises ScopeError for any other scope."""
         if self.scope != "task":
             raise ScopeError(f"weights of {self.scope} scope are no single mapping")
         return dict(zip(self.experts, self.values_BTLE[0, 0].double().mean(dim=0).tolist(), strict=True))

@@ -163,7 +163,7 @@ def make_server(
 
 @dataclass(eq=False)
 class Making:
-    """A composition that a thread is making, `done` in the event loop, and the number of requests that wait for it."""
+    """A composition that a thread is making: the thread's future, the event loop's, and the number of requests that wait."""
 
     running: Future[Served]
     done: asyncio.Future[Served]
@@ -430,7 +430,7 @@ def _headers(canonical: str, identity: str) -> dict[str, str]:
 
 
 def _identified(request: Request, response: Response) -> Response:
-    """Return the response with the request's X-Request-Id, or one made for it where that is missing or none."""
+    """Return the response with the request's X-Request-Id, or with a new id if the header is missing or invalid."""
     sent = request.headers.get("x-request-id", "")
     response.headers["X-Request-Id"] = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
     return response

@@ -1,6 +1,6 @@
 """Rows, which are answers being generated, and the running batch: each step gives each row a token, under its own mixture.
 
-    read(rows)    what is new of the prompts, filled up on the left -> the model -> first tokens; keys and values join
+    read(rows)    the prompts' new tokens, padded on the left -> the model -> first tokens; keys and values join
                   those that are there
     step()        the last token of every row -> the model -> one token more for each
     keep(rows)    the others leave, with their keys and values and the columns that only they filled
@@ -8,8 +8,8 @@
 A row has a line for each member of its composition, and all of them go on with its tokens:
 
     columns       0 ........................... W-1
-    line 0        .  .  .  p  p  p  p  t  t  t        mask_BW is 0 where a line has nothing (.), which attention gives
-    line 1        p  p  p  p  p  p  p  p  t  t        weight 0, so that an answer is the one that it is alone
+    line 0        .  .  .  p  p  p  p  t  t  t        mask_BW is 0 where a line is empty (.): attention gives it
+    line 1        p  p  p  p  p  p  p  p  t  t        weight 0, so that an answer is the same as alone
 
 Why not the paged cache of transformers' own manager: that packs all rows into one, and mixtures follow rows.
 """
@@ -265,9 +265,9 @@ class Prefixes:
 class Batch:
     """The rows of one model that run together, their keys and values, and a mask of the columns that each has filled.
 
-    A row has one line (row of the tensors) for each member. Rows with equal `Row.batch` share a batch. The
-    beginnings that `prefixes` has are not read again. Raises CompositionError for a model that is not a decoder, takes no
-    positions, or keeps more than plain keys and values: rows of different ages cannot share its cache.
+    A row has one line (row of the tensors) for each member. Rows with equal `Row.batch` share a batch. The beginnings that
+    `prefixes` has are not read again. Raises CompositionError for a model that is not a decoder, takes no position ids, or
+    keeps more than plain keys and values: rows of different ages cannot share its cache.
     """
 
     def __init__(self, model: Any, tokenizer: Any, experts: Experts, prefixes: Prefixes) -> None:

@@ -37,7 +37,7 @@ class KeyFile(RootModel[dict[str, KeyLimits]]):
 
 
 class Rate:
-    """A number of events per minute: as many may come at once as in a minute, and the allowance refills evenly."""
+    """A limit of events per minute: a whole minute's allowance may be used at once, and it refills evenly."""
 
     def __init__(self, per_minute: float) -> None:
         self._per_minute = self._left = per_minute
@@ -92,7 +92,7 @@ class Keys:
         self._anyone = KeyHolder("anyone")
 
     def holder(self, authorization: str) -> KeyHolder:
-        """Return who sends this Authorization header. Raises Refusal (401) if it has no accepted key."""
+        """Return the holder of the key in an Authorization header. Raises Refusal (401) without an accepted key."""
         if not self._holders:
             return self._anyone
         scheme, _, token = authorization.partition(" ")

@@ -94,7 +94,7 @@ class Limits:
 
 
 class Turns:
-    """Turns at something that one at a time may use, shared among clients by what their uses cost.
+    """Turns at a resource that one client at a time may use, shared among clients by the cost of their uses.
 
     A use begins, on a clock of costs, at the end of the client's last one or now, and the earliest beginning is next
     (start-time fair queuing, Goyal, Vin and Cheng 1996). One event loop uses it.

@@ -74,7 +74,7 @@ class Served:
 
     @cached_property
     def is_activated(self) -> bool:
-        """True if one of all adapters takes effect only from its invocation tokens on."""
+        """True if any adapter takes effect only from its invocation tokens on."""
         return any(adapter.invocation for adapter in self.all_adapters.values())
 
     @cached_property
@@ -109,8 +109,9 @@ class Served:
 class Wanted:
     """A requested formula with the stored formulas in it expanded, and the hash of the formula and its adapters' contents.
 
-    `merges` is True if the formula contains a merge by a method, which takes a while to make. Once it is open, it has its
-    `stored` composition or the `pool` of its adapters, and the most `num_values` that are merged, or read from its files.
+    `merges` is True if the formula contains a merge by a method, which takes a while to make. Once opened, it also has its
+    `stored` composition or the `pool` of its adapters, and `num_values`, the most values that making it may merge or read
+    from files.
     """
 
     formula: Formula
@@ -193,7 +194,7 @@ class Names:
         return Wanted(expanded, expanded.identity(self._hub), merges)
 
     def opened(self, wanted: Wanted) -> Wanted:
-        """Open what the composition is made of, as the hub has it now; nothing is read but what is needed to measure it."""
+        """Open the composition's adapters or stored files as the hub has them now; read only what measuring them takes."""
         formula = wanted.formula
         if (stored := formula.stored(self._hub)) is not None:
             return replace(wanted, stored=stored, num_values=sum(stored.files.values()) // torch.float32.itemsize)
@@ -245,7 +246,7 @@ class Names:
         return [variant for member in members for variant in self._asked(member, member.share / total)]
 
     def _asked(self, member: Composition, share: float) -> list[Served]:
-        """Return a `Served` for each order of the task's examples; of a program's steps the last, the others in `before`."""
+        """Return a `Served` for each order of the task's examples: a program's last step, with the others in `before`."""
         *earlier, last = list(member.steps.items()) or [("", member)]
         limit = answer_limit(self._tokenizer, member.task.examples) if earlier else 0
         before = []
@@ -261,7 +262,7 @@ class Names:
 
 
 def _average(members: Sequence[Served]) -> Served:
-    """Return the average of members; a member that is alone is the whole."""
+    """Return the members' average, or the only member itself."""
     return members[0] if len(members) == 1 else Served(averaged=tuple(members))
 
 

@@ -163,7 +163,7 @@ class Prompts:
 
 
 def _is_input(asked: Prompt, task: Task) -> bool:
-    """Return True if a task's prompt can show the whole input: several turns need a chat task, a system turn one without."""
+    """Return True if the task can show the whole input: only a chat task shows turns; one with a `system` shows no other."""
     if isinstance(asked, str):
         return True
     return (not asked.system or bool(task.chat and not task.system)) and (len(asked.turns) == 1 or bool(task.chat))

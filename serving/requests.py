@@ -38,7 +38,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def _whole(value: Any) -> Any:
-    """Return a whole number such as 5.0 as the integer that JSON does not tell it from, and any other value as it is."""
+    """Return a float without a fraction, such as 5.0, as an int, since JSON has one kind of number; else the value."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -202,7 +202,7 @@ class Message(Fields):
 
 
 class ChatRequest(Asked):
-    """The body of /v1/chat/completions: messages, of which the tokenizer's chat template makes a prompt."""
+    """The body of /v1/chat/completions: messages, which the tokenizer's chat template makes into a prompt."""
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 

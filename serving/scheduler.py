@@ -79,7 +79,7 @@ class Admission:
         """Raise Refusal for a row that could not even run alone."""
 
     def require_loadable(self, num_bytes: int, num_tokens: int) -> None:
-        """Raise Refusal if a composition of `num_bytes` and an answer of `num_tokens` could not even be there alone."""
+        """Raise Refusal if memory could not hold a composition of `num_bytes` and an answer of `num_tokens` even alone."""
 
     def has_room(self, rows: Sequence[Row], num_bytes: int = 0, *, beside_kept: bool = False) -> bool:
         """Return True if the rows, adapters in use, and `num_bytes` more fit into memory.
@@ -108,7 +108,7 @@ class Claim:
 
 
 class Scheduler:
-    """A thread that runs rows until `close`. Other threads may call everything without an underscore but `turn`.
+    """A thread that runs rows until `close`. Other threads may call every public method but `turn`.
 
     Raises CompositionError for a model whose rows cannot share a cache.
     """

@@ -66,13 +66,13 @@ class Gate(nn.Module):
 class Call:
     """One pass of the model: its tokens, and what is known of each row.
 
-    `real_BT` marks the tokens that are no padding, `prompt_BT` those of the row's prompt; None marks all. `ids_BT` are the
+    `real_BT` marks the tokens that are not padding, `prompt_BT` those of the row's prompt; None marks all. `ids_BT` are the
     token ids and `embed` returns their input embeddings x_BTI, where they are known. `task_B` is the index of each row's
     task in the recipe's `tasks`, `UNKNOWN` for a row without one; None if no task was given. `follows` is True if a cache
     has earlier tokens. `kept` is one mapping for all passes of a generation, in which a gate keeps its decision for a row.
     `step` takes notes for losses and reports, None outside training. `two_sequences` is True for an encoder-decoder, whose
-    real tokens in a training are `decoder_BT`; `num_rows` is B, where it is known. `runs` is {key: number of runs within the
-    pass}.
+    real tokens in a training are `decoder_BT`; `num_rows` is B, where it is known. `runs` is the counter that `run_of`
+    keeps, {key: number of runs within the pass}.
     """
 
     real_BT: Tensor | None = None

@@ -255,7 +255,7 @@ class Solver(Declared, ABC):
 
 
 def require_one_clock(seconds: float | None) -> None:
-    """Raise WeightingError for a limit in seconds if several processes were launched, whose searches would end apart."""
+    """Raise WeightingError for a limit in seconds with several launched processes, since they would end differently."""
     if seconds is not None and (count := launched_processes()) > 1:
         raise WeightingError(
             f"{count} processes were launched, and each would end its search after another number of candidates with "

@@ -11,7 +11,7 @@ from loraweave.routers.weights import MixtureWeights
 class Manual(ClosedForm):
     """Weights w_e as given, of any size and sign; experts that `weights` does not name get 0.
 
-    Raises UnknownExpert for names that are no experts, WeightingError for weights that are no finite numbers.
+    Raises UnknownExpert for names that are not experts, WeightingError for weights that are not finite numbers.
     """
 
     weights: Mapping[str, float] | MixtureWeights

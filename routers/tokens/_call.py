@@ -59,7 +59,7 @@ def current_prompts() -> Prompts | None:
 
 
 def count_copies(router: str, prompts: Prompts, num_rows: int) -> int:
-    """Return how many consecutive rows each prompt serves. ScopeError, naming `router`, if the rows are no multiple."""
+    """Return how many consecutive rows each prompt serves. Raises ScopeError, naming `router`, if they do not divide."""
     if not num_rows or num_rows % len(prompts.rows):
         raise ScopeError(
             f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {num_rows} rows, no multiple: call the "

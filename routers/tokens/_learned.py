@@ -134,15 +134,14 @@ def require_alike(encoder_BT: Tensor, decoder_BT: Tensor) -> None:
 class TrainingReport:
     """The losses of a training by step, and statistics of the weights.
 
-    `losses` are means over the target tokens of each step, or over its rows where those are of tensors, without the `terms`
-    that were added, which have their own by name. `evaluations` are (steps done, loss of the rows held out). `entropy` is
-    that of a token's weights in nats, a mean over real tokens and layers; `load` has (steps done, share of each expert in
-    all weights), of at most 100 steps or so.
-    `dead` experts had less than a hundredth of an equal share over the last 20 steps; `collapsed` is the first step after
-    which one expert had more than 0.95 of all weight over 20 steps, None if there was none. `overflow` is, by step, the
-    share of the experts chosen by tokens before a target which had no capacity left; empty where there is no limit. The
-    router has the parameters after `kept` steps. `tokens` are those of prompts and targets that went through the model,
-    without padding; a row of tensors counts as one.
+    `losses` are means over each step's target tokens (over its rows if rows are tensors), without the added `terms`, {name:
+    values by step}. `evaluations` are (steps done, loss of the rows held out). `entropy` is the entropy of a token's weights
+    in nats, averaged over real tokens and layers; `load` has (steps done, each expert's share of all weights) of about 100
+    steps at most. `dead` experts had less than a hundredth of an equal share over the last 20 steps; `collapsed` is the
+    first step after which one expert had more than 0.95 of all weight over 20 steps, None if there was none. `overflow` is,
+    by step, the share of the experts chosen by tokens before a target which had no capacity left; empty where there is no
+    limit. The router has the parameters after `kept` steps. `tokens` are those of prompts and targets that went through the
+    model, without padding; a row of tensors counts as one.
     """
 
     experts: tuple[str, ...]

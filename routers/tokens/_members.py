@@ -111,7 +111,7 @@ class Members:
         return min(size for size, count in counts.items() if count == max(counts.values()))
 
     def without(self, name: str) -> Members:
-        """Return all members but one, in order. UnknownExpert for an unknown name, WeightingError for the last expert."""
+        """Return all members but one, in order. Raises UnknownExpert for an unknown name, WeightingError for the last."""
         if name not in self.places:
             raise unknown_expert(name, self.names)
         if len(self.names) == 1:

@@ -187,7 +187,7 @@ class TokenRouter(Declared, nn.Module):
         return write_router(Path(folder), pool, name=self.name, tensors=self.state_dict(), **kept)
 
     def save_whole(self, folder: str | Path) -> Path:
-        """Save as `save_pretrained` with the adapters in `self.pool`, as a hub keeps a router. ScopeError if it has none."""
+        """Save as `save_pretrained` does, with the adapters of `self.pool`, for a hub. Raises ScopeError without a pool."""
         if self.pool is None:
             raise ScopeError(
                 f"router {self.name!r} has no adapters of its own, without which nothing can be mixed: give the folder of "

@@ -145,7 +145,7 @@ def router(
     A saved router brings its options and its experts; its `pool` holds their adapters if they were saved, too. With `pool`
     it works for that pool, whatever its order and other experts (`TokenRouter.onto`). What PEFT saved of an X-LoRA or of
     `create_arrow_model` is read, too (docs/extensions/routers.md); `model` is the base, for an X-LoRA whose layers have
-    own weights.
+    weights of their own.
 
     Raises UnknownName, with near misses, for an unknown name; WeightingError for an unknown option or a pool that lacks its
     experts; AdapterNotFound if nothing there is a router; AdapterCorrupt for damaged files; AdapterUnsupported for files

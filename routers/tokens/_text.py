@@ -213,7 +213,7 @@ def read_expert_texts(router: str, pool: ExpertPool, examples: Examples, templat
 
     Texts in `examples` are taken as they are. From a Hub, or from the adapters' cards if None, up to 50 sample inputs of
     each expert become prompts by `template`, with the description as the instruction; without a template they stay as they
-    are. Raises WeightingError, naming `router`, for what is no list of texts.
+    are. Raises WeightingError, naming `router`, for anything but lists of texts.
     """
     if isinstance(examples, Mapping):
         return {name: _require_texts(router, name, texts) for name, texts in examples.items()}

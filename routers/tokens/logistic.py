@@ -23,14 +23,14 @@ class Logistic(TextRouter):
 
     `form` "selection" gives the likeliest expert 1, "probabilities" each expert p. "top_p" has the weights of DLP-LoRA
     (Zhang and Li 2024, arXiv 2410.01497): softmax(p) over the fewest experts whose p sum to at least `top_p`, .6 as in the
-    released test, and 0 for the others. The softmax of probabilities is theirs, and leaves the weights of those that stay
-    near each other; their p is that of a small transformer, trained on the texts.
+    released test, and 0 for the others. The softmax of probabilities follows the paper and leaves the chosen experts nearly
+    equal weights; the paper's p comes from a small transformer trained on the texts.
 
-    `inverse_penalty` is scikit-learn's C: the squared size of W counts 1 / (2 C) beside the summed loss of all texts, so
-    that a larger one is surer. The result is the optimum, without a draw.
+    `inverse_penalty` is scikit-learn's C: |W|^2 / (2 C) is added to the summed loss of all texts, so that a larger C gives
+    surer predictions. The fit is the optimum and has no randomness.
 
-    `examples`, `template` and `embedder` are those of router `similarity`; where the cards have no sample inputs either,
-    `fit` comes first. Raises WeightingError that names the experts without examples.
+    `examples`, `template` and `embedder` are those of router `similarity`; if the cards have no sample inputs either, call
+    `fit` first. Raises WeightingError that names the experts without examples.
     """
 
     by_expert: ClassVar[tuple[str, ...]] = ("coefficients_", "intercepts_")

@@ -31,19 +31,19 @@ class Similarity(TextRouter):
     """A router by cos_e, the cosine of a text's vector and the mean of the vectors of expert e's examples.
 
     `form` "softmax" makes softmax(cos / `temperature`) over the `nearest` experts (all), "selection" the nearest alone, and
-    "mixture" 1/k for each of the `nearest` (3). `per` "row" weighs by each row's prompt; "token" by the prompt and what was
-    generated so far, looked at again after every `refresh` tokens (2, the paper's best).
+    "mixture" 1/k for each of the `nearest` (3). `per` "row" weighs by each row's prompt; "token" by the prompt and the text
+    generated so far, updated after every `refresh` tokens (2, the paper's best).
 
-    With a prompt of n tokens, these have its weights, and the i-th token after it those of the first n + refresh *
-    floor(i / refresh) tokens. Where no prompt is known (in calls beside generating and scoring) the t-th token of a row
-    has those of its first refresh * floor(t / refresh) tokens, or of one. So a token keeps its weights under a cache, and
-    cached generation is generation without. A call embeds a context for each `refresh` of its tokens.
+    The n tokens of a prompt get the prompt's weights, the i-th token after it the weights of the first n + refresh * floor(i
+    / refresh) tokens. Without a known prompt (in calls other than generating and scoring) the t-th token of a row gets the
+    weights of its first refresh * floor(t / refresh) tokens, at least one. So a token keeps its weights under a cache, and
+    generation is the same with and without one. A call embeds a context for each `refresh` of its tokens.
 
     `examples`: {expert: texts}, as the model will be asked; a Hub, for its records' sample inputs; None, for those of the
     adapters' cards. Sample inputs become prompts by `template`, with the description as the instruction (None: as they are);
-    it has to be the form of the prompts that will come.
-    `embedder` is a name of `names("embedders")` or an encoder's folder. `examples` themselves are not kept.
-    Raises WeightingError that names the experts without examples, and for a form that no live mixture has.
+    it has to be the template of the prompts to come. `embedder` is a name of `names("embedders")` or an encoder's folder.
+    `examples` themselves are not kept. Raises WeightingError that names the experts without examples, and for a form that no
+    live mixture has.
     """
 
     per_expert: ClassVar[Mapping[str, str | None] | None] = {"keys_": None}
