@@ -214,8 +214,8 @@ class Composer:
     ) -> Iterator[Fused]:
         """Write a task-scope mixture into the weights for a `with` block, and restore them bit for bit after it.
 
-        `method` is a name of `names("methods")`, `seed` that of random ones, `statistics` has for each expert what methods
-        that weigh by data need, `options` are the method's own. Nothing is written before all new values are known to be
+        `method` is a name of `names("methods")`, `seed` seeds random methods, `statistics` has each expert's statistics for
+        methods that weigh by data, `options` are the method's own. Nothing is written before all new values are known to be
         finite. Unlike activate(), it holds for all threads. The block's handle can `switch` to another mixture.
 
         The originals of the touched weights are kept, as many bytes as these have: in "memory", or on "disk", in a file in
@@ -293,7 +293,7 @@ class Composer:
         return stream(generate, self.tokenizer)
 
     def _resolve_texts(self, texts: Sequence[Asked], mixture: Any) -> tuple[list[Prompt], MixtureWeights | Router | None]:
-        """Return (prompts, resolved mixture or None). CompositionError for a bad text, ScopeError for a wrong mixture."""
+        """Return (prompts, resolved mixture or None). Raises CompositionError for a bad text, ScopeError for a mixture."""
         from loraweave.composer.model.generate import read_prompt
 
         self._require_open()

@@ -257,7 +257,7 @@ def _extensions(path: tuple[str, ...]) -> dict[str, Path]:
 def _places(folder: str, packages: tuple[str, ...], path: tuple[str, ...]) -> dict[str, list[str]]:
     """Return {package: its folders} of a registry: the core's `packages`, then those of extensions, which are not imported.
 
-    `path` is sys.path, a key of the cache. Raises UnknownName for a registry that there is not.
+    `path` is sys.path, a key of the cache. Raises UnknownName for an unknown registry.
     """
     places: dict[str, list[str]] = {}
     for package in packages:

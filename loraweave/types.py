@@ -135,17 +135,17 @@ class BaseKey:
         return ""
 
     def proves(self, other: BaseKey) -> bool:
-        """Return whether sampled weights or ids show that `other`, which must not contradict this key, is the same model."""
+        """Return True if sampled weights or ids show that `other`, which must not contradict this key, is the same model."""
         return self._has_weights_of(other) or (bool(self.id) and self.id == other.id)
 
     def _has_weights_of(self, other: BaseKey) -> bool:
-        """Return whether both keys have sampled weights, which then agree unless the fingerprints differ."""
+        """Return True if both keys have sampled weights, which then agree unless the fingerprints differ."""
         fingerprint, its = self.fingerprint, other.fingerprint
         return bool(fingerprint and its and fingerprint.samples and its.samples)
 
 
 def _other_commits(left: str, right: str) -> bool:
-    """Return whether two revisions are different commits; False for a branch or tag, which can stand for any commit."""
+    """Return True if two revisions are different commits; False for a branch or tag, which can stand for any commit."""
     commits = [text for text in (left.lower(), right.lower()) if len(text) >= 7 and not set(text) - set("0123456789abcdef")]
     return len(commits) == 2 and not commits[0].startswith(commits[1]) and not commits[1].startswith(commits[0])
 

@@ -47,9 +47,9 @@ def candidates(
 ) -> tuple[ExpertPool, dict[str, float]]:
     """Return the pool to search in, and the score of each adapter that was retrieved.
 
-    From a hub the pool has the `k` adapters that fit the task best among those whose base has the model's weights or id.
-    Where the id identifies no model, or no adapter is known to be for this one, adapters count too that fit by the names and
-    shapes of their layers. Raises EmptyIndex for an empty hub, BaseModelMismatch for one without an adapter for the model.
+    From a hub the pool has the `k` adapters that fit the task best among those whose base has the model's weights or id. If
+    the id identifies no model, or no adapter is known to be for this one, adapters that fit by the names and shapes of their
+    layers count too. Raises EmptyIndex for an empty hub, BaseModelMismatch for one without an adapter for the model.
     """
     if isinstance(hub_or_pool, ExpertPool):
         return hub_or_pool, {}
@@ -93,7 +93,7 @@ def in_context_adapter(hub_or_pool: Hub | ExpertPool, model: nn.Module) -> Adapt
 
 
 class _Beside:
-    """A cache of which of a hub's adapters fit a model's layers; `why` is the reason of the first that does not."""
+    """A cache that knows which adapters of a hub fit a model's layers; `why` is why the first misfit does not."""
 
     def __init__(self, hub: Hub, modules: Mapping[str, nn.Module]) -> None:
         self._hub, self._modules = hub, modules

@@ -64,18 +64,18 @@ def compose(
 
     A pool or a list of adapters is used whole. `method` "auto" learns weights for the adapters and a LoRA under prompts that
     show the examples, looks in a hub for a program of adapters, and averages their probabilities (docs/search.md); the
-    composition's `members` has them. A single adapter that answers the examples already is returned as it is. Of a task
-    without examples it takes the adapters of a hub whose descriptions say what the instruction asks for. A name of
-    `names("routers")` runs that search alone; "best_single" takes the adapter of the lowest loss, "manual" the given
-    `weights`, "base" none, "in_context" the base with the examples in every prompt, and "few_shot" a LoRA trained on the
-    examples under such prompts (`steps`, `lr`). A router, by name and options, weighs every token; one that learns trains on
-    the examples for `steps` steps (by default a third of the budget) at the rate `lr`. A router object stays as it is.
-    `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do; `merge_method` says
-    instead that weights are those of a merge by a name of `names("methods")`, with its default options. `objective` is a
-    name of `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by default
-    the examples' own, and "auto" calibrates the labels of a task by the first 20 of them, or finds adapters by them.
-    `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of adapters used are added to the objective. Each search has
-    its own default objective, space and `l1`.
+    composition's `members` has them. A single adapter that answers the examples already is returned as it is. For a task
+    without examples it takes the adapters of a hub whose descriptions match the instruction. A name of `names("routers")`
+    runs that search alone; "best_single" takes the adapter of the lowest loss, "manual" the given `weights`, "base" none,
+    "in_context" the base with the examples in every prompt, and "few_shot" a LoRA trained on the examples under such prompts
+    (`steps`, `lr`). A router, by name and options, weighs every token; one that learns trains on the examples for `steps`
+    steps (by default a third of the budget) at the rate `lr`. A router object stays as it is. `space` "deltas" mixes the
+    adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do; `merge_method` says instead that weights are
+    those of a merge by a name of `names("methods")`, with its default options. `objective` is a name of
+    `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by default the
+    examples' own, and "auto" calibrates the labels of a task by the first 20 of them, or finds adapters by them. `l1` *
+    mean|w|, `l2` * mean(w^2) and `sparsity` * the number of adapters used are added to the objective. Each search has its
+    own default objective, space and `l1`.
 
     The guard: a searched composition must do no worse on held-out examples than the base and the best single adapter, or
     the better of these two is returned. It is cross-validated over at most `folds` folds, 3 by default; each fold's
@@ -191,7 +191,7 @@ SIGNATURE = signature(compose)
 
 @dataclass(frozen=True, eq=False)
 class ComposeCall:
-    """A call of compose() whose arguments are checked now, and whose model comes later; `arguments` are keyword arguments.
+    """A call of compose() with its keyword `arguments` checked now, and the model supplied when the object is called.
 
     Raises the errors that compose() raises for its arguments before it looks at the model.
     """

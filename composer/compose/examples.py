@@ -64,7 +64,7 @@ def in_turn(task: Task) -> list[Task]:
     """Return a task for each example that shows the demonstrations before it or those after it, whichever are more.
 
     Those after it are shown in reverse. Such prompts continue each other, so that a tree reads the demonstrations twice, not
-    once for each example. An example that is no demonstration is asked under all of them.
+    once for each example. An example that is not a demonstration is asked after all of them.
     """
     shown, tasks = task.shown, []
     for pair in task.examples:

@@ -158,9 +158,9 @@ class ExampleLoss:
     others. Several forward passes are dealt out to the `workers`; a function, which may close over anything, is called in
     this process.
 
-    A candidate that raises an error, or whose loss is not finite, has the loss NaN; `failures` counts these.
-    Raises UnknownName for an unknown kind, InvalidTask for examples that the kind cannot be taken of and for a function with
-    `inputs`, WeightingError for terms that cannot be used.
+    A candidate that raises an error, or whose loss is not finite, has the loss NaN; `failures` counts these. Raises
+    UnknownName for an unknown kind, InvalidTask for examples that the kind cannot score and for a function with `inputs`,
+    WeightingError for terms that cannot be used.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class ExampleLoss:
                 self._deal = workers.dealing(made)
 
     def view(self, only: Sequence[int]) -> Self:
-        """Return the same objective on the examples of these indices among all of the task's, with failures of its own.
+        """Return the same objective on the task's examples with these indices, counting failures of its own.
 
         Views share what the objective has prepared.
         """

@@ -65,7 +65,7 @@ class OrderReport:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A chain of steps, each given the answer of the step before it; `pool` has the steps' adapters of the `hub`.
+    """A chain of steps, each given the answer of the step before it; `pool` has the steps' adapters, from the `hub`.
 
     The task's labels, if it has some, are those of the last step.
     """

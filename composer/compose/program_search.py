@@ -258,7 +258,7 @@ def labels_of(path: Order) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ProgramRow:
-    """A program measured on `num_examples` examples: the targets' mean loss in nats, and the share it would write."""
+    """A program measured on `num_examples` examples: the targets' mean loss in nats, and the share it writes greedily."""
 
     steps: tuple[str, ...]
     loss: float

@@ -215,7 +215,7 @@ def _losses(objective: ExampleLoss, mixtures: list[MixtureWeights]) -> list[floa
 
 
 def pool_of(router: TokenRouter, engine: Composer) -> ExpertPool:
-    """Return the pool bound to the base if only there are all of the router's experts, else the engine's pool."""
+    """Return the engine's bound pool if only that has all of the router's experts, else the engine's pool."""
     wanted, pool_hashes = set(router.members.hashes), set(Members.of(engine.pool).hashes)
     if wanted <= pool_hashes or not wanted <= set(Members.of(engine.bound_pool).hashes):
         return engine.pool

@@ -31,11 +31,11 @@ class ReportRow:
     """One way to answer the task, measured on its examples.
 
     `held_out_loss` is the mean loss of examples that had no part in choosing the weights (cross-validated), `loss` that of
-    all examples after choosing on all; `held_out_hits` is the share of those `num_held_out` examples that greedy decoding
-    would write. Both held-out figures are None for a way that learned without folds, and for a composition that was refined.
-    `weights` are means over the layers where `by_layer` is given.
-    `num_trained` counts the scalars that were chosen, `losses` are those of a search's candidates, terms for the weights
-    included, and None for the `failed` ones that could not be scored.
+    all examples, with weights chosen on all; `held_out_hits` is the share of those `num_held_out` examples that greedy
+    decoding would write. Both held-out figures are None for a way that learned without folds, and for a composition that was
+    refined. `weights` are means over the layers where `by_layer` is given. `num_trained` counts the scalars that were
+    chosen, `losses` are those of a search's candidates, terms for the weights included, and None for the `failed` ones that
+    could not be scored.
     """
 
     name: str

@@ -37,7 +37,7 @@ Scores = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Split:
-    """The indices of the examples that a choice may use (`seen`), and of those that measure it afterwards (`held`)."""
+    """The indices of the examples that a choice may use (`seen`), and of the held-out ones that measure it (`held`)."""
 
     name: str
     seen: tuple[int, ...]

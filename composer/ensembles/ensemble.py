@@ -276,7 +276,7 @@ def answers(
     it: p(y) is the product of these averages. Members run as rows of one batch with a cache of keys and values. A list of
     tasks, one for each member, gives each member prompts of its own, such as its own demonstrations. A member whose task has
     several `orders` answers in each, with an equal part of its share. `mixtures` and `weights` are those of `ensemble`;
-    raises what it raises, CompositionError without a tokenizer, and InvalidTask for inputs that are no texts and no rows,
+    raises what it raises, CompositionError without a tokenizer, and InvalidTask for inputs that are neither texts nor rows,
     and for tasks that are fewer than the members or differ in labels.
     """
     texts = read_asked(inputs)

@@ -183,7 +183,7 @@ class ExpertModel(LikeBase, ExpertParts):
     def expert(self, number: int) -> Adapter:
         """Return one expert alone, at weight 1 wherever it is, as an adapter of its own.
 
-        Raises ScopeError for a form that is no update of layers, UnknownName for a number that no expert has.
+        Raises ScopeError for a form that is not an update of layers, UnknownName for a number that no expert has.
         """
         return one_expert(self.base_model, self.recipe, self.named_layers(), number)
 
@@ -216,8 +216,8 @@ class ExpertModel(LikeBase, ExpertParts):
 
         The dataset is {name of a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with
         "instruction" and "task" where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the
-        targets, with the recipe's terms. Rows of other models than language models, as of images, are their inputs by name,
-        one example each, whose loss is the base's own for "labels", or the setting `loss`. Parameters of the base that were
+        targets, with the recipe's terms. For other models than language models, such as image models, a row is one example,
+        {input name: value}; its loss is the base's own for "labels", or the setting `loss`. Parameters of the base that were
         unfrozen by hand learn, too. A recipe without tasks takes the dataset's names. docs/experts.md explains `settings`.
         Afterwards there is a `training_report`.
 

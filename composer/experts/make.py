@@ -84,8 +84,8 @@ def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel
 
     Layers that the adapter lacks are zero, and ranks below the expert's are filled with zeros. Raises LayerMismatch for
     layers where the model has no such expert, for other sizes and for a larger rank, UnknownName for a number that no expert
-    has, ScopeError for a recipe whose experts are no updates, WeightingError for a value that is no adapter or expert model;
-    the model is then as it was.
+    has, ScopeError for a recipe whose experts are not updates, WeightingError for a value that is not an adapter or expert
+    model; the model is then as it was.
     """
     require_expert_model(model, "put_expert()")
     if not isinstance(adapter, Adapter):

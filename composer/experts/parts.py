@@ -33,9 +33,9 @@ RENAMED = {"pfedlora": "local_and_shared"}
 class ExpertParts(nn.Module):
     """The base and a recipe's experts and gates, by name: the saved and the trainable parts of an `ExpertModel`.
 
-    The last call sets `own_loss`, the base's loss of a call with labels, `terms`, the recipe's losses by name, and in
-    training mode `notes`, the `Step` of the gates. `interrupted` has two digests of parameters: after an interrupted
-    training, and before it began. `report` is that of the last training.
+    Each call sets `own_loss`, the base's loss if it has labels, `terms`, the recipe's losses by name, and in training mode
+    `notes`, the `Step` of the gates. `interrupted` has two digests of parameters: after an interrupted training, and before
+    it began. `report` is that of the last training.
     """
 
     base_model: nn.Module

@@ -213,7 +213,7 @@ def _shape(data: Mapping[str, Any]) -> ExpertShape:
 
 
 def one_expert(base_model: nn.Module, recipe: Recipe, layers: Mapping[str, Any], number: int) -> Adapter:
-    """Return expert `number` as an adapter, from `layers`, {site: experts' module}; raises as `ExpertModel.expert`."""
+    """Return expert `number` as an adapter, from {site: experts' module}. Raises what `ExpertModel.expert` raises."""
     require_updates(recipe, layers, f"expert {number}")
     factors = {
         name: layer.factors(torch.eye(layer.shape.num_experts)[number])
@@ -227,7 +227,7 @@ def one_expert(base_model: nn.Module, recipe: Recipe, layers: Mapping[str, Any],
 
 
 def require_updates(recipe: Recipe, layers: Mapping[str, Any], what: str) -> None:
-    """Raise ScopeError, naming `what`, for experts that are no updates of layers: no adapter can express them."""
+    """Raise ScopeError, naming `what`, for experts that are not updates of layers: no adapter can express them."""
     if not all(layer.is_update for layer in layers.values()):
         raise ScopeError(
             f"{what} of recipe {recipe.name!r} is no update of layers, and no adapter: save_pretrained() the whole"

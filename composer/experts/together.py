@@ -49,7 +49,7 @@ def train_experts(
     jobs end as in `train_adapters`, whose options these are. With `checkpoint`, the same call resumes an interrupted
     training, with models as they were before it or as the interruption left them.
 
-    Raises TrainingError for a model of another base, for one that is given twice, and for recipes whose experts are no
+    Raises TrainingError for a model of another base, for one that is given twice, and for recipes whose experts are not
     updates of linear layers; InvalidTask for rows that cannot be used, or have no task where the recipe needs it,
     UnknownName for unknown tasks, PackageMissing where no extension trains experts.
     """
@@ -68,7 +68,7 @@ class ExpertJob(TrainingJob):
     Gates see the job's own rows alone, and the recipe's losses are its penalty. A step's random draws (dropout, noise of
     gates) follow from `seed`, the job's name and the step, with which torch's generator is seeded; they are drawn for the
     width that the job's rows have alone, whatever the width of the pass. Raises TrainingError for recipes whose experts are
-    no updates of linear layers, ScopeError or UnknownName for a task that is missing or unknown.
+    not updates of linear layers, ScopeError or UnknownName for a task that is missing or unknown.
     """
 
     def __init__(self, name: str, model: ExpertModel, *, task: str | int | None = None, seed: int = 0) -> None:

@@ -86,7 +86,7 @@ class Formula:
     """A composition as a value: two formulas that say the same are equal, whatever their spelling; `parse` makes one.
 
     `root` is its canonical form, `text` what was written. Where a method takes `hub_or_pool`, that is a Hub, an ExpertPool,
-    or a list or mapping of adapters; FormulaError shows the place of an adapter that is not there, with near misses.
+    or a list or mapping of adapters; FormulaError shows the place of a missing adapter, with near misses.
     """
 
     root: Root
@@ -139,7 +139,7 @@ class Formula:
     def adapters(self, hub_or_pool: HubOrPool | None = None) -> tuple[str, ...]:
         """Return the sorted names of the adapters that the formula needs; with a hub or pool also those of stored formulas.
 
-        Raises FormulaError for one that is not there. Adapters inside stored compositions are not listed.
+        Raises FormulaError for a missing one. Adapters inside stored compositions are not listed.
         """
         known = self
         if hub_or_pool is not None:
@@ -361,7 +361,7 @@ def _short(text: str) -> str:
 
 
 def _source(hub_or_pool: HubOrPool) -> Hub | ExpertPool:
-    """Return a Hub unchanged, anything else as a pool. Raises WeightingError for what is neither, nor adapters."""
+    """Return a Hub unchanged, anything else as a pool. Raises WeightingError for anything but adapters."""
     return hub_or_pool if isinstance(hub_or_pool, Hub) else ExpertPool.of(hub_or_pool)
 
 
@@ -429,7 +429,7 @@ def router_of(stored: StoredComposition) -> TokenRouter:
 
 
 def _adapter_of(stored: StoredComposition, leaf: Stored) -> Adapter:
-    """Return a stored composition's adapter. Raises ScopeError for one that is none."""
+    """Return a stored composition's adapter. Raises ScopeError for a composition that is not one adapter."""
     if has_router(stored):
         raise ScopeError(f"{leaf} is a router, not an adapter, and stands alone: activate formula.mixture(hub)")
     if COMPOSITION not in stored.files:

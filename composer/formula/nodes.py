@@ -312,7 +312,7 @@ class Token:
 
 
 def tokens(text: str) -> list[Token]:
-    """Return the tokens of a formula, "end" last. Raises FormulaError for text that is no token, and above the limits."""
+    """Return the tokens of a formula, "end" last. Raises FormulaError for text that is not a token, and above the limits."""
     pieces: list[Token] = []
     position = depth = 0
     while not pieces or pieces[-1].kind != "end":

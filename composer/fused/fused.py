@@ -168,7 +168,7 @@ class Fused:
                 raise
 
     def leave(self) -> list[str]:
-        """Restore and release all originals, and return the names of parameters that others had changed. Twice is fine.
+        """Restore and release all originals, and return the names of parameters that others changed. May be called twice.
 
         An interruption, or an error about one parameter, is raised once all other parameters are restored.
         """

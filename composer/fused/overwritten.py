@@ -53,8 +53,8 @@ class LayerLoss:
 class WeightWriter(ABC):
     """A writer of mixtures into one parameter of a layer, which can restore the original values; `slot` is its memory.
 
-    A subclass in the registry `writers` writes into weights that are no plain floats, where a loss is allowed: it is made
-    with the model, a layer that it `takes`, and the largest loss.
+    A subclass in the registry `writers` writes into weights that are not plain floats, if a loss is allowed: it is
+    constructed from the model, a layer that it `takes`, and the largest loss.
     """
 
     layer: TargetLayer
@@ -64,7 +64,7 @@ class WeightWriter(ABC):
 
     @classmethod
     def takes(cls, layer: TargetLayer) -> bool:
-        """Return whether the layer's weight is for this writer."""
+        """Return True if this writer can write into the layer's weight."""
         return False
 
     @classmethod
@@ -96,7 +96,7 @@ class WeightWriter(ABC):
 
     @abstractmethod
     def changed(self) -> bool:
-        """Return whether someone else has written to the parameter, or replaced it, since."""
+        """Return True if someone else has written to the parameter, or replaced it, since."""
 
     @abstractmethod
     def restore(self) -> None:
@@ -163,11 +163,11 @@ class Overwritten(WeightWriter):
         self._seal()
 
     def changed(self) -> bool:
-        """Return whether someone else has written to the parameter, or replaced it, since.
+        """Return True if someone else has written to the parameter, or replaced it, since.
 
         The sums of each row's bits are compared, as whole numbers of up to eight bytes. This reads the weights once and sees
-        writes of every kind (through .data or numpy too), but not two that swap places in a row. A move to another
-        dtype is no change.
+        writes of every kind (through .data or numpy too), but not two that swap places in a row. A move to another dtype
+        does not count.
         """
         if self.at_home:
             return False
@@ -266,8 +266,8 @@ class Originals:
 
     "memory" has them beside the parameter, on its device. "disk" has them in the folder for temporary files (TMPDIR): in
     files that only this process can open, since they have no name, and that are gone with it, however it ends. They are
-    mapped, and pages that are not just being read or written do not count as this process's memory. Their space is
-    reserved before a slot is given. Raises CompositionError where there is no space, or for another word.
+    mapped, and pages that are not just being read or written do not count as this process's memory. Their space is reserved
+    before a slot is given. Raises CompositionError without enough space, or for another word.
     """
 
     def __init__(self, place: Place) -> None:
@@ -303,7 +303,7 @@ class Originals:
             mapping.madvise(mmap.MADV_DONTNEED, start, size)
 
     def close(self) -> None:
-        """Release all slots; those that someone still holds stay valid. Twice is fine."""
+        """Release all slots; those still in use elsewhere stay valid. A second call does nothing."""
         self._chunks.clear()
         self._on_disk.clear()
 

@@ -88,7 +88,7 @@ def require_rows_of_tokens(layer: str, num_tokens: int, of_weights: int) -> None
 def in_own_precision(router: Router) -> Router:
     """Return the router, or a ByRow of routers, wrapped to compute outside autocast and on the layers' device.
 
-    A router that is no TokenRouter stays as it is, since it may need autocast.
+    A router that is not a TokenRouter stays as it is, since it may need autocast.
     """
     if isinstance(router, ByRow):
         # one wrapper for each router, so that a router sees a call only once

@@ -115,7 +115,7 @@ class Plan:
 
     @cached_property
     def _by_token(self) -> TokenWeights:
-        """The plan's weights as `TokenWeights`, for layers that are no matrix product (embeddings, convolutions)."""
+        """The plan's weights as `TokenWeights`, for layers that are not a matrix product (embeddings, convolutions)."""
         if isinstance(self._weights, TokenWeights):
             return self._weights
         assert self.mixture is not None
@@ -136,7 +136,7 @@ class Plan:
     def begin_call(self, main_input: Tensor | None) -> None:
         """Begin a call of the model; `main_input` is the tensor whose first axis is the batch, None if unknown.
 
-        Raises ScopeError if the batch's rows are no multiple of the mixture's.
+        Raises ScopeError if the batch's rows are not a multiple of the mixture's.
         """
         if main_input is None:
             return
@@ -198,7 +198,7 @@ class Plan:
         The rows of x are its first axis. With weights for B rows and an x of B * k rows, each weight serves k consecutive
         rows, as beams and return sequences are laid out; an x of two axes (N, I) holds its tokens row by row, so the same
         holds. The result may be written into y's own memory. Raises ScopeError, naming the layer and both counts, if the
-        rows are no such multiple.
+        rows are not such a multiple.
         """
         by_shape = self._remembered.get(layer.name)
         warm = by_shape.get(x.shape) if by_shape and layer.fresh else None

@@ -174,7 +174,7 @@ class Trace:
 
 
 def last_weights(owner: object, setting: Setting) -> UsedWeights:
-    """Return the weights of `owner`'s last forward in this context, or none. CompositionError if they were too large."""
+    """Return the weights of `owner`'s last forward in this context, if any. Raises CompositionError if too large."""
     usage = STATE.get().by_owner.get(owner)
     return UsedWeights((), {}) if usage is None else usage.weights(setting)
 

@@ -64,7 +64,7 @@ class Residents:
     `adapter` returns an expert, bound to the base model; `places` the device and dtype that each layer has now, if known.
     Experts stay after their last lease until their bytes are needed; the least recently used go first. `device_budget_bytes`
     is for all devices that `staged` accepts, `host_budget_bytes` for the CPU's memory: the factors of layers on the CPU, and
-    the copies from which devices are filled. None is no limit.
+    the copies from which devices are filled. None sets no limit.
     """
 
     def __init__(
@@ -363,7 +363,7 @@ def _fill_slot(slot: Slot[_Page], make: Callable[[], _Page]) -> _Page:
 
 @dataclass(frozen=True)
 class Residency:
-    """The hits and misses since the Composer was made, and the experts resident now. A budget of None is no limit.
+    """The hits and misses since the Composer was made, and the experts resident now. A budget of None sets no limit.
 
     A hit is an expert of an activation (or prefetch) that was on its layers' devices; a miss had to be copied there. `host`
     is the CPU's memory: the experts of layers on the CPU, and copies kept for other devices. Factors that stay mapped from

@@ -144,7 +144,7 @@ class RowWeights:
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
-        """Return the parts that a layer adds. Raises ScopeError if the input's rows are no multiple of the mixture's."""
+        """Return the parts that a layer adds. Raises ScopeError unless the input's rows are a multiple of the mixture's."""
         num_rows, num_tokens = x_BTI.shape[:2]
         require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
         held = self._prepared

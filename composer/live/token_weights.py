@@ -85,7 +85,7 @@ class _LayerStack:
 
 @dataclass(eq=False)
 class _Known:
-    """A cache for one w_BTP: tensors `made` from it and its nonzero weights per token (`chosen`); `met` once it was used."""
+    """A cache for one w_BTP: tensors `made` from it, nonzero weights per token (`chosen`), and if it was used (`met`)."""
 
     w_BTP: Tensor | None = None
     made: Made | None = None

@@ -70,9 +70,9 @@ def merge(
     adapter from `collect_statistics`, is for methods that weigh by data. The other `options` are the method's own.
 
     The result's `report` has each layer's rank before and after the cut, the relative error of the cut, and how far the
-    adapters pulled the same way (unless `interference` is False, which saves about a fifth of the time of a linear merge).
-    The card's "recipe" names parents, weights and method, and its "license" binds to those of all parents. Parents that are
-    under licenses known to exclude each other, or derived works, need `allow_licenses`.
+    adapters' updates agree (unless `interference` is False, which saves about a fifth of the time of a linear merge). The
+    card's "recipe" names parents, weights and method, and its "license" joins those of all parents. Parents whose licenses
+    are known to exclude each other, or derived works, need `allow_licenses`.
 
     Raises WeightingError for weights, rank, seed or options that do not fit, UnknownName for an unknown method,
     BaseModelMismatch and LayerMismatch for adapters that do not fit together, InvalidLicense for licenses that do not,

@@ -121,7 +121,7 @@ def train_adapters(
 def read_tasks(tasks: Mapping[str, Any]) -> dict[str, tuple[Task | Texts, ...]]:
     """Return {name: its tasks or texts}, each value a tuple even where the caller gave a single task.
 
-    Raises TrainingError for no tasks and for tasks without examples, InvalidTask for rows that are no examples.
+    Raises TrainingError for no tasks and for tasks without examples, InvalidTask for rows that are not examples.
     """
     if not isinstance(tasks, Mapping) or not tasks:
         raise TrainingError("no tasks to train: pass a mapping of names to examples")

@@ -161,7 +161,7 @@ class KeptState:
     def restore(
         self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, moved: Sequence[Tensor] = ()
     ) -> tuple[int, list[Tensor], list[Tensor], TrainingReport] | None:
-        """Restore the state; return (steps done, best parameters, recent loads, report), or None where there is none."""
+        """Restore the state; return (steps done, best parameters, recent loads, report), or None without a state."""
         state = None if self.folder is None else load_state(self.folder, self.key)
         if state is None:
             return None

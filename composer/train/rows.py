@@ -31,8 +31,8 @@ class Owners:
     """The owners of training rows, as {name: index}: a router's experts, or the tasks of a recipe of trained experts.
 
     `learner` names the router or recipe in messages, and `key` is the key of a row's owner. With `needed` every row must
-    have an owner. With `grows` an unknown name gets the next index. Rows under a name that is no owner's, in {name: rows},
-    have no owner; with `heeded` such a name is refused.
+    have an owner. With `grows` an unknown name gets the next index. In {name: rows}, rows under a name that is not an
+    owner's have no owner; with `heeded` such a name is refused.
     """
 
     places: dict[str, int]

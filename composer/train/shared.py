@@ -67,7 +67,7 @@ class StepMemory:
         return 0
 
     def fits(self, jobs: Sequence[JobSize]) -> bool:
-        """Return whether these jobs may share a step."""
+        """Return True if these jobs may share a step."""
         return self.budget is None or self.peak(jobs) <= self.budget
 
     def require(self, jobs: Mapping[str, JobSize]) -> None:

@@ -127,7 +127,7 @@ class Best:
     waited: int = 0
 
     def judge(self, loss: float, parameters: Iterable[Tensor]) -> bool:
-        """Return whether this loss is the lowest so far; if so, keep these parameters as the best, else count a wait."""
+        """Return True if this loss is the lowest so far; if so, keep these parameters as the best, else count a wait."""
         if not loss < self.loss:
             self.waited += 1
             return False

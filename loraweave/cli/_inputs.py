@@ -91,7 +91,7 @@ def _of_stdin() -> Iterator[tuple[str, Any]]:
 
 
 def is_terminal() -> bool:
-    """Return whether stdin is a terminal, at which a person types, and not a pipe or a file."""
+    """Return True if stdin is a terminal, at which a person types, and not a pipe or a file."""
     return sys.stdin.isatty()
 
 
@@ -195,7 +195,7 @@ def read_formula(sources: Sequence[str], hub: str) -> lw.Formula | None:
 
 
 def is_recipe(sources: Sequence[str]) -> bool:
-    """Return whether `sources` is a single YAML file that exists."""
+    """Return True if `sources` is a single YAML file that exists."""
     return len(sources) == 1 and sources[0].lower().endswith((".yaml", ".yml")) and Path(sources[0]).is_file()
 
 
@@ -281,7 +281,7 @@ def require_dtype(dtype: str | None) -> None:
 
 
 def is_given(context: typer.Context, name: str) -> bool:
-    """Return whether an option was written in the command, rather than left to its default or the environment."""
+    """Return True if an option was written in the command, rather than left to its default or the environment."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 

@@ -67,7 +67,7 @@ def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
 
 
 def is_messages(given: Any) -> bool:
-    """Return whether a value has the form of chat messages: a non-empty list of mappings with a "role"."""
+    """Return True if a value has the form of chat messages: a non-empty list of mappings with a "role"."""
     return is_list(given) and len(given) > 0 and all(isinstance(turn, Mapping) and "role" in turn for turn in given)
 
 

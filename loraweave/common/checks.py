@@ -10,12 +10,12 @@ from loraweave.errors import LoraweaveError
 
 
 def is_whole(value: object, least: int) -> TypeGuard[int]:
-    """Return whether a value is an int of at least `least`; True and False do not count as numbers."""
+    """Return True if a value is an int of at least `least`; True and False do not count as numbers."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> TypeGuard[float]:
-    """Return whether a value is a finite real number in [least, most], of numpy too; True and False are not numbers."""
+    """Return True if a value is a finite real number in [least, most], of numpy too; True and False are not numbers."""
     match value:
         case bool():
             return False
@@ -27,12 +27,12 @@ def is_number(value: object, least: float = -sys.float_info.max, most: float = s
 
 
 def is_list(value: object, of: type | UnionType = object) -> TypeGuard[Sequence[Any]]:
-    """Return whether a value is a list, a tuple or another sequence, not a text, whose elements are all of type `of`."""
+    """Return True if a value is a list, a tuple or another sequence, not a text, whose elements are all of type `of`."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(isinstance(item, of) for item in value)
 
 
 def is_collection(value: object) -> TypeGuard[Collection[Any]]:
-    """Return whether a value holds elements in any order, such as a list, a set or a view, and is not a text."""
+    """Return True if a value holds elements in any order, such as a list, a set or a view, and is not a text."""
     return isinstance(value, Collection) and not isinstance(value, str | bytes)
 
 
@@ -50,10 +50,10 @@ def one_or_many(values: Iterable[str] | str | None) -> tuple[str, ...]:
 
 
 def are_texts(values: Iterable[object]) -> TypeGuard[Iterable[str]]:
-    """Return whether all values are texts."""
+    """Return True if all values are texts."""
     return all(isinstance(value, str) for value in values)
 
 
 def says_something(text: object) -> TypeGuard[str]:
-    """Return whether a value is a text with a visible character."""
+    """Return True if a value is a text with a visible character."""
     return isinstance(text, str) and bool(text.strip())

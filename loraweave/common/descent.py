@@ -337,7 +337,7 @@ class Processes:
             dist.barrier()
 
     def require_alike(self, what: str, said: str, tensors: Iterable[Tensor] = ()) -> None:
-        """Raise TrainingError, which names `what` is trained, in all processes unless all pass equal `said` and tensors."""
+        """Raise TrainingError in all processes, naming `what` is trained, unless all pass equal `said` and tensors."""
         if self.count == 1:
             return
         digest = hashlib.sha256(said.encode() + tensor_bytes({str(n): tensor for n, tensor in enumerate(tensors)})).digest()

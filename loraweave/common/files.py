@@ -271,7 +271,7 @@ def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Return whether an error means a damaged database, and not a failed file system, a lock or a full disk."""
+    """Return True if an error means a damaged database, and not a failed file system, a lock or a full disk."""
     return _code(error) not in _PASSING
 
 

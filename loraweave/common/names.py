@@ -16,7 +16,7 @@ _REFUSED_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
 
 
 def checked_name(name: object) -> str:
-    """Return the name in Unicode form NFC, so that two ways of typing it are one name. InvalidName if a rule forbids it."""
+    """Return the name in Unicode form NFC, so that ways of typing it are one. Raises InvalidName if a rule forbids it."""
     if not isinstance(name, str):
         raise InvalidName(f"an adapter's name is text, not {type(name).__name__} {_short(name)}")
     normal = unicodedata.normalize("NFC", name)

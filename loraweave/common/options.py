@@ -35,7 +35,7 @@ class Range:
     below: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Return whether a number is within all bounds."""
+        """Return True if a number is within all bounds."""
         return (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -149,7 +149,7 @@ class Declared:
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Return whether a value fits an annotation, its `Range` included.
+    """Return True if a value fits an annotation, its `Range` included.
 
     Numbers must be finite; True and False are not numbers. Any value fits an annotation that this function does not know.
     """

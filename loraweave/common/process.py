@@ -33,7 +33,7 @@ _OWNERS: WeakSet[Any] = WeakSet()
 def lock_of(owner: Any) -> Any:
     """Make a reentrant lock to keep as `owner._lock`; a forked process replaces it with a free one.
 
-    The lock has no wrapper class: `with` acquires the interpreter's own in a way that no interruption can leave it taken.
+    The lock has no wrapper class: the interpreter's own `with` leaves no lock taken when it is interrupted.
     """
     _OWNERS.add(owner)
     return threading.RLock()

@@ -305,7 +305,7 @@ def _columns(row: Mapping[str, Any], where: str, targets: Targets) -> tuple[str,
 
 
 def _is_missing(value: Any) -> bool:
-    """Return whether a data set or frame marks the value as missing."""
+    """Return True if a data set or frame marks the value as missing."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 

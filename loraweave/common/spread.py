@@ -51,7 +51,7 @@ class Failed:
 
 
 class Workers(Protocol):
-    """Workers that run up to `room` pieces at a time. Raises WorkersFailed if no worker is left, or will come back."""
+    """Workers that run up to `room` pieces at a time. Raises WorkersFailed if no worker is left or can return."""
 
     @property
     def room(self) -> int: ...

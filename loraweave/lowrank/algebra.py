@@ -179,7 +179,7 @@ def require_in_range(factors: Factors, where: str) -> None:
 
 
 def within_range(tensors: Iterable[Tensor]) -> bool:
-    """Return whether all values, and all products and sums of products of two tensors, are surely finite in fp32.
+    """Return True if all values, and all products and sums of products of two tensors, are surely finite in fp32.
 
     By Cauchy and Schwarz the norm of all tensors together bounds them, which takes one pass; tensors that fill one storage,
     as those read from a file do, are read as one vector. False may be a false alarm (it is for integers).
@@ -200,7 +200,7 @@ def within_range(tensors: Iterable[Tensor]) -> bool:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return whether no value is NaN or infinite."""
+    """Return True if no value is NaN or infinite."""
     # either would be in the sum too, and a sum takes a tenth of the time
     return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
@@ -214,7 +214,7 @@ def on_host(tensor: Tensor) -> Tensor:
 
 
 def is_zero(factors: Factors) -> bool:
-    """Return whether the update changes no output; False for an update that needs its base layer."""
+    """Return True if the update changes no output; False for an update that needs its base layer."""
     if not factors.bound:
         return False
     rest = [part for part in (factors.gain_O, factors.bias_O) if part is not None]

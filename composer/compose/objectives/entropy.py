@@ -1,8 +1,8 @@
 """The Shannon entropy of the model's predictions: how unsure it is, whatever is right (AdaMerging, Yang et al. 2023).
 
-Where the task has labels, that of the distribution over them. Elsewhere the mean of the entropies over the vocabulary at the
-places of the target's tokens; for inputs without targets these are answers of the model itself, written once and then kept,
-so that the loss is a smooth function of the weights.
+For a task with labels it is the entropy of the distribution over them; otherwise the mean entropy over the vocabulary at the
+positions of the target's tokens. Inputs without targets get answers of the model itself as targets, written once and then
+kept, so that the loss is a smooth function of the weights.
 """
 
 from torch import Tensor

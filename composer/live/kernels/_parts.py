@@ -58,8 +58,8 @@ S_PER_OP = 2e-6
 class Workload:
     """The work of one layer in a forward pass with weights by row.
 
-    `num_mixtures` rows use any expert, each with `tokens` tokens; `largest` and `total` are the largest rank sum of a row
-    and the sum over rows; `num_segments` distinct mixtures have `distinct` rank rows together, and all their experts
+    `num_mixtures` rows use any expert, each with `tokens` tokens; `largest` is the largest rank sum of a row, `total` the
+    sum over rows; `num_segments` distinct mixtures have `distinct` rank rows together, their experts, each counted once,
     `stacked`. `native` is the number of torch's threads if compiled code, which uses one thread, can run, else 0.
     """
 

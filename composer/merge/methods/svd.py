@@ -11,7 +11,7 @@ def svd(experts: Experts, weights: Weights, *, rank: int | None = None) -> Trunc
 
     Without `rank` it is the largest among the experts that count, as in PEFT's `svd`, which before 0.21 applied the LoRA
     scale twice. A rank at or above the sum's own leaves it exact. Both factors carry the root of the singular values. Gains
-    and biases are no part of the matrix and sum exactly. An expert without the layer is a zero update.
+    and biases are not part of the matrix and sum exactly. An expert without the layer is a zero update.
     """
     updates, values = counted(experts, weights)
     total = sum(update.rank for update in updates)
