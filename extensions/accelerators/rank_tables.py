@@ -21,7 +21,7 @@ DEVICES = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cu
 
 
 def triton_runs(device: str, itemsize: int) -> bool:
-    """Return whether Triton's kernels, which sum in fp32, run on this type of device for floats of `itemsize` bytes."""
+    """Return True if Triton's kernels, which sum in fp32, run on this type of device for floats of `itemsize` bytes."""
     return device in DEVICES and itemsize in (2, 4) and _is_installed()
 
 

@@ -32,7 +32,7 @@ _NAMES = {dtype: name for name, dtype in {**FLOATS, **INTEGERS}.items()}
 
 
 def is_pickle(name: str) -> bool:
-    """Return whether a file of this name is a pickle: anything but safetensors."""
+    """Return True if a file of this name is a pickle: anything but safetensors."""
     return not name.endswith(".safetensors")
 
 

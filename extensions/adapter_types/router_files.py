@@ -11,12 +11,12 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def is_router(folder: Path) -> bool:
-    """Return whether the folder is a POLY that PEFT saved; its state is not checked."""
+    """Return True if the folder is a POLY that PEFT saved; its state is not checked."""
     return config_fields(folder).get("peft_type") == "POLY"
 
 
 def is_mixture(folder: Path) -> bool:
-    """Return whether the folder is a POLY of several tasks, not of one, which is read as an adapter."""
+    """Return True if the folder is a POLY of several tasks, not of one, which is read as an adapter."""
     return is_router(folder) and config_fields(folder).get("n_tasks", 1) != 1
 
 

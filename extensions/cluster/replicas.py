@@ -2,8 +2,8 @@
 
 a client -> Ray's proxy -> Front, which reads the formula -> by Ray's model multiplexing, a Replica -> its own `make_app`
 
-A replica tells Ray the formulas that it had last. A request goes to one that had its formula; where these are busy for a
-second, or there is none, to the one that had the fewest (https://docs.ray.io/en/latest/serve/model-multiplexing.html).
+A replica tells Ray the formulas that it had last. A request goes to a replica that had its formula; if these stay busy for a
+second, or none did, to the one with the fewest (https://docs.ray.io/en/latest/serve/model-multiplexing.html).
 """
 
 import asyncio

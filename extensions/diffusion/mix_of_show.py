@@ -52,7 +52,7 @@ def regions(pipe: Any, given: Sequence[tuple[str, Box | Tensor]], *, negative_pr
         h = mean of h_k over the regions that have the place,    h = that of the pipeline's prompt where there are none
 
     which is Mix-of-Show's regionally controllable sampling (pipeline_regionally_t2iadapter.py, without T2I-Adapter). Enter
-    it within `engine.activate(...)`, since prompts of regions are read on entering. All images of a batch have them.
+    it within `engine.activate(...)`, since prompts of regions are read on entering. All images of a batch share them.
 
     Raises CompositionError for a pipeline other than Stable Diffusion 1, 2 and XL, or for one whose regions are set already;
     WeightingError for a box outside the image or empty, and for a mask of another form.

@@ -40,11 +40,11 @@ def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float 
         topK |B_c A_c| / gamma > topK |B_s A_s| * (alpha step / steps + beta),    K = rank_c * rank_s,
 
     topK being the sum of the K largest entries and gamma the mean, over the layers of both, of the ratio of the sums of all
-    entries. A layer that only one adapter has uses that. Dense updates are made one layer at a time, once.
+    entries. A layer that only one adapter updates uses that one. Dense updates are made one layer at a time, once.
 
     K-LoRA (2502.18461), after its authors' code (klora.py, utils.py), which has K = 64, that of rank 8, and counts the calls
     of layers instead of steps. Pool names are the adapters' own. Raises WeightingError where they share no layer or have one
-    name, AdapterUnsupported for DoRA and (IA)3, whose update is no matrix of its own.
+    name, AdapterUnsupported for DoRA and (IA)3, whose update is not a matrix by itself.
     """
     both = [layer for layer in content.layers if layer in style.layers]
     if not both or content.name == style.name:

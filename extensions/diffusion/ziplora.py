@@ -45,9 +45,9 @@ def zip_lora(
 ) -> Adapter:
     """Return both adapters as one of rank R_c + R_s: B_c A_c diag(m_c) + B_s A_s diag(m_s) in the denoiser's linear layers.
 
-    `run(name)` runs the pipeline, or its denoiser, on what the adapter of that name is for. It is called once under each
-    adapter alone; what the denoiser gets then, x_c and x_s, is kept with what it predicts. From m = 1, `steps` steps of
-    AdamW lower, a call of each adapter at a time,
+    `run(name)` runs the pipeline, or its denoiser, on inputs for the adapter of that name. It is called once under each
+    adapter alone; the denoiser's inputs then, x_c and x_s, are kept with its predictions. From m = 1, `steps` steps of AdamW
+    lower, a call of each adapter at a time,
 
         |D(x_c) - D_c(x_c)|^2 + |D(x_s) - D_s(x_s)|^2 + overlap * sum over layers of mean |m_c m_s|
 
@@ -58,8 +58,8 @@ def zip_lora(
     Convolutions, text encoders and layers of one adapter alone have the plain sum. `card["zip_lora"]` has the three terms,
     the first two as means over all calls, with m = 1 and at the end. The pipeline stays as it was.
 
-    Raises WeightingError for adapters of one name or without a common linear layer in what denoises, and for settings out of
-    range; CompositionError where `run` calls nothing that denoises; what Composer raises for adapters that do not fit.
+    Raises WeightingError for adapters of one name or without a common linear layer in the denoiser, and for settings out of
+    range; CompositionError if `run` does not call the denoiser; what Composer raises for adapters that do not fit.
     """
     settings = {"steps": steps, "learning_rate": learning_rate, "overlap": overlap}
     check_options("zip_lora()", settings, options_of(zip_lora, after=4))

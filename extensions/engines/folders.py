@@ -130,7 +130,7 @@ class Folders:
     def hold(self, name: str) -> Folder:
         """Return the folder of a formula or of a folder's name, made if it is missing; it stays until `release` of its key.
 
-        Besides what `key` raises: AdapterUnsupported for what the engine cannot load or only beyond the limit of the error,
+        Raises what `key` raises, AdapterUnsupported for an update that the engine cannot load, or not within `max_error`,
         BaseModelMismatch and LayerMismatch for adapters of another base model, BudgetExceeded for a folder above the limit.
         """
         with self._making:

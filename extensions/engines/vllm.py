@@ -1,9 +1,9 @@
 """Formulas as LoRA names in vLLM: the resolver that an installed loraweave adds to its server, and a fix of its workers.
 
-vLLM calls `register` in each of its processes (entry points of the group GROUP). In the server that adds a resolver of
-LoRA names. vLLM asks it once for each name and keeps the answer in a table; so that a name never answers with what an
-adapter was before, and no folder goes while a request may still read it, the resolver puts a table of its own in its place
-(`_Names`). Read with vLLM 0.32: entrypoints/openai/models/serving.py, v1/core/kv_cache_utils.py, lora/worker_manager.py.
+vLLM calls `register` in each of its processes (entry points of the group GROUP). In the server that adds a resolver of LoRA
+names. vLLM asks it once for each name and keeps the answer in a table; so that a name never answers with an adapter's former
+content, and no folder is deleted while a request may read it, the resolver puts a table of its own in its place (`_Names`).
+Read with vLLM 0.32: entrypoints/openai/models/serving.py, v1/core/kv_cache_utils.py, lora/worker_manager.py.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ FIRST_ID = 1 << 30
 def register() -> None:
     """Add the resolver, and fix rows without an adapter on CPUs; do nothing unless $LORAWEAVE_HUB is set.
 
-    Raises ValueError, which ends vLLM's start, for a hub that is missing and for limits that are no numbers.
+    Raises ValueError, which ends vLLM's start, for a hub that is missing and for limits that are not numbers.
     """
     if not os.environ.get(HUB):
         return

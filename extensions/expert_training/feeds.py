@@ -58,7 +58,7 @@ def owners_of(recipe: Recipe) -> Owners:
 
 
 def predicts_tokens(model: nn.Module) -> bool:
-    """Return whether the model is a language model: it reads token ids, and its outputs are logits of tokens."""
+    """Return True if the model is a language model: it reads token ids, and its outputs are logits of tokens."""
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return False
     return getattr(model, "get_output_embeddings", lambda: None)() is not None
@@ -75,7 +75,7 @@ def _has_more_than_tokens(dataset: Any, model: nn.Module) -> bool:
 
 
 def _is_numbered(rows: Any) -> bool:
-    """Return whether rows[number] is a row of data; False for a text and a data frame, where it would be a column."""
+    """Return True if rows[number] is a row of data; False for a text and a data frame, where it would be a column."""
     if isinstance(rows, str) or hasattr(rows, "columns"):
         return False
     return hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
@@ -102,7 +102,7 @@ class Feed(ABC):
 
     @abstractmethod
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """Return (the model's output for a batch, its mean loss). Raises TrainingError where there is no loss."""
+        """Return (the model's output for a batch, its mean loss). Raises TrainingError without a loss."""
 
     @abstractmethod
     def size(self, inputs: Mapping[str, Any]) -> int:
@@ -192,7 +192,7 @@ def call_labelled(model: Any, inputs: Mapping[str, Tensor], *, two_sequences: bo
 
 @dataclass(frozen=True)
 class TensorRow:
-    """A row by its index in the caller's `source`, from which it is read whenever a step has it.
+    """A row by its index in the caller's `source`, from which it is read whenever a step needs it.
 
     `task_key` is the column that names the task, which is left out; `expert` is the task's index, or -1; `digest` is of the
     row's values, or "" if the feed takes none.
@@ -301,7 +301,7 @@ class TensorFeed(Feed):
 
 
 def _source(given: Any, where: str) -> Sequence[Any]:
-    """Return the rows of `given`, one part of a dataset, as a sequence. Raises InvalidTask if it has none or is no rows."""
+    """Return the rows of `given`, one part of a dataset, as a sequence. Raises InvalidTask if it is empty or not rows."""
     source = given.examples if isinstance(given, Task) else given
     if isinstance(source, str | bytes) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
         raise InvalidTask(f"{where} is {source!r:.80}, not rows: {FORMS}")

@@ -55,7 +55,7 @@ def start_from(
 def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
     """Return the caller's `pool`, in any form that `lw.experts` takes, as an ExpertPool.
 
-    Raises WeightingError for values that are no adapters, and for candidates of a search without their hub.
+    Raises WeightingError for values that are not adapters, and for candidates of a search without their hub.
     """
     hub = getattr(pool, "hub", None) if hub is None else hub
     match pool:
@@ -113,7 +113,7 @@ def _require_updates(pool: ExpertPool) -> None:
 
 
 def _following(name: str, pool: ExpertPool, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {option: value} by which recipe `name` gets as many experts as the pool has: `num_experts`, else `tasks`."""
+    """Return the option that gives recipe `name` as many experts as the pool has, {"num_experts" or "tasks": value}."""
     known = {field.name: field for field in fields(get("experts", name))}
     if "num_experts" in known:
         return {"num_experts": (len(pool),) if isinstance(known["num_experts"].default, tuple) else len(pool)}

@@ -86,7 +86,7 @@ def _as_it_was(model: ExpertModel) -> Iterator[None]:
 class ExpertTrainer(Trainer):  # type: ignore[misc]
     """A Trainer of an expert model, whose `ExpertSteps` keep, watch and check the steps.
 
-    The model stays on its device in one process, and each process has it on its own where there are several.
+    In one process the model stays on its device; each of several processes has the model on a device of its own.
     """
 
     def __init__(

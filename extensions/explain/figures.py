@@ -40,7 +40,7 @@ class TokenFigures:
             raise CompositionError(f"the weights have shape {shape}, but the tokens, layers and experts named are {named}")
 
     def require_weights(self) -> None:
-        """Raise CompositionError where there is no weight to show."""
+        """Raise CompositionError if there is no weight to show."""
         if not self.w_TLE.numel():
             raise CompositionError(
                 f"nothing to show of {len(self.tokens)} tokens, {len(self.layers)} layers and {len(self.experts)} experts; "

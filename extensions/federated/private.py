@@ -4,7 +4,7 @@ b a = B M A, where A and B have orthonormal rows and columns: the base's process
 device has M, the embeddings, the language head, and so the tokens. In each layer the base sends z = A x, the device answers
 M z, and B M z is added. One connection over TCP; what goes over it is JSON once, then numbers behind their count.
 
-That is locality and no secrecy: a base that keeps z and M z knows M after as many tokens as its rank, and may look up
+This gives locality, not secrecy: a base that keeps z and M z knows M after as many tokens as its rank, and may look up
 embeddings in its table.
 """
 
@@ -126,7 +126,7 @@ class _Line:
             raise LayerMismatch(f"{self.peer} sent a frame of kind {found.kind} where one of kind {kind} was due")
 
     def ended(self) -> bool:
-        """Return whether the peer has closed the connection; waits for that or for the next frame."""
+        """Return True if the peer has closed the connection; waits for that or for the next frame."""
         try:
             return not self.socket.recv(1, socket.MSG_PEEK)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""How do adapters of fused experts count live, row by row? The experts run one after the other, with their updates.
+"""How do adapters of fused experts act live, row by row? The experts run one after the other, with their updates.
 
 Nothing has to be called: a Composer lets a module that has the weights of all experts in one parameter run one by one while
 a mixture updates some of them. `watched` shows every product of an expert. It costs the model's own kernel for experts.

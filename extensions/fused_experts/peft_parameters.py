@@ -28,7 +28,7 @@ WRAPPED = ".base_layer"
 def experts_of(parts: Mapping[str, Mapping[str, Tensor]], config: Any) -> dict[str, dict[str, Factors]]:
     """Map each of a file's layers that is a target parameter to the factors of its experts by layer, unscaled.
 
-    Raises AdapterCorrupt for parts that PEFT does not define for a parameter, and as `_parameter_paths`.
+    Raises AdapterCorrupt for parts that PEFT does not define for a parameter, and what `_parameter_paths` raises.
     """
     experts: dict[str, dict[str, Factors]] = {}
     for layer, path in _parameter_paths(parts, config).items():
@@ -46,8 +46,8 @@ def _parameter_paths(parts: Mapping[str, Mapping[str, Tensor]], config: Any) -> 
     """Map each of a file's layers that is a target parameter to the path of that parameter.
 
     Raises AdapterUnsupported if the file does not say which it is: if a module has another number of layers below it than
-    targeted parameters, or several parameters with names that ORDER does not have; and for a target that is no parameter of
-    several experts, which PEFT ignores, refuses or applies to a single matrix.
+    targeted parameters, or several parameters with names that ORDER does not have; and for a target that is not a parameter
+    of several experts, which PEFT ignores, refuses or applies to a single matrix.
     """
     by_module: dict[str, list[str]] = defaultdict(list)
     for layer in parts:
@@ -73,7 +73,7 @@ def _parameter_paths(parts: Mapping[str, Mapping[str, Tensor]], config: Any) -> 
 
 
 def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[str, Tensor], config: Any, where: str) -> bool:
-    """Return whether the one update of a module is of the module itself, and not of a parameter in `own`.
+    """Return True if the one update of a module is of the module itself, and not of a parameter in `own`.
 
     Raises AdapterUnsupported for a parameter of a module that is a target too, and for one of a single matrix.
     """
@@ -102,7 +102,7 @@ def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[str, Tensor], 
 
 
 def _require_parameters(found: Mapping[str, str], modules: Iterable[str], config: Any) -> None:
-    """Raise AdapterUnsupported for a target that is a module of the file, and none of its parameters."""
+    """Raise AdapterUnsupported for a target parameter that names a module in the file instead."""
     for target in config.target_parameters:
         if any(f".{path}".endswith(f".{target}") for path in found.values()):
             continue
@@ -143,7 +143,7 @@ def stack_experts(layers: Mapping[str, Factors]) -> tuple[dict[str, dict[str, Te
 
     All layers are of kind "expert". Ranks are padded to the largest of a parameter, and experts up to its last, with zeros.
     Raises AdapterUnsupported for a layer without a number or with more than two factors, for experts of different sizes, and
-    as `_nested`.
+    what `_nested` raises.
     """
     by_path: dict[str, dict[int, Factors]] = defaultdict(dict)
     for layer, factors in layers.items():

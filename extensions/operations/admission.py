@@ -32,7 +32,7 @@ Ranks = dict[tuple[int, int], tuple[int, int]]
 
 
 class Budgets(Admission):
-    """A policy that keeps a server's memory (bytes) and a step's time (seconds) in limits; infinite ones delay no row."""
+    """A policy that keeps a server's memory (bytes) and step times (seconds) within limits; infinite ones delay no row."""
 
     def __init__(self, model: Any, limits: Limits, prefixes: Any, experts: Any, step_times: StepTimes | None = None) -> None:
         self._limits = limits
@@ -116,7 +116,7 @@ class Memory:
         return int(self._prefixes.kept_bytes + sum(loaded.size for loaded in self._experts.unused().values()))
 
     def has_room(self, rows: Sequence[Any], num_bytes: int = 0, *, beside_kept: bool = False) -> bool:
-        """Return True if the rows and `num_bytes` more fit once what is kept unused is dropped, or `beside_kept`."""
+        """Return True if the rows and `num_bytes` more fit with unused data dropped, or `beside_kept` with it kept."""
         return self.max_bytes == math.inf or self.needed(rows) + num_bytes + beside_kept * self._kept <= self.max_bytes
 
     def make_room(self, rows: Sequence[Any], num_bytes: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 A chat's next turn, and further answers to a prompt, begin with tokens that the model has read. What it made of them depends
 on these tokens and on the weights: {content hash: weight}, or the router. Under any other weights nothing is taken. An
-adapter that counts from its invocation tokens on has no weight before them, where what is kept is shared with rows without.
+adapter that acts from its invocation tokens on has no weight before them, so the part before is shared with rows without it.
 """
 
 import time

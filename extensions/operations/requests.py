@@ -1,6 +1,6 @@
-"""The course of a request, told when its response has ended: a record of `logging`, and spans of OpenTelemetry.
+"""The course of a request, reported when its response has ended: a record of `logging`, and spans of OpenTelemetry.
 
-Nothing of a prompt or an answer is told. Of an error only its code is, since its text may quote what a client sent.
+No part of a prompt or an answer is reported, and only the code of an error, since its text may quote the client.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STREAMED_ERROR = b'data: {"error": '
 
 
 def observed(app: Messages) -> Messages:
-    """Return the ASGI application, wrapped to log each request that is no probe, and to send its spans to OpenTelemetry."""
+    """Return the ASGI application, wrapped to log each request but probes, and to send its spans to OpenTelemetry."""
     show_spans = open_tracer()
 
     async def answer(scope: Scope, receive: Messages, send: Messages) -> None:
@@ -56,7 +56,7 @@ def observed(app: Messages) -> Messages:
 
 
 class Course:
-    """One request's times, and what its response says; `answer` is there once rows of a batch generate its texts."""
+    """One request's times, and what its response says; `answer` is set once rows of a batch generate its texts."""
 
     def __init__(self, scope: Scope) -> None:
         self._record: dict[str, Any] = {}
@@ -92,7 +92,7 @@ class Course:
                 self._error = json.loads(body.removeprefix(b"data: "))["error"]["code"] or ""
 
     def fields(self) -> dict[str, Any]:
-        """Return what the log tells of the request, by name, without values that are not there."""
+        """Return the request's fields for the log by name, without missing values."""
         now = time.monotonic()
         holder, answer = self.scope["state"].get("holder"), self._record.get("answer")
         fields: dict[str, Any] = {

@@ -1,8 +1,8 @@
 """The losses from quantised weights: of an adapter trained on them but used on full ones, and of answers after fusing.
 
-QLoRA (Dettmers et al. 2023, arXiv 2305.14314) trains D on Q(W) + D, so that W + D is another function, by W - Q(W): stated
-for each layer as |W - Q(W)| / |D|, in Frobenius norms. What `train_adapters` makes on a quantised base has that base's
-`quantization_config` as `card["quantization"]`. Other adapters do not tell, unless their card is given it.
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314) trains D on Q(W) + D, so that W + D differs from the trained layer by W -
+Q(W), reported as |W - Q(W)| / |D|, in Frobenius norms. What `train_adapters` makes on a quantised base has that base's
+`quantization_config` as `card["quantization"]`. Other adapters are known to be from such a base only if their card says so.
 """
 
 import statistics
@@ -147,8 +147,8 @@ class LogitsLoss:
 def logits_loss(written: Fused, tokenizer: Any, texts: Sequence[str]) -> LogitsLoss:
     """Return how far the logits of these texts, each read alone, are from those with all updates of quantised layers live.
 
-    `written` is what `Composer.fused` gives its block. Raises CompositionError where there are no tokens to read, and after
-    the block's end.
+    `written` is what `Composer.fused` gives its block. Raises CompositionError for texts without tokens, and after the
+    block's end.
     """
     kl = other = count = largest = 0.0
     model = written.model

@@ -1,6 +1,6 @@
 """Gates that weigh a row by the cluster of its prompt, and the reader that finds the clusters of a call's rows.
 
-How many experts training texts ask for is the number of their clusters, as HydraLoRA's paper counts them.
+The number of clusters of the training texts says how many experts to train, as in HydraLoRA's paper.
 """
 
 import hashlib
@@ -140,8 +140,8 @@ class ClusterReader(Gate):
     def fit(self, texts: Sequence[str], *, seed: int = 0) -> None:
         """Set the centroids to those that k-means finds for the embeddings of these texts.
 
-        Raises WeightingError where texts are no part of the recipe, and for fewer different texts than clusters, or clusters
-        that none of them is nearest to.
+        Raises WeightingError for a recipe that takes no texts, for fewer different texts than clusters, and for a cluster
+        that no text is nearest to.
         """
         from sklearn.cluster import KMeans
 
@@ -188,7 +188,7 @@ class ClusterReader(Gate):
         return [known[text] for text in texts]
 
     def begin(self, call: Call) -> None:
-        """Store the clusters of a call's rows in `call.kept`. Raises ScopeError if they are unknown, and as `clusters`."""
+        """Store the clusters of a call's rows in `call.kept`. Raises ScopeError if unknown, and what `clusters` raises."""
         if _CLUSTERS not in call.kept:
             k_B = call.kept[_CLUSTERS] = self._of_tasks(call) if self.embedder is None else self._of_prompts(call)
             if self.c_KH is not None:

@@ -212,7 +212,7 @@ class BiasedGate(Gate):
     """A gate that chooses, for each token, the `top_k` highest scores + bias_E, and whose bias_E training moves from 0 on.
 
     After each step bias_e grows by `rate` where fewer real tokens than the mean chose e, and falls by it where more did:
-    busy experts are chosen less, and no loss says so (Wang et al. 2024, arXiv 2408.15664). A rate of 0 leaves the bias 0.
+    busy experts are chosen less, without a loss term (Wang et al. 2024, arXiv 2408.15664). A rate of 0 leaves the bias 0.
     """
 
     # a choice passes no gradient on

@@ -25,7 +25,7 @@ from loraweave.extend.recipes import (
 
 
 def with_task(model: ExpertModel, task: str) -> ExpertModel:
-    """Return the model with one more task, whose expert or gate row, as the recipe gives each task, is untrained.
+    """Return the model with one more task, whose expert or gate row, whichever the recipe has by task, is untrained.
 
     All other tensors keep their bits. The given model is closed. Raises WeightingError for a task that it has, and for
     anything but an expert model.
@@ -127,7 +127,7 @@ def federated_average(
     The factors a and b of the `experts` are averaged apart, with each client's scale in b; with `gates` the gates'
     parameters are averaged, too. The rest of a client stays as it is, and clients may have different bases where these
     layers are alike. Raises LayerMismatch for clients whose experts or gates differ in place or size, WeightingError for
-    sizes that are no amounts of data; the models are then as they were.
+    sizes that are negative or all 0; the models are then unchanged.
     """
     if not is_list(models) or not models:
         raise WeightingError(f"clients are {models!r:.60}: give a list of the expert models of all")

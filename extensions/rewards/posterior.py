@@ -3,7 +3,7 @@
 theta are the entries of a and b of every layer. Around them, p(theta | data) is N(theta, (H + prior)^-1), H being the
 curvature of the examples' loss, Kronecker-factored for each matrix: H_W = mean(x x^T) (x) sum(v g g^T), over the tokens of
 all rows, each by itself ("expand" in Eschenhagen et al. 2023, arXiv 2311.00636). A row is an example with one label, f its
-score, x what W is given, g the gradient of f by what W gives, and v = p (1 - p) of the label, the diagonal of the loss's
+score, x the input of W, g the gradient of f by W's output, and v = p (1 - p) of the label, the diagonal of the loss's
 curvature by scores. The authors' code keeps ten directions of the long side of a and b; here all are kept.
 """
 

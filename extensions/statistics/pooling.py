@@ -32,8 +32,8 @@ def pool_statistics(
     open those of a hub themselves (docs/howto/many_machines.md). The options are those of `collect_statistics`; `layers`
     are recorded of every adapter. All matrices come back into this process.
 
-    Raises InvalidTask if `texts` is no mapping or empty, UnknownExpert or AdapterNotFound for a name that is not
-    there, before anything runs; then what `collect_statistics` raises, with the adapter's name in a note.
+    Raises InvalidTask if `texts` is not a mapping or is empty, UnknownExpert or AdapterNotFound for an unknown name, before
+    anything runs; then what `collect_statistics` raises, with the adapter's name in a note.
     """
     if not isinstance(texts, Mapping) or not texts:
         raise InvalidTask(f"texts are {texts!r:.80}; give {{name of an adapter: its texts}}, one at least")

@@ -72,7 +72,7 @@ def _train_group(
 
 
 def _is_there(hub: Hub, name: str, key: str) -> bool:
-    """Return whether the hub has an adapter of that name that was trained with the same key."""
+    """Return True if the hub has an adapter of that name that was trained with the same key."""
     recipe = hub.record(name).card.get("recipe") if name in hub else None
     return isinstance(recipe, Mapping) and recipe.get("key") == key
 

@@ -63,7 +63,7 @@ SKETCH = 8
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One adapter of a joint pool: its cluster, M of each layer's U M V (`middles`), error, and number of values before."""
+    """One adapter of a joint pool: its cluster, M of each layer's U M V (`middles`), error, and former number of values."""
 
     cluster: int
     middles: Mapping[str, Tensor]

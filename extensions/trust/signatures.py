@@ -46,7 +46,7 @@ def statement(record: Record) -> bytes:
 def sign(hub: Hub, key: Key, names: Iterable[str] | None = None) -> list[Record]:
     """Sign adapters of a hub, all by default, with the Ed25519 private key in a PEM file, and return their new records.
 
-    Raises HubError for a file that is no such key, AdapterNotFound for an unknown name; then nothing is signed.
+    Raises HubError for a file without such a key, AdapterNotFound for an unknown name; then nothing is signed.
     """
     private = _read_private_key(key)
     digits = hex_of(private.public_key())
@@ -94,7 +94,7 @@ def hex_of(key: Ed25519PublicKey) -> str:
 
 
 def is_valid(key: Ed25519PublicKey, signature: object, record: Record) -> bool:
-    """Return whether a signature, in hexadecimal, was made by the key for the adapter as it is now."""
+    """Return True if a signature, in hexadecimal, was made by the key for the adapter as it is now."""
     from cryptography.exceptions import InvalidSignature
 
     try:

@@ -1,7 +1,7 @@
 """The page's server: its files, JSON routes, and guards against other pages in the browser.
 
-It answers on loopback and only under a loopback name, so that no other page's name can be bent to this machine (DNS
-rebinding); a question that changes something is JSON from this page alone; and the page's own policy lets nothing in or out
+It answers on loopback and only under a loopback name, so that no other host name can be pointed at this machine (DNS
+rebinding); a request that changes something is JSON from this page alone; and the page's own policy lets nothing in or out
 but this server.
 """
 

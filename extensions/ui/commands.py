@@ -40,7 +40,7 @@ def ui(
 
 
 def has_display() -> bool:
-    """Tell whether somebody sits at a terminal with a screen that a browser can open on."""
+    """Return True if the command runs at a terminal, with a display that a browser can open on."""
     screen = sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
     return sys.stderr.isatty() and screen
 

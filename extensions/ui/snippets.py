@@ -30,7 +30,7 @@ def texts_of(hub: Hub, base: str | None, formula: str, question: Prompt, max_new
     """Return {"formula": ..., "python": ..., "shell": ..., "curl": ...}: texts that compose the formula's adapters.
 
     Python and curl ask the question; `base` is the base model's name, None for the default. Raises FormulaError for a text
-    that is no formula.
+    that is not a formula.
     """
     place, word = shlex.quote(place_of(hub)), shlex.quote(formula)
     # a router has no weights to merge: the hub keeps it under a name

@@ -32,7 +32,7 @@ SURE, LEAST_WEIGHT, LEAST_CHANGE = 3.0, 2e-3, 5e-3
 
 @dataclass(frozen=True)
 class Fit:
-    """Fitted weights of adapters with their standard errors, by name; `score` is the root mean square remainder in nats."""
+    """Fitted weights of adapters with their standard errors, by name; `score` is the root mean square residual in nats."""
 
     weights: Weights
     errors: Weights

@@ -83,7 +83,7 @@ class References:
         return chosen
 
     def fits(self, adapter: Adapter) -> bool:
-        """Return whether the adapter can be used with this model."""
+        """Return True if the adapter can be used with this model."""
         try:
             Composer(self._loaded[0], [adapter])
         except (CompositionError, AdapterUnsupported):

@@ -233,7 +233,7 @@ class Visit:
         return Finding(asked.name, when, verdict, worst, separation, len(replies), separation < APART * self.tolerance)
 
     def _fits(self, probe: Probe, reply: Answer) -> bool:
-        """Return whether an answer is within the tolerance and not clearly nearer to a likely fault."""
+        """Return True if an answer is within the tolerance and not clearly nearer to a likely fault."""
         error = distance(reply, probe.asked)
         likely = [answer for answer in probe.answers.values() if distance(answer, probe.asked) >= APART * self.tolerance]
         nearest = min((distance(reply, answer) for answer in likely), default=error)

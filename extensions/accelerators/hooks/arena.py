@@ -1,4 +1,4 @@
-"""Factors that stay at fixed addresses while mixtures change: another mixture of a batch is one small tensor written.
+"""Factors that stay at fixed addresses while mixtures change: a batch's new mixture only writes one small tensor.
 
     an arena    a_CI and b_CO of each layer: C rank rows, of which an expert has the same ones in all layers
                 |  e0 e0  |  e1 e1 e1 e1  |  ..  |  e2  |       as many as its largest rank; a layer reads its own rank
@@ -76,7 +76,7 @@ class Board:
     kernels: dict[tuple[str, bool], Kernel] = field(default_factory=dict)
 
     def reaches(self, layer: str) -> bool:
-        """Return whether any expert of the mixture has rank rows in `layer`."""
+        """Return True if any expert of the mixture has rank rows in `layer`."""
         return layer in self.groups.of_layer
 
 

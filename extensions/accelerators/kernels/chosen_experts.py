@@ -134,7 +134,7 @@ def _of_one_token(y: Tensor | None, x_1I: Tensor, w_E: Tensor, a_SI: Tensor, b_S
 
 
 def choosing_pays(work: TokenWorkload, *, learns: bool) -> bool:
-    """Return whether `ChosenProduct` clearly beats `ExpertProduct` on a CPU, in both passes if the experts learn."""
+    """Return True if `ChosenProduct` clearly beats `ExpertProduct` on a CPU, in both passes if the experts learn."""
     width, rank = work.num_inputs + work.num_outputs, work.stacked / work.num_experts
     products, operations = (6, 13) if learns else (2, 5)
     # inputs and gradients are copied; a sum is read and written, and so is what is added to it

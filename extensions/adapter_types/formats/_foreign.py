@@ -91,7 +91,7 @@ class StoredLayer:
         return a_RI, self.part(name_b, None, a_RI.shape[0])
 
     def choice(self, name: str, options: Iterable[Any], default: Any) -> Any:
-        """Return the config's field `name`, or `default`. Raises AdapterUnsupported if its value is none of `options`."""
+        """Return the config's field `name`, or `default`. Raises AdapterUnsupported if its value is not in `options`."""
         value, known = self.config.fields.get(name, default), list(options)
         if not any(type(value) is type(option) and value == option for option in known):
             raise AdapterUnsupported(
@@ -167,12 +167,12 @@ class PeftReader(Reader):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """Return whether the folder's config names this type; its other files are not checked."""
+        """Return True if the folder's config names this type; its other files are not checked."""
         return cls.claims(folder, config_fields(folder))
 
     @classmethod
     def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """Return whether the folder's config, already read as `fields`, names this PEFT type."""
+        """Return True if the folder's config, already read as `fields`, names this PEFT type."""
         return fields.get("peft_type") == cls.peft_type
 
 
@@ -305,7 +305,7 @@ class LoraVariant(ForeignFormat):
 
     @classmethod
     def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """Return whether the config, `fields`, is a LoRA's with the variant's `field` set."""
+        """Return True if the config, `fields`, is a LoRA's with the variant's `field` set."""
         return super().claims(folder, fields) and bool(fields.get(cls.field))
 
     @classmethod

@@ -66,7 +66,7 @@ class LoraFile(Reader):
     @classmethod
     @abstractmethod
     def knows(cls, names: Collection[str]) -> bool:
-        """Return whether these tensor names are of this layout; the tensors themselves are not checked."""
+        """Return True if these tensor names are of this layout; the tensors themselves are not checked."""
 
     @classmethod
     @abstractmethod
@@ -96,7 +96,7 @@ class LoraFile(Reader):
 
     @classmethod
     def recognises(cls, source: Path, *, allow_pickle: bool = False) -> bool:
-        """Return whether `source` is, or contains, a file of this layout; pickles are looked at with `allow_pickle` only."""
+        """Return True if `source` is, or contains, a file of this layout; pickles are looked at with `allow_pickle` only."""
         return bool(cls._files(source, allow_pickle))
 
     @classmethod

@@ -29,7 +29,7 @@ class BaseChange(PeftReader):
 
     @classmethod
     def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """Return whether the config is a LoRA's with an `init_lora_weights` in INITS."""
+        """Return True if the config is a LoRA's with an `init_lora_weights` in INITS."""
         return _init_of(fields) in INITS
 
     @classmethod

@@ -26,7 +26,7 @@ class Compeft:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether the folder has a file of this layout; the file's contents are not checked."""
+        """Return True if the folder has a file of this layout; the file's contents are not checked."""
         return any(present(folder, name) for name in (DESCRIPTION, WEIGHTS))
 
     @staticmethod

@@ -26,7 +26,7 @@ class LoraXs(LoraVariant):
 
     @classmethod
     def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
-        """Return whether the folder is a LoRA whose file has a matrix between A and B."""
+        """Return True if the folder is a LoRA whose file has a matrix between A and B."""
         try:
             return fields.get("peft_type") == cls.peft_type and any(name.endswith(GLUED) for name in stored_names(folder))
         except ValueError:

@@ -32,7 +32,7 @@ class Mlx(LoraFile):
 
     @classmethod
     def recognises(cls, source: Path, *, allow_pickle: bool = False) -> bool:
-        """Return whether `source` is MLX's file of factors or its folder, with MLX's config beside the weights."""
+        """Return True if `source` is MLX's file of factors or its folder, with MLX's config beside the weights."""
         folder = source.parent if source.is_file() else source
         try:
             return _fields(folder) is not None and super().recognises(source, allow_pickle=allow_pickle)

@@ -26,7 +26,7 @@ def road(layer: StoredLayer) -> Dense:
 
 
 def _partners(rows: Tensor, group: int) -> Tensor:
-    """Return what a quarter turn makes of the rows: the halves (x, y) of each group of `group` rows become (-y, x)."""
+    """Return the rows after a quarter turn: the halves (x, y) of each group of `group` rows become (-y, x)."""
     halves = rows.reshape(-1, 2, group // 2, rows.shape[1])
     return torch.stack([-halves[:, 1], halves[:, 0]], dim=1).reshape(rows.shape)
 

@@ -21,8 +21,8 @@ def ilora(
     """Return {task: the slow adapter after that task}; the fast one goes on learning from task to task.
 
     After step n of the whole course slow = d * slow + (1 - d) * fast with d = min(1 - 1 / (n + 1), decay), on a and on b
-    apart. From the second task on the loss is (CE(x) + CE(x')) / 2 + consistency * mean((h - max(h, h_slow))^2): x' is as
-    many examples of earlier tasks, out of a reservoir that is an even sample of at most `reservoir` of them, and h are the
+    apart. From the second task on the loss is (CE(x) + CE(x')) / 2 + consistency * mean((h - max(h, h_slow))^2): x' are as
+    many examples of earlier tasks, from a reservoir that is an even sample of at most `reservoir` of them, and h are the
     hidden states of all layers at the real tokens of x', with the fast and with the slow adapter in the model.
 
     The authors' code has a `decay` of 0.25, with which the slow adapter keeps a quarter of itself at each step and

@@ -156,11 +156,11 @@ class DiffusersPipeline(LiveHook):
     def calls(
         self, model: nn.Module, mixture: Any, resolve: Resolve, activate: Activate
     ) -> tuple[MixtureWeights | Router, ByCall | None] | None:
-        """Return (weights, None) for a mixture that all calls share, else (no expert's weights, the mixtures by call).
+        """Return (weights, None) for a mixture that all calls share, else (weights of no expert, the mixtures by call).
 
         For a pipeline, `mixture` may also be a function of (step, steps) that returns one, or a Composite. Returns None for
         another model. Raises ScopeError for rows in a pipeline whose batches are not known, and for routers that need the
-        whole call, of which a pipeline has several.
+        whole call, since a pipeline makes several.
         """
         if not isinstance(model, Diffusers):
             return None

@@ -37,8 +37,8 @@ class DpLora(PrivateStrategy):
 
     This is the paper's Algorithm 1, which clips the gradient of a whole batch (`clip_by` "batch"). One example can turn both
     clipped gradients round there, so S = 2 sqrt(2) C. With `clip_by` "example" the gradients g_i of each example's own loss
-    are clipped, as in DP-SGD (Abadi et al. 2016, arXiv 1607.00133): in the place of the brackets stands
-    (sum of clip(g_i) + sigma S z) / (q n), with S = sqrt(2) C.
+    are clipped, as in DP-SGD (Abadi et al. 2016, arXiv 1607.00133): the brackets are then (sum of clip(g_i) + sigma S z) /
+    (q n), with S = sqrt(2) C.
 
     The server takes the mean of the clients' a and b, in which all count alike. sigma is the least noise whose epsilon by
     the Renyi accountant of opacus is at most `epsilon`, after all steps of all rounds at the q of the smallest client; that

@@ -16,7 +16,7 @@ class ExpertMatrices(LiveHook):
 
     @classmethod
     def runs_experts(cls, module: nn.Module) -> bool:
-        """Return whether the module computes like a known module of fused experts."""
+        """Return True if the module computes like a known module of fused experts."""
         return computes_as_known(module)
 
     def take_experts(self, live: LiveModel, module: nn.Module, layers: Sequence[TargetLayer]) -> Iterator[Handle]:

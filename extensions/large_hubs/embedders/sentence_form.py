@@ -14,7 +14,7 @@ _Sentence, _Form = get("embedders", "sentence"), get("embedders", "form")
 
 
 class SentenceForm:
-    """Unit vectors (428) whose inner product is the mean cosine of meaning and form. PackageMissing without the encoder."""
+    """Unit vectors (428,) whose product is the mean cosine of meaning and form. Raises PackageMissing without an encoder."""
 
     dim = _Sentence.dim + _Form.dim
 

@@ -24,10 +24,10 @@ def ace(experts: Experts, weights: Weights, *, eps: Positive = 1e-2, k_fraction:
 
         T + sum of D_e (S_e - mean of G)
 
-    As in the released code, at whose settings these are the defaults. All of it lies in the experts' row space, so that
-    nothing is inverted beyond the sum of their ranks. Null directions, which the released code fills at random where an
-    update is of low rank, are left out, and mean(sigma_k) is over the others. Weights scale updates, and their size counts:
-    eps is in units of squared weights. Biases are summed with weights.
+    As in the released code, whose settings are the defaults. All of it lies in the experts' row space, so that nothing is
+    inverted beyond the sum of their ranks. Null directions, which the released code fills at random where an update is of
+    low rank, are left out, and mean(sigma_k) is over the others. Weights scale updates, and their size counts: eps is in
+    units of squared weights. Biases are summed with weights.
     """
     first, bias_O, parts = opened(experts, weights)
     if not parts:

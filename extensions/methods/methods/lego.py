@@ -34,8 +34,8 @@ def lego(
 
     A unit and its negative (-a, -b) are one update: signs are first aligned along the strongest similarities (the
     third-party code known to us leaves them). The result depends on how an update is split, since units are rows of a as
-    stored. Rows or columns of zeros are no units. k-means is scikit-learn's, of seed `random_state`, on the units in a fixed
-    order, so the order of experts does not matter. The LoRA scale is in b. Biases are summed with weights.
+    stored. Rows or columns of zeros are not units. k-means is scikit-learn's, of seed `random_state`, on the units in a
+    fixed order, so the order of experts does not matter. The LoRA scale is in b. Biases are summed with weights.
     """
     terms_E = terms(experts, weights)
     first, bias_O = terms_E[0].factors, weighted_bias(terms_E)

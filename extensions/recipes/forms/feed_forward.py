@@ -75,8 +75,8 @@ def layout_of(block: nn.Module) -> Layout | None:
 def feed_forward_sites(model: nn.Module, targets: Sequence[str]) -> list[Site]:
     """Return the feed-forward blocks whose path ends in one of `targets`, in the model's order; their layers are the parts.
 
-    Raises UnknownName for a target that matches none, LayerMismatch, naming the module, for one that is no such block, or
-    that does more than its layers.
+    Raises UnknownName for a target that matches none, LayerMismatch, naming the module, for a module that is not such a
+    block, or that does more than its layers.
     """
     blocks, sites = numbered_blocks(model), {}
     for name, module in model.named_modules():
@@ -135,7 +135,7 @@ def _does_what_it_says(block: nn.Module, layout: Layout) -> bool:
 
 
 class FeedForward(Form):
-    """sum over e of w_e * FFN_e(x) + (1 - sum of w_e) * FFN(x), with FFN_e(x) = D_e(act(G_e x) * U_e x).
+    """The form sum over e of w_e * FFN_e(x) + (1 - sum of w_e) * FFN(x), with FFN_e(x) = D_e(act(G_e x) * U_e x).
 
     G_e = G + scale * B_e A_e, and so U_e and D_e: the frozen layers are those of the block, and run once for all experts.
     Since D is linear, the sum is D h + scale * sum over e of w_e * B_e A_e h_e with h = h_0 + sum over e of w_e (h_e - h_0),

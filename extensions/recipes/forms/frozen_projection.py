@@ -8,7 +8,7 @@ from loraweave.extend.recipes import ExpertShape, Recipe, Site, SumOfExperts
 
 
 class FrozenProjection(SumOfExperts):
-    """y0 + scale * sum over e of w_e(A x) * (dropout(x) a_e^T) b_e^T, where A, all factors a stacked, has no gradient."""
+    """The form y0 + scale * sum over e of w_e(A x) * (dropout(x) a_e^T) b_e^T; A, all factors a stacked, has no gradient."""
 
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
         super().__init__(recipe, site, shape)

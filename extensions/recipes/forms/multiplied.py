@@ -12,7 +12,7 @@ from loraweave.extend.recipes import Args, ExpertShape, Form, Recipe, Seen, Site
 
 
 class Multiplied(Form):
-    """sum over ranks r of b_er * (W (a_er * x)) + bias, where e is the expert that weighs most in the row.
+    """The form sum over ranks r of b_er * (W (a_er * x)) + bias, where e is the expert that weighs most in the row.
 
     The weight is W * (b_e^T a_e), elementwise, and is never formed: the layer runs once on all rows, each as often as the
     rank and multiplied with a. Raises ScopeError for weights that vary within a row.

@@ -10,7 +10,7 @@ from loraweave.extensions.recipes.row_gates import Frozen
 
 
 class PartlyFrozen(SumOfExperts):
-    """y0 + scale * sum over e of w_e * (dropout(x) a_e^T) b_e^T, without a gradient for experts in the recipe's `frozen`.
+    """The form y0 + scale * sum over e of w_e * (dropout(x) a_e^T) b_e^T, without gradients for the recipe's `frozen`.
 
     Their factors are buffers, which no optimizer sees, so that they stay the same bits; a_SI and b_SO are the others'.
     """

@@ -14,7 +14,7 @@ from loraweave.extensions.recipes.recipes.mixlora_conditional import MixloraCond
 
 
 class SelectedFactors(Form):
-    """y0 + scale * sum over p of b_p (a_p dropout(x)), where a_p and b_p are the factors with a row's p-th best scores.
+    """The form y0 + scale * sum over p of b_p (a_p dropout(x)); a_p and b_p are the factors with a row's p-th best scores.
 
     A site's weights are the scores of all factors a, then those of all b. With k_REI, scores of b gain `a_weight` *
     softmax(sum over p of softmax(k_p a_p)).

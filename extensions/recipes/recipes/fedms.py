@@ -35,7 +35,7 @@ class Fedms(Frozen):
         return (0,)
 
     def shape(self, site: Site) -> ExpertShape:
-        """Return both experts' ranks, 0 if inactive. WeightingError if the model lacks blocks of `queue` or `capability`."""
+        """Return both experts' ranks, 0 if inactive. Raises WeightingError for blocks that the model lacks."""
         return ExpertShape((self.rank, self.rank if self._is_active(site) else 0))
 
     def gate_key(self, site: Site) -> str:

@@ -17,8 +17,8 @@ class Flora(TaskRecipe):
     """An expert for each of `tasks`, which a row of that task has: y = (W * (b_e^T a_e)) x + bias, elementwise.
 
     That is the sum over ranks of b_er * (W (a_er * x)), so that one product with W serves rows of all tasks. The first rank
-    begins as ones, which leaves W as it is; of the others, of which the paper does not say it, a begins normal and b as 0.
-    There is no scale and no dropout. `mode` "additive" is y = W x + alpha / rank * b_e^T a_e x, a LoRA for each task.
+    begins as ones, which leaves W as it is; the others, which the paper does not specify, begin with a normal and b 0. There
+    is no scale and no dropout. `mode` "additive" is y = W x + alpha / rank * b_e^T a_e x, a LoRA for each task.
     """
 
     mode: Literal["multiplicative", "additive"] = "multiplicative"

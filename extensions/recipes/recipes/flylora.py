@@ -18,9 +18,9 @@ class Flylora(Recipe):
     """The update y = y0 + alpha / rank * B diag(w) A x, with w 1 for the `top_k` ranks of the largest |A x + d|, else 0.
 
     A is frozen: each of its `rank` rows has `density` of its numbers from N(0, 1 / rank^2), at places drawn at random, and 0
-    elsewhere, so that it is router and projection in one, and B alone learns. None is a density of top_k / rank. The bias
-    d of a site begins as 0, enters the choice alone, and moves by `bias_rate` after each step of `fit`, up for the ranks
-    that fewer real tokens than the mean have had, down for the others. Sizes and defaults are the published ones.
+    elsewhere, so that it is router and projection in one, and B alone learns. None is a density of top_k / rank. The bias d
+    of a site begins as 0, enters the choice alone, and moves by `bias_rate` after each step of `fit`, up for the ranks that
+    fewer real tokens than the mean chose, down for the others. Sizes and defaults are the published ones.
 
     `by` "value" chooses by A x + d without the absolute value, which the authors' PEFT code does and their paper and plain
     code do not. That code also moves d in every pass, in evaluation, too. With dropout, which they do not use, the choice is

@@ -84,7 +84,7 @@ _READER = "what says lambda"
 class LdMole(EvenRecipe):
     """The mixture y = y0 + alpha / rank * sum over e of w_e B_e A_e x, w = sparsegen(r x, lambda(x)) by token and site.
 
-    w is a share of each expert on the simplex, of which as many are 0 as lambda, below 1, says. r_EI is each site's own, and
+    w lies on the simplex, and lambda, below 1, determines how many of its entries are 0. r_EI is each site's own, and
     lambda(x) = 0.99 + logsigmoid(MLP(x)) has one MLP of `hidden` units for all sites with as many inputs. Weights and their
     number follow the input without a jump, so that gradients reach both. Router `ld_mole` is the same for given adapters.
 

@@ -23,7 +23,7 @@ class Moelora(Recipe):
     that of the whole rank, as published. `shared` is one gate for all sites instead of one for each. a begins normal with a
     standard deviation of 0.01. Every row has to have a task, and `adapter(task)` is the model of that task.
 
-    The released code has 4 experts by default and the paper 8; one more embedding there, of no task, is left out.
+    The released code has 4 experts by default and the paper 8; its further embedding, which belongs to no task, is left out.
     """
 
     rank: Count = 16

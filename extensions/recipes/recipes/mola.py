@@ -24,7 +24,7 @@ class Mola(Recipe):
     `balance` times the sum over blocks of E * sum over e of s_e p_e is added, as in the released code: s_e is the share of e
     in all choices that real tokens made at the block's sites, p_e the mean of their softmax(r x). A block has 1 where all
     experts are alike, and a site outside the blocks is a block of its own. `as_released` includes padding. Published is
-    0.001; of the two released scripts that for instructions adds the loss, and that for ScienceQA does so only on request.
+    0.001; of the two released scripts, the one for instructions adds the loss, that for ScienceQA only if asked.
     """
 
     # the balance loss was a mean over sites

@@ -111,7 +111,7 @@ class Mtlora(Recipe):
     every update; the released code has none before those of a branch whose x_t is its own.
 
     The published model gives the outputs of all tasks for an image; here a row has one task, and an image that is asked for
-    several is several rows. A place outside the blocks is of the branch.
+    several is several rows. A site outside the blocks belongs to the branch.
     """
 
     rank: Count = 32

@@ -11,11 +11,11 @@ from loraweave.extensions.recipes.limited_gate import LimitedGate
 class Sira(TopKRecipe):
     """A mixture with w = softmax(r x), kept for the `top_k` highest and 0 for the others, for each token and site.
 
-    In training alone, a token does without each expert with the probability `expert_dropout`, whose score is then none, so
-    that its probability goes to the others; `top_k` always stay. And an expert has at most `capacity` times its even share
-    k T/E of each row's tokens, those that it weighs most, or without `prioritised` the first ones: to the others it adds
-    exactly 0. None is no limit, as in evaluation, where with it an output would depend on other tokens than its own.
-    `balance` times the mean over sites of the loss `mixtral` is added, which is k where all experts are alike.
+    In training alone, each expert is withheld from a token with probability `expert_dropout`, and its probability goes to
+    the others; `top_k` always stay. And an expert has at most `capacity` times its even share k T/E of each row's tokens,
+    those that it weighs most, or without `prioritised` the first ones: to the others it adds exactly 0. None sets no limit,
+    nor does evaluation, where a limit would make an output depend on other tokens than its own. `balance` times the mean
+    over sites of the loss `mixtral` is added, which is k where all experts are alike.
 
     Published: 16 experts, of which each token has 4. The defaults of dropout and capacity are ours, and so is whose tokens
     are counted together: each row's, so that no row depends on another. The first of a row are its prompt, which would leave

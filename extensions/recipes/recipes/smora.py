@@ -21,10 +21,10 @@ class Smora(Recipe):
     """The update y = y0 + alpha / top_k * B diag(w) A x, w = top_k * v / sum of v, of the best `top_k` v = sigmoid(r x) + d.
 
     Other weights are 0. `rank` ranks make one LoRA, of which a token uses `top_k`. The bias d of a site begins as 0, has no
-    gradient, and moves by `bias_rate`: up for ranks that fewer tokens than the mean have had, down for the others.
-    Formula, sizes, rate and an alpha of 2 * top_k are those of the released code, which trains otherwise: it counts
-    padding, too, moves d in each pass and shows the gate what dropout left of x. Here real tokens count, d moves after each
-    step of `fit`, and the gate sees x. `balance` times the loss `mixtral` of r x is added, which is not published.
+    gradient, and moves by `bias_rate`: up for ranks that fewer tokens than the mean chose, down for the others. Formula,
+    sizes, rate and an alpha of 2 * top_k are those of the released code, which trains otherwise: it counts padding, too,
+    moves d in each pass and shows the gate what dropout left of x. Here real tokens count, d moves after each step of `fit`,
+    and the gate sees x. `balance` times the loss `mixtral` of r x is added, which is not published.
 
     `by` "softmax" is this recipe before it followed the released code, which folders saved before still mean: alpha / rank
     comes before the sum, and w is softmax(r x) for the ranks of the highest `top_k` of r x + d, else 0.

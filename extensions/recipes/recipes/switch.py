@@ -19,9 +19,9 @@ class Switch(EvenRecipe):
 
     The probability stays below 1, and gives the gate its gradient. In training an expert takes at most `capacity` times its
     even share T/E of each row's tokens, the first ones, or with `prioritised` those with the largest weights for it; to the
-    others it adds exactly 0. None is no limit, as in evaluation. `balance` times the mean over sites of the loss `switch`, 1
-    if all experts are used equally, and `z` times that of the loss `z` (Zoph et al. 2022, arXiv 2202.08906) are added.
-    Published: 0.01 and a capacity of 1.25 for the first tokens; without z.
+    others it adds exactly 0. None sets no limit, nor does evaluation. `balance` times the mean over sites of the loss
+    `switch`, 1 if all experts are used equally, and `z` times that of the loss `z` (Zoph et al. 2022, arXiv 2202.08906) are
+    added. Published: 0.01 and a capacity of 1.25 for the first tokens; without z.
 
     The paper counts capacity over all tokens on a device; here, as in transformers, each row is counted separately, so that
     no row's output depends on another. Its noise on the gate's inputs in training is left out.

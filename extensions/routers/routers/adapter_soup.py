@@ -28,8 +28,8 @@ class AdapterSoup(ClosedForm):
     the experts of each one with more than `share` (0.1) of the inputs are taken, the `most` of the fullest first.
 
     Where none qualifies, the experts of the best score alone are taken. The paper averages the parameters of adapters, which
-    is `compose(merge_method="factor_average")`; by default updates are averaged. The paper's abstract names both ways and
-    none of the figures, which are ours. Raises WeightingError that names the experts without texts, and for no input.
+    is `compose(merge_method="factor_average")`; by default updates are averaged. The paper's abstract names both ways but no
+    numbers; the defaults are ours. Raises WeightingError that names the experts without texts, and for no input.
     """
 
     texts: Mapping[str, Sequence[str]]

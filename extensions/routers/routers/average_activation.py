@@ -51,7 +51,7 @@ class AverageActivation(ScoredRouter):
         return self
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Return LN(m_e) . LN(x) / sqrt(I), -inf for experts that leave the layer alone. WeightingError without a mean."""
+        """Return LN(m_e) . LN(x) / sqrt(I), -inf for experts not in the layer. Raises WeightingError without a mean."""
         m_EI, present = self.means_[layer], self.members.layers[layer].experts
         if self._complete.get(layer) is not m_EI:
             self._require_means(layer, m_EI)

@@ -12,7 +12,7 @@ class HardRouted(InputGates):
     Every adapter acts at the scale that it was trained with. The gradient is that of softmax(g x) (a straight-through
     estimate), so that all scores learn. `shared`, as published, has one matrix g_EI for all layers of I inputs; without it
     each layer has its own. It starts as torch draws a linear layer. The published training also learns a small LoRA on the
-    attention, which is no weight of an expert and is not here: train one with `train_adapters` and put it into the pool.
+    attention, which is not an expert's weight and is left out: train one with `train_adapters` and put it into the pool.
     """
 
     def __init__(self, pool: ExpertPool | Members, *, shared: bool = True) -> None:

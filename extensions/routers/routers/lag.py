@@ -18,7 +18,7 @@ class Lag(ScoredRouter):
     """A router by softmax over the `top_k` largest |b_e a_e x| among the `candidates` with the largest |v_e x|.
 
     v_e is the top right singular vector of b_e a_e. By default 4 candidates (all of a smaller pool), of which the best has
-    weight 1, for each token and layer. Raises WeightingError for fewer candidates than top_k, and as `ScoredRouter`.
+    weight 1, for each token and layer. Raises WeightingError for fewer candidates than top_k, or as `ScoredRouter`.
     """
 
     per_expert: ClassVar = {}

@@ -1,7 +1,7 @@
 """LoraHub's published search (Huang et al. 2023, arXiv 2307.13269, algorithm.py): 40 evaluations of nevergrad's NGOpt.
 
-NGOpt is no algorithm but a choice among many by dimensions and budget: for 20 adapters and 40 evaluations nevergrad 1.0.12
-takes COBYLA, where the paper names CMA-ES. The recipe's other part is that the 20 adapters are drawn at random.
+NGOpt is not an algorithm but a choice among many by dimensions and budget: for 20 adapters and 40 evaluations nevergrad
+1.0.12 takes COBYLA, where the paper names CMA-ES. The recipe's other part is that the 20 adapters are drawn at random.
 """
 
 import math

@@ -15,7 +15,7 @@ from loraweave.extensions.routers.routers.meteora import taught
 
 
 class MixtureOfAdapters(InputGates, BySequence):
-    """A router with w = 1 for the expert that a layer takes its input for, else 0, by softmax(g x) with a g_EI by layer.
+    """A router with w = 1 for the expert whose domain a layer predicts, else 0, by softmax(g x) with a g_EI by layer.
 
     With `decision` "sequence", as published, the expert of token t is the one whose mean of softmax(g x) over the row's
     real tokens 1..t is highest (`BySequence`); with "token" each token decides for itself.

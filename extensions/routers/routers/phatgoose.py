@@ -1,4 +1,4 @@
-"""PHATGOOSE (Muqeeth et al., ICML 2024, arXiv 2402.05859): a gate for each adapter, trained beside no other."""
+"""PHATGOOSE (Muqeeth et al., ICML 2024, arXiv 2402.05859): a gate for each adapter, trained independently."""
 
 from typing import ClassVar
 

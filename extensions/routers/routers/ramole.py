@@ -71,11 +71,11 @@ class Ramole(OutputAttention):
         return self.for_pool(pool)
 
     def add_expert(self, name: str, adapter: Adapter) -> Self:
-        """Return a router with one more expert at the end. WeightingError for a name it has; raises as `for_pool`."""
+        """Return a router with one more expert at the end. Raises WeightingError for a taken name, else as `for_pool`."""
         return super().add_expert(name, adapter)._settle()
 
     def remove_expert(self, name: str) -> Self:
-        """Return a router without one expert. UnknownExpert for an unknown name, WeightingError for the last one."""
+        """Return a router without one expert. Raises UnknownExpert for an unknown name, WeightingError for the last one."""
         return super().remove_expert(name)._settle()
 
     def _noise(self, scores_BTE: Tensor, layer: str) -> Tensor:

@@ -16,9 +16,9 @@ TOP_K = 4
 class Spectr(ScoredRouter):
     """A router with w = softmax over the `top_k` largest |b_e a_e x| / temperature, the exact length of an expert's change.
 
-    All singular directions count, with their strengths, where Arrow takes the first, without its. The update is refactored
-    so that only R numbers an expert are made for a token: with b = q r, |b a x| = |r a x|. `top_k` is by default 4, or all
-    experts of a smaller pool. Raises what `ScoredRouter` raises.
+    All singular directions count, with their strengths, while Arrow uses only the first, without its strength. The update is
+    refactored so that only R numbers an expert are made for a token: with b = q r, |b a x| = |r a x|. `top_k` is by default
+    4, or all experts of a smaller pool. Raises what `ScoredRouter` raises.
     """
 
     per_expert: ClassVar = {"cores_": "owners_"}

@@ -16,7 +16,7 @@ STD = 0.01
 
 
 class Wemoe(LearnedRouter, BySequence):
-    """A router with w = W2 relu(W1 h + c1) + c2 for h the input of a layer's MLP; in layers of no MLP w = `start`.
+    """A router with w = W2 relu(W1 h + c1) + c2 for h the input of a layer's MLP; in layers outside MLPs w = `start`.
 
     The layers of an MLP share its weights, which are neither clamped nor made to sum to 1. As in the released code W1 and W2
     begin with a standard deviation of 0.01, c1 at 0 and c2 at `start`, so that the model begins close to task arithmetic.
