@@ -333,12 +333,12 @@ def shared_invocation(parents: Sequence[Adapter]) -> tuple[int, ...]:
     for other in parents[1:]:
         if other.invocation != first.invocation:
             said = [
-                f"from {list(adapter.invocation)} on" if adapter.invocation else "for every token"
+                f"from {list(adapter.invocation)} on" if adapter.invocation else "on every token"
                 for adapter in (first, other)
             ]
             raise CompositionError(
-                f"cannot merge adapter {first.name!r}, which counts {said[0]}, and {other.name!r}, which counts {said[1]}: "
-                "no one adapter does both; activate() them together, or merge those with the same invocation tokens"
+                f"cannot merge adapter {first.name!r}, which acts {said[0]}, and {other.name!r}, which acts {said[1]}: "
+                "one adapter cannot do both; activate() them together, or merge those with the same invocation tokens"
             )
     return first.invocation
 

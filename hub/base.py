@@ -57,10 +57,10 @@ def load_base(
     if device is not None and device_map is not None:
         raise WeightingError(f"device={device!r} and device_map={device_map!r} both say where the model goes: give one")
     if not isinstance(trust_remote_code, bool):
-        raise WeightingError(f"trust_remote_code={trust_remote_code!r} is no consent: give True, or leave it out")
+        raise WeightingError(f"trust_remote_code={trust_remote_code!r} is not True: give True to consent, or leave it out")
     if revision is not None and (name is None or Path(name).is_dir()):
         what = "the embedded default comes from a package" if name is None else f"{str(name)!r} is a local folder"
-        raise WeightingError(f"revision={revision!r} is one of a repository, and {what}: give the id of a repository")
+        raise WeightingError(f"revision={revision!r} names a commit of a repository, but {what}: give the id of one")
     arguments = {
         "device_map": {"": device} if device is not None else device_map,
         "quantization_config": quantization_config,
@@ -92,14 +92,14 @@ def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     known: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
     if str(dtype).removeprefix("torch.") not in known:
         raise WeightingError(
-            f"dtype={dtype!r} is no dtype of weights{registry.nearest(str(dtype), known)}: give {', '.join(known)}, as a "
+            f"dtype={dtype!r} is not a dtype of weights{registry.nearest(str(dtype), known)}: give {', '.join(known)}, as a "
             "text or as torch's own, or leave it out"
         )
     return known[str(dtype).removeprefix("torch.")]
 
 
 def fast_dtype() -> torch.dtype:
-    """Return bf16 if this machine, as timed now, multiplies it faster than fp32, else fp32."""
+    """Return bf16 if a timing made now shows that this machine multiplies it faster than fp32, else fp32."""
 
     def seconds(dtype: torch.dtype) -> float:
         x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -189,7 +189,7 @@ def require_model(model: Any) -> None:
         names = ("transformer", "unet", "model")
         part = next((name for name in names if isinstance(getattr(model, name, None), nn.Module)), None)
         way_out = "load it first, as lw.load_base() does" if part is None else f"pass its .{part}"
-        raise CompositionError(f"adapters go onto a model, a torch.nn.Module, and {model!r:.60} is none: {way_out}")
+        raise CompositionError(f"adapters go onto a model, a torch.nn.Module, not {model!r:.60}: {way_out}")
     # recognised by the module of its classes, since peft itself need not be installed
     for path, module in model.named_modules():
         if not any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
@@ -203,8 +203,8 @@ def require_model(model: Any) -> None:
             way = "unload" if hasattr(model, "unload") else "get_base_model"
             way_out = f"pass model.{way}(), the base without its adapters"
         raise CompositionError(
-            f"{what}, and what is composed goes onto a base alone: {way_out}; what model.save_pretrained(folder) writes "
-            "first, hub.add(folder) stores"
+            f"{what}, but adapters are composed on a base without any: {way_out}; model.save_pretrained(folder) first "
+            "keeps them, and hub.add(folder) stores the folder"
         )
 
 

@@ -44,7 +44,7 @@ class BaseReference:
             base_config(place)
         except BaseModelMismatch as error:
             raise BaseModelMismatch(
-                f"workers load the base model by its name, and {name!r} is none that can be loaded: save_pretrained() model "
+                f"workers load the base model by its name, but {name!r} cannot be loaded: save_pretrained() model "
                 "and tokenizer to a folder that all workers see, and lw.load_base() it from there"
             ) from error
         revision = None if place != name else getattr(model.config, "_commit_hash", None)

@@ -106,7 +106,7 @@ class StoredComposition:
         """
         target = Path(folder)
         if target.exists() and not (target.is_dir() and (_recipe_in(target) or not any(target.iterdir()))):
-            raise AdapterExists(f"{target} is a file, or holds something that is no composition; name another folder")
+            raise AdapterExists(f"{target} is a file, or holds something that is not a composition; name another folder")
         with replacing(target) as new:
             for path in self._row.files:
                 place = new.joinpath(*_parts(path))
@@ -200,18 +200,18 @@ def _saved(composition: SavesFolder | str | Path, place: Path) -> Path:
     if isinstance(composition, str | Path):
         if not _recipe_in(Path(composition)):
             raise HubError(
-                f"{str(composition)!r:.80} is no folder with {' or '.join(RECIPES)}; save_composition() takes a "
+                f"{str(composition)!r:.80} is not a folder with {' or '.join(RECIPES)}; save_composition() takes a "
                 "Composition, a formula read by lw.parse(text), a router, or the folder that one was saved to"
             )
         return Path(composition)
     if not callable(getattr(composition, "save_pretrained", None)):
         raise HubError(
-            f"a {type(composition).__name__} is no composition; pass a Composition, lw.parse(text), a router, or a folder"
+            f"a {type(composition).__name__} is not a composition; pass a Composition, lw.parse(text), a router, or a folder"
         )
     # a router is saved together with its adapters
     getattr(composition, "save_whole", composition.save_pretrained)(place)
     if not _recipe_in(place):
-        raise HubError(f"a {type(composition).__name__} is no composition: it saves no {' or '.join(RECIPES)}")
+        raise HubError(f"a {type(composition).__name__} is not a composition: it saves no {' or '.join(RECIPES)}")
     return place
 
 
@@ -253,7 +253,7 @@ def _parts(path: str) -> tuple[str, ...]:
     """Return the parts of a relative path. Raises AdapterCorrupt if it could lead out of its folder."""
     parts = PurePosixPath(path).parts
     if not parts or any(part in ("..", "/") or "\\" in part or ":" in part or "\0" in part for part in parts):
-        raise AdapterCorrupt(f"{path!r} is no path inside the folder of a composition")
+        raise AdapterCorrupt(f"{path!r} is not a path inside the folder of a composition")
     return parts
 
 

@@ -137,7 +137,7 @@ class ExpertPool:
     def rank_one(self) -> ExpertPool:
         """Return the singular components of every expert as experts of rank 1: "name#1" has the strongest of each layer.
 
-        All components of an expert with weight 1 are that expert. Their cards are its card, with its name under "part_of".
+        An expert is the sum of all its components at weight 1. Their cards are its card, with its name under "part_of".
         Raises AdapterUnsupported for an expert with a head, or one that needs its base layer (DoRA): use a Composer's
         bound_pool.
         """
@@ -174,7 +174,7 @@ class ExpertPool:
         return {}
 
     def invocations(self, names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
-        """Map each of the experts `names` (None: all) with invocation tokens to them; opens every expert in a lazy pool."""
+        """Return {expert: its invocation tokens} for those of `names` (None: all) with any; a lazy pool opens them all."""
         chosen = self.names if names is None else tuple(names)
         for name in chosen:
             if name not in self._invocations:
@@ -232,8 +232,8 @@ def require_everywhere(name: str, adapter: Adapter, what: str) -> None:
     """
     if adapter.invocation:
         raise ScopeError(
-            f"expert {name!r} counts from its invocation tokens {list(adapter.invocation)} on, and {what}: activate() or "
-            "generate() with it, or take dataclasses.replace(adapter, invocation=()), which counts for every token"
+            f"expert {name!r} acts only from its invocation tokens {list(adapter.invocation)} on, but {what}: activate() or "
+            "generate() with it, or take dataclasses.replace(adapter, invocation=()), which acts on every token"
         )
 
 

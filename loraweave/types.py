@@ -331,7 +331,7 @@ class Task:
         for noun, pairs in (("example", self.examples), ("calibrating input", self.neutral)):
             for number, (_, target) in enumerate(pairs, start=1):
                 if self.labels is not None and target not in (*self.labels, None):
-                    raise InvalidTask(f"{noun} {number} has target {target!r}, which is none of the labels {self.labels}")
+                    raise InvalidTask(f"{noun} {number} has target {target!r}, which is not one of the labels {self.labels}")
         if self.template is not None and "{input}" not in self.template:
             raise InvalidTask(f"template {self.template!r} has no field {{input}}")
         require_whole("orders", self.orders, 1, InvalidTask)

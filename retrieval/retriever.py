@@ -75,7 +75,7 @@ class Retriever:
         shortlist: int | None = None,
     ) -> None:
         if not isinstance(hub, Hub):
-            raise RetrievalError(f"a retriever searches a hub, and {hub!r:.80} is none: pass lw.Hub(path)")
+            raise RetrievalError(f"a Retriever needs a hub, not {hub!r:.80}: pass lw.Hub(path)")
         self.hub = hub
         self.keys = _resolve(keys or ())
         self.fusion = Fusion() if fusion is None else fusion
@@ -141,9 +141,9 @@ class Retriever:
     ) -> list[Candidate]:
         """Return the k adapters that fit one task best, by several of its inputs.
 
-        Five inputs find the right adapter much more often than one of them; a description of the task does more still. With
-        evidence=False the candidates' evidence is "", which saves embedding the adapters' own texts. Raises RetrievalError
-        if there is neither a text nor a description.
+        Five inputs find the right adapter much more often than one of them; a description of the task improves this further.
+        With evidence=False the candidates' evidence is "", which saves embedding the adapters' own texts. Raises
+        RetrievalError if there is neither a text nor a description.
         """
         request = Request(evidence=evidence, **options)
         query = Query(tuple(map(str, [texts] if isinstance(texts, str) else texts)), (), description)
@@ -160,8 +160,8 @@ class Retriever:
         """Return the k adapters that fit a task best, by examples of it: rows in any form of `loraweave.common.rows`.
 
         Outputs tell apart the tasks whose inputs are alike, for adapters whose cards hold `outputs` beside their examples.
-        Scored by the retriever's `keys`, by default by the `classifier`, which weighs outputs by what they do for the hub's
-        own samples, and with keys=() by `mean`, `outputs` and `relation`; with a description also by `description`. An
+        Scored by the retriever's `keys`, by default by the `classifier`, which weighs outputs by how much they help on the
+        hub's own samples, and with keys=() by `mean`, `outputs` and `relation`; with a description also by `description`. An
         example with an empty output counts by its input alone. Raises RetrievalError without an example, InvalidTask for
         anything but rows.
         """

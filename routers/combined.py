@@ -122,8 +122,8 @@ class ByRow:
         copies, rest = divmod(x_BTI.shape[0], self.num_rows)
         if rest:
             raise ScopeError(
-                f"the mixture has {self.num_rows} rows, but the input of layer {layer!r} has {x_BTI.shape[0]}, no multiple; "
-                "give one mixture for each row of the batch"
+                f"the mixture has {self.num_rows} rows, but the input of layer {layer!r} has {x_BTI.shape[0]}, not a "
+                "multiple; give one mixture for each row of the batch"
             )
         by_row = []
         for number, router in enumerate(self.routers):

@@ -67,14 +67,14 @@ class Invoked:
         """Return one call's router. Raises ScopeError without ids, for an encoder-decoder, or a row of unknown tokens."""
         if has_two_sequences(model):
             raise ScopeError(
-                f"expert {self._some!r} counts from its invocation tokens on, and {type(model).__name__} has an encoder and "
-                "a decoder, whose tokens differ: take dataclasses.replace(adapter, invocation=())"
+                f"expert {self._some!r} acts only from its invocation tokens on, and {type(model).__name__} has an encoder "
+                "and a decoder, whose tokens differ: take dataclasses.replace(adapter, invocation=())"
             )
         ids_BT = arguments.get("input_ids")
         if not isinstance(ids_BT, Tensor):
             raise ScopeError(
-                f"expert {self._some!r} counts from its invocation tokens on, and this call of the model has no input_ids: "
-                "call it with token ids, or generate() from them"
+                f"expert {self._some!r} acts only from its invocation tokens on, and this call of the model has no "
+                "input_ids: call it with token ids, or generate() from them"
             )
         cache = cache_of(arguments)
         num_before = 0 if cache is None else int(cache.get_seq_length())
@@ -124,8 +124,8 @@ class Invoked:
                 start = last_place(row, tokens)
                 if start is None and not whole:
                     raise ScopeError(
-                        f"expert {name!r} counts from its invocation tokens {list(tokens)} on. Row {number} has none among "
-                        "the tokens that were seen, but its cache has others: call the model with the invocation, or "
+                        f"expert {name!r} acts only from its invocation tokens {list(tokens)} on. Row {number} has none "
+                        "among the tokens that were seen, but its cache has others: call the model with the invocation, or "
                         "generate() from all token ids of the row beside its cache"
                     )
                 start_BE[number, place] = NEVER if start is None else start
@@ -165,7 +165,7 @@ def _mask_of(mask: Any, shape: Sequence[int], known_BW: Tensor | None = None) ->
         return known_BW
     shown = tuple(getattr(mask, "shape", ())) or type(mask).__name__
     raise ScopeError(
-        f"experts with invocation tokens count from a place in a row's text on, and the attention mask {shown} does not "
+        f"experts with invocation tokens act from a position in a row's text on, but the attention mask {shown} does not "
         f"tell which of its tokens {tuple(shape)} are real: give a mask of that shape, or none"
     )
 

@@ -101,13 +101,13 @@ class MixtureWeights:
     def as_dict(self) -> dict[str, float]:
         """Return {name: weight} of a task-scope mixture that all layers share. Raises ScopeError for any other."""
         if self.scope != "task" or self.layers:
-            raise ScopeError(f"weights of {self.scope} scope with {len(self.layers)} separate layers are no single mapping")
+            raise ScopeError(f"{self.scope} weights of {len(self.layers)} separate layers are not one mapping")
         return {name: float(value) for name, value in zip(self.experts, self.values_BTLE[0, 0, 0], strict=True)}
 
     def by_layer(self) -> dict[str, dict[str, float]]:
         """Return {layer: {name: weight}} of a task-scope mixture with weights by layer. Raises ScopeError for any other."""
         if self.scope != "task" or not self.layers:
-            raise ScopeError(f"{self.scope} weights with {len(self.layers)} separate layers are no mapping by layer")
+            raise ScopeError(f"{self.scope} weights of {len(self.layers)} separate layers are not by layer")
         return {layer: dict(zip(self.experts, self.for_layer(layer)[0, 0].tolist(), strict=True)) for layer in self.layers}
 
     @classmethod
@@ -119,7 +119,7 @@ class MixtureWeights:
     def means(self) -> dict[str, float]:
         """Return {name: weight} of a task-scope mixture, averaged over its layers. Raises ScopeError for any other scope."""
         if self.scope != "task":
-            raise ScopeError(f"weights of {self.scope} scope are no single mapping")
+            raise ScopeError(f"weights of {self.scope} scope are not one mapping")
         return dict(zip(self.experts, self.values_BTLE[0, 0].double().mean(dim=0).tolist(), strict=True))
 
 
@@ -136,5 +136,5 @@ def _number(name: str, weight: Any) -> float:
         value = None
     # float() reads the text "0.5" too, and a weight that is a text is a mistake made elsewhere
     if value is None or isinstance(weight, str) or LARGEST < abs(value) < math.inf:
-        raise WeightingError(f"the weight of expert {name!r} is {weight!r}, which is no number that fp32 holds")
+        raise WeightingError(f"the weight of expert {name!r} is {weight!r}, which is not a number that fp32 holds")
     return value

@@ -417,7 +417,7 @@ class Face:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await running
         except TimeoutError as error:
-            raise Refusal(504, "the deadline passed before the composition was there", code="deadline_exceeded") from error
+            raise Refusal(504, "the deadline passed before the composition was loaded", code="deadline_exceeded") from error
 
 
 def _model(name: str, created: int) -> dict[str, Any]:

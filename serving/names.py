@@ -100,7 +100,7 @@ class Served:
             return f"router {self.router.name!r} weighs each token"
         for adapter in self.all_adapters.values():
             if adapter.invocation:
-                return f"adapter {adapter.name!r} counts from its invocation tokens on"
+                return f"adapter {adapter.name!r} acts only from its invocation tokens on"
         steps = (step.apart for member in self.members for step in member.before)
         return next(filter(None, steps), "")
 
@@ -190,7 +190,7 @@ class Names:
             )
         merges = _has_merge(expanded)
         if merges and not self._limits.merges:
-            raise Refusal(400, f"{expanded} is a merge by a method, and this server makes none", param="model")
+            raise Refusal(400, f"{expanded} is a merge by a method, and this server does not merge", param="model")
         return Wanted(expanded, expanded.identity(self._hub), merges)
 
     def opened(self, wanted: Wanted) -> Wanted:

@@ -105,7 +105,7 @@ class Asked(Fields):
             value = getattr(self, name, None)
             # True is 1 to Python, and not to JSON
             if value is not None and all(type(value) is not type(one) or value != one for one in neutral):
-                raise ValueError(f"{name}={value!r:.60} is not there yet: leave it out")
+                raise ValueError(f"{name}={value!r:.60} is not supported: leave it out")
         return self
 
     def sampling(self, max_tokens: int, number: int, stops: tuple[str, ...] = ()) -> Sampling:

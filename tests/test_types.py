@@ -152,7 +152,7 @@ def test_braces_in_an_instruction_stay_what_they_are(instruction):
         ({"examples": [("a", "b")], "metric": "rank_classification"}, "needs labels"),
         ({"examples": [("a", "b")], "labels": []}, "needs labels"),
         ({"examples": [("a", "b")], "labels": ["b", "d", "b"]}, "give each once"),
-        ({"examples": [("a", "b")], "labels": ["c", "d"]}, "example 1 has target 'b', which is none of the labels"),
+        ({"examples": [("a", "b")], "labels": ["c", "d"]}, "example 1 has target 'b', which is not one of the labels"),
         ({"examples": [("a", "b")], "template": "no field"}, "'no field' has no field {input}"),
         ({"examples": [("a", "b")], "demonstrations": [("a", "")]}, r"demonstration 1 \(input 'a'\) has an empty target"),
     ],

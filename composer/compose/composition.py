@@ -101,7 +101,7 @@ class Composition(TaskMixture):
         for member, composition in fields.get("members", {}).items():
             if composition.router is not None or composition.members:
                 raise ScopeError(
-                    f"member {member!r} of an average is no one adapter: a router or an average answers by itself"
+                    f"member {member!r} of an average is not one adapter: a router or an average answers by itself"
                 )
         report = Report((), name, reason, (), 0.0, 0)
         return replace(cls(model, tokenizer, task, None, {}, "linear", report, seed), **fields)
@@ -203,7 +203,7 @@ class Composition(TaskMixture):
         """
         target = as_path(folder, "the folder of a composition", CompositionError)
         if target.exists() and not (target / FILE).is_file() and any(target.iterdir()):
-            raise CompositionError(f"{target} holds something that is no composition; name another folder")
+            raise CompositionError(f"{target} holds something that is not a composition; name another folder")
         with replacing(target) as new:
             if self.router is not None:
                 if not isinstance(self.router, TokenRouter):
@@ -226,9 +226,9 @@ class Composition(TaskMixture):
     ) -> ExportReport:
         """Write the composition as one adapter for one of `lw.names("targets")`, and return what `Adapter.export` returns.
 
-        Where prompts show demonstrations, or are a chat, `prompts` of its card are the whole prompts, texts or messages, one
-        for each order of the demonstrations, with "{input}" for the input. Raises CompositionError when the composition is
-        the base model itself.
+        If prompts show demonstrations, or are a chat, the card's `prompts` are the whole prompts, texts or messages, one for
+        each order of the demonstrations, with "{input}" for the input. Raises CompositionError when the composition is the
+        base model itself.
         """
         allow = allow_licenses or self.allow_licenses
         portable = with_magnitudes(self.adapter, self.model)

@@ -76,8 +76,8 @@ def search_of(bench: Bench, settings: Settings) -> Trial:
     merge_method = settings.meaning or solver.merge_method
     if (groups := solver.space.groups) and merge_method != "linear":
         raise WeightingError(
-            f"method {settings.name!r} is to weigh {len(groups)} groups of layers apart, but what its weights mean is "
-            f"{merge_method!r}, which takes one weight for each adapter: leave out groups=, or pass space='deltas'"
+            f"method {settings.name!r} would weigh {len(groups)} groups of layers separately, but merge method "
+            f"{merge_method!r} takes one weight for each adapter: leave out groups=, or pass space='deltas'"
         )
     if not solver.learns:
         (mixture,) = solver.ask()

@@ -90,7 +90,7 @@ def with_own_answers(engine: Composer, tokenizer: Any, task: Task, inputs: Seque
     InvalidTask where there are no inputs.
     """
     if not inputs or isinstance(inputs, str):
-        raise InvalidTask(f"inputs are {inputs!r}; give a list of texts, one at least")
+        raise InvalidTask(f"inputs are {inputs!r}; give a list of at least one text")
     if task.labels:
         return replace(task, examples=[(text, task.labels[0]) for text in inputs])
     names = engine.pool.names

@@ -186,9 +186,7 @@ def prune_mixture(objective: ExampleLoss, mixture: MixtureWeights, tolerance: fl
     `tolerance` is in nats of the mean loss on the examples, and at least 0. One expert stays.
     """
     if not is_number(tolerance, 0):
-        raise WeightingError(
-            f"tolerance is {tolerance!r}; it is the rise of the loss that may be lost, a number of at least 0"
-        )
+        raise WeightingError(f"tolerance is {tolerance!r}; it is how much the loss may rise, a number of at least 0")
     (whole,) = _losses(objective, [mixture])
     out: list[str] = []
     loss, evaluations, rounds = whole, 1, len(mixture.experts) - 1

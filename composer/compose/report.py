@@ -184,9 +184,7 @@ class SavedRecipe:
         fields |= {"task": self.task, "report": self.report, "pool": None, "all_weights": {}, "members": {}, "steps": {}}
         fields["share"] = recipe.get("share", 1.0)
         if not is_number(fields["share"], 0) or not fields["share"]:
-            raise AdapterCorrupt(
-                f"{self.folder} has the share {fields['share']!r}, which is no number above 0; compose again"
-            )
+            raise AdapterCorrupt(f"{self.folder} has the share {fields['share']!r}, not a number above 0; compose again")
         # the model was just checked, so experts get its fingerprint, whatever base they name
         if recipe["format"] == FORMAT_WITH_ROUTER:
             # every router that can be read is loaded with it

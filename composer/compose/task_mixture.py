@@ -179,7 +179,7 @@ class TaskMixture:
     def device(self) -> Any:
         """No device: raises CompositionError, since transformers' pipeline() reads the device of a model before all else."""
         way_out = "composition.pipeline() is one for text, and `with composition.activate() as model:` has a model"
-        raise CompositionError(f"a composition is no model of transformers, which its pipelines need: {way_out}")
+        raise CompositionError(f"a composition is not a transformers model, which pipelines need: {way_out}")
 
     def pipeline(self, **options: Any) -> Any:
         """Return transformers' text-generation pipeline with these options, which answers as the base does in `activate`."""

@@ -50,7 +50,7 @@ def experts(
     require_model(base_model)
     if not isinstance(name, str | Path):
         raise UnknownName(
-            f"{name!r:.60} is no recipe's name and no folder; recipes are {', '.join(registry.names('experts'))}"
+            f"{name!r:.60} is neither a recipe's name nor a folder; recipes are {', '.join(registry.names('experts'))}"
         )
     if isinstance(name, Path) or (name not in registry.names("experts") and ("/" in name or Path(name).is_dir())):
         wanted = {key: options.pop(key, None) for key in ("revision", "token", "local_files_only")}
@@ -90,10 +90,10 @@ def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel
     require_expert_model(model, "put_expert()")
     if not isinstance(adapter, Adapter):
         raise WeightingError(
-            f"expert {expert!r} of recipe {model.recipe.name!r} would be {adapter!r:.60}, which is no adapter: give an "
+            f"expert {expert!r} of recipe {model.recipe.name!r} would be {adapter!r:.60}, not an adapter: give an "
             "Adapter, such as expert(number) of another model or one of a hub"
         )
-    require_everywhere(adapter.name, adapter, "an expert model's experts count for every token")
+    require_everywhere(adapter.name, adapter, "an expert model's experts act on every token")
     layers = layers_with(model, (expert,))
     if beyond := sorted(set(adapter.layers) - set(layers)):
         raise LayerMismatch(
@@ -115,7 +115,7 @@ def layers_with(model: ExpertModel, experts: Iterable[int]) -> dict[str, SumOfEx
     name, layers = model.recipe.name, model.named_layers()
     for layer in layers.values():
         if not layer.is_update:
-            raise ScopeError(f"experts of recipe {name!r} are no updates of layers, and are not exchanged")
+            raise ScopeError(f"experts of recipe {name!r} are not updates of layers, so none can be put in")
         if layer.shape.shared_a or layer.shape.shared_b or layer.shape.gains:
             raise ScopeError(
                 f"experts of recipe {name!r} share a factor or have gains, so that none is exchanged without the others: "

@@ -32,8 +32,8 @@ from loraweave.routers.tokens._learned import Step
 class Running:
     """A running call of an expert model, or a running generation, which makes many calls of the base.
 
-    `owner` is the expert model. `task_B` are the tasks of the given rows, each for several consecutive rows where a call
-    that `generates` copies them. With `notes` each call has a `Step`, which records scores and weights for losses; `kept` is
+    `owner` is the expert model. `task_B` are the tasks of the given rows; in a call that `generates` several copies of a
+    row, they share its task. With `notes` each call has a `Step`, which records scores and weights for losses; `kept` is
     `Call.kept`, `call` the base's current call. `within` is {site: data that its parts share in one run (`Form`)}, `beside`
     data of the experts' form, `begun_BT` marks the real tokens at the beginning of a generation.
     """
@@ -187,7 +187,7 @@ def _num_rows(main: Tensor | None) -> int:
     if main is None:
         return 0
     if not len(main):
-        raise ScopeError(f"a call has inputs of shape {tuple(main.shape)}, which are no rows: give one at least")
+        raise ScopeError(f"a call has inputs of shape {tuple(main.shape)}, with no rows: give at least one")
     return len(main)
 
 

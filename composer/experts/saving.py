@@ -67,7 +67,7 @@ class SavedExperts:
             )
 
     def require_same(self, recipe: Recipe, shapes: Mapping[str, ExpertShape]) -> None:
-        """Raise WeightingError, naming the difference, for another recipe, options other than its seed, or other experts."""
+        """Raise WeightingError, naming it, if recipe, options (the seed aside) or shapes are not the saved ones."""
         instead = f"lw.experts({str(self.folder)!r}, base_model) makes the saved one"
         if recipe.name != self.recipe:
             raise WeightingError(f"{self.folder} has experts of recipe {self.recipe!r}, not {recipe.name!r}: {instead}")
@@ -208,7 +208,7 @@ def _described(shape: ExpertShape | None) -> str:
 def _shape(data: Mapping[str, Any]) -> ExpertShape:
     ranks = tuple(data["ranks"])
     if not ranks or not all(is_whole(rank, 0) for rank in ranks):
-        raise ValueError(f"ranks {str(ranks)[:80]} are no whole numbers of at least 0")
+        raise ValueError(f"ranks {str(ranks)[:80]} are not whole numbers of at least 0")
     return ExpertShape(**{**data, "ranks": ranks})
 
 
@@ -229,9 +229,7 @@ def one_expert(base_model: nn.Module, recipe: Recipe, layers: Mapping[str, Any],
 def require_updates(recipe: Recipe, layers: Mapping[str, Any], what: str) -> None:
     """Raise ScopeError, naming `what`, for experts that are not updates of layers: no adapter can express them."""
     if not all(layer.is_update for layer in layers.values()):
-        raise ScopeError(
-            f"{what} of recipe {recipe.name!r} is no update of layers, and no adapter: save_pretrained() the whole"
-        )
+        raise ScopeError(f"{what} of recipe {recipe.name!r} is not an update of layers: save_pretrained() the whole model")
 
 
 def as_adapter(

@@ -159,7 +159,7 @@ def require_shareable(name: str, model: ExpertModel) -> None:
         module, form = model.base_model.get_submodule(site), model.layers[key_of(site)]
         if model.sites[site].parts or not form.is_update or linear.shape(module) is None:
             raise TrainingError(
-                f"job {name!r}: the experts of recipe {model.recipe.name!r} at {site!r} are no update of a linear "
+                f"job {name!r}: the experts of recipe {model.recipe.name!r} at {site!r} are not an update of a linear "
                 "layer, so its rows cannot share a pass with others: train it alone"
             )
 
@@ -176,7 +176,7 @@ class OwnWidth:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], rows: Sequence[EncodedRow], *, two_sequences: bool) -> Self:
-        """Return the columns for a call's arguments, cut to the job's rows; all columns if no mask tells the padding."""
+        """Return the columns that `rows` use; `inputs` are a call's arguments for these rows. Without a mask, all."""
         mask_BT = inputs.get("attention_mask")
         if not isinstance(mask_BT, Tensor) or mask_BT.ndim != 2 or not mask_BT.any():
             return cls()

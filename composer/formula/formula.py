@@ -215,7 +215,7 @@ class Formula:
                 for weight, term in terms:
                     if not isinstance(term, Leaf):
                         raise ScopeError(
-                            f"{term} is no weighted sum of adapters: make one of it by formula.merge(hub), and activate that"
+                            f"{term} is not a weighted sum of adapters: formula.merge(hub) makes it one adapter to activate"
                         )
                     weights[term.key] = weight
         return weights
@@ -290,7 +290,7 @@ class Formula:
         """Write formula.json into a folder of its own, which `Hub.save_composition` can keep, and return the folder."""
         target = as_path(folder, "the folder of a formula", FormulaError)
         if target.exists() and any(path.name != FILE for path in target.iterdir()):
-            raise FormulaError(f"{target} holds something that is no formula; name another folder")
+            raise FormulaError(f"{target} holds something that is not a formula; name another folder")
         with replacing(target) as new:
             said = {"format": FORMAT, "formula": self.canonical}
             (new / FILE).write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -347,7 +347,7 @@ def _piece(text: str, start: int) -> Token:
     if token.kind == "word" and following == "-":
         raise misplaced(f"put a space before '-' to subtract from {token.value!r}, or quote the whole name", text, token)
     if token.kind == "number" and re.match(r"[\w.]", following):
-        raise misplaced("this is no number; a name that begins with a digit is quoted, as in '3rd'", text, token)
+        raise misplaced("this is not a number; a name that begins with a digit is quoted, as in '3rd'", text, token)
     if token.kind == "number" and end - start > MAX_DIGITS:
         raise misplaced(f"a number has at most {MAX_DIGITS} characters", text, token)
     return token

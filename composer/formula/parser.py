@@ -229,7 +229,7 @@ class Parser:
             if option in MERGE_OPTIONS:
                 least = 1 if option == "rank" else 0
                 if not is_whole(value, least):
-                    raise self._error(f"{option}={plain(value)!r:.80} is no whole number of {least} or more", place)
+                    raise self._error(f"{option}={plain(value)!r:.80} is not a whole number of {least} or more", place)
                 continue
             known = (*call.own_options, *MERGE_OPTIONS)
             if option not in known:

@@ -85,7 +85,7 @@ class Fused:
         self, model: nn.Module, make: MakeUpdates, originals: Place = "memory", max_loss: float | None = None
     ) -> None:
         if max_loss not in (None, math.inf) and not is_number(max_loss, 0):
-            raise CompositionError(f"max_loss={max_loss!r} is not a share of 0 or more of an update that may be lost")
+            raise CompositionError(f"max_loss={max_loss!r} is not the share of an update that may be lost, 0 or more")
         self._max_loss = max_loss
         # for weights that are no plain floats
         self._writers = () if max_loss is None else lossy_writers()
@@ -312,7 +312,7 @@ def mixture_updates(
     used = weights.values_BTLE[0, 0].any(dim=0).nonzero()[:, 0].tolist()
     adapters = {weights.experts[place]: bound.adapters[weights.experts[place]] for place in used}
     for name, adapter in adapters.items():
-        require_everywhere(name, adapter, "weights that are written into the model count for every token")
+        require_everywhere(name, adapter, "weights that are written into the model act on every token")
     for writer in lossy_writers():
         for sentence in writer.warnings(adapters, fitting.layers):
             warnings.warn(sentence, BaseModelUnverified, stacklevel=3)

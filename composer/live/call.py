@@ -249,7 +249,7 @@ class Entry(Hook):
             self._require_unchanged(plan.experts)
             if plan.only != (only := ONLY.get()):
                 raise ScopeError(
-                    f"{block_of(only or plan.only or '')} counts for activations that are opened inside it, with a weight "
+                    f"{block_of(only or plan.only or '')} applies to activations opened inside it, with a weight "
                     "for each row: open this one there; routers, activated LoRAs, and weights that vary by token or learn, "
                     "are for other calls"
                 )

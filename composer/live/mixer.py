@@ -95,7 +95,7 @@ class Activation:
             raise AlreadyActive("an activation that was opened later is still open: close that one first")
         if self._thread is not threading.current_thread() and self._thread.is_alive():
             raise AlreadyActive(
-                f"this activation was opened by thread {self._thread.name!r} and counts only there: close it in that thread"
+                f"this activation was opened by thread {self._thread.name!r} and applies only there: close it in that thread"
             )
         self._end()
         self.usage.require_all()
@@ -342,7 +342,7 @@ class LiveLayers:
                     self._handles.extend(hook.take_experts(self, module, group))
 
     def guards(self, name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]) -> Iterator[Handle]:
-        """Make both modules copyable; yield hooks raising CompositionError if `owner` skips `module` while `expected()`."""
+        """Yield hooks that raise CompositionError if `owner` runs without `module` while `expected()`; copies have none."""
         self._clean_copies(module)
         self._clean_copies(owner)
         yield from watch(name, module, owner, expected)
@@ -366,7 +366,7 @@ class LiveLayers:
             CLAIMS.give_back(self, self._modules)
 
     def _remove_own_hooks(self) -> None:
-        """Remove this object's hooks, including those whose handles an interruption has kept from being noted."""
+        """Remove this object's hooks, also any whose handle was not stored because of an interruption."""
         model, (before, after) = self.model, self._own_hooks
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
             for key, hook in list(hooks.items()):

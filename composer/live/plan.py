@@ -249,7 +249,7 @@ class Plan:
         if self.only is not None:
             block = block_of(self.only)
             raise ScopeError(
-                f"layer {layer.name!r} is no matrix product, and {block} does not know its update: take adapters "
+                f"layer {layer.name!r} is not a matrix product, and {block} does not know its update: take adapters "
                 f"without it, or leave {block} out"
             )
         if self._by_place and layer.kind is not conv:

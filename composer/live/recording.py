@@ -239,8 +239,8 @@ def _join(layer: str, parts: list[UsedLayer]) -> UsedLayer:
     rows = list(dict.fromkeys(part.num_rows for part in parts))
     if len(rows) > 1:
         raise ScopeError(
-            f"the recorded calls of layer {layer!r} had {', '.join(map(str, rows))} rows, and are no one batch: record them "
-            "one by one"
+            f"the recorded calls of layer {layer!r} had {', '.join(map(str, rows))} rows, which are not one batch: record "
+            "them one by one"
         )
     # a mixture's own weights stay where they were made, a router's are where the layer is
     device = parts[0].w_BTE.device

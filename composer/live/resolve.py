@@ -202,7 +202,7 @@ class LiveLimits:
             elif isinstance(layer.module, nn.Embedding):
                 of_tokens = _token_embeddings(self._model) if of_tokens is None else of_tokens
                 if of_tokens is not None and id(layer.module) not in of_tokens:
-                    self._out_of_order[name] = "is no embedding of tokens, and may be called once for all rows"
+                    self._out_of_order[name] = "is not an embedding of tokens, and may be called once for all rows"
 
     def require(self, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter], *, by_token: bool = False) -> None:
         """Raise LayerMismatch or ScopeError if these weights cannot be mixed live in one of the layers.

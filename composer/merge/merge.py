@@ -250,7 +250,7 @@ def _parents(
     if strange:
         shown = repr(strange[0]) if isinstance(strange[0], str | int | float | None) else type(strange[0]).__name__
         raise WeightingError(
-            f"merge takes a list of adapters, and {shown:.80} is none: of a pool pass list(pool.adapters.values()), of a "
+            f"merge takes a list of adapters, not {shown:.80}: of a pool pass list(pool.adapters.values()), of a "
             "mapping its values, of a hub hub[name], of an expert model its adapter(), adapter(task) or expert(number)"
         )
     if not adapters:
@@ -281,8 +281,8 @@ def _parents(
 def _check_statistics(given: Any, num_adapters: int) -> None:
     if not is_list(given, AdapterStatistics):
         raise WeightingError(
-            f"statistics={given!r:.80} is no list of Statistics; collect_statistics(model, tokenizer, adapter, texts) makes "
-            "one for each adapter"
+            f"statistics={given!r:.80} is not a list of Statistics; collect_statistics(model, tokenizer, adapter, texts) "
+            "makes one for each adapter"
         )
     if len(given) != num_adapters:
         raise WeightingError(f"merge got {num_adapters} adapters and {len(given)} statistics; it takes one for each")
@@ -320,7 +320,7 @@ def _check_together(used: Sequence[Adapter]) -> None:
 
 def _check_rank(rank: int, used: Sequence[Adapter]) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise WeightingError(f"rank={rank!r:.80} is no whole number of 1 or more; leave it out to keep the exact rank")
+        raise WeightingError(f"rank={rank!r:.80} is not a whole number of 1 or more; leave it out to keep the exact rank")
     sides: dict[str, int] = {}
     for adapter in used:
         for layer, factors in adapter.layers.items():
@@ -374,7 +374,7 @@ def merge_heads(used: Sequence[tuple[Adapter, float]], choice: str) -> dict[str,
     heads of different shape.
     """
     if choice not in CHOICES:
-        raise WeightingError(f"heads={choice!r} is none of {', '.join(map(repr, CHOICES))}")
+        raise WeightingError(f"heads={choice!r} is not one of {', '.join(map(repr, CHOICES))}")
     having: dict[str, list[tuple[Adapter, float]]] = {}
     for adapter, weight in used:
         for head in adapter.heads:

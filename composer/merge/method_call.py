@@ -264,7 +264,7 @@ def finite_weights(weights: Any, names: Sequence[str]) -> list[float]:
     unordered = isinstance(weights, str | bytes | Mapping | Set) or not hasattr(weights, "__len__")
     if unordered or getattr(weights, "ndim", 1) != 1:
         raise WeightingError(
-            f"weights={weights!r:.80} is no list of numbers; give one for each of {len(names)} adapters, in their order"
+            f"weights={weights!r:.80} is not a list of numbers; give one for each of {len(names)} adapters, in their order"
         )
     if len(weights) != len(names):
         raise WeightingError(f"merge got {len(names)} adapters and {len(weights)} weights; it takes one weight for each")
@@ -284,7 +284,7 @@ def require_seed(seed: object) -> None:
     """Raise WeightingError for a seed that is not a whole number."""
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise WeightingError(
-            f"seed={seed!r:.80} is no whole number; give one, such as 0, and the same one for the same result"
+            f"seed={seed!r:.80} is not a whole number; give one, such as 0, and the same one for the same result"
         )
 
 

@@ -140,7 +140,7 @@ class Convolution(LayerKind):
 
     def refusal(self, module: Any) -> str:
         if module.groups > 1:
-            return f"whose groups={module.groups} see different channels, so that its weight is no single matrix"
+            return f"whose groups={module.groups} see different channels, so that its weight is not a single matrix"
         plain = _CONVOLUTIONS[len(module.kernel_size) - 1]
         if type(module).forward is not plain.forward or type(module)._conv_forward is not plain._conv_forward:
             return "whose forward is its own, and may do more than convolve with its weight"

@@ -282,7 +282,7 @@ def read_answers(rows: GivenRows) -> list[tuple[Prompt, tuple[str, ...]]]:
     """Return (input, accepted targets) of each row. Raises InvalidTask if there is none, or one without a target."""
     read = read_rows(rows, targets="several")
     if not read:
-        raise InvalidTask("no rows, (input, target) pairs say, to evaluate on")
+        raise InvalidTask("there are no rows to evaluate on: give (input, target) pairs")
     return [(row.asked, row.targets) for row in read]
 
 

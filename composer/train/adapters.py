@@ -329,7 +329,7 @@ def require_plain(model: Any, adapters: Mapping[str, Adapter]) -> None:
     fitting = Fitting(model)
     for refusal, adapter in adapters.items():
         fitting.adapter(adapter.name, adapter)
-        require_everywhere(adapter.name, adapter, "training lets an adapter count for every token")
+        require_everywhere(adapter.name, adapter, "training lets an adapter act on every token")
         for layer, factors in adapter.layers.items():
             beyond, reason = sorted(set(factors.tensors()) - TRAINED), f"{refusal} adapter {adapter.name!r}: layer {layer!r}"
             if beyond:

@@ -195,7 +195,7 @@ class RowReader:
         if strange := [token for token in (*training_row.prompt, *training_row.target) if not 0 <= token < known]:
             raise InvalidTask(f"{where} has token {strange[0]}, but the model knows those from 0 to {known - 1}")
         if strange := [label for label in training_row.labels if label != IGNORED and not 0 <= label < known]:
-            raise InvalidTask(f"{where} has label {strange[0]}, which is no token of the model's {known} and not {IGNORED}")
+            raise InvalidTask(f"{where} has label {strange[0]}, neither a token of the model's {known} nor {IGNORED}")
         limit = context_length(self._model)
         if limit and len(training_row.prompt) + len(training_row.target) > limit:
             raise InvalidTask(f"{where} has {len(ids)} tokens, but the model's context is {limit}; shorten it")
@@ -205,7 +205,7 @@ class RowReader:
 def _ints(values: Any, where: str) -> tuple[int, ...]:
     numbers = values.tolist() if hasattr(values, "tolist") else values
     if not is_list(numbers, int):
-        raise InvalidTask(f"{where} has {values!r:.60}, which is no list of token ids")
+        raise InvalidTask(f"{where} has {values!r:.60}, not a list of token ids")
     return tuple(numbers)
 
 
@@ -247,7 +247,7 @@ class Judging:
                 )
             if strange := [name for name, rows in self.held_out.items() if isinstance(rows, int | float | None)]:
                 raise TrainingError(
-                    f"held_out of task {strange[0]!r} is {self.held_out[strange[0]]!r}; pass rows, (input, target) say"
+                    f"held_out of task {strange[0]!r} is {self.held_out[strange[0]]!r}; pass rows, such as (input, target)"
                 )
             if empty := [name for name, rows in self.held_out.items() if is_empty(rows)]:
                 raise TrainingError(f"held_out has no rows of task {empty[0]!r}; leave it out, or give it some")

@@ -207,7 +207,7 @@ def _beyond(name: str, layer: str, before: Factors | None, after: Factors) -> Fa
     rank = before.rank
     if not (torch.equal(after.a_RI[:rank], before.a_RI) and torch.equal(after.b_OR[:, :rank], before.b_OR)):
         raise LayerMismatch(
-            f"the adapter of task {name!r} does not begin with the one before it in layer {layer!r}: it is no sum of "
+            f"the adapter of task {name!r} does not begin with the one before it in layer {layer!r}: it is not a sum of "
             "updates, so nothing of it belongs to one task alone"
         )
     return replace(after, a_RI=after.a_RI[rank:].clone(), b_OR=after.b_OR[:, rank:].clone())

@@ -50,9 +50,9 @@ def remember(
     learned like the document. The authors have a large model write the questions and a rewrite: give what yours has written.
 
     `hub.search(question, tags="memory")` finds documents, and the authors sum those they find with weight 1 each:
-    `lw.Composer(model, hub.pool(names)).activate(dict.fromkeys(names, 1.0))`. Such sums repeat what all have learned of
-    answering. With `beside`, an adapter that answers questions of this form about other documents, each learns only from
-    what that one leaves of the inputs (OSD, arXiv 2604.26768; `Beside`); activate it at weight 1 with any of them.
+    `lw.Composer(model, hub.pool(names)).activate(dict.fromkeys(names, 1.0))`. Such sums repeat what every adapter has
+    learned about answering. With `beside`, an adapter that answers questions of this form about other documents, each learns
+    only from what that one leaves of the inputs (OSD, arXiv 2604.26768; `Beside`); activate it at weight 1 with any of them.
 
     A document that the hub has under its name gets a new version. With `checkpoint`, a folder, an interrupted call goes on.
     Raises TrainingError unless `documents` are texts and `hub` is a Hub, InvalidTask for a document without a sentence of
@@ -64,7 +64,7 @@ def remember(
         raise TrainingError(f"documents are {documents!r:.80}; pass {{name: text}}, one or more")
     about = dict(questions or {})
     if unknown := [name for name in about if name not in documents]:
-        raise UnknownName(f"questions are about {unknown[0]!r}, which is no document; there are {', '.join(documents)}")
+        raise UnknownName(f"questions are about {unknown[0]!r}, which is not a document; there are {', '.join(documents)}")
     if not isinstance(hub, Hub):
         raise TrainingError(f"documents are stored in a hub, but got {hub!r:.60}: pass lw.Hub(path)")
     fields: dict[str, Any] = {}

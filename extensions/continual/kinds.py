@@ -144,7 +144,7 @@ def _tangent(layer: str, adapter: Adapter, start: Adapter) -> Factors:
     moved = bool(its.b_OR.any())
     if learned.rank != rank * (1 + moved) or not torch.equal(learned.a_RI[:rank], its.a_RI.float()):
         raise LayerMismatch(
-            f"adapter {adapter.name!r} is no linearised training of {start.name!r}: in layer {layer!r} its first "
+            f"adapter {adapter.name!r} is not a linearised training of {start.name!r}: in layer {layer!r} its first "
             f"{rank} rows of a are not those it would have begun from; pass kind=Linearized() to train_adapters"
         )
     if not moved:

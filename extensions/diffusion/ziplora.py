@@ -75,7 +75,7 @@ def zip_lora(
     }
     if not mergers:
         raise WeightingError(
-            f"{names[0]!r} and {names[1]!r} share no linear layer of what denoises: lw.merge(..., method='linear') adds them"
+            f"{names[0]!r} and {names[1]!r} share no linear layer of the denoiser: lw.merge(..., method='linear') adds them"
         )
     calls = [_calls(engine, name, run) for name in names]
     rest = {path: dict.fromkeys(names, 1.0) for path in dict.fromkeys([*first, *second]) if path not in mergers}

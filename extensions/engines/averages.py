@@ -20,7 +20,7 @@ def export_members(
     """
     reports, notes = dict[str, ExportReport](), list[str]()
     shares = ", ".join(f"{name} ({member.share:g})" for name, member in average.members.items())
-    notes.append(f"{source} averages the probabilities of {shares}: no one adapter does what all of them do")
+    notes.append(f"{source} averages the probabilities of {shares}: one adapter cannot do what all of them do")
     for number, (name, member) in enumerate(average.members.items()):
         place = f"member-{number}"
         if member.steps:

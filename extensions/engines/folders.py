@@ -139,7 +139,7 @@ class Folders:
                 # of the adapters just read, whatever happens to the hub meanwhile
                 pool = formula.pool(self._hub)
                 if any(isinstance(leaf, Stored) and leaf.key not in pool.names for leaf in leaves(formula.root)):
-                    raise ScopeError(f"{formula} is a router, which weighs every token by itself, and no adapter")
+                    raise ScopeError(f"{formula} is a router, which weighs every token by itself, not an adapter")
                 key = self._key(formula.identity(pool))
                 if not self._use(key):
                     for expert in pool.names:

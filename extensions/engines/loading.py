@@ -55,7 +55,7 @@ def require_engine(engine: str) -> None:
 
 def _post(url: str, body: dict[str, Any], what: str) -> None:
     if not url.startswith(("http://", "https://")):
-        raise SourceUnavailable(f"{url!r} is no address of a server: it begins with http:// or https://")
+        raise SourceUnavailable(f"{url!r} is not the address of a server, which begins with http:// or https://")
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:

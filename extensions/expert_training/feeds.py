@@ -333,7 +333,7 @@ def _require_alike(columns: Mapping[str, Tensor], where: str, first: str, known:
 
 def _columns(row: Any, task_key: str, where: str) -> dict[str, Tensor]:
     if not isinstance(row, Mapping):
-        raise InvalidTask(f"{where} is {type(row).__name__}, no mapping: {FORMS}")
+        raise InvalidTask(f"{where} is {type(row).__name__}, not a mapping: {FORMS}")
     columns = {}
     for name, value in row.items():
         if name == task_key:

@@ -77,14 +77,14 @@ def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
         return hub.pool([candidate.name for candidate in members])
     if strange := [member for member in members if not isinstance(member, Adapter)]:
         raise WeightingError(
-            f"the pool has {strange[0]!r:.80}, which is no adapter: pass an ExpertPool, adapters, a mapping of names to "
+            f"the pool has {strange[0]!r:.80}, not an adapter: pass an ExpertPool, adapters, a mapping of names to "
             "adapters, a hub, or what hub.search found"
         )
     return ExpertPool(pool)
 
 
 def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:
-    """Return the pool, or one of the means of `num_experts` groups of similar adapters (None: the pool)."""
+    """Return a pool of the means of `num_experts` groups of similar adapters; for None the pool itself."""
     if num_experts is None or num_experts == len(pool):
         return pool
     if not is_whole(num_experts, 1) or num_experts > len(pool):
@@ -103,7 +103,7 @@ def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:
 def _require_updates(pool: ExpertPool) -> None:
     """Raise AdapterUnsupported, naming expert and layer, for an update that is not a product of two factors of a layer."""
     for name, adapter in pool.adapters.items():
-        require_everywhere(name, adapter, "an expert model's experts count for every token")
+        require_everywhere(name, adapter, "an expert model's experts act on every token")
         for layer, factors in adapter.layers.items():
             if factors.kind not in ("linear", "conv") or factors.gain_O is not None or factors.bias_O is not None:
                 raise AdapterUnsupported(

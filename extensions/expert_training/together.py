@@ -120,14 +120,14 @@ def _require_jobs(jobs: Any) -> None:
                     raise TrainingError(f"job {name!r} has no examples")
             case _:
                 raise TrainingError(
-                    f"job {name!r} is no pair (model, examples) whose model lw.experts has made, but a {type(job).__name__}"
+                    f"job {name!r} is a {type(job).__name__}, not a pair (model, examples) whose model lw.experts has made"
                 )
 
 
 def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
     if not predicts_tokens(model):
         raise TrainingError(
-            f"jobs share passes of a language model's tokens, and {type(model).__name__} is none: fit() each model by itself"
+            f"jobs share passes of a language model, and {type(model).__name__} is not one: fit() each model by itself"
         )
     seen: dict[int, str] = {}
     for name, made in models.items():

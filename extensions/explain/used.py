@@ -83,7 +83,7 @@ def _mask_of(used: UsedLayer, attention_mask: Tensor) -> Tensor:
     rows, tokens = attention_mask.shape
     if used.num_rows % rows != 0 or tokens < used.num_tokens:
         raise ScopeError(
-            f"an attention mask of {rows} rows and {tokens} tokens is none for a forward of {used.num_rows} rows and "
+            f"an attention mask of {rows} rows and {tokens} tokens does not fit a forward of {used.num_rows} rows and "
             f"{used.num_tokens} tokens; give the mask of that call"
         )
     return attention_mask[:, tokens - used.num_tokens :].repeat_interleave(used.num_rows // rows, dim=0)

@@ -181,7 +181,7 @@ def flaw(strategy: Strategy, received: Tensors, update: object) -> str:
     if missing := [name for name in expected if name not in tensors]:
         return f"its update lacks {missing[0]!r}, one of {len(missing)} tensors"
     if unknown := [name for name in tensors if name not in expected]:
-        return f"its update has {unknown[0]!r}, which is none of the {len(expected)} tensors asked for"
+        return f"its update has {unknown[0]!r}, which is not one of the {len(expected)} tensors asked for"
     for name, shape in expected.items():
         value = tensors[name]
         if tuple(value.shape) != shape:

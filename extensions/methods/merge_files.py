@@ -197,7 +197,7 @@ class Recipe:
         method, dtype = said.get("merge_method"), said.get("out_dtype") or said.get("dtype") or "float32"
         if method not in METHODS:
             why = OTHER_METHODS.get(
-                str(method), f"is no method of mergekit's that is read here{nearest(str(method), METHODS)}"
+                str(method), f"is not a mergekit method that is read here{nearest(str(method), METHODS)}"
             )
             raise WeightingError(
                 f"{path}: {method!r} {why}. A file with a formula has every method; read here: {', '.join(METHODS)}"

@@ -212,7 +212,7 @@ class ClusterReader(Gate):
         if not all(rows):
             raise ScopeError(
                 f"the gate decides by the prompt of a row, and row {list(map(bool, rows)).index(False)} has none: set the "
-                "labels of what is given to -100"
+                "labels of the prompt's tokens to -100"
             )
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
         return torch.tensor(self.clusters(texts), device=call.ids_BT.device)

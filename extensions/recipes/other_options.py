@@ -1,6 +1,6 @@
 """A trained mixture with changed options of its recipe, or with one more task: its learned tensors stay, bit for bit.
 
-Clients of a federation also give each other the means of their experts and gates.
+`federated_average` gives clients of a federation the means of their experts and gates.
 """
 
 from collections.abc import Iterable, Sequence
@@ -48,8 +48,8 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
     other = replace(recipe, **options)
     if other.tasks[: len(recipe.tasks)] != recipe.tasks:
         raise WeightingError(
-            f"tasks of recipe {recipe.name!r} are {recipe.tasks} and would be {other.tasks}: what each has learned "
-            "is at its place, so that new ones come after those there are"
+            f"tasks of recipe {recipe.name!r} are {recipe.tasks} and cannot become {other.tasks}: what a task has "
+            "learned is stored by its index, so new tasks go to the end"
         )
     shapes = _shapes(model, other)
     made = ExpertModel(model.base_model, other, tokenizer=model.tokenizer, shapes=shapes, names=model.names)
@@ -67,7 +67,7 @@ def _shapes(model: ExpertModel, other: Recipe) -> dict[str, ExpertShape]:
     """Return {site: shape of its experts under the recipe `other`}, with the model's ranks where no option changes them."""
     before, after = shapes_of(model.base_model, model.recipe), shapes_of(model.base_model, other)
     if gone := sorted(set(model.sites) - set(after)):
-        raise WeightingError(f"{gone[0]!r} would have no experts, and what they learned no place: make a new model")
+        raise WeightingError(f"{gone[0]!r} would lose its experts and what they learned: make a new model")
     return {
         name: _expert_shape(name, model, before.get(name), other, new) if name in model.sites else new
         for name, new in after.items()
@@ -102,7 +102,7 @@ def _take_over(model: ExpertModel, made: ExpertModel) -> None:
             roles = made.recipe.roles(layer.site, layer.shape)
             if gone := [role for role in old_starts if role not in roles]:
                 raise WeightingError(
-                    f"expert {gone[0]!r} at {layer.site.name!r}, and what it learned, would have no place: make a new model"
+                    f"expert {gone[0]!r} at {layer.site.name!r} and what it learned would be lost: make a new model"
                 )
             # an expert that has another rank now begins untrained
             starts = dict(zip(roles, layer.starts(), strict=True))
@@ -114,7 +114,7 @@ def _take_over(model: ExpertModel, made: ExpertModel) -> None:
         old_sizes, sizes = tuple(known[name].shape), tuple(value.shape)
         if len(old_sizes) != len(sizes) or any(old > new for old, new in zip(old_sizes, sizes, strict=True)):
             raise WeightingError(
-                f"{name!r} is {old_sizes} and would be {sizes}, with no place for all that was learned: make a new model"
+                f"{name!r} is {old_sizes} and would be {sizes}, too small for all that was learned: make a new model"
             )
         value[tuple(slice(0, size) for size in old_sizes)] = known[name]
 

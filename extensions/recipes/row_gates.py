@@ -226,7 +226,7 @@ def prompt_mean(x_BTI: Tensor, call: Call, *, padding: bool = False) -> Tensor:
             row = has_B.tolist().index(False)
             raise ScopeError(
                 f"the gate decides by the prompt of a row, and row {row} has none, as all its tokens have labels: set the "
-                "labels of what is given to -100"
+                "labels of the prompt's tokens to -100"
             )
         call.kept[_HAVE_PROMPTS] = True
     if padding and call.real_BT is not None:
@@ -240,7 +240,7 @@ def require_beginning(call: Call) -> None:
     """Raise ScopeError for a call that continues from a cache, so that its rows' prompts are not among its tokens."""
     if call.follows:
         raise ScopeError(
-            "the gate decides by the prompt of a row, which this call with a cache has not: use the model's own generate(), "
+            "the gate decides by the prompt of a row, which this call with a cache lacks: use the model's own generate(), "
             "which keeps what was decided, or call the model with the whole rows"
         )
 

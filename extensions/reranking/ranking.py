@@ -166,7 +166,7 @@ def first_order(
     """
     model, pool = engine.model, engine.bound_pool
     for name in pool.invocations():
-        require_everywhere(name, pool[name], "the slope of the loss is that of an expert that counts for every token")
+        require_everywhere(name, pool[name], "the slope of the loss is that of an expert that acts on every token")
     rows = encode_pairs(model, tokenizer, task, task.examples)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     total = 0.0

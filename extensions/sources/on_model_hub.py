@@ -58,7 +58,7 @@ def discover(
     model_id = base if isinstance(base, str) else str(getattr(base, "name_or_path", "") or "")
     if says_nothing(model_id):
         raise AdapterNotFound(
-            f"{model_id!r} is no id of a base model on the model hub, which lists adapters by ids: give one, such as "
+            f"{model_id!r} is not the id of a base model on the model hub, which lists adapters by ids: give one, such as "
             "'HuggingFaceTB/SmolLM2-135M-Instruct'"
         )
     for name, value in (("limit", limit), ("max_bytes", 1 if max_bytes is None else max_bytes)):

@@ -36,7 +36,7 @@ def pool_statistics(
     anything runs; then what `collect_statistics` raises, with the adapter's name in a note.
     """
     if not isinstance(texts, Mapping) or not texts:
-        raise InvalidTask(f"texts are {texts!r:.80}; give {{name of an adapter: its texts}}, one at least")
+        raise InvalidTask(f"texts are {texts!r:.80}; give {{name of an adapter: its texts}}, at least one")
     experts = experts_of(hub_or_pool)
     # rows may come from a file or data set that cannot be sent to a worker
     rows = {

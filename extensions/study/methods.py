@@ -78,7 +78,7 @@ class Method:
                 )
         text = said.get("method", said.get("formula"))
         if not isinstance(text, str):
-            raise InvalidTask(f"a method of a study is called {text!r:.60}, which is no text")
+            raise InvalidTask(f"a method of a study is called {text!r:.60}, which is not a text")
         kept = {key: value for key, value in said.items() if key in SAID}
         options = {key: value for key, value in said.items() if key not in KEYS}
         members = tuple(cls.read(member) for member in said.get("members", ()))

@@ -159,7 +159,7 @@ class _Reader:
 
     def _task(self, said: Any, settings: Mapping[str, Any]) -> StudyTask:
         if not isinstance(said, Mapping):
-            raise self._wrong(f"has {said!r:.60} as a task, which is no path and no mapping")
+            raise self._wrong(f"has {said!r:.60} as a task, neither a path nor a mapping")
         _require_known(f"{self.whose}: a task", said, TASK_KEYS)
         if ("file" in said) == ("dataset" in said):
             raise self._wrong(f"has a task with {', '.join(said) or 'nothing'}: it takes a 'file' or a 'dataset'")
@@ -247,7 +247,7 @@ class _Reader:
     def _text(self, key: str) -> str | None:
         value = self.said.get(key)
         if value is not None and not isinstance(value, str):
-            raise self._wrong(f"has {value!r:.60} as {key!r}, which is no text")
+            raise self._wrong(f"has {value!r:.60} as {key!r}, which is not a text")
         return value
 
     def _texts(self, key: str) -> list[str]:

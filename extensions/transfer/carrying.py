@@ -58,7 +58,7 @@ def transfer(
     from. Every second sample fits, the others are held out. "auto" is "restore" where that is exact, which shows that
     an adapter was fused, else "activations". The ways:
 
-    - "same": B' = B, A' = A, for a base that was trained on, tuned or rounded (PortLLM, arXiv 2410.10870).
+    - "same": B' = B, A' = A, for a base that was trained further, tuned or rounded (PortLLM, arXiv 2410.10870).
     - "activations": B' = N B, A' = A M, the ridge regressions y_new ~ N y_old and x_old ~ M x_new. `ridge` is relative to
       the mean square of a feature; it draws towards the identity where both sizes agree, else towards zero. By default
       each regression has the largest that its error on the other samples allows (`choose_ridge`).
@@ -209,7 +209,7 @@ def matched(adapter: Adapter, old: nn.Module, new: nn.Module, way: Way) -> list[
         raise AdapterUnsupported(f"{asker} has trained parameters of one base, the first {next(iter(adapter.heads))!r}")
     if adapter.invocation:
         raise AdapterUnsupported(
-            f"{asker} counts from its invocation tokens {list(adapter.invocation)} on, which another tokenizer numbers "
+            f"{asker} acts only from its invocation tokens {list(adapter.invocation)} on, which another tokenizer numbers "
             "otherwise: train it on the new base"
         )
     modules_old, modules_new = dict(old.named_modules()), dict(new.named_modules())
@@ -217,7 +217,7 @@ def matched(adapter: Adapter, old: nn.Module, new: nn.Module, way: Way) -> list[
     for name, factors in adapter.layers.items():
         if factors.kind != "linear" or not factors.bound or factors.gain_O is not None:
             raise AdapterUnsupported(
-                f"{asker}: layer {name!r} is no plain LoRA of a linear layer; lw.to_lora(adapter, old) makes one of a gain"
+                f"{asker}: layer {name!r} is not a plain LoRA of a linear layer; lw.to_lora(adapter, old) converts a gain"
             )
         layer, target = base_layer(modules_old, name, asker), _counterpart(name, modules_old, modules_new)
         if (sizes := (len(factors.b_OR), factors.a_RI.shape[1])) != _sizes(layer):

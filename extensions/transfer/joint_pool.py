@@ -1,10 +1,10 @@
-"""A thousand adapters in the memory of fifty: bases that many share, and a small middle of each one's own.
+"""A thousand adapters in the memory of fifty: many share bases, and each keeps only its own small middle.
 
     JointPool.fit(adapters)   clusters of like adapters; for each cluster and layer U, V (shared_bases.py)
     pool.errors               {name: |D - U M V| / |D| over all its layers}
-    pool.including(adapter)   one more, in the bases that are there
+    pool.including(adapter)   a pool with one more adapter, in the same bases
     pool.activate(model, [..]) live: x V^T once for all rows, M for each row, U^T once; no adapter is made
-    pool.adapter(name)        what it then is as a plain adapter, for everything else
+    pool.adapter(name)        its approximation U M V as a plain adapter, for everything else
 
 Below about a hundred adapters the bases take more than they save: `pool.report` says so, and by how much.
 """
@@ -126,7 +126,7 @@ class JointPool:
         if clusters > len(pool.names):
             raise WeightingError(f"clusters={clusters}, and there are {len(pool.names)} adapters: take at most as many")
         if middle not in get_args(Middle):
-            raise WeightingError(f"middle={middle!r} is none of {', '.join(get_args(Middle))}")
+            raise WeightingError(f"middle={middle!r} is not one of {', '.join(get_args(Middle))}")
         first = pool[pool.names[0]]
         sizes = _sizes(first)
         for name in pool.names:
@@ -371,7 +371,7 @@ def _require_plain(name: str, adapter: Adapter, sizes: Mapping[str, tuple[int, i
     for layer, factors in adapter.layers.items():
         if not factors.is_product or factors.kind != "linear":
             raise AdapterUnsupported(
-                f"adapter {name!r} is no plain LoRA on a linear layer in {layer!r}, and only such share bases: leave it out"
+                f"adapter {name!r} is not a plain LoRA on a linear layer in {layer!r}; only such share bases: leave it out"
             )
     if other := sorted(set(_sizes(adapter).items()) ^ set(sizes.items())):
         raise AdapterUnsupported(

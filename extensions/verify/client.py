@@ -33,7 +33,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Listed:
-    """A name that a server lists, with its folder or file (`root`) and its base (`parent`), "" where not told."""
+    """A name that a server lists, with its folder or file (`root`) and its base (`parent`), "" if unknown."""
 
     name: str
     root: str = ""
@@ -46,7 +46,7 @@ class Server:
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
-            raise SourceUnavailable(f"{url!r} is no address of a server: give http://HOST:PORT")
+            raise SourceUnavailable(f"{url!r} is not the address of a server: give http://HOST:PORT")
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
         self._timeout_s = timeout_s
         self._opener = urllib.request.build_opener(_NoRedirect)
@@ -148,7 +148,7 @@ def _answer(body: Mapping[str, Any]) -> Answer:
         words, tops = _words(choice.get("logprobs") or {})
         return Answer(str(choice["text"]), words, tops, ended=choice.get("finish_reason") == "stop")
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise Refused(200, f"the answer is none of OpenAI's completions ({type(error).__name__}: {error})") from error
+        raise Refused(200, f"the answer is not an OpenAI completion ({type(error).__name__}: {error})") from error
 
 
 def _words(logprobs: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[dict[str, float], ...]]:

@@ -324,7 +324,7 @@ def require_one_adapter(folder: Path, command: str, *rest: str) -> None:
     ]
     named = " and ".join(parts) if recipe.parts == "members" else " > ".join(parts)
     raise ScopeError(
-        f"{str(folder)!r} is {what} {named}, whose {recipe.parts} {apart}, so no one adapter does what it does: "
+        f"{str(folder)!r} is {what} {named}, whose {recipe.parts} {apart}, so one adapter cannot replace it: "
         + ", ".join(commands)
     )
 
@@ -340,7 +340,7 @@ def _number(text: str, flag: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise typer.BadParameter(f"{flag}: {text!r} is no number") from None
+        raise typer.BadParameter(f"{flag}: {text!r} is not a number") from None
     if not math.isfinite(value):
         raise typer.BadParameter(f"{flag}: {text!r} is not finite")
     return value

@@ -27,7 +27,7 @@ class Conversation:
         """Read a list of {"role", "content"}. Raises InvalidTask, which begins with `where`, for other fields or types."""
         if not is_messages(messages):
             raise InvalidTask(
-                f"{where} has {messages!r:.80} as its messages, which is no list of {{'role', 'content'}} with texts alone"
+                f"{where} has {messages!r:.80} as its messages, not a list of {{'role', 'content'}} with texts alone"
             )
         for number, turn in enumerate(messages, start=1):
             more = sorted(name for name, value in turn.items() if name not in ("role", "content") and value)

@@ -194,7 +194,7 @@ def read_yaml(path: Path, error: type[LoraweaveError]) -> dict[str, Any]:
     except yaml.YAMLError as problem:
         raise error(f"{path} is not YAML: {' '.join(str(problem).split())}") from problem
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        raise error(f"{path} holds {content!r:.60}; its lines are to be 'key: value'")
+        raise error(f"{path} holds {content!r:.60}; its lines must be 'key: value'")
     return dict(content)
 
 

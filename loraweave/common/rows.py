@@ -234,12 +234,12 @@ def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
     instruction = row.get("instruction") or row.get("definition") or ""
     split = row.get("split", "")
     if not isinstance(instruction, str):
-        raise InvalidTask(f"{where} has {instruction!r:.60} as its instruction, which is no text")
+        raise InvalidTask(f"{where} has {instruction!r:.60} as its instruction, which is not a text")
     column, answer = _columns(row, where, targets)
     text, target_value = row[column], None if answer is None else row[answer]
     also = _listed(row.get("also_ok", []) if targets == "several" else [])
     if not are_texts(also):
-        raise InvalidTask(f"{where} has {also!r:.60} as 'also_ok', which is no list of texts")
+        raise InvalidTask(f"{where} has {also!r:.60} as 'also_ok', which is not a list of texts")
     if column == "messages" or is_messages(text):
         chat = Conversation.read(text, where)
         if column == "messages" and chat.turns[-1][0] == "assistant":
@@ -247,12 +247,12 @@ def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
         if is_messages(target_value):
             completion = Conversation.read(target_value, where).turns
             if (roles := [role for role, _ in completion]) != ["assistant"]:
-                raise InvalidTask(f"{where} has a completion of {', '.join(roles)}: it is to be one turn of the assistant's")
+                raise InvalidTask(f"{where} has a completion of {', '.join(roles)}: it must be one turn of the assistant")
             target_value = completion[0][1]
         target_value = [*_listed(target_value), *also] if also and target_value is not None else target_value
         return replace(_of_chat(chat, target_value, instruction, where, targets), split=str(split))
     if not isinstance(text, str):
-        raise InvalidTask(f"{where} has {text!r:.60} as {column!r}, which is no text: {FORMS}")
+        raise InvalidTask(f"{where} has {text!r:.60} as {column!r}, which is not a text: {FORMS}")
     row_targets: tuple[str, ...] = ()
     if target_value is not None and targets != "none":
         row_targets = _checked([*_texts(target_value, str(answer), where, targets), *also], text, where, targets)
@@ -264,7 +264,7 @@ def _of_chat(chat: Conversation, given: Any, instruction: str, where: str, targe
     roles = [role for role, _ in chat.turns]
     if (given is None and targets not in ("any", "none")) or not roles or roles[-1] != "user":
         said = ", ".join([*roles, *([] if given is None else ["assistant"])]) or "nobody"
-        raise InvalidTask(f"{where} has messages of {said}: the last are to be a user's and the answer to it")
+        raise InvalidTask(f"{where} has messages of {said}: the last two must be a user's turn and the answer to it")
     text = str(chat)
     row_targets: tuple[str, ...] = ()
     if given is not None and targets != "none":

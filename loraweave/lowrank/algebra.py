@@ -246,7 +246,7 @@ def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
     magnitude belongs to the whole b a.
     """
     if rank < 1:
-        raise AdapterUnsupported(f"rank {rank} is below 1; an update without rank rows is no adapter")
+        raise AdapterUnsupported(f"rank is {rank}; it must be at least 1")
     if rank >= factors.rank:
         return factors, 0.0
     if factors.magnitude_O is not None:
@@ -299,7 +299,7 @@ def compress_sum(updates: Sequence[Factors], weights: Sequence[float], rank: int
     exact. Raises AdapterUnsupported for a rank below 1.
     """
     if rank < 1:
-        raise AdapterUnsupported(f"rank {rank} is below 1; an update without rank rows is no adapter")
+        raise AdapterUnsupported(f"rank is {rank}; it must be at least 1")
     first = updates[0]
     num_out, num_in = first.b_OR.shape[0], first.a_RI.shape[1]
     total = sum(update.rank for update in updates)
@@ -379,7 +379,7 @@ def _by_grams(a_SI: Array, b_OS: Array, rank: int, gram_a_SS: Array, gram_b_SS: 
 
 
 def by_dense_gram(delta_OI: Array, rank: int) -> Triplets | None:
-    """Return `truncated` of a dense matrix with O <= I; None where the rounding of its Gram matrix could be seen."""
+    """Return `truncated` of a dense matrix with O <= I; None if its Gram matrix is too inexact for that."""
     gram_OO = delta_OI @ delta_OI.T
     size, total = float(np.linalg.norm(gram_OO)), float(gram_OO.trace())
     if total == 0.0:

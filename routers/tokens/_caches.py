@@ -90,7 +90,7 @@ class BesideCache(Generic[S]):
         unlike = [layer for layer in layers if not isinstance(layer, DynamicLayer) or isinstance(layer, BaseQuantizedLayer)]
         replaced = [name for name in METHODS if name in getattr(cache, "__dict__", {})]
         if not isinstance(cache, Cache) or not hasattr(cache, "layers") or replaced:
-            why = f"whose {replaced[0]} was replaced" if replaced else "which is no cache of transformers with layers"
+            why = f"whose {replaced[0]} was replaced" if replaced else "which is not a transformers cache with layers"
         elif unlike:
             why = f"with layers of class {type(unlike[0]).__name__}"
         elif getattr(cache, "offloading", False):

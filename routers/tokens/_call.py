@@ -62,8 +62,8 @@ def count_copies(router: str, prompts: Prompts, num_rows: int) -> int:
     """Return how many consecutive rows each prompt serves. Raises ScopeError, naming `router`, if they do not divide."""
     if not num_rows or num_rows % len(prompts.rows):
         raise ScopeError(
-            f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {num_rows} rows, no multiple: call the "
-            "model with the rows of the prompts"
+            f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {num_rows} rows, not a multiple: call "
+            "the model with the rows of the prompts"
         )
     return num_rows // len(prompts.rows)
 

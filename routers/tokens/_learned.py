@@ -66,7 +66,7 @@ class LearnedRouter(TokenRouter):
         `settings` are those of `loraweave.composer.train.routers.RouterSettings`.
         """
         if not hasattr(engine, "fit"):
-            raise TrainingError(f"a router is trained through a Composer with a tokenizer, and {engine!r:.80} is none")
+            raise TrainingError(f"a router is trained through a Composer with a tokenizer, not {engine!r:.80}")
         engine.fit(self, dataset, **settings)
         return self
 

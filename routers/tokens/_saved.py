@@ -49,7 +49,7 @@ def is_saved_router(folder: Path) -> bool:
 def read_saved(folder: Path) -> Saved:
     """Read router.json. Raises AdapterNotFound, AdapterCorrupt, or AdapterUnsupported if a newer version wrote it."""
     if not present(folder, FILE):
-        raise AdapterNotFound(f"{folder} is no router: it has no {FILE}, and holds {listing(folder)}")
+        raise AdapterNotFound(f"{folder} is not a router: it has no {FILE}, and holds {listing(folder)}")
     recipe = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)
     saved_format = recipe.get("format")
     if is_whole(saved_format, FORMAT + 1):
@@ -83,7 +83,7 @@ def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> Token
     except LoraweaveError:
         raise
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise AdapterCorrupt(f"{folder} is no router {saved.name!r} ({type(error).__name__}: {error})") from error
+        raise AdapterCorrupt(f"{folder} is not a router {saved.name!r} ({type(error).__name__}: {error})") from error
     _require_tensors(router, folder / TENSORS)
     router.report = saved.report
     if saved.num_adapters:
@@ -152,7 +152,7 @@ def router(
     of a newer version; and what a download raises.
     """
     if not isinstance(name, str | Path) or name == "":
-        raise UnknownName(f"{name!r} is no router; give a name of {', '.join(router_names())}, or the folder of a saved one")
+        raise UnknownName(f"{name!r} is not a router; give one of {', '.join(router_names())}, or a saved one's folder")
     experts = None if pool is None else ExpertPool.of(pool)
     if isinstance(name, Path) or "/" in name or (name not in registry.names("routers") and Path(name).is_dir()):
         if options:
@@ -182,8 +182,8 @@ def router_class(name: str) -> type[TokenRouter]:
     registered = _look_up(name)
     if not _is_router(registered):
         raise UnknownName(
-            f"{name!r} searches for the weights of a task and is no router: compose(method={name!r}) runs it; routers are "
-            f"{', '.join(router_names())}"
+            f"{name!r} searches for the weights of a task and is not a router: compose(method={name!r}) runs it; routers "
+            f"are {', '.join(router_names())}"
         )
     return registered  # type: ignore[no-any-return]
 

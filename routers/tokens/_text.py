@@ -128,7 +128,7 @@ class TextRouter(TokenRouter):
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         raise ScopeError(
-            f"router {self.name!r} looks at texts, and at no input of layer {layer!r}: activate() it in a Composer, whose "
+            f"router {self.name!r} reads texts, not the input of layer {layer!r}: activate() it in a Composer, whose "
             "calls begin with it, or ask of_texts()"
         )
 

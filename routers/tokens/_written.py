@@ -39,7 +39,7 @@ def write_router(
     something else, for options that JSON has no form for, and for a pool without some of the router's experts.
     """
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightingError(f"{folder} holds something that is no router; name another folder")
+        raise WeightingError(f"{folder} holds something that is not a router; name another folder")
     experts = [] if pool is None else [pool.adapters[expert] for expert in find_names(members, pool, name)]
     raw = save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
     recipe = {

@@ -123,7 +123,7 @@ def test_the_module_runs_like_the_command(tmp_path):
         (["merge", "pool/left", "pool/right", "--out", "m", "--weights", "1"], "1 numbers for 2 adapters"),
         (["merge", "l", "r", "--out", "m", "--weights", "0.7", "0.3"], "commas, without blanks: --weights 0.7,0.3"),
         (["merge", "l", "r", "--out", "m", "--weights", "0.7,", "0.3"], "commas, without blanks: --weights 0.7,0.3"),
-        (["merge", "pool/left", "--out", "m", "--weights", "much"], "'much' is no number"),
+        (["merge", "pool/left", "--out", "m", "--weights", "much"], "'much' is not a number"),
         (["merge", "pool/left", "--out", "m", "--weights", "nan"], "'nan' is not finite"),
         (["merge", "pool/left", "--out", "m", "--option", "density"], "takes NAME=VALUE"),
         (["merge", "pool/left", "--out", "m", "--option", "rank=3"], "its own flag"),

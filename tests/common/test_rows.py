@@ -222,7 +222,7 @@ def test_inputs_are_texts_or_those_of_rows_where_inputs_alone_count():
         ({1: "a", "target": "b"}, r"row 2 has \['1', 'target'\], and no 'input'"),
         ({"prompt": "x"}, "and no 'completion' or 'target'"),
         ({"input": "x", "label": "y"}, "and no 'target'"),
-        ({"input": 3, "target": "y"}, "row 2 has 3 as 'input', which is no text"),
+        ({"input": 3, "target": "y"}, "row 2 has 3 as 'input', which is not a text"),
         ({"text": "x", "label": 3}, "row 2 has 3 as 'label', which is not .*names of labels, not their numbers"),
         ({"input": "x", "target": "y", "also_ok": [3]}, r"row 2 has \[3\] as 'also_ok'"),
         ({"input": "x", "target": "y", "instruction": 3}, "row 2 has 3 as its instruction"),

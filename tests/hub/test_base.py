@@ -59,8 +59,8 @@ def test_a_folder_keeps_the_checkpoints_dtype_unless_asked(tmp_path, asked, foun
             {"dtype": "bf16"},
             r"dtype='bf16' .* did you mean 'bfloat16'\?: give float32, bfloat16, float16, float64, as a text",
         ),
-        ({"dtype": "int8"}, "dtype='int8' is no dtype of weights"),
-        ({"dtype": 16}, "dtype=16 is no dtype of weights"),
+        ({"dtype": "int8"}, "dtype='int8' is not a dtype of weights"),
+        ({"dtype": 16}, "dtype=16 is not a dtype of weights"),
         ({"torch_dtype": "bfloat16"}, r"load_base\(\) has no argument 'torch_dtype', did you mean 'dtype'\?"),
     ],
 )
@@ -152,8 +152,8 @@ def load_base_of_class(folder):
     ("arguments", "words"),
     [
         ({"device": "cpu", "device_map": "auto"}, "device='cpu' and device_map='auto'"),
-        ({"trust_remote_code": "yes"}, "trust_remote_code='yes' is no consent"),
-        ({"revision": "main"}, "is a local folder: give the id of a repository"),
+        ({"trust_remote_code": "yes"}, "trust_remote_code='yes' is not True"),
+        ({"revision": "main"}, "is a local folder: give the id of one"),
     ],
 )
 def test_arguments_that_exclude_each_other_are_refused_before_anything_is_read(tmp_path, arguments, words):

@@ -110,7 +110,7 @@ def test_a_path_that_leads_out_of_the_folder_is_not_written(hub, tmp_path, path)
     row = hub.save_composition("x", Saved("new"))._row
     vars(row)["files"] = {**row.files, path: row.files["below/weights"]}
     stored = type(hub.composition("x"))(row, hub._blobs)
-    with pytest.raises(AdapterCorrupt, match="is no path inside the folder"):
+    with pytest.raises(AdapterCorrupt, match="is not a path inside the folder"):
         stored.write(tmp_path / "deep" / "deeper")
     assert not (tmp_path / "deep" / "deeper").exists()
     assert not list(tmp_path.rglob("out"))

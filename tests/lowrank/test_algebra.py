@@ -187,7 +187,7 @@ def test_compress_of_nothing_is_nothing_with_no_error():
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_compress_to_no_rank_is_refused(rank):
-    with pytest.raises(AdapterUnsupported, match=f"rank {rank} is below 1"):
+    with pytest.raises(AdapterUnsupported, match=f"rank is {rank}; it must be at least 1"):
         algebra.compress(factors(0), rank)
 
 

@@ -206,7 +206,7 @@ def test_a_sum_of_few_rank_rows_is_exact_and_gains_and_biases_sum_with_the_weigh
 
 @pytest.mark.parametrize("rank", [0, -3])
 def test_a_sum_cut_to_no_rank_is_refused(rank):
-    with pytest.raises(AdapterUnsupported, match=f"rank {rank} is below 1"):
+    with pytest.raises(AdapterUnsupported, match=f"rank is {rank}; it must be at least 1"):
         compress_sum([factors(0, 2)], [1.0], rank)
 
 

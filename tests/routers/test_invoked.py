@@ -253,7 +253,7 @@ def test_a_router_over_activated_experts_is_cut_before_the_invocation(engine):
 def test_a_cache_of_which_the_invocation_is_not_known_is_refused(engine):
     with torch.no_grad():
         cache = engine.model(ROWS, use_cache=True).cache
-    with pytest.raises(ScopeError, match=r"'answer' counts from its invocation tokens \[7, 8, 9\].*Row 0"):
+    with pytest.raises(ScopeError, match=r"'answer' acts only from its invocation tokens \[7, 8, 9\].*Row 0"):
         ours(engine, torch.full((3, 1), 4), {"answer": 1.0}, cache=cache)
     # a row of the base needs none
     assert ours(engine, torch.full((3, 1), 4), [None, None, {"plain": 1.0}], cache=cache).shape == (3, 1, 61)
@@ -272,16 +272,16 @@ def test_calls_without_token_ids_and_encoder_decoders_are_refused(engine, make_m
 
 def test_what_would_count_for_every_token_is_refused_by_name(engine):
     answer, plain = engine.pool["answer"], engine.pool["plain"]
-    with pytest.raises(ScopeError, match=r"'answer' counts from its invocation tokens"), engine.fused({"answer": 1.0}):
+    with pytest.raises(ScopeError, match=r"'answer' acts only from its invocation tokens"), engine.fused({"answer": 1.0}):
         pass
     with engine.fused({"plain": 1.0}):
         pass
-    with pytest.raises(CompositionError, match=r"'answer', which counts from .* 'plain', which counts for every token"):
+    with pytest.raises(CompositionError, match=r"'answer', which acts from .* 'plain', which acts on every token"):
         lw.merge([answer, plain], progress=False)
     task = lw.Task([("a", "b"), ("c", "d")])
     with pytest.raises(CompositionError, match=r"cannot merge adapter 'answer'"):
         lw.compose(engine.model, print, [answer, plain], task, method="lorahub", progress=False)
-    with pytest.raises(ScopeError, match="training lets an adapter count for every token"):
+    with pytest.raises(ScopeError, match="training lets an adapter act on every token"):
         lw.train_adapters(engine.model, None, {"t": [("a", "b")]}, start={"t": answer}, progress=False)
 
 

@@ -285,7 +285,7 @@ def test_a_batch_invariant_server_loads_nothing_that_weighs_tokens_apart(setting
     by_router = routed(engine, routers[0])
     then = Served("then", "then", before=(served(adapters, {"b": 1.0}), late))
     scheduler = make_scheduler(batch_invariant=True)
-    counts = "adapter 'a' counts from its invocation tokens on"
+    counts = "adapter 'a' acts only from its invocation tokens on"
     said = {late: counts, then: counts, by_router: f"router '{routers[0].name}' weighs each token"}
     for asked, why in said.items():
         with pytest.raises(Refusal, match=f"{why}, .* without --batch-invariant") as refused:

@@ -72,7 +72,7 @@ class Sam(LoraFile):
 
 def _stacked(b_q: Tensor, b_v: Tensor, where: str) -> Tensor:
     if b_q.dim() != 2:
-        raise AdapterCorrupt(f"{where}: a w_b of shape {tuple(b_q.shape)} is no matrix")
+        raise AdapterCorrupt(f"{where}: a w_b of shape {tuple(b_q.shape)} is not a matrix")
     num_outputs, rank = b_q.shape
     up = b_q.new_zeros(3 * num_outputs, 2 * rank)
     up[:num_outputs, :rank], up[-num_outputs:, rank:] = b_q, b_v

@@ -240,7 +240,7 @@ class Postgresql(SharedCatalogue):
             if session.closed:
                 raise HubError(
                     f"{doing}: the connection to {self.where} was lost while the change was committed "
-                    f"({self.address.redacted(str(error))}); whether it was made shows when the hub is read again"
+                    f"({self.address.redacted(str(error))}); read the hub again to see whether it was made"
                 ) from error
             raise
 

@@ -82,7 +82,7 @@ class ByCall:
         predictions = [output[0] for output in outputs]
         if not all(isinstance(prediction, Tensor) for prediction in predictions):
             raise CompositionError(
-                f"{part!r} gives no single tensor, and a Composite is a mean of predictions: give one mixture"
+                f"{part!r} does not return one tensor, and a Composite averages predictions: give one mixture"
             )
         mean = torch.stack(predictions).mean(dim=0)
         return (mean,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=mean)

@@ -30,8 +30,8 @@ def require_plain(contents: Contents, name: str, program: str, *, kinds: tuple[s
     """Raise AdapterUnsupported for anything but low-rank factors of layers of these kinds that act on every token."""
     if contents.invocation:
         raise AdapterUnsupported(
-            f"adapter {name!r} counts from its invocation tokens {list(contents.invocation)} on. The files for {program} "
-            "have no place for them, and it would count for every token: target='peft' and `loraweave serve` keep them; "
+            f"adapter {name!r} acts only from its invocation tokens {list(contents.invocation)} on. {program}'s files "
+            "have no place for them, and it would act on every token: target='peft' and `loraweave serve` keep them; "
             "dataclasses.replace(adapter, invocation=()) is the plain LoRA, another model"
         )
     if contents.heads:

@@ -121,8 +121,8 @@ def _tensor_name(layer: str, names: Any, config: Any, name: str) -> str:
     tensor_name: str | None = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
     if tensor_name is None:
         raise AdapterUnsupported(
-            f"layer {layer!r} of adapter {name!r} is no tensor of llama.cpp's {ARCHITECTURES[config.model_type]}: was the "
-            "adapter made for another base model?"
+            f"layer {layer!r} of adapter {name!r} is not a tensor of llama.cpp's {ARCHITECTURES[config.model_type]}: was "
+            "the adapter made for another base model?"
         )
     return tensor_name
 

@@ -53,7 +53,7 @@ def flexlora_clients(
         raise WeightingError("flexlora_clients takes one rank for each client, and got none")
     for client, rank in enumerate(ranks, start=1):
         if not is_whole(rank, 1):
-            raise WeightingError(f"rank {rank!r} of client {client} is no whole number of 1 or more")
+            raise WeightingError(f"rank {rank!r} of client {client} is not a whole number of 1 or more")
     if names is not None and len(names) != len(ranks):
         raise WeightingError(f"flexlora_clients got {len(ranks)} ranks and {len(names)} names; it takes one for each")
     mean = merge(adapters, weights, method="flexlora", rank=max(ranks), heads=heads, progress=False)

@@ -86,7 +86,7 @@ def feed_forward_sites(model: nn.Module, targets: Sequence[str]) -> list[Site]:
         if (layout := layout_of(module)) is None:
             known = "; ".join(f"{', '.join(other.first)}, {other.act} and {other.down}" for other in LAYOUTS)
             raise LayerMismatch(
-                f"{refusal}: it is no feed-forward block that has {known}, and no other parameters; name such blocks in "
+                f"{refusal}: it is not a feed-forward block that has {known}, and no other parameters; name such blocks in "
                 "target_modules, or take a recipe that adds its experts to single layers, such as mola"
             )
         place = (blocks.get(block_of(name)), len(blocks))

@@ -90,7 +90,7 @@ class Xlora(LearnedRouter):
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         raise ScopeError(
-            f"router {self.name!r} looks at the last hidden state of the base, and at no input of layer {layer!r}: "
+            f"router {self.name!r} reads the last hidden state of the base, not the input of layer {layer!r}: "
             "activate() it in a Composer, whose calls begin with it"
         )
 

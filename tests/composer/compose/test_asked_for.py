@@ -50,7 +50,7 @@ def test_what_is_no_composition_is_refused(of, pool):
         of("a")
     with pytest.raises(WeightingError, match="a router and its pool"):
         of(lw.router("arrow", pool))
-    with pytest.raises(ScopeError, match="member 'r' of an average is no one adapter"):
+    with pytest.raises(ScopeError, match="member 'r' of an average is not one adapter"):
         of({"r": of(lw.router("arrow", pool), pool=pool)})
 
 

@@ -334,7 +334,7 @@ def test_a_composition_of_another_base_a_newer_one_and_a_damaged_one_are_refused
     for damage, error, message in (
         (json.dumps({**json.loads(text), "format": 7}), CompositionError, "format 7"),
         (json.dumps({**json.loads(text), "format": 5, "steps": None}), lw.AdapterCorrupt, "damaged"),
-        (json.dumps({**json.loads(text), "share": 0}), lw.AdapterCorrupt, "share 0, which is no number above 0"),
+        (json.dumps({**json.loads(text), "share": 0}), lw.AdapterCorrupt, "share 0, not a number above 0"),
         (text[:100], lw.AdapterCorrupt, "damaged"),
         (text + " " * MAX_FILE_BYTES, lw.AdapterCorrupt, "more than the limit"),
     ):
@@ -361,7 +361,7 @@ def test_a_composition_that_finds_no_room_is_named_and_leaves_the_one_before(com
 
 def test_a_folder_with_something_else_is_never_overwritten(compose, tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
-    with pytest.raises(CompositionError, match="no composition"):
+    with pytest.raises(CompositionError, match="not a composition"):
         compose(method="uniform").save_pretrained(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "kept"
 

@@ -58,7 +58,7 @@ def test_experts_that_share_a_factor_are_not_exchanged(make_model, make_adapter)
 def test_what_is_no_adapter_is_not_put_in(make_model, given):
     made = client(make_model("llama"), 1)
     before = made.expert(0).hash
-    with pytest.raises(WeightingError, match=f"expert 0 of recipe 'mixtral' would be {given!r}, which is no adapter"):
+    with pytest.raises(WeightingError, match=f"expert 0 of recipe 'mixtral' would be {given!r}, not an adapter"):
         put_expert(made, 0, given)
     assert made.expert(0).hash == before
 
@@ -71,7 +71,7 @@ def test_a_base_alone_is_refused_with_the_way_out(make_model):
 def test_a_batch_of_no_rows_is_refused(make_model):
     made = lw.experts("mixtral", make_model("llama"), rank=2)
     empty_BT = torch.zeros(0, 3, dtype=torch.long)
-    with pytest.raises(ScopeError, match=r"inputs of shape \(0, 3\), which are no rows"):
+    with pytest.raises(ScopeError, match=r"inputs of shape \(0, 3\), with no rows"):
         made(input_ids=empty_BT)
-    with pytest.raises(ScopeError, match=r"inputs of shape \(0, 3\), which are no rows"):
+    with pytest.raises(ScopeError, match=r"inputs of shape \(0, 3\), with no rows"):
         made.generate(input_ids=empty_BT, attention_mask=empty_BT, max_new_tokens=2)

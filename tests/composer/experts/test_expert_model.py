@@ -146,7 +146,7 @@ def test_copies_of_data_parallel_which_would_have_no_experts_are_refused(make_mo
 def test_a_batch_of_no_rows_is_refused(make_model, name):
     made = lw.experts(name, make_model("llama"), rank=2)
     empty_BT = torch.zeros(0, 3, dtype=torch.long)
-    with pytest.raises(ScopeError, match=r"inputs of shape \(0, 3\), which are no rows"):
+    with pytest.raises(ScopeError, match=r"inputs of shape \(0, 3\), with no rows"):
         made(input_ids=empty_BT)
-    with pytest.raises(ScopeError, match=r"inputs of shape \(0, 3\), which are no rows"):
+    with pytest.raises(ScopeError, match=r"inputs of shape \(0, 3\), with no rows"):
         made.generate(input_ids=empty_BT, attention_mask=empty_BT, max_new_tokens=2)

@@ -26,7 +26,7 @@ IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(CompositionError, match="'SmolLM2' is none: load it first"):
+    with pytest.raises(CompositionError, match="not 'SmolLM2': load it first"):
         lw.experts("mola", "SmolLM2")
 
 
@@ -46,7 +46,7 @@ def test_an_option_of_another_type_says_what_it_should_be(make_model, option, va
 
 @pytest.mark.parametrize("name", [None, 5])
 def test_what_is_no_name_is_refused(make_model, name):
-    with pytest.raises(UnknownName, match=f"{name} is no recipe's name and no folder; recipes are .*hydralora, "):
+    with pytest.raises(UnknownName, match=f"{name} is neither a recipe's name nor a folder; recipes are .*hydralora, "):
         lw.experts(name, make_model("llama"))
 
 
@@ -153,7 +153,7 @@ def test_an_adapter_with_a_gain_is_refused_by_name(model, make_adapter):
         ({"target_modules": ("q_proj",)}, WeightingError, "target_modules cannot be given with a pool"),
         ({"num_experts": 4}, WeightingError, "num_experts is 4, but the pool has 3 adapters"),
         ({"num_experts": 0}, WeightingError, "num_experts is 0"),
-        ({"pool": [1]}, WeightingError, "the pool has 1, which is no adapter"),
+        ({"pool": [1]}, WeightingError, "the pool has 1, not an adapter"),
         ({"pool": []}, WeightingError, "the pool is empty"),
     ],
 )

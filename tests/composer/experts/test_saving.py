@@ -94,7 +94,7 @@ def test_a_newer_format_is_refused(saved, make_model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sites": {"model.layers.0.self_attn.q_proj": {"ranks": [-1]}}}, r"ranks \(-1,\) are no whole numbers"),
+        ({"sites": {"model.layers.0.self_attn.q_proj": {"ranks": [-1]}}}, r"ranks \(-1,\) are not whole numbers"),
         ({"sites": {"model.layers.0.self_attn.q_proj": {"ranks": [10**12]}}}, "asks for|is in"),
         ({"fingerprint": None}, "damaged"),
         ({"format": "1"}, "its format is '1'"),

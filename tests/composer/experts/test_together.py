@@ -172,7 +172,7 @@ def test_modes_and_the_base_are_left_as_they_were(base, tokenizer):
 def test_jobs_on_what_is_no_language_model_are_refused(make_model, tokenizer):
     base = make_model("segformer")
     jobs = {"first": (lw.experts("mola", base, num_experts=(2,), target_modules=("linear_fuse",)), ROWS["upper"])}
-    with pytest.raises(TrainingError, match=r"SegformerForSemanticSegmentation is none: fit\(\) each model by itself"):
+    with pytest.raises(TrainingError, match=r"SegformerForSemanticSegmentation is not one: fit\(\) each model by itself"):
         train_experts(base, tokenizer, jobs, steps=1, progress=False)
 
 
@@ -214,9 +214,9 @@ def test_jobs_that_are_no_models_with_examples_are_refused_by_name(base, models,
     cases = [
         (None, "no expert models to train: pass a mapping"),
         ([made], "no expert models to train: pass a mapping"),
-        ({"u": made}, "job 'u' is no pair .* but a ExpertModel"),
-        ({"u": (base, examples)}, "job 'u' is no pair .* whose model lw.experts has made"),
-        ({"u": (made, examples, 1)}, "job 'u' is no pair"),
+        ({"u": made}, "job 'u' is a ExpertModel, not a pair"),
+        ({"u": (base, examples)}, "job 'u' is a .* not a pair .* whose model lw.experts has made"),
+        ({"u": (made, examples, 1)}, "job 'u' is a tuple, not a pair"),
         ({3: (made, examples)}, "job 3 has no text for a name"),
         ({"u": (frozen, examples)}, "requires a gradient"),
         ({"u": (closed, examples)}, "is closed"),

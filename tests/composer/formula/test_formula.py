@@ -152,7 +152,7 @@ def test_the_members_of_an_ensemble_are_formulas_and_their_shares_sum_to_1(hub, 
         ("ensemble(a, b)", "mixture", "its members answer apart"),
         ("base", "merge", "use the model as it is"),
         ("base", "pool", "use the model as it is"),
-        ("0.5*ties(a, b) + c", "mixture", r"ties\(a, b\) is no weighted sum .* make one of it by formula.merge"),
+        ("0.5*ties(a, b) + c", "mixture", r"ties\(a, b\) is not a weighted sum .* formula.merge"),
     ],
 )
 def test_what_a_formula_cannot_be_is_a_scope_error_that_names_the_way_out(hub, text, call, way_out):
@@ -274,5 +274,5 @@ def test_formulas_cannot_be_changed_and_show_themselves(tmp_path):
         formula.root = None
     assert (repr(formula), str(formula)) == ("Formula('a + b')", "a + b")
     (tmp_path / "mine").write_text("kept")
-    with pytest.raises(FormulaError, match="holds something that is no formula"):
+    with pytest.raises(FormulaError, match="holds something that is not a formula"):
         formula.save_pretrained(tmp_path)

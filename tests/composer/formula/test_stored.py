@@ -134,7 +134,7 @@ def test_a_stored_composition_comes_back_from_its_folder(hub, composed, tmp_path
     assert hub.composition("from a folder").hash == hub.composition("swap").hash
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("kept")
-    with pytest.raises(AdapterExists, match="holds something that is no composition"):
+    with pytest.raises(AdapterExists, match="holds something that is not a composition"):
         hub.composition("swap").write(tmp_path / "mine")
 
 

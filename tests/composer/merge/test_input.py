@@ -111,13 +111,13 @@ NO_WEIGHTS: list[tuple[Any, str]] = [
     ([1.0, 1j], "weight of adapter 'b' is 1j"),
     ([[1.0], [1.0]], r"weight of adapter 'a' is \[1.0\]"),
     ([10**400, 1.0], "weight of adapter 'a' is 1000"),
-    (1.0, "weights=1.0 is no list of numbers; give one for each of 2 adapters"),
-    (torch.tensor(1.0), "is no list of numbers"),
-    (torch.ones(2, 2), "is no list of numbers"),
-    ("ab", "weights='ab' is no list of numbers"),
-    ({"a": 1.0, "b": 1.0}, "is no list of numbers"),
-    ({0.5, 1.0}, "is no list of numbers"),
-    (iter([1.0, 1.0]), "is no list of numbers"),
+    (1.0, "weights=1.0 is not a list of numbers; give one for each of 2 adapters"),
+    (torch.tensor(1.0), "is not a list of numbers"),
+    (torch.ones(2, 2), "is not a list of numbers"),
+    ("ab", "weights='ab' is not a list of numbers"),
+    ({"a": 1.0, "b": 1.0}, "is not a list of numbers"),
+    ({0.5, 1.0}, "is not a list of numbers"),
+    (iter([1.0, 1.0]), "is not a list of numbers"),
 ]
 
 
@@ -128,10 +128,10 @@ def weights_ranks_and_seeds_that_are_no_numbers_are_refused(method: str) -> None
         with pytest.raises(WeightingError, match=says):
             merged(method, adapters, weights)
     for rank in ("a", 2.5, True, 0, -1, float("nan"), [1]):
-        with pytest.raises(WeightingError, match="is no whole number of 1 or more; leave it out to keep the exact rank"):
+        with pytest.raises(WeightingError, match="is not a whole number of 1 or more; leave it out to keep the exact rank"):
             merged(method, adapters, [1.0, 1.0], rank=rank)
     for seed in ("x", None, 2.5, True, [0]):
-        with pytest.raises(WeightingError, match=r"seed=.* is no whole number"):
+        with pytest.raises(WeightingError, match=r"seed=.* is not a whole number"):
             merged(method, adapters, [1.0, 1.0], seed=seed)
 
 
@@ -165,7 +165,7 @@ def test_a_method_that_is_no_name_is_refused(method: Any) -> None:
 
 @pytest.mark.parametrize("statistics", ["x", [1, 2], 5, {}])
 def test_statistics_that_are_none_are_refused(statistics: Any) -> None:
-    with pytest.raises(WeightingError, match="is no list of Statistics"):
+    with pytest.raises(WeightingError, match="is not a list of Statistics"):
         merge([adapter("a", 0), adapter("b", 1)], [1.0, 1.0], statistics=statistics)
 
 
@@ -174,7 +174,7 @@ def test_statistics_that_are_none_are_refused(statistics: Any) -> None:
     [
         (lambda b_OR: b_OR * 1e30, {}, "use a smaller weight"),
         (lambda b_OR: b_OR * float("nan"), {}, "NaN or infinite"),
-        (None, {"seed": "x"}, "seed='x' is no whole number"),
+        (None, {"seed": "x"}, "seed='x' is not a whole number"),
         (None, {"method": "ties", "density": "a"}, "it takes a finite number"),
         (None, {"method": "ties", "aggregate": None}, "it takes one of"),
         (None, {"method": None}, "a method is given by its name or as a function"),

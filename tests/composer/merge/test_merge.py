@@ -234,7 +234,7 @@ def test_a_router_is_no_weights_to_merge_by(tiny_llama, make_adapters) -> None:
     ],
 )
 def test_what_is_no_list_of_adapters_says_how_to_come_by_one(given: object, shown: str) -> None:
-    with pytest.raises(WeightingError, match=rf"and {shown} is none: of a pool .* of an expert model its adapter\(\)"):
+    with pytest.raises(WeightingError, match=rf"not {shown}: of a pool .* of an expert model its adapter\(\)"):
         merge(given, [1.0])  # type: ignore[arg-type]
 
 

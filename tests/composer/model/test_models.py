@@ -401,7 +401,7 @@ def test_an_embedding_of_no_tokens_takes_one_mixture_for_all_rows(family: str, l
     assert float((live - base).abs().max()) > 1e-2
     one_row = MixtureWeights(torch.ones(1, 1, 1, 1), ("a",))
     for mixture in ([{"a": 1.0}, None, None], [one_row, None, {}], MixtureWeights(torch.ones(1, 6, 1, 1), ("a",))):
-        with pytest.raises(ScopeError, match=f"'{layer}'.*'a' updates, is no embedding of tokens"):
+        with pytest.raises(ScopeError, match=f"'{layer}'.*'a' updates, is not an embedding of tokens"):
             engine.activate(mixture)
     assert not engine.active
     elsewhere = MixtureWeights(torch.ones(3, 1, 1, 1), ("a",), ("another",))

@@ -384,7 +384,7 @@ def test_an_input_whose_answer_is_known_tells_the_prior_of_the_other_labels(answ
 
 
 def test_a_known_answer_that_is_no_label_is_refused():
-    with pytest.raises(InvalidTask, match=r"calibrating input 2 has target 'C', .* none of the labels \('A', 'B'\)"):
+    with pytest.raises(InvalidTask, match=r"calibrating input 2 has target 'C', .* not one of the labels \('A', 'B'\)"):
         Task([], labels=["A", "B"], calibrated=[("a", "A"), ("c", "C")])
 
 

@@ -172,7 +172,7 @@ def test_what_cannot_be_remembered_is_refused_before_anything_is_trained(model, 
         call({})
     with pytest.raises(InvalidTask, match=r"document .one. has no sentence of two words or more: .a\. b\.."):
         call({"one": "a. b."})
-    with pytest.raises(UnknownName, match="questions are about 'two', which is no document; there are one"):
+    with pytest.raises(UnknownName, match="questions are about 'two', which is not a document; there are one"):
         call({"one": "a b"}, questions={"two": [("a", "b")]})
     with pytest.raises(TrainingError, match=r"stored in a hub, but got 'memories': pass lw.Hub\(path\)"):
         remember(model, tokenizer, "memories", {"one": "a b"}, **TRAINED)

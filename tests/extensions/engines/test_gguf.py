@@ -88,7 +88,7 @@ REFUSED = {
     "a layer of another model": (
         lambda given: with_layer(given, "transformer.h.0.attn"),
         UNTIED,
-        "no tensor of llama",
+        "not a tensor of llama",
     ),
     "heads of another size": (
         lambda given: with_layer(given, "model.layers.0.self_attn.k_proj"),

@@ -225,7 +225,7 @@ def changed(place, **columns):
     [
         (lambda _: [], "dataset is empty: rows are {name: tensor"),
         (lambda _: "images", "dataset is 'images', not rows"),
-        (lambda _: [(1, 2)], "row 1 of dataset is tuple, no mapping"),
+        (lambda _: [(1, 2)], "row 1 of dataset is tuple, not a mapping"),
         (lambda _: [{"labels": 1}], "row 1 of dataset has no 'pixel_values', but 'labels'"),
         (lambda _: [{"pixel_values": torch.rand(3, 8, 8)}], "row 1 of dataset has no 'labels', but 'pixel_values'"),
         (lambda _: {"cats": []}, r"dataset\['cats'\] is empty"),

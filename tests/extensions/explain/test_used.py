@@ -65,7 +65,7 @@ def test_a_mask_over_a_cache_and_a_head_on_the_last_token_fit(engine):
 def test_the_mask_of_another_batch_is_named(engine):
     with engine.activate({"c": 1.0}):
         run(engine)
-    with pytest.raises(ScopeError, match="mask of 2 rows and 7 tokens is none for a forward of 3 rows and 7 tokens"):
+    with pytest.raises(ScopeError, match="mask of 2 rows and 7 tokens does not fit a forward of 3 rows and 7 tokens"):
         loads(engine.last_weights, torch.ones(2, 7))
 
 

@@ -67,7 +67,7 @@ def test_clients_are_named_and_carry_the_recipe() -> None:
     [
         ([], {}, "none"),
         ([2, 0], {}, "rank 0 of client 2"),
-        (["a", 1], {}, "rank 'a' of client 1 is no whole number"),
+        (["a", 1], {}, "rank 'a' of client 1 is not a whole number"),
         ([1, 2.5], {}, "rank 2.5 of client 2"),
         ([1, 9], {}, "rank=9"),
         ([1, 2], {"names": ["x"]}, "2 ranks and 1 names"),

@@ -57,7 +57,7 @@ FAULTS = {
     "is not finite": "has 3 values that are not finite",
     "is misshapen": r"shape \(2, 15\) instead of \(2, 16\)",
     "is missing": "lacks 'model.layers.0.self_attn.q_proj.a_RI'",
-    "is unknown": "'more', which is none of the 8 tensors",
+    "is unknown": "'more', which is not one of the 8 tensors",
     "is nothing": "sent NoneType, and not named tensors",
 }
 

@@ -140,5 +140,5 @@ def test_a_base_alone_is_refused_with_the_way_out(make_model, ask):
 
 def test_experts_that_are_no_updates_are_not_exchanged(make_model, make_adapter):
     model = make_model("llama")
-    with lw.experts("mixlora", model) as made, pytest.raises(ScopeError, match="'mixlora' are no updates of layers"):
+    with lw.experts("mixlora", model) as made, pytest.raises(ScopeError, match="'mixlora' are not updates of layers"):
         put_expert(made, 0, make_adapter(model, "given"))

@@ -34,7 +34,7 @@ def test_at_the_beginning_the_weights_are_the_base_s_for_every_rank(make_model):
 
 def test_multiplied_weights_are_no_adapter(make_model):
     with lw.experts("flora", make_model("llama"), tasks=TASKS) as made:
-        with pytest.raises(ScopeError, match="'flora' is no update of layers"):
+        with pytest.raises(ScopeError, match="'flora' is not an update of layers"):
             made.adapter("sums")
         with pytest.raises(ScopeError, match="recipe 'flora' looks at the task of each row: give task="):
             made(input_ids=IDS)

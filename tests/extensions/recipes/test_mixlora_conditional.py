@@ -16,7 +16,7 @@ def test_the_scale_is_that_of_the_released_script():
 
 def test_its_factors_are_no_adapters(make_model):
     made = lw.experts("mixlora_conditional", make_model("llama"), target_modules=("q_proj",))
-    with pytest.raises(ScopeError, match="expert 0 of recipe 'mixlora_conditional' is no update of layers"):
+    with pytest.raises(ScopeError, match="expert 0 of recipe 'mixlora_conditional' is not an update of layers"):
         made.expert(0)
 
 

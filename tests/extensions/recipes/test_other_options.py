@@ -46,7 +46,7 @@ def test_experts_of_another_rank_begin_anew(make_model, trained):
 def test_options_that_have_no_place_for_what_was_learned_are_refused(make_model, trained):
     with trained(lw.experts("mola", make_model("llama"), num_experts=(3,))) as made:
         before = made(input_ids=IDS_BT).logits
-        with pytest.raises(WeightingError, match=r"expert 2 at .* and what it learned, would have no place"):
+        with pytest.raises(WeightingError, match=r"expert 2 at .* and what it learned would be lost"):
             with_options(made, num_experts=(2,))
         with pytest.raises(WeightingError, match="has no option 'top_n', did you mean 'top_k'"):
             with_options(made, top_n=1)
@@ -57,7 +57,7 @@ def test_options_that_have_no_place_for_what_was_learned_are_refused(make_model,
 
 def test_features_of_tasks_that_were_learned_do_not_go(make_model, trained):
     made = trained(lw.experts("moelora", make_model("llama"), tasks=("law", "games"), num_features=6))
-    with made, pytest.raises(WeightingError, match=r"e_KD' is \(2, 6\) and would be \(2, 5\), with no place for all"):
+    with made, pytest.raises(WeightingError, match=r"e_KD' is \(2, 6\) and would be \(2, 5\), too small for all"):
         with_options(made, num_features=5)
 
 
@@ -68,7 +68,7 @@ def test_more_target_modules_have_new_experts_beside_those_there_are(make_model,
         assert len(made.sites) == 4
         assert all(torch.equal(made.expert_state()[name], value) for name, value in before.items())
         torch.testing.assert_close(made(input_ids=IDS_BT).logits, logits)
-        with pytest.raises(WeightingError, match=r"'model.layers.0.self_attn.v_proj' would have no experts"):
+        with pytest.raises(WeightingError, match=r"'model.layers.0.self_attn.v_proj' would lose its experts"):
             with_options(made, target_modules=("q_proj",))
 
 

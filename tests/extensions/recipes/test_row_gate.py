@@ -57,7 +57,7 @@ def test_what_was_decided_holds_for_the_calls_that_follow(gate):
 
 
 def test_a_call_that_follows_one_without_a_decision_is_refused(gate):
-    with pytest.raises(ScopeError, match="with a cache has not"):
+    with pytest.raises(ScopeError, match="with a cache lacks"):
         gate(torch.ones(2, 1, 3), Call(follows=True))
 
 

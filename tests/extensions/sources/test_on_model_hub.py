@@ -48,7 +48,7 @@ def found(tmp_path_factory):
 
 def test_a_base_without_an_id_is_a_named_error(found):
     assert found["folder"]["error"] == "AdapterNotFound"
-    assert "no id of a base model" in found["folder"]["message"]
+    assert "not the id of a base model" in found["folder"]["message"]
 
 
 @pytest.mark.parametrize(

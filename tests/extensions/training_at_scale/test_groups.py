@@ -97,7 +97,7 @@ def test_held_out_rows_and_starts_go_with_their_tasks(base, alone):
 
 
 def test_a_base_that_workers_cannot_load_is_refused(tiny_llama, tokenizer):
-    with pytest.raises(BaseModelMismatch, match="workers load the base model by its name, and 'tiny' is none"):
+    with pytest.raises(BaseModelMismatch, match="workers load the base model by its name, but 'tiny' cannot"):
         train((tiny_llama, tokenizer), n_jobs=1)
 
 

@@ -422,11 +422,11 @@ def test_layers_of_another_size_or_depth_are_refused_by_the_same_update(old, mak
 
 
 def test_what_is_no_plain_lora_of_the_old_base_is_refused(old, make_adapter, adapter, tokenizer):
-    with pytest.raises(AdapterUnsupported, match=r"'model\.layers\.0\.self_attn\.q_proj' is no plain LoRA.*to_lora"):
+    with pytest.raises(AdapterUnsupported, match=r"'model\.layers\.0\.self_attn\.q_proj' is not a plain LoRA.*to_lora"):
         carry(replace(make_adapter(old, "g", gain=True), fingerprint=fingerprint(old)), old, old, tokenizer)
     with pytest.raises(AdapterUnsupported, match=r"the first 'lm_head\.weight'"):
         carry(replace(adapter(), heads={"lm_head.weight": torch.zeros(61, 16)}), old, old, tokenizer)
-    with pytest.raises(AdapterUnsupported, match="counts from its invocation tokens"):
+    with pytest.raises(AdapterUnsupported, match="acts only from its invocation tokens"):
         carry(replace(adapter(), invocation=(5, 6)), old, old, tokenizer)
     other = changed(old, lambda new: [p.add_(1) for p in new.parameters()])
     with pytest.raises(BaseModelMismatch, match="made for another base model"):

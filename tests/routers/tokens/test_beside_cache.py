@@ -90,7 +90,7 @@ def test_caches_that_cannot_be_followed_are_refused_by_name(beside, make_model):
     static = StaticCache(config=make_model("llama").config, max_cache_len=8)
     with pytest.raises(ScopeError, match="a StaticCache, with layers of class StaticLayer: leave cache_implementation out"):
         beside.of(static)
-    with pytest.raises(ScopeError, match="a tuple, which is no cache of transformers"):
+    with pytest.raises(ScopeError, match="a tuple, which is not a transformers cache"):
         beside.of(((torch.zeros(1), torch.zeros(1)),))
     offloaded = cache_with(1, 3)
     offloaded.offloading = True

@@ -221,7 +221,7 @@ def test_a_file_with_keys_of_other_experts_is_refused(tmp_path, pool):
 
 @pytest.mark.parametrize("name", ["", None, 3])
 def test_what_is_no_name_is_refused(name, pool):
-    with pytest.raises(UnknownName, match="is no router; give a name"):
+    with pytest.raises(UnknownName, match="is not a router; give one"):
         router(name, pool)
 
 
@@ -257,7 +257,7 @@ def test_adapters_outside_of_the_folder_are_not_read(tmp_path, pool):
 def test_a_folder_with_something_else_is_left_alone(tmp_path, pool):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear diary")
-    with pytest.raises(WeightingError, match="holds something that is no router"):
+    with pytest.raises(WeightingError, match="holds something that is not a router"):
         router("arrow", pool).save_pretrained(tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
 

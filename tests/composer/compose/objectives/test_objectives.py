@@ -48,7 +48,7 @@ def test_a_task_without_labels_is_refused(engine, tokenizer):
 
 
 def test_a_target_that_is_no_label_is_refused():
-    with pytest.raises(InvalidTask, match="target 'maybe', which is none of the labels"):
+    with pytest.raises(InvalidTask, match="target 'maybe', which is not one of the labels"):
         lw.Task([("a", "maybe")], labels=LABELS)
 
 

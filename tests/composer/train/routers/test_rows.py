@@ -117,10 +117,10 @@ def test_rows_of_token_ids_need_no_tokenizer(gates, pool, model):
         ([{"input_ids": [4, 5]}], "no 'labels'"),
         ([{"input_ids": [4, 5], "labels": [5]}], "2 input_ids, but 1 labels"),
         ([{"input_ids": [4, 5], "labels": [4, IGNORED]}], "no label to predict"),
-        ([{"input_ids": [4, 5.0], "labels": [4, 5]}], "no list of token ids"),
+        ([{"input_ids": [4, 5.0], "labels": [4, 5]}], "not a list of token ids"),
         ([{"input_ids": [4, 61], "labels": [4, 5]}], "token 61, but the model knows those from 0 to 60"),
         ([{"input_ids": [4, -1], "labels": [4, 5]}], "token -1, but"),
-        ([{"input_ids": [4, 5], "labels": [4, -7]}], "label -7, which is no token of the model's 61 and not -100"),
+        ([{"input_ids": [4, 5], "labels": [4, -7]}], "label -7, neither a token of the model's 61 nor -100"),
     ],
 )
 def test_what_cannot_be_used_is_named(read, rows, said):
