@@ -220,9 +220,9 @@ class Composer:
 
         The originals of the touched weights are kept, as many bytes as these have: in "memory", or on "disk", in a file in
         the folder for temporary files (TMPDIR) that only this process can read and that is gone with it. With `max_loss` a
-        quantised layer is quantised again where that loses at most this share of its update, and else has the update live.
-        Raises ScopeError for weights that vary per row or token, AlreadyActive while active, CompositionError for layers not
-        to be written to (tied, or quantised without `max_loss`) and results not finite; nothing has changed then.
+        quantised layer is quantised again if that loses at most this share of its update, else it adds the update live.
+        Raises ScopeError for weights that vary per row or token, AlreadyActive while active, CompositionError for layers
+        that cannot be written (tied, or quantised without `max_loss`) and results not finite; then nothing changes.
         """
         from loraweave.composer.fused.fused import fused, mixture_updates
 

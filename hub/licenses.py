@@ -230,7 +230,7 @@ def license_of_work(parents: Iterable[tuple[str, Mapping[str, Any]]], *, allowed
 def require_one_work(licenses: Iterable[tuple[str, str | None]]) -> None:
     """Check that adapters, given as (name, license or None if unknown), can be made into one work.
 
-    Raises InvalidLicense, naming a license that permits no derived work, else two that exclude each other, else all.
+    Raises InvalidLicense, naming a license that permits no derived work, or a pair that excludes each other, or all.
     """
     known = [(f"adapter {name!r}", as_spdx(license), _whole(license)) for name, license in licenses if license is not None]
     if not known or frozenset.intersection(*(whole for *_, whole in known)):

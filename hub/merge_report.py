@@ -49,7 +49,7 @@ class LayerReport:
 
 
 def group_of(layer: str) -> str:
-    """Return the last step of a layer's path that is not a number, such as q_proj, by which tables group layers."""
+    """Return the last step of a layer's path that is not a number, such as q_proj; tables group layers by it."""
     return next((step for step in reversed(layer.split(".")) if not step.isdecimal()), layer)
 
 

@@ -52,7 +52,7 @@ def loopback_only(app: ASGIApp) -> ASGIApp:
 
 
 class Bodies:
-    """The bodies that are being read: beyond `most` bytes together, the one that began first is given up."""
+    """The bodies being read; if they exceed `most` bytes together, the one that began first is dropped."""
 
     def __init__(self, most: int) -> None:
         self._most = most

@@ -77,21 +77,21 @@ def compose(
     mean|w|, `l2` * mean(w^2) and `sparsity` * the number of adapters used are added to the objective. Each search has its
     own default objective, space and `l1`.
 
-    The guard: a searched composition must do no worse on held-out examples than the base and the best single adapter, or
-    the better of these two is returned. It is cross-validated over at most `folds` folds, 3 by default; each fold's
-    search has the same `budget` of evaluations (candidates scored on all examples) or `seconds`, and never sees the
-    fold. `folds=0`, the default of "auto", turns the guard off. With folds "auto" returns the way of the lowest loss on
-    held-out examples; from 50 examples on it does so without folds, too, on a fifth of them, and a LoRA of 80 steps
-    competes. Its search takes at most 10 evaluations; with a budget below 40, or `seconds`, it does nothing else.
+    The guard: a searched composition must do no worse on held-out examples than the base and the best single adapter, or the
+    better of these two is returned. It is cross-validated over at most `folds` folds, 3 by default; each fold's search has
+    the same `budget` of evaluations (candidates scored on all examples) or `seconds`, and never sees the fold. `folds=0`,
+    the default of "auto", turns the guard off. With folds "auto" returns its candidate of the lowest held-out loss; from 50
+    examples on it does so without folds, too, on a fifth of them, and a LoRA of 80 steps competes. Its search takes at most
+    10 evaluations; with a budget below 40, or `seconds`, it does nothing else.
 
     `checkpoint` is a folder from which an interrupted search resumes, to the same result. `search_options` go to the search.
     `n_jobs` workers, or those that `joblib.parallel_config` names, score the candidates of a generation, of all folds
-    together, in the batches and to the bits of one process (docs/howto/many_machines.md).
-    `progress` may be a `rich.progress.Progress`: its `update` is told of every step, and what that raises ends the search.
-    docs/identity.md says which adapters of a hub are for this model, and which licenses need `allow_licenses`.
-    Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything runs, BaseModelMismatch for a hub
-    without an adapter for this model and EmptyIndex for an empty one (unless method="base"), SearchFailed when no candidate
-    can be scored, BudgetExceeded where memory is short for a training, which names how much of it is free.
+    together, in the same batches and with the same bits as one process (docs/howto/many_machines.md). `progress` may be a
+    `rich.progress.Progress`: its `update` is told of every step, and what that raises ends the search. docs/identity.md says
+    which adapters of a hub are for this model, and which licenses need `allow_licenses`. Raises UnknownName, InvalidTask,
+    InvalidLicense and WeightingError before anything runs, BaseModelMismatch for a hub without an adapter for this model and
+    EmptyIndex for an empty one (unless method="base"), SearchFailed when no candidate can be scored, BudgetExceeded where
+    memory is short for a training, which names how much of it is free.
     """
     settings = Settings.of(
         method=method,

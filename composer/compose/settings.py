@@ -109,7 +109,7 @@ class Settings:
 
     @property
     def asks_the_task(self) -> bool:
-        """True if the loss is the task's own, and the weights are those of a sum of updates."""
+        """True if the search minimises the task's own loss, and its weights mean a sum of updates."""
         return self.objective in (None, "cross_entropy") and self.meaning in (None, "linear")
 
     @property

@@ -121,7 +121,7 @@ class Bench:
         return {self.names[place]: 1 / len(order) for place in order}
 
     def mixed(self, result: SearchResult, merge_method: str = "linear") -> Selection:
-        """Return the selection of the mixture that a search found, whose weights are those of a merge by `merge_method`."""
+        """Return the selection of a search's best mixture; `merge_method` is the merge that its weights are for."""
         return self.selection(
             # a task without examples has no loss
             lambda examples: self.loss(merge_method).scores_on(result.mixture, examples),

@@ -242,7 +242,7 @@ def _is_sure(plain: Sequence[Trial], bench: Bench, settings: Settings) -> bool:
     """Return True if the best single adapter's loss is far below that of prompts alone, and not by luck.
 
     A single example cannot be shown in its own prompt: the adapter must then also be the first that retrieval finds. With
-    labels the loss must not be luck: many adapters were tried, and some write labels whatever the input.
+    labels the best of many adapters can be right by luck, so the `luck` of its loss must be below LUCK.
     """
     losses = {trial.name: trial.held_out_loss for trial in plain}
     if _is_one(bench.task, settings) and bench.best([0], 1).keys() != set(list(bench.scores)[:1]):

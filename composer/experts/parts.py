@@ -111,7 +111,7 @@ def key_of(path: str) -> str:
 
 
 class Parts(NamedTuple):
-    """{path: site} of the sites with experts, and modules of their experts (`layers`) and gates by `key_of` the path."""
+    """{path: site} of the sites with experts, and their expert modules (`layers`) and gates, {key_of(path): module}."""
 
     sites: dict[str, Site]
     layers: nn.ModuleDict

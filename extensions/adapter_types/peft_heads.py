@@ -34,8 +34,8 @@ def take_heads(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Take the heads out of `stored`; return {parameter of the base model: tensor in fp32} and the heads' module names.
 
-    `stored` is {key in the file: tensor}. `listed`, `task` and `bias` are the config's modules_to_save, to which a task adds
-    its own, task_type and bias; errors name `folder`. The file may have the module's own path, or PEFT's inner one
+    `stored` is {key in the file: tensor}. `listed`, `task` and `bias` are the config's modules_to_save (a task adds its own
+    head), task_type and bias; errors name `folder`. The file may have the module's own path, or PEFT's inner one
     (`score.modules_to_save.default.weight`). With `bias` "all" PEFT also writes the copy's bias a second time, and the bias
     of the base's module, which is dropped, as PEFT does not compute with it. Raises AdapterUnsupported for any other tensor
     inside such a module, AdapterCorrupt for a parameter with two values and for modules without tensors or empty ones.

@@ -106,7 +106,7 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
             self._evaluate(0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Check a step before parameters change: raise TrainingError for a value not finite and a missing due gradient."""
+        """Raise TrainingError, before the step, for a value not finite or a parameter that never had a gradient."""
         number = state.global_step + 1
         totals = self._sum(torch.stack(list(self._totals.values()))).tolist()
         values = dict(zip(self._totals, totals, strict=True))

@@ -90,7 +90,7 @@ class Explanation(TokenFigures):
         return target
 
     def page(self, path: str | Path) -> Path:
-        """Write one HTML file with every weight in it, to be looked at in a browser; return the path.
+        """Write one HTML file with every weight in it, for a browser; return the path.
 
         It needs no server, no network and nothing beside it. Raises CompositionError where no expert takes part.
         """

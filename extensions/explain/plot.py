@@ -81,7 +81,7 @@ def draw(figures: TokenFigures) -> Any:
 
 
 def _layer_maps(layers: tuple[str, ...], w_EL: Tensor) -> list[_Map]:
-    """Return a heat map with a column for each layer; of many layers one by block and one by kind of layer."""
+    """Return one heat map by layer, or, beyond MAX_LAYERS layers, two of means: by block and by kind of layer."""
     blocks = [block_and_kind(layer) for layer in layers]
     if len(layers) <= MAX_LAYERS or len({block for block, _ in blocks}) == len(layers):
         prefix = common_prefix(layers)

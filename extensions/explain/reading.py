@@ -163,7 +163,7 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _mean_over_calls(calls: Sequence[UsedLayer], length: int, *, only: bool) -> Tensor | None:
-    """Return a layer's weights w_TE for the text of `length` tokens, a mean over its calls; None if none was for it.
+    """Return a layer's weights w_TE for the text of `length` tokens, a mean over its calls; None without such a call.
 
     With `only` (the model reads no other text) a call with some tokens alone counts if they share weights.
     """

@@ -101,9 +101,8 @@ def federate(
     rows as `train_adapters` does, with a learning rate that warms up and decays in each round, and sends its update; the
     `strategy`, a name of `lw.names("strategies")` with its `strategy_options`, says what is sent and how updates are
     aggregated. `ranks` has the ranks of clients that differ from `rank`, for strategies that allow it; each client's scale
-    is `alpha / rank`.
-    `models` has the models of clients that bring their own, for strategies that take them; the tokenizer is the same for
-    all, and a target module may be one of some models alone.
+    is `alpha / rank`. `models` has the models of clients that bring their own, for strategies that take them; the tokenizer
+    is the same for all, and a target module may exist in some models only.
 
     A client that raises, dies, or sends something missing, misshapen or not finite is left out of its round, and the report
     and a logged warning say why; it keeps what it had. A round with fewer than `min_clients` usable updates is refused, if

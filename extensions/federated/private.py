@@ -2,7 +2,7 @@
 
 b a = B M A, where A and B have orthonormal rows and columns: the base's process has the blocks, A and B, and never M; the
 device has M, the embeddings, the language head, and so the tokens. In each layer the base sends z = A x, the device answers
-M z, and B M z is added. One connection over TCP; what goes over it is JSON once, then numbers behind their count.
+M z, and B M z is added. One TCP connection carries a JSON greeting, then frames of numbers, each preceded by its size.
 
 This gives locality, not secrecy: a base that keeps z and M z knows M after as many tokens as its rank, and may look up
 embeddings in its table.

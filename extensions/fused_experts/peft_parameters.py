@@ -26,7 +26,7 @@ WRAPPED = ".base_layer"
 
 
 def experts_of(parts: Mapping[str, Mapping[str, Tensor]], config: Any) -> dict[str, dict[str, Factors]]:
-    """Map each of a file's layers that is a target parameter to the factors of its experts by layer, unscaled.
+    """Return {layer of a file that is a target parameter: {its expert's layer: unscaled factors}}.
 
     Raises AdapterCorrupt for parts that PEFT does not define for a parameter, and what `_parameter_paths` raises.
     """
@@ -43,7 +43,7 @@ def experts_of(parts: Mapping[str, Mapping[str, Tensor]], config: Any) -> dict[s
 
 
 def _parameter_paths(parts: Mapping[str, Mapping[str, Tensor]], config: Any) -> dict[str, str]:
-    """Map each of a file's layers that is a target parameter to the path of that parameter.
+    """Return {layer of a file that is a target parameter: the path of that parameter}.
 
     Raises AdapterUnsupported if the file does not say which it is: if a module has another number of layers below it than
     targeted parameters, or several parameters with names that ORDER does not have; and for a target that is not a parameter
@@ -102,7 +102,7 @@ def _is_layer(module: str, own: Mapping[str, bool], held: Mapping[str, Tensor], 
 
 
 def _require_parameters(found: Mapping[str, str], modules: Iterable[str], config: Any) -> None:
-    """Raise AdapterUnsupported for a target parameter that names a module in the file instead."""
+    """Raise AdapterUnsupported if a target parameter is the path of a module in the file, not of a parameter."""
     for target in config.target_parameters:
         if any(f".{path}".endswith(f".{target}") for path in found.values()):
             continue

@@ -1,8 +1,8 @@
 """How is a hub of many thousand adapters searched fast? By indexes on faiss, in files that several processes map.
 
-Searches take both by themselves: without a name for the index `faiss_half`, whose results are exact, and from 200,000
-adapters on `faiss_ivf`; from 1,000 on the index is a file. The embedder `sentence_form` finds adapters by bare inputs where
-no key looks closer. It needs faiss (`faiss-cpu`).
+Searches that name no index use both: `faiss_half`, whose results are exact, and from 200,000 adapters on `faiss_ivf`; from
+1,000 on the index is a file. The embedder `sentence_form` finds adapters by bare inputs in searches without keys. It needs
+faiss (`faiss-cpu`).
 """
 
 from typing import TYPE_CHECKING

@@ -25,9 +25,9 @@ def save_as_peft(router: Any, folder: str | Path, pool: ExpertPool, *, model: nn
 
     `peft.PeftModel.from_pretrained(base, folder)` opens an X-LoRA there, since its config has the adapters' paths;
     `create_arrow_model` takes the folders of the adapters. `model` is the base, whose order of modules PEFT's layerwise
-    weights have. Raises AdapterUnsupported for another router, and for what PEFT's does not support: adapters of different
-    layers; a temperature in the softmax of `top_k` alone; an Arrow of exact directions, unit inputs, different ranks or more
-    than two factors.
+    weights have. Raises AdapterUnsupported for another router, and for what PEFT lacks: adapters of different layers; a
+    temperature in the softmax of `top_k` alone; an Arrow of exact directions, unit inputs, different ranks or more than two
+    factors.
     """
     target = as_path(folder, "the folder of a router")
     if router.name == "xlora":

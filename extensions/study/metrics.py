@@ -122,7 +122,7 @@ def _corpus_scorer(name: str) -> Any:
 def _sacrebleu(
     scorer: Any, clean: Callable[[str], str], answers: Sequence[str], targets: Sequence[Sequence[str]], *_: Any
 ) -> np.ndarray:
-    """Return the counts of each item whose sums make sacrebleu's corpus score."""
+    """Return counts_NK of the N items; sacrebleu's corpus score is a function of their sums over items."""
     most = max(map(len, targets))
     # an item with fewer accepted targets than another has its last one again, which changes no count
     listed = [[clean(accepted[min(place, len(accepted) - 1)]) for accepted in targets] for place in range(most)]

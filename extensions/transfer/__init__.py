@@ -1,8 +1,8 @@
-"""How does an adapter outlive its base, and how do a thousand fit in memory? It is carried to another; they share factors.
+"""How can an adapter move to another base, and a thousand fit in memory? Layers are matched; adapters share factors.
 
-`transfer` carries an adapter to another base, layer by layer, teaches it the old answers if you ask, and predicts what
-arrives; `distil_prompt` makes an adapter of a prompt. `JointPool` keeps many adapters as
-bases that all share and small middles of their own. They need no other package.
+`transfer` carries an adapter to another base, layer by layer, teaches it the old answers on request, and predicts how much
+of it survives; `distil_prompt` makes an adapter of a prompt. `JointPool` keeps many adapters as bases that all share and
+small middles of their own. They need no other package.
 """
 
 from typing import TYPE_CHECKING

@@ -119,7 +119,7 @@ def _spectra(b_SRO: Tensor, a_SRI: Tensor) -> Array:
 
 
 def _gram(rows_SRN: Tensor) -> tuple[Tensor, Array]:
-    """Return (R R^T, s) of each matrix, whose rows R are divided by the largest absolute entry s against overflow."""
+    """Return (R R^T, s) of each of S matrices, R = rows / s; s, the largest absolute entry, prevents overflow."""
     size_S = rows_SRN.abs().amax(dim=(1, 2))
     scaled_SRN = rows_SRN / torch.where(size_S > 0, size_S, 1)[:, None, None]
     return (scaled_SRN @ scaled_SRN.mT).double(), size_S.double().numpy()
@@ -200,7 +200,7 @@ def alike(connection: Connection, figures: Figures, name: str) -> list[str]:
 
 
 def _keys(figures: Figures) -> list[int]:
-    """Return signed 64-bit hashes, of each piece of the sketch's `code` with `kin`, by which near codes are looked up."""
+    """Return signed 64-bit hashes of each piece of the sketch's `code` with `kin`: an index to look up near codes."""
     keys = []
     for number in range(NUM_PIECES):
         piece = figures.code[number * _PIECE_BYTES : (number + 1) * _PIECE_BYTES]

@@ -101,7 +101,7 @@ class AdapterConfig:
         return self._typed(name, self.fields.get(name) or {}, dict, "an object of layer patterns")
 
     def matched(self, pattern: str, layer: str, default: str) -> float:
-        """Return a layer's number by PEFT's rule: that of field `pattern`'s first match, else that of field `default`."""
+        """Return a layer's number by PEFT's rule: the first match in the field `pattern`, else the field `default`."""
         numbers, disputed = resolve_patterns(self.folder, pattern, self.numbers(pattern), [layer], self.number(default))
         if disputed:
             raise AdapterUnsupported(f"{self.folder}: {pattern} gives layer {layer!r} several values, {disputed[layer]}")

@@ -160,7 +160,7 @@ def _refusal(update: Factors | Dense, bound: Bound, error: float, where: str) ->
 
 
 def lora_factors(a: Tensor, b: Tensor, embedding: bool, where: str) -> Factors:
-    """Return A and B as unscaled factors. Raises AdapterCorrupt if the shapes do not fit, AdapterUnsupported for groups."""
+    """Return A and B as unscaled factors. Raises AdapterCorrupt if the shapes do not fit, AdapterUnsupported if grouped."""
     shapes = f"A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)}"
     kernel = tuple(a.shape[2:])
     if (embedding and kernel) or not 2 <= a.dim() <= 5 or a.dim() != b.dim():

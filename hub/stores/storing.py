@@ -38,7 +38,7 @@ def beside(existing: rows.Row | None, record: Record, *, as_version: bool) -> Re
 
 
 def _with_its_files(connection: Connection, existing: rows.Row, record: Record) -> Record:
-    """Return the existing record of the same content; add the new record's files if it has none, else warn of others."""
+    """Return the existing record of the same content, with the new one's files if it had none; warn if both differ."""
     old_files, new_files = listed(existing.record), listed(record)
     if new_files and not old_files:
         return rows.change(
@@ -195,7 +195,7 @@ def put_content(
     known: Mapping[str, rows.BlobRow | None],
     stored_as: str,
 ) -> dict[str, rows.BlobRow]:
-    """Write missing blobs and wanted files, make other blobs durable; return new rows by content hash. Needs the lock."""
+    """Write the batch's missing blobs and files, make the others durable; return new rows by hash. Needs the lock."""
     missing = {content: prepared for content, prepared in wanted.items() if known[content] is None}
     for content in known.keys() - missing.keys():
         blobs.settle(content)

@@ -145,9 +145,9 @@ app = typer.Typer(
 
 
 def quiet_libraries() -> None:
-    """Silence what other libraries log or warn of below errors, such as parts of theirs that did not load at start-up.
+    """Silence other libraries' log records below errors, such as start-up notes on missing parts, and FutureWarnings.
 
-    Libraries that set a level of their own keep it, but for the part of torch that would warn before every command.
+    Libraries that set a level of their own keep it, except the part of torch that would warn before every command.
     """
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("loraweave").setLevel(logging.WARNING)

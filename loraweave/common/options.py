@@ -1,7 +1,7 @@
 """Options of the entries of registries (methods, searches, routers, recipes): their declaration, and the check of values.
 
 The parameters and annotations of an entry's function or class declare its options. Errors, near misses and the tables of the
-command line follow from that alone, also for another package's entries.
+command line follow from them alone, for other packages' entries, too.
 """
 
 import dataclasses

@@ -65,7 +65,7 @@ class Space:
     def vector(self, weights: Mapping[str, float] | MixtureWeights | None) -> np.ndarray:
         """Return the vector of a mixture, with 0 for experts it does not name; the vector of zeros for None.
 
-        Of a mixture by layer, a group gets the mean over its layers. Raises WeightingError for names that are not experts,
+        For a mixture by layer, a group gets the mean over its layers. Raises WeightingError for names that are not experts,
         weights outside the box, and mixtures of another scope than task.
         """
         if isinstance(weights, MixtureWeights):

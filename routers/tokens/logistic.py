@@ -71,7 +71,7 @@ class Logistic(TextRouter):
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The experts among which a text chooses."""
+        """The experts that a text can be routed to."""
         return self.experts
 
     def weights_of(self, vectors_ND: Tensor) -> Tensor:

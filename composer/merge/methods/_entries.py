@@ -239,7 +239,7 @@ class Entries:
         return Merge(cancelled=any(part.cancelled for part in parts), balance=sum(part.balance for part in parts))
 
     def by_threads(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Return `function` of each item, in order; on several threads if the layer is too large to merge beside others."""
+        """Return `function` of each item, in order; on several threads if the layer is so large that it is merged alone."""
         if self.size <= ALONE or library() is None:
             return list(map(function, items))
         return list(side_by_side(function, items))

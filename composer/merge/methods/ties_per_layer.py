@@ -22,10 +22,10 @@ def ties_per_layer(
 ) -> DenseUpdate:
     """Return one layer's TIES merge as PEFT's `ties_svd` computes it before its SVD (`ties` there mixes factors).
 
-    Of each expert, exactly the int(density * entries) largest magnitudes are kept, of equal ones the earlier. gamma = sign
-    of the sum of tau_e, or of their signs (`majority`="frequency"); 1 where that is zero. The result is scale * (sum of
-    w_e tau_e over experts with sign gamma) / (their number): weights take no part in the vote, nor in the divisor. fp32
-    products, votes in float64. `ties` trims over the whole model.
+    tau_e is an expert's update with exactly its int(density * entries) largest magnitudes kept, of equal ones the earlier.
+    gamma = sign of the sum of tau_e, or of their signs (`majority`="frequency"); 1 where that is zero. The result is scale *
+    (sum of w_e tau_e over experts with sign gamma) / (their number): weights take no part in the vote, nor in the divisor.
+    fp32 products, votes in float64. `ties` trims over the whole model.
     """
     prune = prune_smallest(density)
     return merge_elected(experts, weights, prune, weighted=False, majority=majority, scale=scale)

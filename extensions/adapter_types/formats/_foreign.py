@@ -342,7 +342,7 @@ def require_plain_activation(settings: Any, beside: str) -> None:
 
 
 def check_size(layer: StoredLayer, rows: int, columns: int) -> None:
-    """Raise AdapterUnsupported if a rows x columns matrix exceeds MAX_VALUES or the free memory, as a small file can ask."""
+    """Raise AdapterUnsupported if a rows x columns matrix exceeds MAX_VALUES or free memory; a small file can ask for it."""
     free = free_host_bytes()
     # in float64, twice: the matrix, and the factors or the error computed from it
     if free is not None and 16 * rows * columns > free:

@@ -107,7 +107,7 @@ def drawn(course: Course, order: Order, step: int) -> list[EncodedRow]:
 
 
 def clipped(gradients: Sequence[Tensor], limit: float) -> list[Tensor]:
-    """Return the gradients, shortened together to `limit`; zeros if one is not finite, which would tell of the rows."""
+    """Return the gradients, scaled to a joint norm of at most `limit`; zeros if one is not finite, which would leak rows."""
     size = length(gradients)
     if not math.isfinite(size):
         return [torch.zeros_like(gradient) for gradient in gradients]

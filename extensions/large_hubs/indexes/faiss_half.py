@@ -38,7 +38,7 @@ class FaissHalf(Flat):
     """An index of vectors of `dim` numbers in order of addition. Raises PackageMissing without faiss.
 
     Results are the reference's: a bound on every row's distance to its fp16 copy shows whether a row that was not scored
-    again could be among the best; then more rows are. Many queries at once are matrix products in fp32.
+    again could be among the best; if so, more rows are scored. Many queries at once are matrix products in fp32.
     """
 
     exact = True

@@ -179,7 +179,7 @@ def _gathered(sample_SD: np.ndarray, count: int, rng: np.random.Generator) -> np
 
 
 def nearest(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
-    """Return (N,): the number of the centre with the largest inner product with each vector; of many, nearly always.
+    """Return (N,): the number of the centre with the largest inner product with each vector; if many, nearly always.
 
     Many centres are grouped around centres of their own, and a vector is compared with the centres of the nearest group and
     of the few beside it: a seventh of the work at 2,000. If that is wrong for some of a sample, as for vectors without

@@ -25,11 +25,11 @@ class LoraMixer(EvenRecipe):
     token has few. By its text the published term makes choices sharper; its formula as printed subtracts the entropy, which
     an `entropy` below 0 does.
 
-    With `hard`, the published way to train experts together on labelled data, a row of a task has the expert of its place
-    alone, with weight 1, and the gates do not learn: `with_options(model, hard=False)` goes on with the gates. Or experts
-    begin as adapters (`pool=`), whose factors `requires_grad_(False)` freezes, instead of the published penalty on how
-    far they move. The authors have released no code, and the formulas are as accounts of the paper print them; both
-    coefficients are ours.
+    With `hard`, the published way to train experts together on labelled data, a row has only the expert with its task's
+    index, at weight 1, and the gates do not learn: `with_options(model, hard=False)` goes on with the gates. Or experts
+    begin as adapters (`pool=`), whose factors `requires_grad_(False)` freezes, instead of the published penalty on how far
+    they move. The authors have released no code, and the formulas are as accounts of the paper print them; both coefficients
+    are ours.
     """
 
     num_experts: Count = 8

@@ -25,7 +25,7 @@ class MixtureOfLoras(Recipe):
     whose domain is given have its expert, and the gates choose for the others.
 
     The paper's sequence is here the prompt, so that what decides is known when the answer begins. Its first stage trains one
-    LoRA for each domain alone: those can be what the experts begin with.
+    LoRA for each domain alone: the experts can begin as those.
     """
 
     eta: NonNegative = 0.1

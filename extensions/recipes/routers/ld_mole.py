@@ -12,7 +12,7 @@ from loraweave.extensions.recipes.recipes.ld_mole import Lambda, shortfall, spar
 
 
 class LdMole(InputGates):
-    """A router with w = sparsegen(g x, lambda(x)): shares that sum to 1, more of which are 0 the larger lambda, below 1, is.
+    """A router with w = sparsegen(g x, lambda(x)): shares that sum to 1; a larger lambda (below 1) makes more of them 0.
 
     g_EI is each layer's own, drawn as torch draws linear layers. lambda(x) = 0.99 + logsigmoid(MLP(x)) (`Lambda`) has one
     MLP of `hidden` units for all layers with as many inputs, as published (256 there): near 0.99 the best expert gets all,

@@ -74,8 +74,8 @@ def _input_means(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (expert, {layer: mean_I}) over all tokens of the expert's prompts, with that expert at weight 1, in float64.
 
-    `layers` is {layer: indices of the experts that update it}. Text by text, so that no padding is among the tokens. Raises
-    ScopeError for a layer that is not called with one vector a token.
+    `layers` is {layer: indices of the experts that update it}. The texts run one by one, without padding. Raises ScopeError
+    for a layer that is not called with one vector a token.
     """
     modules = dict(engine.model.named_modules())
     places = engine.pool.places

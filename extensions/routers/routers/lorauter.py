@@ -115,8 +115,8 @@ def expert_losses(
 ) -> dict[str, dict[str, float]]:
     """Return {task: {expert: loss}}, a mean over examples of their target tokens' mean loss, with that expert alone at 1.
 
-    Raises CompositionError for an engine without a tokenizer, InvalidTask for a task without examples or with those that the
-    model cannot read, AlreadyActive while a mixture is fused.
+    Raises CompositionError for an engine without a tokenizer, InvalidTask for a task without examples or with unreadable
+    ones, AlreadyActive while a mixture is fused.
     """
     model, tokenizer, names = engine.model, engine.tokenizer, engine.pool.names
     if tokenizer is None:

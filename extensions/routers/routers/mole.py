@@ -24,7 +24,7 @@ class Mole(OutputRouter):
     the paper's matrix-wise gate at sequence length 1, since one over the whole sequence would look ahead. The paper's gates
     of a whole block or network weigh what each expert makes of all of it, x' + f_FFN(LN(x') | expert) for a block, and add
     these outputs: every block would run once for each expert, and no layer has a mixture. They are not here; the authors'
-    repository (yushuiwx/MoLE) has no code of any.
+    repository (yushuiwx/MoLE) has no gate's code.
 
     The projection has E * O * E numbers in a layer, drawn with a standard deviation of 0.02; tau starts at 1 and stays above
     0 (its logarithm is learned).

@@ -46,9 +46,9 @@ def regression(found: Sequence[Share], *, off_diagonal: float, from_mean: bool) 
 class _Inputs:
     """The pseudo-inverse S^+ and the projection onto the range of S = sum of w_e G_e, the experts' weighted Gram matrices.
 
-    Sizes vary by input over many orders of magnitude. Inputs that never were other than 0 (`live_I` false) are left out, the
-    others scaled to a diagonal of 1: the rounding of a Gram matrix is relative to its diagonal, hence so is the rank that
-    can be told from it. `basis_IK` spans the range where not all live inputs do.
+    Sizes vary by input over many orders of magnitude. Inputs that were always 0 (`live_I` false) are left out, the others
+    scaled to a diagonal of 1: the rounding of a Gram matrix is relative to its diagonal, so its numerical rank is, too.
+    `basis_IK` spans the range where not all live inputs do.
     """
 
     live_I: Tensor
