@@ -93,10 +93,10 @@ def extract(
 ) -> Adapter:
     """Return the fine-tune minus its base as an adapter, layer by layer (SVD of the difference; LoRD, mergekit's extract).
 
-    `tuned_model` is a model, its state dict, or a folder with model.safetensors (or shards), of which one tensor at a time
-    is in memory. Each changed linear layer gets the smallest rank within `max_error` (Frobenius norm, relative to its
-    difference) and at most `rank`. With neither, `max_error` is 1e-3; with `rank` alone the error is reported, not bounded.
-    A changed bias of a linear layer is kept exactly. `card["conversion"]` has rank and relative error of every layer.
+    `tuned_model` is a model, its state dict, or a folder with model.safetensors (or shards), read one tensor at a time. Each
+    changed linear layer gets the smallest rank within `max_error` (Frobenius norm, relative to its difference) and at most
+    `rank`. With neither, `max_error` is 1e-3; with `rank` alone the error is reported, not bounded. A changed bias of a
+    linear layer is kept exactly. `card["conversion"]` has rank and relative error of every layer.
 
     `layers`: module paths or their ends ("q_proj"); None takes all linear layers. `others` decides about changed parameters
     outside them (norms, embeddings, tied heads): "error" raises and names them, "card" leaves them out and lists their

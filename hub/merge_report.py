@@ -186,7 +186,7 @@ class MergeReport(Mapping[str, LayerReport]):
 
 
 def by_number(path: str) -> list[tuple[int, str]]:
-    """Return a sort key for layer paths by which block 2 comes before block 10."""
+    """Return a sort key for layer paths that puts block 2 before block 10."""
     return [(len(part) if part.isdecimal() else 0, part) for part in path.split(".")]
 
 

@@ -7,7 +7,7 @@ LoraweaveError
 │   ├── AdapterCorrupt (ValueError)       files or blobs that are damaged, truncated or not finite
 │   ├── AdapterUnsupported (ValueError)   a feature that cannot be represented exactly
 │   ├── AdapterSuspicious (ValueError)    updates beyond fp32, anomalies that a policy refuses
-│   ├── AdapterQuarantined (PermissionError)  stored, and not to be used before it is released
+│   ├── AdapterQuarantined (PermissionError)  stored, but unusable until it is released
 │   ├── SourceUnavailable (ConnectionError)  the model hub cannot be reached, limits requests, or broke off
 │   ├── InvalidName (ValueError)          a name that cannot be stored
 │   ├── InvalidLicense (ValueError)       a license that is not an SPDX expression, or excludes another
@@ -75,7 +75,7 @@ class AdapterSuspicious(HubError, ValueError):
 
 
 class AdapterQuarantined(HubError, PermissionError):
-    """An adapter that is stored, and not to be used before it is released."""
+    """An adapter that is stored, but unusable until it is released."""
 
 
 class SourceUnavailable(HubError, ConnectionError):

@@ -119,7 +119,7 @@ class Composition(TaskMixture):
     def prune(self, tolerance: float = 0.01, *, progress: bool = True) -> Composition:
         """Return the composition without the adapters missed least, as long as the loss rises by at most `tolerance` nats.
 
-        The limit is on the total rise. Raises CompositionError for a composition of which only the merged adapter is left,
+        The limit is on the total rise. Raises CompositionError for a composition that has only its merged adapter,
         ScopeError for a composition with a router, WeightingError for a tolerance below 0.
         """
         started = time.perf_counter()

@@ -37,7 +37,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class OrderReport:
-    """A report of the programs that were measured, of which one was chosen for a `reason`.
+    """A report of the programs that were measured, and the `reason` why one was chosen.
 
     Rows are sorted by the number of examples, the most first, then by loss.
     `left_out` are adapters without a description, which cannot be asked; `questions` counts what the model was asked.

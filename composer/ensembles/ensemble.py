@@ -297,7 +297,7 @@ def answers_to(
     weights: Sequence[float] | None = None,
     max_new_tokens: int = scoring.MAX_NEW_TOKENS,
 ) -> list[str]:
-    """Return the answers to N inputs, of which each of M members gets a text of its own, inputs_MN; see `answers`."""
+    """Return the answers to N inputs; each of M members gets its own text for each, inputs_MN; see `answers`."""
     members = known_members(engine, mixtures)
     weight_M = member_weights(weights, len(members))
     tokenizer = engine.tokenizer

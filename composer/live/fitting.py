@@ -282,7 +282,7 @@ class ModulePaths:
 
 
 class BoundWeights:
-    """Snapshots of the base weights and biases that experts were resolved against, by which changes are noticed."""
+    """Snapshots of the base weights and biases that experts were resolved against, to detect changes."""
 
     def __init__(self) -> None:
         # by expert
@@ -336,7 +336,7 @@ class BoundWeights:
 
 
 class _Seal:
-    """A snapshot of one parameter of a layer, or of its absence, by which a change is noticed."""
+    """A snapshot of one parameter of a layer, or of its absence, to detect a change."""
 
     def __init__(self, layer: TargetLayer, part: str) -> None:
         self.layer = layer

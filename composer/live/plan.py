@@ -382,7 +382,7 @@ class KeptPlans:
 
 
 def _identity(weights: MixtureWeights | Router) -> Hashable | None:
-    """Return a key by which equal weights are recognised; None for routers, and for weights that learn or are large."""
+    """Return a key that equal weights share; None for routers, and for weights that learn or are large."""
     if not isinstance(weights, MixtureWeights) or weights.values_BTLE.requires_grad:
         return None
     values = weights.values_BTLE

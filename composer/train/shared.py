@@ -81,7 +81,7 @@ class StepMemory:
 def step_memory(
     model: Any, tokenizer: Any, job: TrainingJob, allowed: int | None, *, share: Callable[[int | None], int | None]
 ) -> StepMemory:
-    """Return an extension's estimate of the memory that steps take, or without an extension one by which all jobs fit.
+    """Return an extension's estimate of the memory that steps take; without an extension, one that fits all jobs.
 
     `job` represents the jobs to come. A step may take `allowed` bytes; if None, `share(free)` bytes, where `free` is the
     device's free memory or None if unknown. Raises PackageMissing for `allowed` bytes that no extension can estimate.

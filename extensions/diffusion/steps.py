@@ -43,8 +43,8 @@ def k_lora(content: Adapter, style: Adapter, *, alpha: float = 1.5, beta: float 
     entries. A layer that only one adapter updates uses that one. Dense updates are made one layer at a time, once.
 
     K-LoRA (2502.18461), after its authors' code (klora.py, utils.py), which has K = 64, that of rank 8, and counts the calls
-    of layers instead of steps. Pool names are the adapters' own. Raises WeightingError where they share no layer or have one
-    name, AdapterUnsupported for DoRA and (IA)3, whose update is not a matrix by itself.
+    of layers instead of steps. Pool names are the adapters' own. Raises WeightingError if they share no layer, or have the
+    same name, AdapterUnsupported for DoRA and (IA)3, whose update is not a matrix by itself.
     """
     both = [layer for layer in content.layers if layer in style.layers]
     if not both or content.name == style.name:

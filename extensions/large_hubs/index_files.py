@@ -1,7 +1,7 @@
 """Files of large search indexes, which later processes map instead of reading every key from the catalogue.
 
 A file is named arrays in safetensors, written in blocks, with the digest of each array. It lies in the hub's index/, or in
-the cache if the hub is read-only, and is never believed blindly: what is damaged or of another form is made again.
+the cache if the hub is read-only, and is always checked: a file that is damaged or of another form is made again.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""How are many adapters trained, on the machines and in the memory that there are? In groups, by workers, into a hub.
+"""How are many adapters trained within the available machines and memory? In groups, by workers, into a hub.
 
 `train_adapters` then takes `hub=` and `n_jobs=`, and keeps each step within `memory_bytes`, or within what is free, by an
 estimate that costs three forwards of two short rows. Workers are joblib's; it needs no other package.

@@ -70,14 +70,14 @@ def transfer(
 
     The prediction of a layer is 1 - E|B A x_old - K B' A' x_new|^2 / E|B A x_old|^2 on held-out samples, at least 0, K being
     the regression y_old ~ K y_new on them; with "restore", 1 - E|(B A - (W_new - W_old) - B' A') x_old|^2 / E|B A x_old|^2.
-    The adapter's is the mean over its layers, 0 for those left out.
-    With `prompts`, of the adapter's own task and without answers, what is predicted is instead the share of them that `new`
-    with the new adapter answers word for word as `old` does with the old one, greedily, up to MAX_ANSWER tokens.
-    With `steps`, the new adapter first learns those answers, by so many steps on its a and b at rates that fall from `lr`:
-    the divergence of `new`'s predictions from `old`'s at their tokens. Every fourth prompt judges, alone, and the others
-    teach, in an order that follows from `seed`. Where the steps bring it no nearer to those that judge, it stays as it was;
-    `card["transfer"]["learned"]` says so, with the numbers of prompts and the loss before and after.
-    `card["transfer"]` has all of these, the way and the bases; `card["recipe"]` has the parent. Scores are not taken over.
+    The adapter's is the mean over its layers, 0 for those left out. With `prompts`, of the adapter's own task and without
+    answers, the prediction is instead the share of them that `new` with the new adapter answers word for word as `old` does
+    with the old one, greedily, up to MAX_ANSWER tokens. With `steps`, the new adapter first learns those answers, by so many
+    steps on its a and b at rates that fall from `lr`: the divergence of `new`'s predictions from `old`'s at their tokens.
+    Every fourth prompt judges, alone, and the others teach, in an order that follows from `seed`. Where the steps bring it
+    no nearer to those that judge, it stays as it was; `card["transfer"]["learned"]` says so, with the numbers of prompts and
+    the loss before and after. `card["transfer"]` has all of these, the way and the bases; `card["recipe"]` has the parent.
+    Scores are not taken over.
 
     Raises AdapterUnsupported for a prediction below `least`, and for more than a plain LoRA of linear layers;
     BaseModelMismatch for an adapter of another base than `old`, or a vocabulary that lacks tokens; LayerMismatch for layers

@@ -1,4 +1,4 @@
-"""One pair of bases for many updates of a layer: D_i = b_i a_i is near U M_i V, of which each keeps only its small M_i.
+"""One pair of bases for many updates of a layer: D_i = b_i a_i is near U M_i V, and each keeps only its small M_i.
 
 Compress then Serve (Gabrielsson et al. 2024, arXiv 2407.00066) fits U (O, R) and V (R, I) to the sum of |D_i - U M_i V|^2,
 with M_i full ("full", U and V orthonormal) or diagonal ("diagonal", not orthonormal then). SHARE (arXiv 2602.06043) and

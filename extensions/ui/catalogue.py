@@ -92,7 +92,7 @@ class Catalogue:
         self._retriever = Retriever(hub, keys=())
 
     def summary(self) -> dict[str, Any]:
-        """Return the hub's place and counts, and the values by which the page's table can be filtered."""
+        """Return the hub's place and counts, and the values to filter the page's table by."""
         snapshot = self._overview.newest
         bases = [{"name": first.base_model, "count": count} for first, count in self._hub.bases()]
         licenses = {} if snapshot is None else snapshot.licenses
@@ -149,7 +149,7 @@ class Catalogue:
         return {"seqs": [seq for seq, _ in shown], "scores": [score for _, score in shown]}
 
     def points(self) -> dict[str, Any]:
-        """Return the map's points, or only the progress and error of making the map while there is none."""
+        """Return the map's points; before there is a map, only the progress and error of making it."""
         snapshot = self._overview.newest
         state = {"busy": self._overview.busy, "error": self._overview.error}
         return state if snapshot is None else {**state, **snapshot.points()}

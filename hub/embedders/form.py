@@ -1,6 +1,6 @@
 """The form of a text without its meaning: length, words, letters, digits, punctuation and layout, by numpy alone.
 
-Tasks differ in the form of their inputs (one word, five words between commas, two labelled sentences, a number), of which a
+Tasks differ in the form of their inputs (one word, five words between commas, two labelled sentences, a number), while a
 sentence encoder sees only the subject.
 """
 

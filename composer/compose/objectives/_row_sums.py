@@ -22,7 +22,7 @@ class RowSums:
     """Sums over the target tokens of each row, {name: (N, R)} for N examples with R rows each.
 
     count_NR is a row's number of target tokens, right_N the index of the row with an example's own target. `num_targets`
-    counts the tokens of the targets of all examples of the loss, of which these N may be a part.
+    counts the target tokens of all the loss's examples; these N may be only some of them.
     """
 
     count_NR: Tensor

@@ -100,7 +100,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class TokenWorkload:
-    """The work of one layer in a forward pass with weights by token, of which `chosen` (token, expert) pairs are not zero.
+    """The work of one layer in a forward pass with weights by token; `chosen` (token, expert) pairs are not zero.
 
     The experts have `stacked` rank rows together.
     """

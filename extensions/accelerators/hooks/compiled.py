@@ -30,7 +30,7 @@ class Compiled(LiveHook):
         self.numbers: dict[str, Tensor] = {}
 
     def traced(self, mixed: MixedLayer) -> tuple[Traced, Tensor]:
-        """Return `mix` and the number, a tensor of shape (), by which `mix` finds the layer as long as that lives."""
+        """Return `mix` and the layer's number, a tensor of shape (), which `mix` can look up while the layer lives."""
         name = mixed.layer.name
         if name not in self.numbers:
             # a tensor, whose value no guard looks at: layers that share their code then share what it was compiled to
@@ -65,7 +65,7 @@ def _mixed_for_backward(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None
 
 
 def _number_of(mixing: Any) -> int:
-    """Return the number by which a backward pass finds an activation, `mixing`, as long as that lives."""
+    """Return the number of the activation `mixing`, which a backward pass can look up while it lives."""
     if mixing not in _NUMBER_OF:
         _MIXINGS[_NUMBER_OF.setdefault(mixing, next(_NUMBERS))] = mixing
     return _NUMBER_OF[mixing]

@@ -1,6 +1,6 @@
 """Products in training for tokens that chose few experts: each expert meets only its tokens, one token only its experts.
 
-The naive twin is `ExpertProduct` of the core, by which all experts meet all tokens.
+The naive twin is `ExpertProduct` of the core, in which every expert runs on every token.
 """
 
 from collections.abc import Iterator, Sequence

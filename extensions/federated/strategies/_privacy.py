@@ -1,8 +1,8 @@
 """The noise that a privacy budget needs, and the budget that noise spends, by opacus's Renyi accountant.
 
 Both count steps of the sampled Gaussian mechanism (Mironov et al. 2019, arXiv 1908.10530): of all that are protected, each
-takes part with probability `sample_rate`, and `noise` is the standard deviation of what is added to a sum, in units of the
-most by which one of them can change that sum.
+takes part with probability `sample_rate`, and `noise` is the standard deviation of the noise added to a sum, in units of the
+largest change that one of them can make to it.
 """
 
 import math
@@ -41,7 +41,7 @@ class PrivateStrategy(Strategy):
         self.noise(course)
 
     def noise(self, course: Course) -> float:
-        """Return sigma, the noise's standard deviation over the most by which a client or example can change the sum."""
+        """Return sigma: the noise's standard deviation over the largest change one client or example makes to the sum."""
         budget = {"epsilon": self.epsilon, "delta": self.delta}
         return least_noise(self.registered_name(), **budget, **self.exposure(course, course.rounds))
 

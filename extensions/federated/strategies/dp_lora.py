@@ -62,7 +62,7 @@ class DpLora(PrivateStrategy):
 
     @property
     def sensitivity(self) -> float:
-        """S, the most by which one example can change the sum that noise is added to."""
+        """S, the largest change that one example can make to the sum that noise is added to."""
         return math.sqrt(2) * self.clip * (2 if self.clip_by == "batch" else 1)
 
     def exposure(self, course: Course, rounds: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Pfedlora(Strategy):
     differ before the 500 features that all end in. A round of client k: with A frozen, all weights of the target layers
     learn from mu CE(A) + (1 - mu) CE(F_k); then, with those frozen, a and b learn from CE(A), in as many steps again. The
     server averages a and b by the clients' sizes. The weights stay with the client; name all linear layers in
-    `target_modules` for a network all of which learns.
+    `target_modules` for a network that learns as a whole.
 
     A client answers with W_k h_k + mu b a h_k: what is reported for it is one adapter of its model, of full rank in the
     target layers. Raises TrainingError for a model whose output layer is not linear, is a target itself, or has another

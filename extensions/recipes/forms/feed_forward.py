@@ -140,7 +140,7 @@ class FeedForward(Form):
     G_e = G + scale * B_e A_e, and so U_e and D_e: the frozen layers are those of the block, and run once for all experts.
     Since D is linear, the sum is D h + scale * sum over e of w_e * B_e A_e h_e with h = h_0 + sum over e of w_e (h_e - h_0),
     where h_0 is what the block alone has before D. An expert sees only the tokens whose weight of it is not 0; such a weight
-    has no gradient. All experts see the same dropout of x, and each its own of what it has before D.
+    has no gradient. All experts share one dropout of x; each has its own before D.
     """
 
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:

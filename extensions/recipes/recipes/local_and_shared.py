@@ -12,16 +12,16 @@ Phase = Literal["local", "shared"]
 
 @dataclass(frozen=True, kw_only=True)
 class LocalAndShared(Frozen):
-    """The mixture y = y0 + alpha / rank * (mu B_0 A_0 x + (1 - mu) B_1 A_1 x), of which one half learns at a time.
+    """The mixture y = y0 + alpha / rank * (mu B_0 A_0 x + (1 - mu) B_1 A_1 x); one half learns at a time.
 
     Expert 0, of `shared_rank`, is the small one of the same shape in all clients, whose mean over clients every one gets
     (`federated_average`); expert 1, of `rank`, stays with the client. In `phase` "local" expert 1 learns from what is
     shared, in "shared" expert 0 from what is local: `with_options(model, phase=...)` goes from one to the other. The weights
     depend on nothing, so that `adapter()` is the whole.
 
-    That is not pFedLoRA (arXiv 2310.13283), in which a client's part is a network of its own, all of which learns, and each
-    half has a loss of its own, weighed by mu: `federate(strategy="pfedlora")`. Here the base is frozen as everywhere, and
-    both halves are updates of its layers, weighed in their outputs.
+    That is not pFedLoRA (arXiv 2310.13283), where a client's part is a network of its own that learns as a whole, and each
+    half has its own loss, weighed by mu: `federate(strategy="pfedlora")`. Here the base is frozen as everywhere, and both
+    halves are updates of its layers, weighed in their outputs.
     """
 
     shared_rank: Count = 4

@@ -1,4 +1,4 @@
-"""SMoRA (Zhao et al. 2025, arXiv 2501.15103): one LoRA whose ranks are the experts, a few of which each token uses."""
+"""SMoRA (Zhao et al. 2025, arXiv 2501.15103): one LoRA whose ranks are the experts; each token uses a few of them."""
 
 from __future__ import annotations
 

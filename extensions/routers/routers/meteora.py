@@ -18,8 +18,8 @@ class Meteora(InputGates):
     The dataset of `fit` names the expert of each row, and `eta` times the cross-entropy of softmax(g x) with it, one mean
     over the real tokens of all layers, is added to the loss of the model. A layer that a row's own expert does not update
     learns nothing from the row. Each token and layer decides for itself, so that rows which hold tasks one after the other
-    are mixed task by task, though no such row was learned from: for them the authors set the temperature to 15, 20 or 30
-    (3, 5 or 10 tasks), by which the two best count nearly alike: `lw.router("meteora", pool, temperature=15)`, with this
+    are mixed task by task, though no such row was learned from: for them the authors set the temperature to 15, 20 or 30 (3,
+    5 or 10 tasks), with which the two best weigh nearly the same: `lw.router("meteora", pool, temperature=15)`, with this
     one's `state_dict()`.
 
     `top_k` is 2 as published, or the pool's size if that is smaller; `eta`, 0 or more, is 50 as released, where the last
