@@ -29,8 +29,8 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import Parts, model_of
 from loraweave.hub.pool import ExpertPool, require_no_heads
 from loraweave.routers.combined import masked, num_rows_of
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Router, Task
+from loraweave.routers.weights import MixtureWeights, Router
+from loraweave.types import Task
 
 if TYPE_CHECKING:
     from loraweave.composer.fused.fused import Fused

@@ -52,12 +52,12 @@ from loraweave.registry import names as names
 from loraweave.retrieval.retriever import Retriever as Retriever
 from loraweave.routers.tokens._saved import router as router
 from loraweave.routers.weights import MixtureWeights as MixtureWeights
+from loraweave.routers.weights import Router as Router
 from loraweave.types import Anomaly as Anomaly
 from loraweave.types import BaseKey as BaseKey
 from loraweave.types import Candidate as Candidate
 from loraweave.types import Factors as Factors
 from loraweave.types import Fingerprint as Fingerprint
 from loraweave.types import Record as Record
-from loraweave.types import Router as Router
 from loraweave.types import Task as Task
 __version__: str

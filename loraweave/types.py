@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from loraweave.common.chat import Conversation, Prompt
 from loraweave.common.checks import one_or_many, require_whole
@@ -221,33 +221,6 @@ class Candidate:
     score: float
     evidence: str
     record: Record = field(repr=False)
-
-
-@runtime_checkable
-class Router(Protocol):
-    """A maker of mixture weights from a layer's input: x_BTI -> w_BTE, where B and T may be 1 (shared).
-
-    A router that reads the model's whole input first also has `begin(model, arguments) -> Router`. It is called with the
-    named arguments of each call of the model, while the model answers as the base, and returns the router for that call.
-    Inside `begin`, `loraweave.routers.combined.under` makes the model answer with other weights.
-    """
-
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
-
-
-@runtime_checkable
-class AlongDirections(Protocol):
-    """A router that scores inputs by z_BTP = x v^T, their products with P directions v, computed with the experts' products.
-
-    `weights_along(z, x, layer)` equals `weights(x, layer)` up to rounding, with z in the dtype of v. `directions` returns v,
-    the same tensor as long as v does not change.
-    """
-
-    def directions(self, layer: str) -> Tensor: ...
-
-    def weights_along(self, z_BTP: Tensor, x_BTI: Tensor, layer: str) -> Tensor: ...
-
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
 
 
 # inputs without content, which say nothing about a label

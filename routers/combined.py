@@ -15,8 +15,7 @@ from torch import Tensor
 
 from loraweave.common.process import holding
 from loraweave.errors import ScopeError, WeightingError
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Router
+from loraweave.routers.weights import MixtureWeights, Router
 
 
 def needs_call(router: Any) -> bool:

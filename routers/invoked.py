@@ -24,8 +24,7 @@ from loraweave.routers.tokens._call import (
     has_two_sequences,
     real_tokens,
 )
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Router
+from loraweave.routers.weights import MixtureWeights, Router
 
 NAME = "of invocation tokens"
 # first positions of an expert whose invocation tokens are absent (never on), and of one that has none (always on)

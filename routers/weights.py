@@ -1,11 +1,11 @@
-"""Mixture weights: one tensor with four named axes, and the simplest router."""
+"""Mixture weights: one tensor with four named axes, and the protocol of their makers, the routers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -121,6 +121,33 @@ class MixtureWeights:
         if self.scope != "task":
             raise ScopeError(f"weights of {self.scope} scope are not one mapping")
         return dict(zip(self.experts, self.values_BTLE[0, 0].double().mean(dim=0).tolist(), strict=True))
+
+
+@runtime_checkable
+class Router(Protocol):
+    """A maker of mixture weights from a layer's input: x_BTI -> w_BTE, where B and T may be 1 (shared).
+
+    A router that reads the model's whole input first also has `begin(model, arguments) -> Router`. It is called with the
+    named arguments of each call of the model, while the model answers as the base, and returns the router for that call.
+    Inside `begin`, `loraweave.routers.combined.under` makes the model answer with other weights.
+    """
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
+
+
+@runtime_checkable
+class AlongDirections(Protocol):
+    """A router that scores inputs by z_BTP = x v^T, their products with P directions v, computed with the experts' products.
+
+    `weights_along(z, x, layer)` equals `weights(x, layer)` up to rounding, with z in the dtype of v. `directions` returns v,
+    the same tensor as long as v does not change.
+    """
+
+    def directions(self, layer: str) -> Tensor: ...
+
+    def weights_along(self, z_BTP: Tensor, x_BTI: Tensor, layer: str) -> Tensor: ...
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
 
 
 def _number(name: str, weight: Any) -> float:

@@ -38,7 +38,7 @@ REFERENCE = {
     "Hub and retrieval": ("hub", "retrieval", "types"),
     "The running model": ("hub.base", "hub.pool", "composer", "routers.weights", "types.BaseKey"),
     "Composing for a task": ("composer.compose", "composer.formula", "types.Task"),
-    "Routers and experts": ("routers", "composer.experts.make", "types.Router"),
+    "Routers and experts": ("routers", "composer.experts.make", "routers.weights.Router"),
     "Training": ("composer.train", "composer.experts"),
     "Errors": ("errors",),
 }

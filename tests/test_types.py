@@ -9,7 +9,8 @@ import torch
 
 from loraweave.common.rows import Row
 from loraweave.errors import InvalidTask
-from loraweave.types import Candidate, Factors, Fingerprint, Record, Router, Task
+from loraweave.routers.weights import Router
+from loraweave.types import Candidate, Factors, Fingerprint, Record, Task
 
 RECORD = Record("x", "0" * 64, "base", 8, ("q_proj",), None, (), "", 1, "2026-01-01T00:00:00+00:00")
 

@@ -31,7 +31,8 @@ from loraweave.hub.base import require_model
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.retriever import Retriever
-from loraweave.types import Router, Task
+from loraweave.routers.weights import Router
+from loraweave.types import Task
 
 
 def compose(

@@ -23,8 +23,8 @@ from loraweave.registry import get, nearest
 from loraweave.routers.searches._solver import Solver, require_one_clock
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._router import TokenRouter, option_names
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Router, Task
+from loraweave.routers.weights import MixtureWeights, Router
+from loraweave.types import Task
 
 # the merge method whose weights a search looks for, by the name of the space
 SPACES = {"deltas": "linear", "factors": "factor_sum"}

@@ -22,8 +22,8 @@ from loraweave.errors import CompositionError, ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.licenses import license_of_all, stated_license
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Router, Task
+from loraweave.routers.weights import MixtureWeights, Router
+from loraweave.types import Task
 
 # the most adapters that a composition's one line names, and characters of a name
 NUM_NAMED, NAME_WIDTH = 3, 40

@@ -23,7 +23,7 @@ from loraweave.errors import CompositionError, ScopeError
 from loraweave.routers.combined import ByRow, begin, derive, parts_of
 from loraweave.routers.tokens._call import with_tokenizer
 from loraweave.routers.tokens._router import TokenRouter
-from loraweave.types import Router
+from loraweave.routers.weights import Router
 
 
 class Call(NamedTuple):

@@ -23,8 +23,7 @@ from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.standing_in import Handle
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.hub.adapter import Adapter
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Router
+from loraweave.routers.weights import MixtureWeights, Router
 
 
 class Prepared(Protocol):

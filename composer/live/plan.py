@@ -47,8 +47,7 @@ from loraweave.composer.model.layers import TargetLayer, is_floating
 from loraweave.errors import CompositionError, ScopeError, WeightingError
 from loraweave.hub.base import Parts
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Router
+from loraweave.routers.weights import MixtureWeights, Router
 
 # returns {expert: invocation tokens} for those of the named experts that have invocation tokens
 Invocations = Callable[[Iterable[str]], Mapping[str, tuple[int, ...]]]

@@ -22,8 +22,7 @@ from loraweave.hub.licenses import require_one_work
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.combined import ByRow, needs_call, parts_of, rows_of
 from loraweave.routers.tokens._router import TokenRouter
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Router
+from loraweave.routers.weights import MixtureWeights, Router
 
 
 def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> MixtureWeights | Router:

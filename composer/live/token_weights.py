@@ -23,8 +23,7 @@ from loraweave.composer.model.layers import TargetLayer
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.combined import Valued, needs_call, num_rows_of, parts_of
 from loraweave.routers.invoked import Invoked
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import AlongDirections, Router
+from loraweave.routers.weights import AlongDirections, MixtureWeights, Router
 
 # the experts per token at which a kernel must be faster than `Dense` for a router not to share its product with x a^T
 SOME_CHOSEN = 2

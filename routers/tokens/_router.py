@@ -19,7 +19,7 @@ from loraweave.hub.sources import README, push
 from loraweave.routers.combined import begin, derive, known_as, needs_call
 from loraweave.routers.tokens._members import LayerTensors, Members, find_names
 from loraweave.routers.tokens._written import router_card, write_router
-from loraweave.types import Router
+from loraweave.routers.weights import Router
 
 
 class TokenRouter(Declared, nn.Module):

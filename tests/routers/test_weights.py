@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraweave.errors import ScopeError, UnknownExpert, WeightingError
-from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Router
+from loraweave.routers.weights import MixtureWeights, Router
 
 EXPERTS = ("a", "b", "c")
 
