@@ -98,15 +98,15 @@ def merge(
     kept_heads = merge_heads(list(zip(used, numbers, strict=True)), heads)
     parents.sort(key=lambda parent: (parent[0].hash, parent[1]))
     used, numbers, recorded = zip(*parents, strict=True)
-    layers, report = _merge_layers(call, used, numbers, recorded, rank, seed, progress, interference)
+    names = [adapter.name for adapter in used]
+    layers, report = _merge_layers(call, names, used, numbers, recorded, rank, seed, progress, interference)
     lineage = [{**parent_of(adapter), "weight": w, "method": method} for adapter, w in zip(used, numbers, strict=True)]
-    names = tuple([parent["name"] for parent in lineage])
     if not layers:
         raise WeightingError(f"method {method!r} leaves no layer of {', '.join(map(repr, names))} changed")
     recipe = {"method": method, "options": options, "seed": seed, "rank": rank, "parents": lineage}
     if kept_heads:
         recipe["heads"] = heads
-    card = {"recipe": recipe, "report": MergeReport(method, names, numbers, report).to_json()}
+    card = {"recipe": recipe, "report": MergeReport(layers=report).to_json()}
     return _child(name or "+".join(names), used, layers, card, license, kept_heads)
 
 
@@ -172,6 +172,7 @@ def layer_calls(
 
 def _merge_layers(
     call: MethodCall,
+    names: list[str],
     used: Sequence[Adapter],
     numbers: Sequence[float],
     recorded: Sequence[AdapterStatistics | None],
@@ -181,7 +182,6 @@ def _merge_layers(
     interference: bool,
 ) -> tuple[dict[str, Factors], dict[str, LayerReport]]:
     """Return the merged factors and the report of each layer that changes."""
-    names = [adapter.name for adapter in used]
     if len(set(names)) < len(names):
         names = [name if names.count(name) == 1 else f"{name}#{place}" for place, name in enumerate(names)]
     experts = {name: adapter.layers for name, adapter in zip(names, used, strict=True)}

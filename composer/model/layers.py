@@ -10,9 +10,10 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import CodeType
 from typing import Any, Literal
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -333,7 +334,6 @@ Use = Literal["called", "read", "both"]
 
 # attributes of a weight that are read without computing with it
 _ABOUT = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "is_meta", "requires_grad", "numel", "element_size"})
-_KNOWN: WeakKeyDictionary[type[nn.Module], tuple[set[str], set[str]]] = WeakKeyDictionary()
 
 
 def use_of(owner: nn.Module, attribute: str) -> Use:
@@ -341,19 +341,21 @@ def use_of(owner: nn.Module, attribute: str) -> Use:
 
     If it does neither, "called": another module may call the layer.
     """
-    kind = type(owner)
-    if kind not in _KNOWN:
-        # the attributes whose weights are computed with, and those that are used in any other way
-        reads: set[str] = set()
-        others: set[str] = set()
-        for code in _reachable(kind):
-            for loaded, read in _loads(code):
-                (reads if read else others).add(loaded)
-        _KNOWN[kind] = reads, others
-    reads, others = _KNOWN[kind]
+    reads, others = _uses(type(owner))
     if attribute not in reads:
         return "called"
     return "both" if attribute in others else "read"
+
+
+@lru_cache(maxsize=256)
+def _uses(owner: type[nn.Module]) -> tuple[set[str], set[str]]:
+    """Return the attributes whose weights the forward computes with, and those that it uses in any other way."""
+    reads: set[str] = set()
+    others: set[str] = set()
+    for code in _reachable(owner):
+        for loaded, read in _loads(code):
+            (reads if read else others).add(loaded)
+    return reads, others
 
 
 def _reachable(owner: type[nn.Module]) -> list[CodeType]:
