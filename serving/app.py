@@ -370,7 +370,7 @@ class Face:
         """Return the composition, loaded until `release`; it is not made if all who wait leave before a thread begins."""
         if wanted.formula.is_base:
             return Served()
-        if (served := self.scheduler.hold(wanted.identity)) is None:
+        if (served := self.scheduler.experts.hold(wanted.identity)) is None:
             if (making := self._making.get(wanted.identity)) is None:
                 holder.formulas.take("formulas that are not loaded")
                 threads = self._mergers if wanted.merges else self._openers
@@ -379,7 +379,7 @@ class Face:
             making.num_waiting += 1
             try:
                 served = await self._within(deadline, asyncio.shield(making.done))
-                self.scheduler.pin(served)
+                self.scheduler.experts.pin(served)
             finally:
                 making.num_waiting -= 1
                 if not making.num_waiting:

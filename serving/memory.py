@@ -8,10 +8,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,17 +29,12 @@ from loraweave.serving.names import Served
 class Loaded:
     """A loaded adapter, or a loaded router with a Composer of its own.
 
-    `last_use` is the time of its loading or last release, by `time.monotonic`; `measure` returns the bytes of its adapters.
+    `size` is in bytes, and `last_use` the time of its loading or last release, by `time.monotonic`.
     """
 
-    measure: Callable[[], int]
+    size: int
     last_use: float
     routed: tuple[Composer, TokenRouter] | None = None
-
-    @cached_property
-    def size(self) -> int:
-        """The bytes of its adapters."""
-        return self.measure()
 
 
 class Experts:
@@ -82,9 +77,9 @@ class Experts:
             if unused:
                 self._drop(min(unused, key=lambda key: unused[key]))
 
-    def sizes(self, served: Served) -> dict[str, int]:
-        """Return {key: bytes} of a composition's adapters, or of its router."""
-        return {key: self._size(served, key) for key in served.needs}
+    def size_of(self, served: Served) -> int:
+        """Return the bytes of all adapters of a composition."""
+        return sum(map(self.bytes_of, served.all_adapters.values()))
 
     def used_bytes(self, compositions: Iterable[Served]) -> int:
         """Return the bytes of the loaded adapters and routers that are in use, and of those that compositions need."""
@@ -102,14 +97,13 @@ class Experts:
 
     def _size(self, served: Served, key: str) -> int:
         """Return the bytes of one adapter of a composition, or of all adapters of its router."""
-        if served.router is not None:
-            return sum(map(self.bytes_of, served.all_adapters.values()))
-        return self.bytes_of(served.all_adapters[key])
+        return self.size_of(served) if served.router is not None else self.bytes_of(served.all_adapters[key])
 
     def bytes_of(self, adapter: Adapter) -> int:
         """Return the bytes of a loaded adapter: its factors in fp32, and the engine's copy, if that needs one."""
-        beside = [hook.bytes_beside(adapter, self._model.device, self._model.dtype) for hook in hook_kinds()]
-        return adapter.num_values * self.value_bytes + int(sum(beside))
+        device, dtype = self._model.device, self._model.dtype
+        beside = sum(hook.bytes_beside(adapter, device, dtype) for hook in hook_kinds() if device.type in hook.devices)
+        return adapter.num_values * self.value_bytes + int(beside)
 
     @cached_property
     def value_bytes(self) -> int:
@@ -154,7 +148,7 @@ class Experts:
                     self._engine.prefetch(key)
                 with self._lock:
                     # from now on it may be unloaded
-                    self._loaded[key] = Loaded(partial(self._size, served, key), time.monotonic(), routed)
+                    self._loaded[key] = Loaded(self._size(served, key), time.monotonic(), routed)
 
     def hold(self, identity: str) -> Served | None:
         """Return the loaded composition of this identity, reserved until `release`; None if there is none."""

@@ -124,14 +124,14 @@ class Scheduler:
     ) -> None:
         self._limits = limits
         self._metrics = metrics
-        self._experts = Experts(model, tokenizer, limits.loaded)
+        self.experts = Experts(model, tokenizer, limits.loaded)
         self._prefixes = prefixes or Prefixes()
         self._admission = Admission()
         if make_admission is not None:
-            self._admission = make_admission(model, limits, self._prefixes, self._experts)
+            self._admission = make_admission(model, limits, self._prefixes, self.experts)
         elif 0 < limits.memory_bytes < float("inf") or limits.token_seconds < float("inf"):
             raise CompositionError("memory_bytes and token_seconds are kept by an extension, which is not installed")
-        self._make_batch = partial(Batch, model, tokenizer, self._experts, self._prefixes)
+        self._make_batch = partial(Batch, model, tokenizer, self.experts, self._prefixes)
         # the batch of rows without a router is always there
         self._batches: dict[Hashable, Batch] = {None: self._make_batch()}
         self._waiting: deque[Row] = deque()
@@ -167,17 +167,9 @@ class Scheduler:
         """True if submitted rows will run."""
         return self._thread.is_alive() and not self._closed
 
-    def hold(self, identity: str) -> Served | None:
-        """Return the loaded composition of this identity, which stays loaded until `release`; None if there is none."""
-        return self._experts.hold(identity)
-
-    def pin(self, served: Served) -> None:
-        """Keep a composition loaded until one more `release`."""
-        self._experts.pin(served)
-
     def release(self, served: Served) -> None:
-        """End one `hold`, `pin` or `prepare` of a composition."""
-        self._experts.release(served)
+        """End one reservation of a composition: of `prepare`, or of `hold` or `pin` of `experts`."""
+        self.experts.release(served)
         self.wake()
 
     @contextmanager
@@ -189,7 +181,7 @@ class Scheduler:
         Raises Refusal: 413 if there can never be room for the composition and an answer of `num_tokens`, 504 at the deadline
         or once `is_wanted` returns False, 503 after `close`.
         """
-        claim = Claim(self._experts.missing_bytes(adapters, num_values))
+        claim = Claim(self.experts.missing_bytes(adapters, num_values))
         self._admission.require_loadable(claim.num_bytes, num_tokens)
         with self._changed:
             if not self._claims and self._admission.has_room(self._running, claim.num_bytes, beside_kept=True):
@@ -229,7 +221,7 @@ class Scheduler:
                 "start the server without --batch-invariant",
                 param="model",
             )
-        self._experts.take(served)
+        self.experts.take(served)
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue all rows, or none. Raises Refusal: 429 if too many wait, 413 for a row with too many tokens or prompts."""
@@ -254,7 +246,7 @@ class Scheduler:
             if len(self._waiting) + len(rows) > self._limits.waiting:
                 raise too_busy(f"{len(self._waiting)} answers wait already, of {self._limits.waiting} that may")
             for row in rows:
-                self._experts.pin(row.served)
+                self.experts.pin(row.served)
                 row.held = True
             self._waiting.extend(rows)
             self.wake()
@@ -294,7 +286,7 @@ class Scheduler:
             if self._closed:
                 return False
         self._dismiss_unwanted()
-        self._experts.trim()
+        self.experts.trim()
         self._grant()
         self._admit()
         for batch in list(self._batches.values()):
@@ -344,7 +336,7 @@ class Scheduler:
         while (row := self._next([*self._running, *joining])) is not None:
             self._admission.make_room([*self._running, *joining, row])
             try:
-                self._experts.take(row.served)
+                self.experts.take(row.served)
             except Exception as error:
                 row.fail(error)
                 self._let_go(row)
@@ -436,7 +428,7 @@ class Scheduler:
         """Release a row's adapters; return False if they were released before."""
         if row.held:
             row.held, self._woken = False, True
-            self._experts.give_back(row.served)
+            self.experts.give_back(row.served)
             return True
         return False
 

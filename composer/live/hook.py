@@ -4,7 +4,7 @@
     torch.compile      traced: a function that the graph of a layer has                  else mixed outside the graph
     a pipeline         calls, install: a mixture for each call of a part                 else one mixture for all calls
     fused experts      runs_experts, take_experts: their module runs with the updates    else they are only written to
-    a server           bytes_beside: its memory beside the factors                       else nothing
+    a server           bytes_beside, on `devices`: its memory beside the factors         else nothing
 
 A hook is an entry of the registry `hooks`; a Composer makes one of each for itself and its pool.
 """
@@ -81,7 +81,7 @@ class LiveHook:
     `max_bytes` is the memory that it may keep for later mixtures.
     """
 
-    # device types; `prepare` is called for batches on them
+    # device types; `prepare` is called for batches on them, `bytes_beside` for models on them
     devices: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, max_bytes: int) -> None:

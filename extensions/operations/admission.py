@@ -101,7 +101,7 @@ class Memory:
 
     def alone(self, row: Any) -> int:
         """Return the bytes that one row needs, for keys, values and adapters."""
-        return self._states([row]) + int(sum(self._experts.sizes(row.served).values()))
+        return self._states([row]) + int(self._experts.size_of(row.served))
 
     def needed(self, rows: Sequence[Any]) -> int:
         """Return the bytes of these rows' keys and values, and of their adapters and all others in use."""

@@ -291,7 +291,7 @@ def test_a_batch_invariant_server_loads_nothing_that_weighs_tokens_apart(setting
         with pytest.raises(Refusal, match=f"{why}, .* without --batch-invariant") as refused:
             scheduler.prepare(asked)
         assert (refused.value.status, refused.value.body["error"]["param"]) == (400, "model")
-        assert scheduler.hold(asked.identity) is None
+        assert scheduler.experts.hold(asked.identity) is None
     both = served(adapters, {"a": 0.5, "b": 0.5})
     scheduler.prepare(both)
-    assert scheduler.hold(both.identity) is both
+    assert scheduler.experts.hold(both.identity) is both

@@ -63,7 +63,7 @@ def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, 
     assert scheduler._admission.memory.needed([rows[0].row]) == rows[0].row.longest * token_bytes + sum(
         sizes[name] for name, weight in MIXTURES[0].items() if weight
     )
-    used, memory, prefixes, experts = [], scheduler._admission.memory, scheduler._prefixes, scheduler._experts
+    used, memory, prefixes, experts = [], scheduler._admission.memory, scheduler._prefixes, scheduler.experts
     hook = engine.model.register_forward_pre_hook(
         lambda module, args: used.append(memory.needed(scheduler._running) + prefixes.kept_bytes + unused_bytes(experts))
     )
@@ -74,7 +74,7 @@ def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, 
     scheduler.close()
     scheduler._admission.memory.make_room([])
     assert max(used) <= scheduler._limits.memory_bytes
-    assert scheduler._prefixes.kept_bytes + unused_bytes(scheduler._experts) <= scheduler._limits.memory_bytes
+    assert scheduler._prefixes.kept_bytes + unused_bytes(scheduler.experts) <= scheduler._limits.memory_bytes
     for start in range(0, len(rows), len(MIXTURES)):
         require_alone(engine, rows[start : start + len(MIXTURES)])
     with pytest.raises(Refusal, match=rf"need up to \d+ bytes, and this server has {sizes['b']};") as refused:
@@ -95,7 +95,7 @@ def test_what_was_used_longest_ago_makes_room_first_whatever_it_is(setting, toke
     ask({}, "the judge thanked: zebra")
     ask({"b": 1.0}, "abc")
     scheduler.close()
-    prefixes, experts = scheduler._prefixes, scheduler._experts
+    prefixes, experts = scheduler._prefixes, scheduler.experts
     by_content = {engine.pool[name].hash: name for name in "abc"}
     order = []
     while prefixes.kept_bytes + unused_bytes(experts):

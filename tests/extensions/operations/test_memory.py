@@ -46,7 +46,7 @@ def merged_bytes(hub):
 def account(client):
     """The bytes of what is loaded, being made, kept and read by running rows."""
     scheduler = client.face.scheduler
-    loaded = sum(each.size for each in scheduler._experts._loaded.values())
+    loaded = sum(each.size for each in scheduler.experts._loaded.values())
     states = scheduler._admission.memory._states(scheduler._running)
     return loaded + states + scheduler._admission.reserved + scheduler._prefixes.kept_bytes
 
