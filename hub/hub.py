@@ -157,8 +157,8 @@ class Hub(CompositionShelf):
 
         def find() -> rows.Row:
             row = self._row(name) if version is None else self._version_row(name, version)
-            if not quarantined:
-                rows.require_released(row.record)
+            if row.record.quarantined and not quarantined:
+                raise rows.in_quarantine(row.record)
             return row
 
         return self._open(find)

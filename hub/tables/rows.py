@@ -391,14 +391,13 @@ def quarantined_seqs(connection: Connection) -> list[int]:
     return [seq for (seq,) in connection.execute("SELECT seq FROM quarantine ORDER BY seq").fetchall()]
 
 
-def require_released(record: Record) -> None:
-    """Raise AdapterQuarantined, with the record's anomalies, if the adapter is in quarantine."""
-    if record.quarantined:
-        reasons = "; ".join(anomaly.detail for anomaly in record.anomalies) or "it was put there by hand"
-        raise AdapterQuarantined(
-            f"adapter {record.name!r} is in quarantine: {reasons}; look at it with hub.get({record.name!r}, "
-            f"quarantined=True), and hub.release({record.name!r}) if it is sound"
-        )
+def in_quarantine(record: Record) -> AdapterQuarantined:
+    """Return the error that an adapter is in quarantine, with the record's anomalies."""
+    reasons = "; ".join(anomaly.detail for anomaly in record.anomalies) or "it was put there by hand"
+    return AdapterQuarantined(
+        f"adapter {record.name!r} is in quarantine: {reasons}; look at it with hub.get({record.name!r}, "
+        f"quarantined=True), and hub.release({record.name!r}) if it is sound"
+    )
 
 
 def quarantine_problems(connection: Connection, seqs: Iterable[tuple[int, bool]]) -> Iterator[str]:
