@@ -27,7 +27,11 @@ HEAD = """# What can be asked for by name
 ```python
 import loraweave as lw
 
-assert {"linear", "svd", "ties"} <= set(lw.names("methods"))
+lw.names("keys")
+```
+
+```output
+['classifier', 'description', 'mean', 'outputs', 'relation', 'spectral']
 ```
 
 A folder is a registry: a file in it is an entry, its first line the description below. `scripts/tables.py` writes this page,
