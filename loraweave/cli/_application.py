@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,8 +64,8 @@ class Application(TyperGroup):
                 self._add_commands(vars(importlib.import_module(module)))
             except Exception as error:
                 # the other commands still run
-                why = one_line(f"{type(error).__name__}: {error}")
-                typer.echo(f"warning: the commands of {name!r} ({module}) cannot be used: {why}", err=True)
+                why = f"{type(error).__name__}: {error}"
+                say(f"warning: the commands of {name!r} ({module}) cannot be used: {why}")
         _name_values(self)
 
     def _add_commands(self, module: dict[str, Any]) -> None:
@@ -113,7 +114,7 @@ class Application(TyperGroup):
                 raise
             # the caret below a formula needs its line
             lines = str(error).split("\n") if isinstance(error, FormulaError) else [str(error)]
-            typer.echo(f"{type(error).__name__}: {one_line(lines[0])}", err=True)
+            say(f"{type(error).__name__}: {lines[0]}")
             for line in lines[1:]:
                 typer.echo(printable(line), err=True)
             raise typer.Exit(1) from None
@@ -170,7 +171,7 @@ def _unverified_bases_as_lines() -> Iterator[None]:
                 show_warning(message, category, *place, **rest)
             elif str(message) not in said:
                 said.add(str(message))
-                typer.echo(f"warning: {one_line(str(message))}", err=True)
+                say(f"warning: {message}")
 
         warnings.showwarning = shown
         yield
@@ -198,7 +199,8 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     """Print rows as a table; columns of numbers are right-aligned."""
     from loraweave.common.display import ShownTable
 
-    print_table(ShownTable.of(columns, ([_cell(value) for value in row] for row in rows)))
+    cells = ([cell if isinstance(cell, int | float) else one_line(str(cell)) for cell in row] for row in rows)
+    print_table(ShownTable.of(columns, cells))
 
 
 def show_rows(as_json: bool, value: Any, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -212,15 +214,24 @@ def show_rows(as_json: bool, value: Any, columns: Sequence[str], rows: Iterable[
 def note(text: str) -> None:
     """Print a line on stderr, for the person at the terminal, unless the command has --quiet."""
     if logging.getLogger("loraweave").isEnabledFor(logging.WARNING):
-        typer.echo(one_line(text), err=True)
+        say(text)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr; a terminal gets it in lines of its width, broken at blanks that are not inside `code`."""
+    text = one_line(text)
+    if sys.stderr.isatty():
+        kept = "`".join(part.replace(" ", "\0") if n % 2 else part for n, part in enumerate(text.split("`")))
+        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        text = textwrap.fill(kept, width, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
+    typer.echo(text, err=True)
 
 
 def answer(as_json: bool, value: Any, *notes: str) -> None:
     """Print the value as JSON on stdout if `as_json`, else the notes on stderr, for a person."""
     if as_json:
         print_json(value)
-        return
-    for text in notes:
+    for text in () if as_json else notes:
         note(text)
 
 
@@ -258,10 +269,6 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _cell(value: object) -> object:
-    return value if isinstance(value, int | float) else one_line(str(value))
-
-
 HubOption = Annotated[
     str, typer.Option("--hub", envvar="LORAWEAVE_HUB", metavar="PLACE", help="The hub: a folder, or postgresql://...")
 ]
@@ -283,12 +290,7 @@ BaseOption = Annotated[
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option(
-        "--dtype",
-        metavar="TYPE",
-        help="What the base is computed in: float32, bfloat16, float16, or fast, which is bfloat16 where this machine "
-        "multiplies it faster. By default the checkpoint's own, float32 for the embedded one.",
-    ),
+    typer.Option("--dtype", metavar="TYPE", help="float32, bfloat16, float16, or fast: bfloat16 where it is faster."),
 ]
 OptionOption = Annotated[
     list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A setting of the method; may be repeated.")

@@ -42,7 +42,7 @@ def test_a_package_that_is_missing_or_too_old_is_named_with_its_extra_and_the_co
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else find(name, *rest))
     missing = json.loads(call("doctor", "--json").stdout)["missing"].get("serve", [])
     assert missing == ([lacks] if lacks else [])
-    assert ("loraweave serve and ui: pip install 'loraweave[serve]'" in call("doctor").stderr) is bool(lacks)
+    assert ("loraweave serve and ui: `pip install 'loraweave[serve]'`" in call("doctor").stderr) is bool(lacks)
 
 
 def test_without_the_weights_of_the_base_the_status_is_1_and_the_command_is_told(monkeypatch):
