@@ -18,7 +18,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -165,8 +165,8 @@ def make_server(
 class Making:
     """A composition that a thread is making: the thread's future, the event loop's, and the number of requests that wait."""
 
-    running: Future[Served]
-    done: asyncio.Future[Served]
+    running: Future[Served] = field(init=False)
+    done: asyncio.Future[Served] = field(init=False)
     num_waiting: int = 0
 
 
@@ -374,8 +374,10 @@ class Face:
             if (making := self._making.get(wanted.identity)) is None:
                 holder.formulas.take("formulas that are not loaded")
                 threads = self._mergers if wanted.merges else self._openers
-                running = threads.submit(self._make, wanted, num_tokens, deadline)
-                making = self._making[wanted.identity] = Making(running, asyncio.wrap_future(running))
+                # there before the thread begins, which ends where it is not
+                making = self._making[wanted.identity] = Making()
+                making.running = threads.submit(self._make, wanted, num_tokens, deadline)
+                making.done = asyncio.wrap_future(making.running)
             making.num_waiting += 1
             try:
                 served = await self._within(deadline, asyncio.shield(making.done))

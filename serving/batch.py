@@ -344,7 +344,8 @@ class Batch:
         arguments: dict[str, Any] = {name: value.to(self._model.device) for name, value in inputs.items()}
         if cache is not None:
             arguments[self._cache_name] = cache
-        with self._experts.activate([row.served for row in rows]), self._prompted(rows):
+        reads = inputs["input_ids"].shape[1] > 1
+        with self._experts.activate([row.served for row in rows], reads=reads), self._prompted(rows):
             output = self._model(**arguments, use_cache=True, **self._keep_last)
         first = 0
         for row in rows:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from loraweave.common.process import give_back_freed_memory
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.hook import hook_kinds
 from loraweave.hub.adapter import Adapter
@@ -23,6 +24,9 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.serving.names import Served
+
+# bytes of what an engine makes for batches that it keeps for later ones, and of a dropped adapter whose memory is given back
+KEPT_BYTES = 1 << 24
 
 
 @dataclass
@@ -55,8 +59,8 @@ class Experts:
         # by content hash, or a router by its composition's identity; the one loaded longest ago first
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._compositions: OrderedDict[str, Served] = OrderedDict()
-        # the rows of the last call, and their weights
-        self._active: tuple[Sequence[Served], MixtureWeights] | None = None
+        # the rows of the last call, whether it read prompts, and the rows' weights
+        self._active: tuple[Sequence[Served], bool, MixtureWeights] | None = None
         self._loading = threading.Lock()
         self._lock = threading.Lock()
 
@@ -89,11 +93,12 @@ class Experts:
             sizes |= {key: self._size(served, key) for key in served.needs if key not in sizes}
         return sum(sizes.values())
 
-    def missing_bytes(self, adapters: Iterable[Adapter], num_values: int) -> int:
-        """Return the bytes of those of the adapters that are not loaded, and of `num_values` more values."""
+    def missing_bytes(self, adapters: Collection[Adapter], num_values: int) -> int:
+        """Return the bytes of the adapters that are not loaded, of `num_values` more values, and of their kernels."""
         with self._lock:
             missing = {adapter.hash: adapter for adapter in adapters if adapter.hash not in self._loaded}
-        return sum(map(self.bytes_of, missing.values())) + num_values * self.value_bytes
+        copied = (num_values or sum(adapter.num_values for adapter in adapters)) * self.copied_bytes
+        return sum(map(self.bytes_of, missing.values())) + num_values * self.value_bytes + copied
 
     def _size(self, served: Served, key: str) -> int:
         """Return the bytes of one adapter of a composition, or of all adapters of its router."""
@@ -104,6 +109,11 @@ class Experts:
         device, dtype = self._model.device, self._model.dtype
         beside = sum(hook.bytes_beside(adapter, device, dtype) for hook in hook_kinds() if device.type in hook.devices)
         return adapter.num_values * self.value_bytes + int(beside)
+
+    @property
+    def copied_bytes(self) -> int:
+        """The most bytes of an adapter's value in a kernel: on a CPU, factors in half precision may be widened."""
+        return int(max(self._model.dtype.itemsize, torch.float32.itemsize))
 
     @cached_property
     def value_bytes(self) -> int:
@@ -192,9 +202,15 @@ class Experts:
 
     def give_back(self, served: Served) -> None:
         """Release the adapters or the router of a row, and unload unused ones beyond the limit."""
-        self._active = None
+        self._forget_batch()
         self.release(served)
         self.trim()
+
+    def _forget_batch(self) -> None:
+        """Drop what the engine has made for the last batch, unless it is small."""
+        self._active = None
+        if self._engine is not None and self._engine._plans.keep(KEPT_BYTES):
+            give_back_freed_memory()
 
     def trim(self) -> None:
         """Unload unused adapters and routers beyond the limit; do nothing while a thread is loading."""
@@ -210,10 +226,11 @@ class Experts:
         finally:
             self._loading.release()
 
-    def activate(self, rows: Sequence[Served]) -> AbstractContextManager[Any]:
+    def activate(self, rows: Sequence[Served], *, reads: bool = False) -> AbstractContextManager[Any]:
         """Return a context for one call of the model with one batch entry for each member of each row, under its mixture.
 
-        If one row has a router, all rows must have the same.
+        If one row has a router, all rows must have the same. `reads` is True if the call reads prompts, for which the engine
+        may choose other kernels than for a step.
         """
         if rows[0].router is not None:
             routed = self._loaded[rows[0].identity].routed
@@ -221,15 +238,16 @@ class Experts:
             return routed[0].activate(routed[1])
         if self._engine is None:
             return nullcontext()
-        if self._active is None or self._active[0] != rows:
+        if self._active is None or self._active[:2] != (rows, reads):
+            self._forget_batch()
             weights: list[Mapping[str, float]] = []
             contents: dict[str, float] = {}
             for served in rows:
                 for member in served.members:
                     weights.append(member.weights)
                     contents |= member.weights
-            self._active = rows, MixtureWeights.of(weights, tuple(contents))
-        return self._engine.activate(self._active[1])
+            self._active = rows, reads, MixtureWeights.of(weights, tuple(contents))
+        return self._engine.activate(self._active[2])
 
     def _drop(self, key: str) -> None:
         for identity in [identity for identity, served in self._compositions.items() if key in served.needs]:

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -81,11 +81,8 @@ class Admission:
     def require_loadable(self, num_bytes: int, num_tokens: int) -> None:
         """Raise Refusal if memory could not hold a composition of `num_bytes` and an answer of `num_tokens` even alone."""
 
-    def has_room(self, rows: Sequence[Row], num_bytes: int = 0, *, beside_kept: bool = False) -> bool:
-        """Return True if the rows, adapters in use, and `num_bytes` more fit into memory.
-
-        Kept prefixes and unused adapters count only with `beside_kept`.
-        """
+    def has_room(self, rows: Sequence[Row], num_bytes: int = 0) -> bool:
+        """Return True if the rows, adapters in use, and `num_bytes` more fit into memory without what is kept unused."""
         return True
 
     def make_room(self, rows: Sequence[Row]) -> None:
@@ -174,7 +171,7 @@ class Scheduler:
 
     @contextmanager
     def room(
-        self, adapters: Iterable[Adapter], num_values: int, num_tokens: int, deadline: float, is_wanted: Callable[[], bool]
+        self, adapters: Collection[Adapter], num_values: int, num_tokens: int, deadline: float, is_wanted: Callable[[], bool]
     ) -> Iterator[None]:
         """Wait for memory for a composition of these adapters and `num_values` merged values, which the block makes.
 
@@ -184,12 +181,9 @@ class Scheduler:
         claim = Claim(self.experts.missing_bytes(adapters, num_values))
         self._admission.require_loadable(claim.num_bytes, num_tokens)
         with self._changed:
-            if not self._claims and self._admission.has_room(self._running, claim.num_bytes, beside_kept=True):
-                self._admission.reserved += claim.num_bytes
-                claim.is_granted = True
-            else:
-                self._claims.append(claim)
-                self.wake()
+            # granted between two steps, when it is known what the rows need
+            self._claims.append(claim)
+            self.wake()
             self._changed.wait_for(
                 lambda: claim.is_granted or self._closed or not is_wanted(), max(0.0, deadline - time.monotonic())
             )

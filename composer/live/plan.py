@@ -352,10 +352,21 @@ class KeptPlans:
         if key is None:
             return plan
         self._plans[key] = plan
-        plans = self._plans.values()
-        while len(plans) > NUM_KEPT or (len(plans) > 1 and sum(made.num_bytes for made in plans) > self._max_bytes):
-            self._plans.popitem(last=False)
+        self._trim(least=1)
         return plan
+
+    def _trim(self, least: int) -> None:
+        plans = self._plans.values()
+        while len(plans) > NUM_KEPT or (len(plans) > least and sum(made.num_bytes for made in plans) > self._max_bytes):
+            self._plans.popitem(last=False)
+
+    def keep(self, max_bytes: int) -> bool:
+        """Keep at most `max_bytes` of plans, and as many of released tensors, from now on; return True if a plan went."""
+        self._max_bytes = self._workspace.max_bytes = max_bytes
+        num_plans = len(self._plans)
+        self._trim(least=0)
+        self._workspace.give(())
+        return len(self._plans) < num_plans
 
     def calls(self, model: Parts, mixture: Any, resolve: Resolve, activate: Activate) -> tuple[MixtureWeights | Router, Any]:
         """Return an activation's weights for a pipeline, and the function that finds each call's mixture; None for one.

@@ -373,7 +373,7 @@ class Workspace:
     """A store of flat tensors for reuse, up to `max_bytes` in all; the least recently used sizes and dtypes go first."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._lock = lock_of(self)
         self._free: OrderedDict[_Kind, list[Tensor]] = OrderedDict()
         self.num_bytes = 0
@@ -395,7 +395,7 @@ class Workspace:
             for tensor in tensors:
                 self._free.setdefault((tensor.numel(), tensor.dtype, tensor.device), []).append(tensor)
                 self.num_bytes += tensor.nbytes
-            while self.num_bytes > self._max_bytes:
+            while self.num_bytes > self.max_bytes:
                 kind, kept = next(iter(self._free.items()))
                 if kept:
                     self.num_bytes -= kept.pop().nbytes

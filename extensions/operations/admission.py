@@ -22,6 +22,8 @@ from loraweave.extend.serving import Admission, Limits, Refusal
 
 # the part of the free memory that a server takes unless it is told a number
 FREE_SHARE = 0.75
+# the calls of a layer's kernel by which the one that fills up to the largest rank may be ahead of the one that does not
+SAVED_CALLS = 3
 # the number of steps that are remembered, and of steps that the first guess weighs as much as
 NUM_STEPS, GUESS = 256, 1.0
 # the first guess of c2: an update takes the seconds of its price
@@ -49,8 +51,8 @@ class Budgets(Admission):
     def require_loadable(self, num_bytes: int, num_tokens: int) -> None:
         self.memory.require("the composition and its answer", num_bytes + num_tokens * self.memory.token_bytes)
 
-    def has_room(self, rows: Sequence[Any], num_bytes: int = 0, *, beside_kept: bool = False) -> bool:
-        return self.memory.has_room(rows, self.reserved + num_bytes, beside_kept=beside_kept)
+    def has_room(self, rows: Sequence[Any], num_bytes: int = 0) -> bool:
+        return self.memory.has_room(rows, self.reserved + num_bytes)
 
     def make_room(self, rows: Sequence[Any]) -> None:
         self.memory.make_room(rows, self.reserved)
@@ -70,9 +72,9 @@ class Memory:
     nobody uses make room for them, the least recently used first. An adapter counts as it was read or merged, in fp32, and
     once more if the engine keeps a copy.
 
-    Each prompt of a row counts with the longest length of all beside it, answer included, since a batch is padded. Bytes are
-    only added up: the common budget is S-LoRA's (Sheng et al. 2024, arXiv 2311.03285), without its paged memory. One thread
-    makes room; any thread may ask whether there is.
+    Each prompt of a row counts with the longest length of all beside it, answer included, since a batch is padded; and with
+    its mixture's factors, which the batch's kernels copy. Bytes are only added up: the common budget is S-LoRA's (Sheng et
+    al. 2024, arXiv 2311.03285), without its paged memory. One thread makes room; any thread may ask whether there is.
     """
 
     def __init__(self, model: Any, max_bytes: float, prefixes: Any, experts: Any) -> None:
@@ -88,6 +90,10 @@ class Memory:
             kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             self.token_bytes = int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)
         self._prefixes, self._experts = prefixes, experts
+        # the numbers of values that members' kernels copy, by composition; and of those that cost what a call does
+        self._sizes: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
+        rates = Workload(*6 * (1,), itemsize=model.dtype.itemsize, device=model.device.type).rates
+        self._call_values = math.ceil(rates.s_per_call / rates.s_per_byte / model.dtype.itemsize)
 
     def require(self, what: str, num_bytes: float) -> None:
         """Raise Refusal (413) if `what` needs more than there is in all."""
@@ -100,24 +106,58 @@ class Memory:
             )
 
     def alone(self, row: Any) -> int:
-        """Return the bytes that one row needs, for keys, values and adapters."""
-        return self._states([row]) + int(self._experts.size_of(row.served))
+        """Return the bytes that one row needs, for keys, values, adapters and kernels."""
+        return self._batch([row]) + int(self._experts.size_of(row.served))
 
     def needed(self, rows: Sequence[Any]) -> int:
-        """Return the bytes of these rows' keys and values, and of their adapters and all others in use."""
-        return self._states(rows) + int(self._experts.used_bytes(row.served for row in rows))
+        """Return the bytes of these rows' keys, values and kernels, and of their adapters and all others in use."""
+        return self._batch(rows) + int(self._experts.used_bytes(row.served for row in rows))
 
     def _states(self, rows: Sequence[Any]) -> int:
         """Return the bytes of the keys and values of these rows in one batch, each at the longest length."""
         return sum(len(row.prompts) for row in rows) * max((row.longest for row in rows), default=0) * self.token_bytes
 
+    def _batch(self, rows: Sequence[Any]) -> int:
+        """Return the most bytes that exist while these rows run, and no longer: keys and values, and what kernels copy."""
+        return self._states(rows) + self._kernels([row.served for row in rows])
+
+    def _kernels(self, compositions: Sequence[Any]) -> int:
+        """Return the most bytes that the engine's kernels take for a batch of these, and for those of their routers.
+
+        Kernels copy factors, once for each prompt at most; one fills them up to the largest rank, and one multiplies them
+        out, where that saves more calls than it costs.
+        """
+        routed = {served.identity: served for served in compositions if served.router is not None}
+        mixed = [served for served in compositions if served.router is None]
+        sizes = [size for served in mixed for size in self._copied(served) if size]
+        num_layers = sum(len(adapter.layers) for served in mixed for adapter in served.all_adapters.values())
+        filled = len(sizes) * min(max(sizes, default=0), num_layers * SAVED_CALLS * self._call_values)
+        copied = min(len(sizes) * max(sizes, default=0), sum(sizes) + filled)
+        return (
+            copied + sum(size for served in routed.values() for size in self._copied(served))
+        ) * self._experts.copied_bytes
+
+    def _copied(self, served: Any) -> list[int]:
+        """Return the most values that a kernel copies for each member of a composition."""
+        if served not in self._sizes:
+            self._sizes[served] = []
+            for member in served.members:
+                by_layer: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+                for adapter in member.adapters.values():
+                    for layer, factors in adapter.layers.items():
+                        by_layer[layer][0] += sum(tensor.numel() for tensor in factors.tensors().values())
+                        by_layer[layer][1] = factors.a_RI.shape[1] * factors.b_OR.shape[0]
+                size = sum(max(few, full * (full <= few + self._call_values)) for few, full in by_layer.values())
+                self._sizes[served].append(size)
+        return self._sizes[served]
+
     @property
     def _kept(self) -> int:
         return int(self._prefixes.kept_bytes + sum(loaded.size for loaded in self._experts.unused().values()))
 
-    def has_room(self, rows: Sequence[Any], num_bytes: int = 0, *, beside_kept: bool = False) -> bool:
-        """Return True if the rows and `num_bytes` more fit with unused data dropped, or `beside_kept` with it kept."""
-        return self.max_bytes == math.inf or self.needed(rows) + num_bytes + beside_kept * self._kept <= self.max_bytes
+    def has_room(self, rows: Sequence[Any], num_bytes: int = 0) -> bool:
+        """Return True if the rows and `num_bytes` more fit once what is kept unused is dropped."""
+        return self.max_bytes == math.inf or self.needed(rows) + num_bytes <= self.max_bytes
 
     def make_room(self, rows: Sequence[Any], num_bytes: int = 0) -> None:
         """Drop kept prefixes and unused adapters, least recently used first, until the rest fits beside rows and bytes."""

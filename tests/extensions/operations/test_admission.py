@@ -6,7 +6,19 @@ from functools import partial
 
 import pytest
 import torch
-from served_rows import MIXTURES, Heard, heard_rows, long_row, require_alone, served, wait_for
+from served_rows import (
+    MIXTURES,
+    PROMPTS,
+    Heard,
+    finish,
+    heard_rows,
+    join,
+    long_row,
+    make_batch,
+    require_alone,
+    served,
+    wait_for,
+)
 
 import loraweave as lw
 from loraweave.errors import CompositionError
@@ -51,18 +63,16 @@ def unused_bytes(experts):
 def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, make_scheduler):
     engine, adapters = setting
     # the factors in fp32, and the engine's copy in float64
-    sizes = {
-        name: (4 + 8) * sum(t.numel() for f in engine.pool[name].layers.values() for t in f.tensors().values())
-        for name in "abc"
-    }
+    sizes = {name: (4 + 8) * engine.pool[name].num_values for name in "abc"}
     # 2 layers, 2 heads of 4 numbers, keys and values, in float64
     token_bytes = 2 * 2 * 2 * 4 * 8
     rows = [row for _ in range(3) for row in heard_rows(tokenizer, adapters)]
     largest = max(each.row.longest for each in rows)
-    scheduler = make_scheduler(rows=4, memory_bytes=2 * largest * token_bytes + sum(sizes.values()))
-    assert scheduler._admission.memory.needed([rows[0].row]) == rows[0].row.longest * token_bytes + sum(
-        sizes[name] for name, weight in MIXTURES[0].items() if weight
-    )
+    scheduler = make_scheduler(rows=4, memory_bytes=2 * largest * token_bytes + 4 * sum(sizes.values()))
+    # and the kernels' own in float64, too: a layer's matrix is so small that it may be multiplied out
+    full = sum(layer.a_RI.shape[1] * layer.b_OR.shape[0] for layer in engine.pool["a"].layers.values())
+    expected = rows[0].row.longest * token_bytes + sizes["a"] + 8 * full
+    assert scheduler._admission.memory.needed([rows[0].row]) == expected
     used, memory, prefixes, experts = [], scheduler._admission.memory, scheduler._prefixes, scheduler.experts
     hook = engine.model.register_forward_pre_hook(
         lambda module, args: used.append(memory.needed(scheduler._running) + prefixes.kept_bytes + unused_bytes(experts))
@@ -80,6 +90,41 @@ def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, 
     with pytest.raises(Refusal, match=rf"need up to \d+ bytes, and this server has {sizes['b']};") as refused:
         make_scheduler(memory_bytes=sizes["b"]).submit([long_row(tokenizer, adapters).row])
     assert refused.value.status == 413
+
+
+ALIKE = [[0], [0, 0], [0, 2], [0, 3], [2, 3, 4], [0, 1, 2, 3, 4], [4, 4, 4, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("numbers", ALIKE, ids=str)
+def test_kernels_of_a_batch_take_no_more_bytes_than_are_counted_and_are_gone_after_it(
+    make_model, make_adapters, tokenizer, monkeypatch, numbers, dtype
+):
+    monkeypatch.setattr("loraweave.serving.memory.KEPT_BYTES", 0)
+    model = make_model("llama", dtype=dtype)
+    adapters = make_adapters(model, "llama")
+    batch, experts = make_batch(model, tokenizer)
+    heard = [
+        Heard(tokenizer, PROMPTS[number], served(adapters, MIXTURES[number]), Sampling(4, temperature=0.0))
+        for number in numbers
+    ]
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(sum(plan.num_bytes for plan in made())))
+
+    def made():
+        return list(experts._engine._plans._plans.values())
+
+    join(batch, experts, heard)
+    finish(batch)
+    most = Memory(model, 1, KeptPrefixes(0), experts)._kernels([each.row.served for each in heard])
+    # the prompts, and three steps of which each has kernels
+    assert len(seen) >= 2
+    assert min(seen) > 0
+    assert max(seen) <= most
+    for each in heard:
+        experts.give_back(each.row.served)
+    assert not made()
+    assert experts._engine._plans._workspace.num_bytes == 0
 
 
 def test_what_was_used_longest_ago_makes_room_first_whatever_it_is(setting, tokenizer, make_scheduler):
