@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
@@ -48,6 +46,7 @@ from loraweave.serving.http import (
     read_body,
     read_request,
     refused,
+    request_id,
     require_loopback,
     unless_gone,
 )
@@ -75,8 +74,6 @@ NOT_SERVED = {
     "/v1/responses": "use /v1/chat/completions",
     "/v1/embeddings": "the models of this server write text, and give no embeddings",
 }
-# a client's own id of a request, which is sent back; another is replaced
-REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 # characters that a header's value may have unescaped
 PLAIN = "".join(map(chr, range(32, 127))).replace("%", "")
 
@@ -210,6 +207,7 @@ class Face:
 
         async def answer(request: Request) -> Response:
             begun, response = time.monotonic(), Response(status_code=500)
+            number = request_id(request.headers.get("x-request-id", ""))
             try:
                 if path not in ("/health", "/ready"):
                     request.state.holder = self._keys.holder(request.headers.get("authorization", ""))
@@ -221,7 +219,8 @@ class Face:
                 response = refused(error)
             finally:
                 self._metrics.request(path, response.status_code, time.monotonic() - begun)
-            return _identified(request, response)
+            response.headers["X-Request-Id"] = number
+            return response
 
         return answer
 
@@ -431,17 +430,10 @@ def _headers(canonical: str, identity: str) -> dict[str, str]:
     return {"X-Loraweave-Formula": quote(canonical, safe=PLAIN), "X-Loraweave-Identity": identity}
 
 
-def _identified(request: Request, response: Response) -> Response:
-    """Return the response with the request's X-Request-Id, or with a new id if the header is missing or invalid."""
-    sent = request.headers.get("x-request-id", "")
-    response.headers["X-Request-Id"] = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
-    return response
-
-
 async def _no_route(request: Request, error: Any) -> Response:
     detail = error.detail
     for path, instead in NOT_SERVED.items():
         if request.url.path == path or request.url.path.startswith(f"{path}/"):
             detail = f"{path} is not served here: {instead}"
     refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {detail}", headers=error.headers)
-    return _identified(request, refused(refusal))
+    return refused(refusal, request_id(request.headers.get("x-request-id", "")))

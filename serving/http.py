@@ -2,24 +2,36 @@
 
 import asyncio
 import ipaddress
+import re
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraweave.errors import CompositionError
-from loraweave.serving.limits import Limits, Refusal, refusal_of
+from loraweave.serving.limits import CURRENT_REQUEST, Limits, Refusal, refusal_of
 
 T = TypeVar("T")
 Kind = TypeVar("Kind", bound=BaseModel)
 
 # under other names a page elsewhere could be bent to this machine (DNS rebinding)
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+# a client's own id of a request, which is sent back; another is replaced
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+def request_id(sent: str = "") -> str:
+    """Return the id of a request that sent this one, or one made for it; the log tells errors of this context with it."""
+    known = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+    CURRENT_REQUEST.set(known)
+    return known
 
 
 def require_loopback(host: str, way_out: str) -> None:
@@ -46,7 +58,10 @@ def loopback_only(app: ASGIApp) -> ASGIApp:
 
         await TrustedHostMiddleware(trust, LOOPBACK_NAMES, www_redirect=False)(scope, receive, drop)
         foreign = Refusal(400, "the Host header names another machine than this one, which serves loopback names alone")
-        await (app if trusted else refused(foreign))(scope, receive, send)
+        if trusted:
+            await app(scope, receive, send)
+        else:
+            await refused(foreign, request_id(Headers(scope=scope).get("x-request-id", "")))(scope, receive, send)
 
     return answer
 
@@ -122,10 +137,10 @@ def read_request(kind: type[Kind], source: bytes | Mapping[str, str]) -> Kind:
         raise Refusal(400, message, param=param, code=fault["type"]) from None
 
 
-def refused(error: BaseException) -> Response:
-    """Return the HTTP response for an error: a Refusal's own, or that of the Refusal which `refusal_of` makes of it."""
+def refused(error: BaseException, number: str | None = None) -> Response:
+    """Return the HTTP response for an error, a Refusal or what `refusal_of` makes of it, with the request's id, if given."""
     refusal = refusal_of(error)
-    return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
+    return JSONResponse(refusal.body, refusal.status, refusal.headers | ({} if number is None else {"X-Request-Id": number}))
 
 
 class EventStream(Response):

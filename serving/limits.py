@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from heapq import heappop, heappush
 from itertools import count
@@ -26,6 +27,8 @@ from loraweave.errors import (
 )
 
 logger = logging.getLogger(__name__)
+# the id of the request that this context answers
+CURRENT_REQUEST: ContextVar[str | None] = ContextVar("loraweave_request", default=None)
 
 # the first match counts; clients never see the text of other errors, which may contain paths of this machine
 STATUSES: tuple[tuple[tuple[type[LoraweaveError], ...], int], ...] = (
@@ -169,5 +172,5 @@ def refusal_of(error: BaseException) -> Refusal:
             if isinstance(told, kinds):
                 code = "model_not_found" if status == 404 else type(error).__name__
                 return Refusal(status, PLACE.sub("", str(error)), param="model", code=code)
-    logger.error("a request failed", exc_info=error)
+    logger.error("a request failed", exc_info=error, extra={"fields": {"request_id": CURRENT_REQUEST.get()}})
     return Refusal(500, f"{type(error).__name__}: the server's log has the cause", code=type(error).__name__)

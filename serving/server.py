@@ -8,11 +8,13 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from h11 import Data, EndOfMessage, Response
+from h11 import IDLE, SERVER, Data, EndOfMessage, Request, Response
+from h11 import Connection as Parser
+from h11 import RemoteProtocolError as Malformed
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from loraweave.serving.http import refused
+from loraweave.serving.http import refused, request_id
 from loraweave.serving.limits import Limits, Refusal
 
 # seconds for the last bytes of answers, once there is no more time for answers
@@ -30,10 +32,29 @@ class Settings(uvicorn.Config):
         self.silent: dict[Connection, asyncio.TimerHandle] = {}
 
 
+class Heads(Parser):
+    """A parser that refuses a request's head above `most` bytes; h11 itself refuses only one that is not complete."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(SERVER, most)
+        self._most = most
+
+    def next_event(self) -> Any:
+        num_bytes = len(self.trailing_data[0]) if self.their_state is IDLE else 0
+        event = super().next_event()
+        if isinstance(event, Request) and num_bytes - len(self.trailing_data[0]) > self._most:
+            raise Malformed(f"the head has more than {self._most} bytes", 431)
+        return event
+
+
 class Connection(H11Protocol):
     """A connection that ends if a request's head comes late, or if it waits longest for one and there are too many."""
 
     config: Settings
+
+    def __init__(self, config: Settings, *rest: Any, **options: Any) -> None:
+        super().__init__(config, *rest, **options)
+        self.conn = Heads(config.limits.head_bytes)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -57,7 +78,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         # uvicorn's own is plain text
-        refusal = refused(Refusal(400, msg, headers={"Connection": "close"}))
+        refusal = refused(Refusal(400, msg, headers={"Connection": "close"}), request_id())
         for event in (
             Response(status_code=400, headers=refusal.raw_headers),
             Data(data=bytes(refusal.body)),

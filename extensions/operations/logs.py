@@ -2,7 +2,9 @@
 
 import json
 import logging
+import traceback
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from loraweave import CompositionError
@@ -15,8 +17,7 @@ class TextLines(logging.Formatter):
         words = [time_of(record), f"{record.levelname:7}", f"{record.name}:", record.getMessage()]
         # quoted, so that no value begins a line or another field
         words += [f"{name}={json.dumps(value)}" for name, value in getattr(record, "fields", {}).items()]
-        line = " ".join(words)
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        return " ".join([*words, *([f"error={json.dumps(places_of(record.exc_info[1]))}"] if record.exc_info else [])])
 
 
 class JsonLines(logging.Formatter):
@@ -26,11 +27,22 @@ class JsonLines(logging.Formatter):
         told: dict[str, Any] = {"time": time_of(record), "level": record.levelname.lower(), "logger": record.name}
         told |= {"message": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info:
-            told["error"] = self.formatException(record.exc_info)
+            told["error"] = places_of(record.exc_info[1])
         return json.dumps(told, default=str)
 
 
 FORMATS = {"text": TextLines, "json": JsonLines}
+
+
+def places_of(error: BaseException | None) -> str:
+    """Return the types of an error and its causes, with the places that they passed; their texts may quote a prompt."""
+    told = []
+    while error is not None:
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        places = (f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+        told.append(f"{type(error).__name__} at {' < '.join(places)}")
+        error = error.__cause__ or error.__context__
+    return ", after ".join(told)
 
 
 def time_of(record: logging.LogRecord) -> str:

@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
+import pytest
 from server_clients import until
 
 from loraweave.serving.limits import Turns
@@ -103,6 +104,18 @@ def test_an_endless_head_is_ended_before_it_is_kept(serve):
                 sent += opened.send(b"a" * 65536)
         # what the sockets on both sides hold, and no more
         assert sent < 16 << 20
+
+
+@pytest.mark.parametrize(("num_bytes", "status"), [(2000, b"200"), (4000, b"400")])
+def test_a_head_that_arrives_whole_has_so_many_bytes_too(serve, num_bytes, status):
+    with serve(head_bytes=3000) as client:
+        head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-Long: "
+        for filler in (b"a", b" "):
+            with connect(client) as opened:
+                opened.sendall(head + filler * (num_bytes - len(head) - 5) + b"a\r\n\r\n")
+                answer = received(opened)
+            assert answer.split()[1] == status
+            assert b"x-request-id: " in answer.lower()
 
 
 def test_a_connection_without_a_request_ends_in_time_and_one_that_waits_for_its_answer_does_not(serve):

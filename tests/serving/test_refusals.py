@@ -212,6 +212,7 @@ def test_without_a_key_it_answers_under_a_loopback_name_alone(serve, key, status
             answer = connection.getresponse()
             assert answer.status == expected
             assert ("error" in json.loads(answer.read())) == (expected == 400)
+            assert answer.headers["X-Request-Id"]
             connection.close()
 
 
@@ -291,4 +292,5 @@ def test_a_head_that_is_no_request_is_refused_in_openais_form(serve, head):
         told, _, body = opened.makefile("rb").read().partition(b"\r\n\r\n")
     assert told.startswith(b"HTTP/1.1 400 ")
     assert b"content-type: application/json" in told.lower()
+    assert b"x-request-id: " in told.lower()
     assert json.loads(body)["error"]["type"] == "invalid_request_error"

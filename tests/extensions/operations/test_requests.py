@@ -100,6 +100,26 @@ def test_a_client_that_leaves_is_told(told):
     assert gone.fields["end"] == "gone"
 
 
+def failing(*arguments):
+    try:
+        raise KeyError(SECRET)
+    except KeyError:
+        raise RuntimeError(f"cannot read {SECRET}") from ValueError(SECRET)
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+def test_an_unforeseen_error_is_told_by_type_place_and_request_without_its_text(told, kind, monkeypatch, caplog):
+    monkeypatch.setattr("loraweave.serving.prompts.Prompts.read", failing)
+    status, headers, body = send(told, "/v1/completions", {**ASKED, "prompt": SECRET}, **{"X-Request-Id": "mine-2"})
+    assert (status, headers["X-Request-Id"], SECRET in str(body)) == (500, "mine-2", False)
+    [record] = [each for each in caplog.records if each.name == "loraweave.serving.limits"]
+    line = FORMATS[kind]().format(record)
+    assert SECRET not in line
+    assert "\n" not in line
+    for word in ("RuntimeError", "ValueError", "test_requests.py:", " failing", "mine-2"):
+        assert word in line
+
+
 @pytest.mark.parametrize("kind", sorted(FORMATS))
 def test_no_word_of_a_prompt_is_in_the_log(told, kind):
     stream = io.StringIO()
