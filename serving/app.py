@@ -334,6 +334,9 @@ class Face:
     async def _asked(self, given: Given, served: Served, deadline: float, holder: KeyHolder) -> list[list[tuple[int, ...]]]:
         """Run the compositions `before` each member; return the members' prompts as token ids, by [prompt][member]."""
         between: dict[tuple[Served, ...], Sequence[Prompt]] = {}
+        for _ in chain(*dict.fromkeys(member.before for member in served.members)):
+            # their rows run in the place of the request's own, which the key has already
+            holder.requests.take("requests, steps of programs among them,")
         for member in served.members:
             if member.before and member.before not in between:
                 said = given

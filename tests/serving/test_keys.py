@@ -5,6 +5,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 from server_clients import gate_before, until
@@ -15,6 +16,7 @@ from loraweave.serving.app import make_server
 from loraweave.serving.keys import Keys, Rate, read_keys
 from loraweave.serving.limits import Refusal
 from loraweave.serving.names import Names
+from loraweave.serving.scheduler import Scheduler
 
 ANNA, BERT = "anna-has-this-key-1", "bert-has-this-key-22"
 
@@ -74,6 +76,27 @@ def test_rows_of_a_key_are_counted_while_they_run_and_others_are_not_held_back(s
         gate.open()
         assert [running.result()[0], beside.result()[0]] == [200, 200]
         assert client.send("POST", "/v1/completions", asked, **bearer(ANNA))[0] == 200
+
+
+def test_each_step_of_a_program_counts_as_a_request_and_its_rows_among_those_of_the_key(serve, key_file, monkeypatch):
+    path, most, submit = key_file(anna={"key": ANNA, "rows": 1, "requests_per_minute": 4}), [], Scheduler.submit
+
+    def counted(self, rows):
+        most.append((len(rows), sum(exchange.holder.num_rows for exchange in client.face._open)))
+        submit(self, rows)
+
+    monkeypatch.setattr(Scheduler, "submit", counted)
+    with serve(key_file=path) as client:
+        task = lw.Task([("a", "ab"), ("b", "ba"), ("cc", "c")], instruction="swap")
+        one = lw.compose(client.engine.model, client.engine.tokenizer, client.engine.pool, task, method="uniform")
+        client.hub.save_composition("steps", replace(one, steps={"first": one, "then": one, "last": one}))
+        asked = {"model": "@steps", "prompt": "abc", "max_tokens": 2}
+        # a request and two steps, one more, and nothing for its steps
+        assert client.send("POST", "/v1/completions", asked, **bearer(ANNA))[0] == 200
+        assert most == [(1, 1)] * 3
+        status, _, body = client.send("POST", "/v1/completions", asked, **bearer(ANNA))
+        assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert len(most) == 3
 
 
 def test_a_request_counts_among_the_answers_of_its_key_before_its_composition_is_made(serve, key_file, monkeypatch):
