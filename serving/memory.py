@@ -39,6 +39,7 @@ class Loaded:
     size: int
     last_use: float
     routed: tuple[Composer, TokenRouter] | None = None
+    is_merge: bool = False
 
 
 class Experts:
@@ -73,6 +74,11 @@ class Experts:
         """Return the loaded adapters and routers that no row uses, by key."""
         with self._lock:
             return {key: loaded for key, loaded in self._loaded.items() if not self._num_users[key]}
+
+    def loaded_sizes(self, *, merges: bool) -> list[int]:
+        """Return the bytes of each loaded merge, or of each other loaded adapter and router."""
+        with self._lock:
+            return [loaded.size for loaded in self._loaded.values() if loaded.is_merge is merges]
 
     def drop_oldest(self) -> None:
         """Unload the unused adapter or router whose last use was longest ago, if there still is one."""
@@ -145,7 +151,7 @@ class Experts:
                         # it is now the last to be unloaded
                         self._loaded.move_to_end(key)
             for key in missing:
-                routed = None
+                routed, adapter = None, served.all_adapters.get(key)
                 if served.router is not None:
                     engine = Composer(self._model, ExpertPool(served.all_adapters), tokenizer=self._tokenizer)
                     served.router.require_engine(engine)
@@ -158,7 +164,8 @@ class Experts:
                     self._engine.prefetch(key)
                 with self._lock:
                     # from now on it may be unloaded
-                    self._loaded[key] = Loaded(self._size(served, key), time.monotonic(), routed)
+                    is_merge = adapter is not None and "recipe" in adapter.card
+                    self._loaded[key] = Loaded(self._size(served, key), time.monotonic(), routed, is_merge)
 
     def hold(self, identity: str) -> Served | None:
         """Return the loaded composition of this identity, reserved until `release`; None if there is none."""

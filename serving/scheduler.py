@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +47,7 @@ class Metrics:
         """Count a request with its HTTP status and its seconds, for a stream up to the first token."""
 
     def watch(self, **figures: Callable[[], int]) -> None:
-        """Show the values that these functions return: running_rows, waiting_rows, open_requests or prefix_bytes."""
+        """Show the values that these functions return, such as running_rows, waiting_rows, open_requests or prefix_bytes."""
 
     def read(self, num_tokens: int, num_kept: int, num_rows: int) -> None:
         """Count the prompts' tokens that were read, those whose keys and values were kept, and a new token for each row."""
@@ -74,6 +74,10 @@ class Admission:
     lets_pass = False
     # the bytes of compositions that threads are making, which the scheduler counts
     reserved = 0
+
+    def figures(self, running: Callable[[], Sequence[Row]]) -> Mapping[str, Callable[[], int]]:
+        """Return figures of its own for `Metrics.watch`; `running` returns the rows that run."""
+        return {}
 
     def require_possible(self, row: Row) -> None:
         """Raise Refusal for a row that could not even run alone."""
@@ -145,6 +149,7 @@ class Scheduler:
             running_rows=lambda: len(self._running),
             waiting_rows=lambda: len(self._waiting),
             prefix_bytes=lambda: self._prefixes.kept_bytes,
+            **self._admission.figures(lambda: self._running),
         )
         self._thread = threading.Thread(target=self._run, name="loraweave-scheduler", daemon=True)
 

@@ -45,6 +45,17 @@ class Budgets(Admission):
         self.clock = self._step_times.clock if self._step_times else time.perf_counter
         self.lets_pass = self._step_times is not None
 
+    def figures(self, running: Callable[[], Sequence[Any]]) -> dict[str, Callable[[], int]]:
+        memory, experts = self.memory, self.memory.experts
+        return {
+            "expert_bytes": lambda: sum(experts.loaded_sizes(merges=False)),
+            "merge_bytes": lambda: sum(experts.loaded_sizes(merges=True)),
+            "row_bytes": lambda: memory.of_batch(running()),
+            "making_bytes": lambda: int(self.reserved),
+            "merges": lambda: len(experts.loaded_sizes(merges=True)),
+            "prefixes": lambda: memory.prefixes.num_kept,
+        }
+
     def require_possible(self, row: Any) -> None:
         self.memory.require("the answer and its adapters", self.memory.alone(row))
 
@@ -89,7 +100,7 @@ class Memory:
             self.max_bytes = max_bytes or FREE_SHARE * free_bytes(model)
             kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             self.token_bytes = int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)
-        self._prefixes, self._experts = prefixes, experts
+        self.prefixes, self.experts = prefixes, experts
         # the numbers of values that members' kernels copy, by composition; and of those that cost what a call does
         self._sizes: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
         rates = Workload(*6 * (1,), itemsize=model.dtype.itemsize, device=model.device.type).rates
@@ -107,17 +118,17 @@ class Memory:
 
     def alone(self, row: Any) -> int:
         """Return the bytes that one row needs, for keys, values, adapters and kernels."""
-        return self._batch([row]) + int(self._experts.size_of(row.served))
+        return self.of_batch([row]) + int(self.experts.size_of(row.served))
 
     def needed(self, rows: Sequence[Any]) -> int:
         """Return the bytes of these rows' keys, values and kernels, and of their adapters and all others in use."""
-        return self._batch(rows) + int(self._experts.used_bytes(row.served for row in rows))
+        return self.of_batch(rows) + int(self.experts.used_bytes(row.served for row in rows))
 
     def _states(self, rows: Sequence[Any]) -> int:
         """Return the bytes of the keys and values of these rows in one batch, each at the longest length."""
         return sum(len(row.prompts) for row in rows) * max((row.longest for row in rows), default=0) * self.token_bytes
 
-    def _batch(self, rows: Sequence[Any]) -> int:
+    def of_batch(self, rows: Sequence[Any]) -> int:
         """Return the most bytes that exist while these rows run, and no longer: keys and values, and what kernels copy."""
         return self._states(rows) + self._kernels([row.served for row in rows])
 
@@ -135,7 +146,7 @@ class Memory:
         copied = min(len(sizes) * max(sizes, default=0), sum(sizes) + filled)
         return (
             copied + sum(size for served in routed.values() for size in self._copied(served))
-        ) * self._experts.copied_bytes
+        ) * self.experts.copied_bytes
 
     def _copied(self, served: Any) -> list[int]:
         """Return the most values that a kernel copies for each member of a composition."""
@@ -153,7 +164,7 @@ class Memory:
 
     @property
     def _kept(self) -> int:
-        return int(self._prefixes.kept_bytes + sum(loaded.size for loaded in self._experts.unused().values()))
+        return int(self.prefixes.kept_bytes + sum(loaded.size for loaded in self.experts.unused().values()))
 
     def has_room(self, rows: Sequence[Any], num_bytes: int = 0) -> bool:
         """Return True if the rows and `num_bytes` more fit once what is kept unused is dropped."""
@@ -166,10 +177,10 @@ class Memory:
             return
         spare = self.max_bytes - self.needed(rows) - num_bytes
         while self._kept > spare:
-            adapter = min((loaded.last_use for loaded in self._experts.unused().values()), default=math.inf)
-            if self._prefixes.oldest == adapter == math.inf:
+            adapter = min((loaded.last_use for loaded in self.experts.unused().values()), default=math.inf)
+            if self.prefixes.oldest == adapter == math.inf:
                 return
-            (self._experts if adapter < self._prefixes.oldest else self._prefixes).drop_oldest()
+            (self.experts if adapter < self.prefixes.oldest else self.prefixes).drop_oldest()
 
 
 def free_bytes(model: Any) -> float:

@@ -13,6 +13,12 @@ WATCHED = {
     "waiting_rows": "Rows that wait for the batch",
     "open_requests": "Requests for answers that are not over",
     "prefix_bytes": "Bytes of beginnings that are kept",
+    "expert_bytes": "Bytes of adapters and routers that are loaded, but for merges",
+    "merge_bytes": "Bytes of merges that are loaded",
+    "row_bytes": "Bytes of running rows at their longest: keys, values and what kernels copy",
+    "making_bytes": "Bytes of compositions that are being made",
+    "merges": "Merges that are loaded",
+    "prefixes": "Beginnings that are kept",
 }
 # the last are beyond the deadline that a server has by default, 600 s
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600, 1200, 3600)

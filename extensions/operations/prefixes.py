@@ -53,6 +53,11 @@ class KeptPrefixes(Prefixes):
         self._kept: OrderedDict[tuple[Hashable, tuple[int, ...]], Kept] = OrderedDict()
 
     @property
+    def num_kept(self) -> int:
+        """The number of kept prefixes."""
+        return len(self._kept)
+
+    @property
     def oldest(self) -> float:
         return next((kept.last_use for kept in self._kept.values()), super().oldest)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from server_clients import Client, answering, until
+from server_clients import Client, answering, gate_before, until
 
 import loraweave as lw
 from loraweave.extend.serving import Limits, Refusal, make_server
@@ -130,6 +130,24 @@ def test_a_composition_in_use_is_kept_while_others_are_made_and_those_wait_for_i
         client.engine.load("merged", lw.parse(TIES.format(5)).merge(client.hub, progress=False))
         expected = client.engine.generate(["abc"], mixture={"merged": 1.0}, max_new_tokens=150)[0]
         assert running.result()[2]["choices"][0]["text"] == expected
+
+
+def test_the_figures_have_the_bytes_of_each_kind_and_how_many_merges_and_beginnings_there_are(serve):
+    with serve() as client, gate_before(client.engine.model) as gate, ThreadPoolExecutor(1) as pool:
+        kinds = ("expert", "merge", "prefix", "row", "making")
+        assert [client.metric(f"{kind}_bytes") for kind in kinds] == [0] * 5
+        asked = {"prompt": "the judge thanked the nurse", "max_tokens": 3}
+        running = pool.submit(client.complete, TIES.format(5), **asked)
+        assert gate.reached.wait(60)
+        assert client.metric("merge_bytes") == merged_bytes(client.hub)
+        gate.open()
+        assert running.result()[0] == client.complete("b", **asked)[0] == 200
+        until(lambda: client.metric("running_rows") == 0)
+        assert client.metric("merge_bytes") == merged_bytes(client.hub)
+        assert client.metric("expert_bytes") == (4 + 8) * client.hub["b"].num_values
+        assert client.metric("prefix_bytes") == client.face.scheduler._prefixes.kept_bytes > 0
+        assert [client.metric("row_bytes"), client.metric("making_bytes")] == [0, 0]
+        assert [client.metric("merges"), client.metric("prefixes")] == [1, 2]
 
 
 MERGES = [
