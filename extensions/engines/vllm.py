@@ -137,6 +137,10 @@ class _Names(dict[str, Any]):
         requested = _asked.get()
         return requested[name] if name in requested else super().__getitem__(name)
 
+    def values(self) -> Any:
+        """Return each request once, under however many spellings it was asked for: vLLM lists these at /v1/models."""
+        return list({id(request): request for request in super().values()}.values())
+
     def __setitem__(self, name: str, request: Any) -> None:
         super().__setitem__(name, request)
         if isinstance(request, _request_type()):
