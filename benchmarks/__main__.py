@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import signal
 import sys
 import warnings
@@ -73,12 +74,18 @@ def shared(
     pool: Annotated[Path, typer.Option(help="folder of adapter folders")] = Run.pool,
     out: Annotated[Path | None, typer.Option(help="keeps what is measured, so that an interrupted run goes on")] = None,
     report: Annotated[bool, typer.Option("--report", help="only the tables of what --out holds")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="base model as load_base names it, where a measurement has no own")
+    ] = None,
     save: Annotated[str | None, typer.Option(help="section of TABLES.md that the figures are added to")] = None,
 ) -> None:
     import torch
     import transformers
     from threadpoolctl import threadpool_limits
 
+    if base:
+        # for servers, too, which inherit it
+        os.environ["LORAWEAVE_BASE"] = base
     # ends as by an exception, so that what was started ends too
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # peft and transformers announce names that will change; in every forward, which would be timed
