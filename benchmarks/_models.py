@@ -12,7 +12,6 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -25,11 +24,7 @@ RANK = 8
 ATTENTION = ("q_proj", "v_proj")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LIMIT = 1e-4
-# blocks of larger models: width, width inside, heads, and heads of keys and values
-SHAPES = {
-    "qwen2.5-1.5b": (1536, 8960, 12, 2),
-    "llama-3-8b": (4096, 14336, 32, 8),
-}
+
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -38,17 +33,6 @@ def base_model() -> tuple[Any, Any]:
     """The default base model, or that of --base, in float32, which learns nothing, and its tokenizer."""
     model, tokenizer = lw.load_base(dtype=torch.float32)
     return model.requires_grad_(False), tokenizer
-
-
-def random_blocks(shape: str, count: int) -> Any:
-    """A model in float32 of so many blocks of a larger one's sizes, with random weights."""
-    width, inside, heads, pairs = SHAPES[shape]
-    sizes = {"hidden_size": width, "intermediate_size": inside, "num_attention_heads": heads, "num_key_value_heads": pairs}
-    config = transformers.LlamaConfig(**sizes, num_hidden_layers=count, vocab_size=1000)
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-    model.name_or_path = shape
-    return model
 
 
 def adapters(run: Run, model: Any, targets: str, *, rank: int = RANK) -> list[lw.Adapter]:

@@ -5,7 +5,6 @@
     python -m benchmarks --threads 1 --cpu live decode --blocks 6 --stored float16    the first six blocks alone
     python -m benchmarks --threads 2 live decode --dtype bfloat16 --rows 32 --size 100 --no-peers
     python -m benchmarks --cpu --base qwen2.5-coder-0.5b live decode --only "per row,for all,adapter_names"
-    python -m benchmarks --cpu live decode --shape llama-3-8b --blocks 1               random weights of a larger block
 
 Opening an activation and making its weights are part of our time; peft's `set_adapter` and `set_scale`, and its merging of
 mixtures beforehand, are not part of its. "New mixture" is ours for a mixture not seen before, whose factors are gathered in
@@ -37,7 +36,6 @@ from benchmarks._models import (
     ALL,
     ATTENTION,
     LIMIT,
-    SHAPES,
     Context,
     base_model,
     changes,
@@ -47,7 +45,6 @@ from benchmarks._models import (
     mix_in_peft,
     prefill,
     random_adapters,
-    random_blocks,
     tokens,
 )
 from benchmarks._run import Run, console
@@ -314,23 +311,22 @@ def main(
     experts: Annotated[int, typer.Option(help="of each row's mixture, 1 to 4", min=1, max=4)] = 1,
     blocks: Annotated[int | None, typer.Option(help="the first so many, without the head; all by default")] = None,
     peers: Annotated[bool, typer.Option(help="measure peft and polylora too")] = True,
-    shape: Annotated[str | None, typer.Option(help=f"random blocks of this size instead: {', '.join(SHAPES)}")] = None,
     only: Annotated[str, typer.Option(help="ways whose names have one of these parts, with commas; all by default")] = "",
 ) -> None:
     """Time relative to the base model's own pass over the same tokens."""
     run: Run = context.obj
-    model = base_model()[0] if shape is None else random_blocks(shape, blocks or 1)
-    if blocks is not None or shape is not None:
-        keep_blocks(model, blocks or 1)
-    asked = Shape(rows, tokens, size, rank, experts, targets, getattr(torch, stored))
-    setting = Setting(model, asked, peers=peers, seed=run.seed)
+    model, _ = base_model()
+    if blocks is not None:
+        keep_blocks(model, blocks)
+    shape = Shape(rows, tokens, size, rank, experts, targets, getattr(torch, stored))
+    setting = Setting(model, shape, peers=peers, seed=run.seed)
     require(gates(setting))
     setting.to(getattr(torch, dtype))
     prefilled = what == "prefill"
     passed = f"{rows}x{tokens}" if prefilled else f"{rows} rows, {NEW_TOKENS} tokens"
     console.print(f"peft {peft.__version__}, torch {torch.__version__}")
     kept = "" if stored == "float32" else f", stored in {stored}"
-    part = "" if blocks is None and shape is None else f", {blocks or 1} block(s)"
+    part = "" if blocks is None else f", {blocks} block(s)"
     on = f"{targets} of {model.name_or_path}{part}, {dtype}{kept}"
     title = f"{what} {passed}, {experts} of {size} adapters of rank {rank} a row, on {on}"
     found = ways(setting, prefill_way if prefilled else decode_way, prefilled)
