@@ -161,10 +161,10 @@ def best_seconds(run: Callable[[], object]) -> float:
     return best_of(run, time.perf_counter, 3)
 
 
-def svd_section(run: Run, model: Callable[[], Any], quick: bool, whole: int) -> None:
+def svd_section(run: Run, model: Callable[[], Any], cases: Sequence[tuple[int, int]], whole: int) -> None:
     square = torch.rand(1024, 1024, dtype=torch.float64)
     rate = 2 * 1024**3 / best_seconds(lambda: square @ square)
-    for num, rank in SVD_CASES[:3] if quick else SVD_CASES:
+    for num, rank in cases:
         # ranks of 64 are beside the goals: a part of the model says as much
         blocks = whole if rank <= 16 else min(whole, FEW_BLOCKS)
         setting = Merging(model(), num, rank, blocks, run.seed)
@@ -375,6 +375,7 @@ def main(
     section: Annotated[Section, typer.Argument(help="what is measured")] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="one block and fewer cases, about a minute")] = False,
     blocks: Annotated[int, typer.Option(help="of the model, at most this many")] = WHOLE,
+    cases: Annotated[str, typer.Option(help="of svd, adapters x rank, with commas: 8x16,20x16; all by default")] = "",
 ) -> None:
     """Speed, exactness and memory of merges."""
     run: Run = context.obj
@@ -389,7 +390,8 @@ def main(
 
     whole = QUICK_BLOCKS if quick else blocks
     if wanted("svd"):
-        svd_section(run, model, quick, whole)
+        asked = [(int(num), int(rank)) for num, rank in (case.split("x") for case in cases.split(",") if case)]
+        svd_section(run, model, asked or (SVD_CASES[:3] if quick else SVD_CASES), whole)
     if wanted("linear"):
         linear_section(run, model, whole)
     if wanted("elementwise"):

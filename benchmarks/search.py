@@ -3,6 +3,7 @@
     python -m benchmarks search evaluations
     python -m benchmarks search evaluations --dtype bfloat16        ours in bfloat16, the original loop in float32
     python -m benchmarks search whole --task pick_verb_5            `compose(method="auto")` against the published recipe
+    python -m benchmarks --base qwen2.5-coder-0.5b --pool runs/qwen search auto     its seconds and its memory alone
 
 20 adapters, 5 examples of an unseen task. The original loop copies the adapters' state dicts, combines them in Python, loads
 the result into a PeftModel and runs the examples with all their logits, once per candidate; its candidates are sums of
@@ -18,7 +19,9 @@ one model in one dtype. Retrieval, which the recipe does without, is left out; `
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -30,7 +33,7 @@ from torch import Tensor
 
 import loraweave as lw
 from benchmarks._models import LIMIT, adapters, base_model, difference, in_peft, mix_in_peft
-from benchmarks._run import Run, Table
+from benchmarks._run import Run, Table, status_bytes
 from benchmarks._timing import Gate, Way, compare, require
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.batches import IGNORED, batch, encode, token_losses
@@ -214,3 +217,30 @@ def whole(
     }
     title = f"{task}, {len(experts)} adapters, {len(unseen.examples)} examples, {dtype}"
     compare(run, title, ways, {"time, as published = 1": (next(iter(ways)), False)}, rounds=5, seconds=120.0)
+
+
+@app.command()
+def auto(
+    context: typer.Context,
+    task: TaskName = "pick_verb_5",
+    dtype: Annotated[Dtype, typer.Option(help="of the base model")] = "bfloat16",
+) -> None:
+    """Seconds and memory of `compose(method="auto")` with all adapters of --pool."""
+    run: Run = context.obj
+    model, tokenizer = lw.load_base(dtype=getattr(torch, dtype))
+    unseen = load_task(run.data, task, run.seed, num_test=0).task
+    pool = lw.ExpertPool([lw.Adapter.from_pretrained(path) for path in run.adapters()])
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    # so that the most memory of this process is counted from here on
+    Path("/proc/self/clear_refs").write_text("5")
+    before, wall, processor = status_bytes("VmRSS"), time.perf_counter(), time.process_time()
+    made = lw.compose(model, tokenizer, pool, unseen, method="auto", seed=run.seed, progress=False)
+    seconds = (time.perf_counter() - wall, time.process_time() - processor)
+    most = status_bytes("VmHWM") - before
+    table = Table(
+        f"{task}, {len(unseen.examples)} examples, {len(pool.names)} adapters, {dtype}, {run.threads} thread(s)",
+        ("base", "weights, MB", "chosen", "seconds", "processor seconds", "memory beyond before, MB", "of the weights"),
+    )
+    cells = (f"{weights / 1e6:.0f}", made.report.chosen, *(f"{each:.0f}" for each in seconds), f"{most / 1e6:.0f}")
+    table.add(model.name_or_path, *cells, f"{most / weights:.2f}")
+    run.show(table)

@@ -129,6 +129,13 @@ def test_how_to_compose_for_an_unseen_task(run_page):
 
 
 @pytest.mark.slow
+def test_how_to_bring_your_own_base(run_page):
+    names = run_page("docs/howto/own_base.md")
+    assert len(names["mixture"].layers) == len(names["engine"].target_layers)
+    assert isinstance(names["refused"], lw.BaseModelMismatch)
+
+
+@pytest.mark.slow
 def test_how_to_use_many_machines(run_page):
     names = run_page("docs/howto/many_machines.md")
     with lw.Hub("adapters") as trained, lw.Hub("shared") as shared:
