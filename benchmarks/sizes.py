@@ -12,6 +12,7 @@ is 1. Decoding reads every weight for a few rows, prefill computes with them. Ea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import product
 from typing import Annotated, Any
 
@@ -58,7 +59,7 @@ def main(
         one, four = (
             kept(
                 run.folder() / f"{name}-{what}-{dtype}-{experts}.json",
-                lambda asked=(name, what, dtype, experts): measured(run, *asked, rows, tokens),
+                partial(measured, run, name, what, dtype, experts, rows, tokens),
             )
             for experts in (1, 4)
         )
