@@ -19,7 +19,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def make_pool():
     spec = importlib.util.spec_from_file_location("make_pool", EXAMPLES / "make_pool.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(EXAMPLES)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -37,6 +39,16 @@ def make_pool():
 def test_an_adapter_has_learned_when_its_score_rose_by_two_standard_errors(before, after, count, expected, make_pool):
     scores = {"zero_shot_test": {"value": before}, "test": {"value": after, "count": count}}
     assert make_pool.learned(scores) is expected
+
+
+def test_all_numbers_below_a_thousand_but_those_of_test_rows_are_learned(make_pool):
+    known = [("7", "seven"), ("1222", "one thousand, two hundred and twenty-two")]
+    rows = dict(make_pool.with_all_numbers(known, test=["30", "101"]))
+    assert rows.keys() == {str(number) for number in range(1000)} - {"30", "101"} | {"1222"}
+    assert {rows[text] for text in ("7", "13", "20", "39", "100", "105", "399", "1222")} == {
+        *("seven", "thirteen", "twenty", "thirty-nine", "one hundred", "one hundred and five"),
+        *("three hundred and ninety-nine", "one thousand, two hundred and twenty-two"),
+    }
 
 
 @pytest.mark.slow
