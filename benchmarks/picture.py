@@ -1,6 +1,6 @@
 """Draws the ways to solve an unseen task, and where a hub pays, from data/unseen.json: two pictures, light and dark.
 
-docs/images/ways-*.svg and docs/images/where-a-hub-pays-*.svg are written by
+docs/images/ways-*.svg, of which ways-narrow-*.svg are for phones, and docs/images/where-a-hub-pays-*.svg are written by
 
 python -m benchmarks picture
 """
@@ -43,29 +43,37 @@ WAYS = (
 def main() -> None:
     """Write both pictures in both themes."""
     for theme in THEMES:
-        console.print(f"written: {draw_ways(theme, FOLDER)}, {draw(theme, FOLDER)}")
+        paths = (draw_ways(theme, FOLDER), draw_ways(theme, FOLDER, narrow=True), draw(theme, FOLDER))
+        console.print(f"written: {', '.join(map(str, paths))}")
 
 
-def draw_ways(theme: str, folder: Path) -> Path:
-    """Write the mean share of right answers of each way, with its interval, in one theme; equal data give equal bytes."""
+def draw_ways(theme: str, folder: Path, *, narrow: bool = False) -> Path:
+    """Write the mean share of right answers of each way, with its interval, in one theme; equal data give equal bytes.
+
+    The narrow picture has a phone's width, and the name of each way above its interval instead of beside it.
+    """
     plt = _pyplot()
     background, ink, _, accent = THEMES[theme]
     table = tables()["unseen, 5 examples, scores"]
     mean = next(
         cells for row in table.rows if (cells := dict(zip(table.columns, row, strict=True)))["task"] == "mean of all"
     )
-    figure, axes = plt.subplots(figsize=(9, 0.45 * len(WAYS) + 0.9), facecolor=background)
-    for place, (_, column) in enumerate(WAYS):
+    size = (4.2, 0.62 * len(WAYS) + 0.9) if narrow else (9, 0.45 * len(WAYS) + 0.9)
+    figure, axes = plt.subplots(figsize=size, facecolor=background)
+    for place, (label, column) in enumerate(WAYS):
         value, low, high = map(float, re.findall(r"[\d.]+", mean[column]))
         colour = accent if column == "auto" else ink
         axes.plot([low, high], [place] * 2, color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
         axes.scatter([value], [place], color=colour, s=70, zorder=2)
         axes.annotate(f"{value:.3f}", (high, place), (8, 0), textcoords="offset points", color=colour, va="center")
-    axes.set_yticks(range(len(WAYS)), [label for label, _ in WAYS])
-    axes.set_ylim(len(WAYS) - 0.5, -0.5)
+        if narrow:
+            axes.text(0, place - 0.42, label, color=colour, va="center")
+    axes.set_yticks([] if narrow else range(len(WAYS)), [] if narrow else [label for label, _ in WAYS])
+    axes.set_ylim(len(WAYS) - 0.5, -0.8 if narrow else -0.5)
     axes.set_xlim(0, 0.65)
-    axes.set_xlabel("share of right answers on unseen tasks, mean and 95 % interval", color=ink)
-    return _written(figure, axes, theme, folder / f"ways-{theme}.svg")
+    about = ("share of right answers on unseen tasks,", "mean and 95 % interval")
+    axes.set_xlabel(("\n" if narrow else " ").join(about), color=ink)
+    return _written(figure, axes, theme, folder / f"ways-{'narrow-' if narrow else ''}{theme}.svg")
 
 
 def draw(theme: str, folder: Path) -> Path:

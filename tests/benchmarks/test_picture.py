@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -29,8 +30,13 @@ def test_the_picture_of_the_ways_has_the_means_of_the_table_and_of_the_readme(tm
     shown = {column: mean[table.columns.index(column)].split()[0] for _, column in picture.WAYS}
     alternative = re.search(r'<img alt="(Mean share[^"]*)"', (ROOT / "README.md").read_text(encoding="utf-8"))[1]
     assert re.findall(r"\d\.\d+", alternative) == list(shown.values())
-    for theme in picture.THEMES:
-        first = picture.draw_ways(theme, tmp_path / "first").read_bytes()
-        assert picture.draw_ways(theme, tmp_path / "second").read_bytes() == first
-        assert all(f">{value}<" in first.decode("utf-8") for value in shown.values())
-        assert (ROOT / "docs" / "images" / f"ways-{theme}.svg").is_file()
+    for theme, narrow in itertools.product(picture.THEMES, (False, True)):
+        path = picture.draw_ways(theme, tmp_path / "first", narrow=narrow)
+        first = path.read_bytes()
+        assert picture.draw_ways(theme, tmp_path / "second", narrow=narrow).read_bytes() == first
+        text = first.decode("utf-8")
+        assert all(f">{value}<" in text for value in shown.values())
+        assert all(f">{label}<" in text for label, _ in picture.WAYS)
+        # in points: a phone shows 390 pixels, of three quarters of a point each
+        assert not narrow or float(re.search(r'width="([\d.]+)pt"', text)[1]) < 390
+        assert (ROOT / "docs" / "images" / path.name).is_file()
