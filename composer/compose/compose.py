@@ -118,10 +118,10 @@ def compose(
     require_model(model)
     if not callable(tokenizer):
         raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is not one")
-    scoring = spreader("scoring", n_jobs)
+    if (scoring := spreader("scoring", n_jobs)) is None:
+        return _compose(model, tokenizer, experts, task, settings, None, progress)
     with crew(n_jobs) as workers:
-        dealt = None if scoring is None else partial(scoring.ScoringWorkers, workers)
-        return _compose(model, tokenizer, experts, task, settings, dealt, progress)
+        return _compose(model, tokenizer, experts, task, settings, partial(scoring.ScoringWorkers, workers), progress)
 
 
 def _compose(
