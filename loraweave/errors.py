@@ -30,7 +30,7 @@ LoraweaveError
 │   ├── AlreadyActive (RuntimeError)      the model is in a state that forbids the call
 │   └── BudgetExceeded (MemoryError)      experts, or a training, that need more bytes than they may
 ├── TrainingError (RuntimeError)          training that cannot start, go on or resume
-├── WorkersFailed (RuntimeError)          workers that cannot be had as asked, or that were lost with a piece of work
+├── WorkersFailed (RuntimeError)          workers that are unavailable, or were lost with a piece of work
 ├── PackageMissing (ImportError)          an optional package; the message has the install command
 ├── PluginFailed (ImportError)            what another package registers and cannot be used
 └── UnknownName (LookupError)             no file of that name in a registry folder
@@ -171,7 +171,7 @@ class TrainingError(LoraweaveError, RuntimeError):
 
 
 class WorkersFailed(LoraweaveError, RuntimeError):
-    """Workers that cannot be had as asked, or that were lost, one after the other, with the same piece of work."""
+    """The workers that `n_jobs` asks for are not available, or several were lost with the same piece of work."""
 
 
 class PackageMissing(LoraweaveError, ImportError):

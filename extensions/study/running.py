@@ -46,7 +46,7 @@ def study(
     functions by name, of an answer and the list of accepted targets, the higher the better. `n_jobs` workers, or those that
     `joblib.parallel_config` names, answer the cells, as one process would (docs/howto/many_machines.md). Raises InvalidTask
     for a file that cannot be followed, and what unknown names, adapters and options raise, before a model is loaded;
-    BaseModelMismatch where `out` has answers of another base, WorkersFailed if workers are lost.
+    BaseModelMismatch where `out` has answers of another base, WorkersFailed if workers are unavailable or lost.
     """
     read = Study.read(study, metrics or {})
     folder = Path(out) if out is not None else read.out
