@@ -55,11 +55,8 @@ class Metrics:
     def stepped(self, num_rows: int) -> None:
         """Count a step of the running batch, and a new token for each row."""
 
-    def ended(self, *, gone: bool) -> None:
-        """Count a row that has ended; `gone` is True if its client disconnected."""
-
-    def timed(self, row: Row) -> None:
-        """Record the times of a row that has ended: of its making, leaving the queue, first token and last token."""
+    def ended(self, row: Row) -> None:
+        """Count a row that has ended, and record its times: of its making, leaving the queue, first and last token."""
 
     def text(self) -> bytes:
         """Return all figures as text."""
@@ -420,8 +417,7 @@ class Scheduler:
         """Release, once, the adapters of rows that have ended."""
         for row in rows:
             if row.over and self._let_go(row):
-                self._metrics.ended(gone=row.gone)
-                self._metrics.timed(row)
+                self._metrics.ended(row)
 
     def _let_go(self, row: Row) -> bool:
         """Release a row's adapters; return False if they were released before."""

@@ -51,8 +51,8 @@ class Counted(Metrics):
     def stepped(self, num_rows):
         self._figures["new_tokens_total"] += num_rows
 
-    def ended(self, *, gone):
-        self._figures[f'rows_total{{gone="{str(gone).lower()}"}}'] += 1
+    def ended(self, row):
+        self._figures[f'rows_total{{gone="{str(row.gone).lower()}"}}'] += 1
 
     def text(self):
         figures = {**self._figures, **{name: read() for name, read in self._watched.items()}}

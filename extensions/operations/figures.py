@@ -75,10 +75,8 @@ class PrometheusMetrics(Metrics):
         self._steps.inc()
         self._new_tokens.inc(num_rows)
 
-    def ended(self, *, gone: bool) -> None:
-        self._ended.labels(str(gone).lower()).inc()
-
-    def timed(self, row: Any) -> None:
+    def ended(self, row: Any) -> None:
+        self._ended.labels(str(row.gone).lower()).inc()
         if not row.tokens:
             # it left, or its time was up, before it had an answer
             return

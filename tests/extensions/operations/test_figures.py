@@ -50,7 +50,7 @@ def test_each_part_of_an_answer_has_a_histogram_of_its_own(make_model, make_adap
 def test_a_row_without_a_token_is_in_no_histogram(make_adapters, make_model, tokenizer):
     metrics = PrometheusMetrics()
     adapters = make_adapters(make_model("llama"), "llama")
-    metrics.timed(heard_rows(tokenizer, adapters)[0].row)
+    metrics.ended(heard_rows(tokenizer, adapters)[0].row)
     assert value(metrics.text().decode(), "answer_seconds_count") == 0
 
 
