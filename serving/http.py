@@ -58,10 +58,8 @@ def loopback_only(app: ASGIApp) -> ASGIApp:
 
         await TrustedHostMiddleware(trust, LOOPBACK_NAMES, www_redirect=False)(scope, receive, drop)
         foreign = Refusal(400, "the Host header names another machine than this one, which serves loopback names alone")
-        if trusted:
-            await app(scope, receive, send)
-        else:
-            await refused(foreign, request_id(Headers(scope=scope).get("x-request-id", "")))(scope, receive, send)
+        number = "" if trusted else request_id(Headers(scope=scope).get("x-request-id", ""))
+        await (app if trusted else refused(foreign, number))(scope, receive, send)
 
     return answer
 

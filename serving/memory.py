@@ -55,6 +55,8 @@ class Experts:
         self._model = model
         self._tokenizer = tokenizer
         self._most = most
+        # the most bytes of an adapter's value in a kernel: on a CPU, factors in half precision may be widened
+        self.copied_bytes = int(max(model.dtype.itemsize, torch.float32.itemsize))
         self._engine: Composer | None = None
         self._num_users: Counter[str] = Counter()
         # by content hash, or a router by its composition's identity; the one loaded longest ago first
@@ -115,11 +117,6 @@ class Experts:
         device, dtype = self._model.device, self._model.dtype
         beside = sum(hook.bytes_beside(adapter, device, dtype) for hook in hook_kinds() if device.type in hook.devices)
         return adapter.num_values * self.value_bytes + int(beside)
-
-    @property
-    def copied_bytes(self) -> int:
-        """The most bytes of an adapter's value in a kernel: on a CPU, factors in half precision may be widened."""
-        return int(max(self._model.dtype.itemsize, torch.float32.itemsize))
 
     @cached_property
     def value_bytes(self) -> int:

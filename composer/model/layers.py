@@ -341,7 +341,8 @@ def use_of(owner: nn.Module, attribute: str) -> Use:
 
     If it does neither, "called": another module may call the layer.
     """
-    reads, others = _uses(type(owner))
+    # mypy takes the hash of a class for that of its instances
+    reads, others = _uses(type(owner))  # type: ignore[arg-type]
     if attribute not in reads:
         return "called"
     return "both" if attribute in others else "read"
