@@ -144,9 +144,8 @@ class Memory:
         num_layers = sum(len(adapter.layers) for served in mixed for adapter in served.all_adapters.values())
         filled = len(sizes) * min(max(sizes, default=0), num_layers * SAVED_CALLS * self._call_values)
         copied = min(len(sizes) * max(sizes, default=0), sum(sizes) + filled)
-        return (
-            copied + sum(size for served in routed.values() for size in self._copied(served))
-        ) * self.experts.copied_bytes
+        copied += sum(size for served in routed.values() for size in self._copied(served))
+        return copied * int(self.experts.copied_bytes)
 
     def _copied(self, served: Any) -> list[int]:
         """Return the most values that a kernel copies for each member of a composition."""

@@ -106,7 +106,7 @@ def test_two_experts_of_one_content_are_each_their_own(tiny_llama, pool, tmp_pat
 
 
 def test_a_folder_without_a_router_is_refused(tmp_path, pool):
-    with pytest.raises(AdapterNotFound, match=r"no router: it has no router\.json, and holds nothing"):
+    with pytest.raises(AdapterNotFound, match=r"is not a router: it has no router\.json, and holds nothing"):
         router(tmp_path)
     with pytest.raises(AdapterNotFound, match="no folder"):
         router(tmp_path / "gone")
