@@ -143,7 +143,7 @@ class Memory:
         sizes = [size for served in mixed for size in self._copied(served) if size]
         num_layers = sum(len(adapter.layers) for served in mixed for adapter in served.all_adapters.values())
         filled = len(sizes) * min(max(sizes, default=0), num_layers * SAVED_CALLS * self._call_values)
-        copied = min(len(sizes) * max(sizes, default=0), sum(sizes) + filled)
+        copied: int = min(len(sizes) * max(sizes, default=0), sum(sizes) + filled)
         copied += sum(size for served in routed.values() for size in self._copied(served))
         return copied * int(self.experts.copied_bytes)
 
