@@ -9,6 +9,7 @@ import socket
 from collections import defaultdict
 from pathlib import Path
 
+import hypothesis
 import pytest
 import shown
 
@@ -38,6 +39,10 @@ from tiny_models import (  # noqa: F401
     trained,
     with_dense_update,
 )
+
+# no test asks how long an example takes
+hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).parents[1]
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
