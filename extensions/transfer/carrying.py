@@ -50,6 +50,7 @@ def transfer(
     steps: Whole = 0,
     lr: Positive = LR,
     seed: Whole = 0,
+    new_tokenizer: Any = None,
     progress: bool = True,
 ) -> Adapter:
     """Return an adapter of the model `old` carried to `new`, with the predicted share of its effect that it keeps.
@@ -77,16 +78,18 @@ def transfer(
     Every fourth prompt judges, alone, and the others teach, in an order that follows from `seed`. Where the steps bring it
     no nearer to those that judge, it stays as it was; `card["transfer"]["learned"]` says so, with the numbers of prompts and
     the loss before and after. `card["transfer"]` has all of these, the way and the bases; `card["recipe"]` has the parent.
-    Scores are not taken over.
+    Scores are not taken over. `tokenizer` is read by both bases: of other vocabularies, `new_tokenizer` has to give the
+    samples the same tokens. A base of another family does not; `distil_adapter` is for it.
 
     Raises AdapterUnsupported for a prediction below `least`, and for more than a plain LoRA of linear layers;
-    BaseModelMismatch for an adapter of another base than `old`, or a vocabulary that lacks tokens; LayerMismatch for layers
+    BaseModelMismatch for an adapter of another base than `old`, or another vocabulary; LayerMismatch for layers
     without a counterpart; InvalidTask for too few samples or prompts; TrainingError for a loss that is not finite;
     WeightingError for settings outside their range.
     """
     settings: dict[str, Any] = {"way": way, "least": least, "ridge": ridge, "rank": rank}
     settings |= {"max_tokens": max_tokens, "steps": steps, "lr": lr, "seed": seed}
     check_options("transfer()", settings, options_of(transfer, after=5))
+    _require_same_tokens(old, new, (tokenizer, new_tokenizer), samples, max_tokens)
     lessons, judges = split(prompts) if steps else ([], list(prompts))
     restored = _restored_layers(adapter, old, new, rank) if way == "auto" else {}
     if way == "auto":
@@ -115,6 +118,22 @@ def transfer(
     parents = [{"hash": adapter.hash, "name": adapter.name}]
     card["recipe"] = {"method": "transfer", "options": settings, "parents": parents}
     return replace(made, card={**card, "transfer": about})
+
+
+def _require_same_tokens(old: Any, new: Any, tokenizers: tuple[Any, Any], samples: GivenRows, max_tokens: int) -> None:
+    way_out = "or use distil_adapter(), which teaches a base of another family what the adapter answers"
+    counts = [model.get_input_embeddings().num_embeddings for model in (old, new)]
+    if tokenizers[1] is not None:
+        rows, others = (text_rows(old, tokenizer, samples, max_tokens) for tokenizer in tokenizers)
+        differing = [number for number, pair in enumerate(zip(rows, others, strict=True), start=1) if pair[0] != pair[1]]
+        if differing:
+            raise BaseModelMismatch(
+                f"the tokenizers read sample {differing[0]} as other tokens: pass one for both, {way_out}"
+            )
+    elif counts[0] != counts[1]:
+        raise BaseModelMismatch(
+            f"the old base has {counts[0]:,} tokens and the new one {counts[1]:,}: pass new_tokenizer=, {way_out}"
+        )
 
 
 def _carried_layers(

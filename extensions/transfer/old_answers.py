@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import eq
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from loraweave.extend.scoring import (
 )
 from loraweave.extend.training import Apart, HeldOut, JobKind, LoraSettings, SharedTraining, require_startable
 
+AskedT = TypeVar("AskedT", bound=Asked)
 # the largest number of tokens of an answer
 MAX_ANSWER = 24
 # prompts that are answered together
@@ -90,7 +91,7 @@ def agreement(tokenizer: Any, one: Sequence[EncodedRow], other: Sequence[Encoded
     return same / len(one)
 
 
-def split(prompts: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
+def split(prompts: Sequence[AskedT]) -> tuple[list[AskedT], list[AskedT]]:
     """Return (prompts that teach, prompts that judge): every fourth judges; prompts equal to a judging one never teach."""
     judges = list(prompts[::JUDGED])
     lessons = [prompt for place, prompt in enumerate(prompts) if place % JUDGED and prompt not in judges]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rounding import unit
+from tiny_models import tokens_of
 from torch import nn
 
 import loraweave as lw
@@ -438,7 +439,12 @@ def test_samples_that_cannot_fit_or_be_read_are_refused(old, make_model, adapter
         transfer(adapter(), old, old, tokenizer, ["abc"])
     small = changed(make_model("llama", dtype=torch.float64, vocab_size=20), lambda new: None)
     with pytest.raises(BaseModelMismatch, match=r"token 2\d, but the new base's vocabulary has 20"):
+        carry(adapter(), old, small, tokenizer, new_tokenizer=tokenizer)
+    with pytest.raises(BaseModelMismatch, match=r"61 tokens and the new one 20: pass new_tokenizer=.*distil_adapter\(\)"):
         carry(adapter(), old, small, tokenizer)
+    other = tokens_of(["<pad>", "<s>", "</s>", "<unk>", *reversed("abcdefghijklmnopqrstuvwxyz \n:,.?")], unk_token="<unk>")
+    with pytest.raises(BaseModelMismatch, match=r"read sample 1 as other tokens.*distil_adapter\(\)"):
+        carry(adapter(), old, old, tokenizer, new_tokenizer=other)
     with pytest.raises(WeightingError, match="least=2"):
         carry(adapter(), old, old, tokenizer, least=2)
     with pytest.raises(WeightingError, match="'activations'"):
