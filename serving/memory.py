@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,12 +93,12 @@ class Experts:
         """Return the bytes of all adapters of a composition."""
         return sum(map(self.bytes_of, served.all_adapters.values()))
 
-    def used_bytes(self, compositions: Iterable[Served]) -> int:
-        """Return the bytes of the loaded adapters and routers that are in use, and of those that compositions need."""
+    def used_bytes(self, rows: Sequence[Any]) -> int:
+        """Return the bytes of the loaded adapters and routers that are in use, and of those that rows need."""
         with self._lock:
             sizes = {key: loaded.size for key, loaded in self._loaded.items() if self._num_users[key]}
-        for served in compositions:
-            sizes |= {key: self._size(served, key) for key in served.needs if key not in sizes}
+        for row in rows:
+            sizes |= {key: self._size(row.served, key) for key in row.served.needs if key not in sizes}
         return sum(sizes.values())
 
     def missing_bytes(self, adapters: Collection[Adapter], num_values: int) -> int:

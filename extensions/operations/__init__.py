@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from loraweave.extend import lazy
 
 if TYPE_CHECKING:
-    from loraweave.extensions.operations.admission import Budgets, Memory, StepTimes
+    from loraweave.extensions.operations.admission import Budgets, StepTimes
     from loraweave.extensions.operations.figures import PrometheusMetrics
     from loraweave.extensions.operations.prefixes import KeptPrefixes
     from loraweave.extensions.operations.requests import observed
@@ -19,11 +19,11 @@ else:
     __getattr__ = lazy(
         __name__,
         {
-            f"{__name__}.admission": "Budgets Memory StepTimes",
+            f"{__name__}.admission": "Budgets StepTimes",
             f"{__name__}.figures": "PrometheusMetrics",
             f"{__name__}.prefixes": "KeptPrefixes",
             f"{__name__}.requests": "observed",
         },
     )
 
-__all__ = ["Budgets", "KeptPrefixes", "Memory", "PrometheusMetrics", "StepTimes", "observed"]
+__all__ = ["Budgets", "KeptPrefixes", "PrometheusMetrics", "StepTimes", "observed"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -34,11 +34,37 @@ Ranks = dict[tuple[int, int], tuple[int, int]]
 
 
 class Budgets(Admission):
-    """A policy that keeps a server's memory (bytes) and step times (seconds) within limits; infinite ones delay no row."""
+    """A policy that keeps a server's memory (bytes) and step times (seconds) within limits; infinite ones delay no row.
+
+    Running rows, kept prefixes and compositions share `max_bytes`: the limit `memory_bytes`, or for 0 three quarters of what
+    is free now. Running rows, and compositions that requests use or that are being made, come first. Kept prefixes and
+    adapters that nobody uses make room for them, the least recently used first. An adapter counts as it was read or merged,
+    in fp32, and once more if the engine keeps a copy.
+
+    Each prompt of a row counts with the longest length of all beside it, answer included, since a batch is padded; and with
+    its mixture's factors, which the batch's kernels copy. Bytes are only added up: the common budget is S-LoRA's (Sheng et
+    al. 2024, arXiv 2311.03285), without its paged memory. One thread makes room; any thread may ask whether there is.
+    """
 
     def __init__(self, model: Any, limits: Limits, prefixes: Any, experts: Any, step_times: StepTimes | None = None) -> None:
         self._limits = limits
-        self.memory = Memory(model, limits.memory_bytes, prefixes, experts)
+        self._prefixes, self._experts = prefixes, experts
+        config = model.config.get_text_config()
+        size = head_size(config)
+        if size is None and 0 < limits.memory_bytes < math.inf:
+            raise CompositionError(
+                "memory_bytes needs a model whose config has the number and the size of its attention heads"
+            )
+        self.max_bytes, self.token_bytes = math.inf, 0
+        if size is not None:
+            self.max_bytes = limits.memory_bytes or FREE_SHARE * free_bytes(model)
+            kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            self.token_bytes = int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)
+        # by composition: the numbers of values that members' kernels copy, and of its adapters' layers
+        self._sizes: WeakKeyDictionary[Any, tuple[list[int], int]] = WeakKeyDictionary()
+        # the number of values whose copy costs what a kernel's call does
+        rates = Workload(*6 * (1,), itemsize=model.dtype.itemsize, device=model.device.type).rates
+        self._call_values = math.ceil(rates.s_per_call / rates.s_per_byte / model.dtype.itemsize)
         self._step_times: StepTimes | None = None
         if limits.token_seconds < math.inf:
             self._step_times = step_times or StepTimes(model.dtype.itemsize, model.device.type)
@@ -46,67 +72,22 @@ class Budgets(Admission):
         self.lets_pass = self._step_times is not None
 
     def figures(self, running: Callable[[], Sequence[Any]]) -> dict[str, Callable[[], int]]:
-        memory, experts = self.memory, self.memory.experts
         return {
-            "expert_bytes": lambda: sum(experts.loaded_sizes(merges=False)),
-            "merge_bytes": lambda: sum(experts.loaded_sizes(merges=True)),
-            "row_bytes": lambda: memory.of_batch(running()),
+            "expert_bytes": lambda: sum(self._experts.loaded_sizes(merges=False)),
+            "merge_bytes": lambda: sum(self._experts.loaded_sizes(merges=True)),
+            "row_bytes": lambda: self.of_batch(running()),
             "making_bytes": lambda: int(self.reserved),
-            "merges": lambda: len(experts.loaded_sizes(merges=True)),
-            "prefixes": lambda: memory.prefixes.num_kept,
+            "merges": lambda: len(self._experts.loaded_sizes(merges=True)),
+            "prefixes": lambda: self._prefixes.num_kept,
         }
 
     def require_possible(self, row: Any) -> None:
-        self.memory.require("the answer and its adapters", self.memory.alone(row))
+        self._require("the answer and its adapters", self.of_batch([row]) + int(self._experts.size_of(row.served)))
 
     def require_loadable(self, num_bytes: int, num_tokens: int) -> None:
-        self.memory.require("the composition and its answer", num_bytes + num_tokens * self.memory.token_bytes)
+        self._require("the composition and its answer", num_bytes + num_tokens * self.token_bytes)
 
-    def has_room(self, rows: Sequence[Any], num_bytes: int = 0) -> bool:
-        return self.memory.has_room(rows, self.reserved + num_bytes)
-
-    def make_room(self, rows: Sequence[Any]) -> None:
-        self.memory.make_room(rows, self.reserved)
-
-    def is_quick(self, rows: Sequence[Any]) -> bool:
-        return self._step_times is None or self._step_times.predict(rows) <= self._limits.token_seconds
-
-    def saw(self, rows: Sequence[Any], seconds: float) -> None:
-        if self._step_times is not None:
-            self._step_times.saw(rows, seconds)
-
-
-class Memory:
-    """A budget of `max_bytes` (0: three quarters of what is free now) for running rows, kept prefixes and compositions.
-
-    Running rows, and compositions that requests use or that are being made, come first. Kept prefixes and adapters that
-    nobody uses make room for them, the least recently used first. An adapter counts as it was read or merged, in fp32, and
-    once more if the engine keeps a copy.
-
-    Each prompt of a row counts with the longest length of all beside it, answer included, since a batch is padded; and with
-    its mixture's factors, which the batch's kernels copy. Bytes are only added up: the common budget is S-LoRA's (Sheng et
-    al. 2024, arXiv 2311.03285), without its paged memory. One thread makes room; any thread may ask whether there is.
-    """
-
-    def __init__(self, model: Any, max_bytes: float, prefixes: Any, experts: Any) -> None:
-        config = model.config.get_text_config()
-        size = head_size(config)
-        if size is None and 0 < max_bytes < math.inf:
-            raise CompositionError(
-                "memory_bytes needs a model whose config has the number and the size of its attention heads"
-            )
-        self.max_bytes, self.token_bytes = math.inf, 0
-        if size is not None:
-            self.max_bytes = max_bytes or FREE_SHARE * free_bytes(model)
-            kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            self.token_bytes = int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)
-        self.prefixes, self.experts = prefixes, experts
-        # the numbers of values that members' kernels copy, by composition; and of those that cost what a call does
-        self._sizes: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
-        rates = Workload(*6 * (1,), itemsize=model.dtype.itemsize, device=model.device.type).rates
-        self._call_values = math.ceil(rates.s_per_call / rates.s_per_byte / model.dtype.itemsize)
-
-    def require(self, what: str, num_bytes: float) -> None:
+    def _require(self, what: str, num_bytes: float) -> None:
         """Raise Refusal (413) if `what` needs more than there is in all."""
         if num_bytes > self.max_bytes:
             raise Refusal(
@@ -116,70 +97,81 @@ class Memory:
                 code="memory_exceeded",
             )
 
-    def alone(self, row: Any) -> int:
-        """Return the bytes that one row needs, for keys, values, adapters and kernels."""
-        return self.of_batch([row]) + int(self.experts.size_of(row.served))
-
     def needed(self, rows: Sequence[Any]) -> int:
-        """Return the bytes of these rows' keys, values and kernels, and of their adapters and all others in use."""
-        return self.of_batch(rows) + int(self.experts.used_bytes(row.served for row in rows))
+        """Return the bytes of these rows, of their adapters and all others in use, and those reserved."""
+        return self.of_batch(rows) + int(self._experts.used_bytes(rows)) + self.reserved
+
+    def of_batch(self, rows: Sequence[Any]) -> int:
+        """Return the most bytes that exist while these rows run, and no longer: keys and values, and what kernels copy."""
+        return self._states(rows) + self._kernels(rows)
 
     def _states(self, rows: Sequence[Any]) -> int:
         """Return the bytes of the keys and values of these rows in one batch, each at the longest length."""
         return sum(len(row.prompts) for row in rows) * max((row.longest for row in rows), default=0) * self.token_bytes
 
-    def of_batch(self, rows: Sequence[Any]) -> int:
-        """Return the most bytes that exist while these rows run, and no longer: keys and values, and what kernels copy."""
-        return self._states(rows) + self._kernels([row.served for row in rows])
-
-    def _kernels(self, compositions: Sequence[Any]) -> int:
-        """Return the most bytes that the engine's kernels take for a batch of these, and for those of their routers.
+    def _kernels(self, rows: Sequence[Any]) -> int:
+        """Return the most bytes that the engine's kernels take for a batch of these rows, and for those of their routers.
 
         Kernels copy factors, once for each prompt at most; one fills them up to the largest rank, and one multiplies them
         out, where that saves more calls than it costs.
         """
-        routed = {served.identity: served for served in compositions if served.router is not None}
-        mixed = [served for served in compositions if served.router is None]
-        sizes = [size for served in mixed for size in self._copied(served) if size]
-        num_layers = sum(len(adapter.layers) for served in mixed for adapter in served.all_adapters.values())
-        filled = len(sizes) * min(max(sizes, default=0), num_layers * SAVED_CALLS * self._call_values)
-        copied: int = min(len(sizes) * max(sizes, default=0), sum(sizes) + filled)
-        copied += sum(size for served in routed.values() for size in self._copied(served))
-        return copied * int(self.experts.copied_bytes)
+        routed: dict[str, int] = {}
+        sizes: list[int] = []
+        num_layers = 0
+        for row in rows:
+            copied, layers = self._copied(row.served)
+            if row.served.router is not None:
+                routed[row.served.identity] = sum(copied)
+            else:
+                sizes += filter(None, copied)
+                num_layers += layers
+        largest = max(sizes, default=0)
+        filled = len(sizes) * min(largest, num_layers * SAVED_CALLS * self._call_values)
+        num_values = min(len(sizes) * largest, sum(sizes) + filled) + sum(routed.values())
+        return num_values * int(self._experts.copied_bytes)
 
-    def _copied(self, served: Any) -> list[int]:
-        """Return the most values that a kernel copies for each member of a composition."""
+    def _copied(self, served: Any) -> tuple[list[int], int]:
+        """Return the most values that a kernel copies for each member of a composition, and the layers of all adapters."""
         if served not in self._sizes:
-            self._sizes[served] = []
+            sizes = []
             for member in served.members:
-                by_layer: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+                # of each layer, the values of the factors and of their product
+                few: Counter[str] = Counter()
+                full: dict[str, int] = {}
                 for adapter in member.adapters.values():
                     for layer, factors in adapter.layers.items():
-                        by_layer[layer][0] += sum(tensor.numel() for tensor in factors.tensors().values())
-                        by_layer[layer][1] = factors.a_RI.shape[1] * factors.b_OR.shape[0]
-                size = sum(max(few, full * (full <= few + self._call_values)) for few, full in by_layer.values())
-                self._sizes[served].append(size)
+                        few[layer] += sum(tensor.numel() for tensor in factors.tensors().values())
+                        full[layer] = factors.a_RI.shape[1] * factors.b_OR.shape[0]
+                sizes.append(
+                    sum(max(few[layer], size * (size <= few[layer] + self._call_values)) for layer, size in full.items())
+                )
+            self._sizes[served] = sizes, sum(len(adapter.layers) for adapter in served.all_adapters.values())
         return self._sizes[served]
 
     @property
     def _kept(self) -> int:
-        return int(self.prefixes.kept_bytes + sum(loaded.size for loaded in self.experts.unused().values()))
+        return int(self._prefixes.kept_bytes + sum(loaded.size for loaded in self._experts.unused().values()))
 
     def has_room(self, rows: Sequence[Any], num_bytes: int = 0) -> bool:
-        """Return True if the rows and `num_bytes` more fit once what is kept unused is dropped."""
         return self.max_bytes == math.inf or self.needed(rows) + num_bytes <= self.max_bytes
 
-    def make_room(self, rows: Sequence[Any], num_bytes: int = 0) -> None:
-        """Drop kept prefixes and unused adapters, least recently used first, until the rest fits beside rows and bytes."""
+    def make_room(self, rows: Sequence[Any]) -> None:
         if self.max_bytes == math.inf:
             # nothing is added up at each step of a server without a limit
             return
-        spare = self.max_bytes - self.needed(rows) - num_bytes
+        spare = self.max_bytes - self.needed(rows)
         while self._kept > spare:
-            adapter = min((loaded.last_use for loaded in self.experts.unused().values()), default=math.inf)
-            if self.prefixes.oldest == adapter == math.inf:
+            adapter = min((loaded.last_use for loaded in self._experts.unused().values()), default=math.inf)
+            if self._prefixes.oldest == adapter == math.inf:
                 return
-            (self.experts if adapter < self.prefixes.oldest else self.prefixes).drop_oldest()
+            (self._experts if adapter < self._prefixes.oldest else self._prefixes).drop_oldest()
+
+    def is_quick(self, rows: Sequence[Any]) -> bool:
+        return self._step_times is None or self._step_times.predict(rows) <= self._limits.token_seconds
+
+    def saw(self, rows: Sequence[Any], seconds: float) -> None:
+        if self._step_times is not None:
+            self._step_times.saw(rows, seconds)
 
 
 def free_bytes(model: Any) -> float:

@@ -22,7 +22,7 @@ from served_rows import (
 
 import loraweave as lw
 from loraweave.errors import CompositionError
-from loraweave.extensions.operations import Budgets, KeptPrefixes, Memory, StepTimes
+from loraweave.extensions.operations import Budgets, KeptPrefixes, StepTimes
 from loraweave.serving.batch import Row, Sampling
 from loraweave.serving.limits import Limits, Refusal
 from loraweave.serving.scheduler import MOST_PASSED, Metrics, Scheduler
@@ -72,17 +72,17 @@ def test_rows_kept_beginnings_and_adapters_share_one_budget(setting, tokenizer, 
     # and the kernels' own in float64, too: a layer's matrix is so small that it may be multiplied out
     full = sum(layer.a_RI.shape[1] * layer.b_OR.shape[0] for layer in engine.pool["a"].layers.values())
     expected = rows[0].row.longest * token_bytes + sizes["a"] + 8 * full
-    assert scheduler._admission.memory.needed([rows[0].row]) == expected
-    used, memory, prefixes, experts = [], scheduler._admission.memory, scheduler._prefixes, scheduler.experts
+    assert scheduler._admission.needed([rows[0].row]) == expected
+    used, budgets, prefixes, experts = [], scheduler._admission, scheduler._prefixes, scheduler.experts
     hook = engine.model.register_forward_pre_hook(
-        lambda module, args: used.append(memory.needed(scheduler._running) + prefixes.kept_bytes + unused_bytes(experts))
+        lambda module, args: used.append(budgets.needed(scheduler._running) + prefixes.kept_bytes + unused_bytes(experts))
     )
     for each in rows:
         scheduler.submit([each.row])
     wait_for(rows)
     hook.remove()
     scheduler.close()
-    scheduler._admission.memory.make_room([])
+    scheduler._admission.make_room([])
     assert max(used) <= scheduler._limits.memory_bytes
     assert scheduler._prefixes.kept_bytes + unused_bytes(scheduler.experts) <= scheduler._limits.memory_bytes
     for start in range(0, len(rows), len(MIXTURES)):
@@ -116,7 +116,7 @@ def test_kernels_of_a_batch_take_no_more_bytes_than_are_counted_and_are_gone_aft
 
     join(batch, experts, heard)
     finish(batch)
-    most = Memory(model, 1, KeptPrefixes(0), experts)._kernels([each.row.served for each in heard])
+    most = Budgets(model, Limits(memory_bytes=1), KeptPrefixes(0), experts)._kernels([each.row for each in heard])
     # the prompts, and three steps of which each has kernels
     assert len(seen) >= 2
     assert min(seen) > 0
@@ -145,8 +145,8 @@ def test_what_was_used_longest_ago_makes_room_first_whatever_it_is(setting, toke
     order = []
     while prefixes.kept_bytes + unused_bytes(experts):
         before = set(experts.loaded)
-        memory = Memory(engine.model, prefixes.kept_bytes + unused_bytes(experts) - 1, prefixes, experts)
-        memory.make_room([])
+        limits = Limits(memory_bytes=prefixes.kept_bytes + unused_bytes(experts) - 1)
+        Budgets(engine.model, limits, prefixes, experts).make_room([])
         gone = before.difference(experts.loaded)
         order.append(by_content[gone.pop()] if gone else "beginning")
     assert order == ["a", "beginning", "b"]

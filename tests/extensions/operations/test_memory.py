@@ -49,7 +49,7 @@ def account(client):
     engine = scheduler.experts._engine
     copied = 0 if engine is None else sum(plan.num_bytes for plan in list(engine._plans._plans.values()))
     loaded = sum(each.size for each in scheduler.experts._loaded.values())
-    states = scheduler._admission.memory._states(scheduler._running)
+    states = scheduler._admission._states(scheduler._running)
     return loaded + copied + states + scheduler._admission.reserved + scheduler._prefixes.kept_bytes
 
 
@@ -174,4 +174,4 @@ def test_a_merge_has_no_more_values_than_were_counted_before(tmp_path, make_mode
 def test_by_default_it_is_three_quarters_of_what_is_free(serve, monkeypatch):
     monkeypatch.setattr("loraweave.extensions.operations.admission.free_host_bytes", lambda: 4_000_000)
     with serve() as client:
-        assert client.face.scheduler._admission.memory.max_bytes == 3_000_000
+        assert client.face.scheduler._admission.max_bytes == 3_000_000
