@@ -165,6 +165,15 @@ def base_config(base: Any) -> Any:
     )
 
 
+def head_size(config: object) -> int | None:
+    """Return the number of outputs of one attention head, from a transformers model's config; None if unknown."""
+    text = getattr(config, "text_config", config)
+    size, hidden, heads = (getattr(text, name, None) for name in ("head_dim", "hidden_size", "num_attention_heads"))
+    if size is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        size = hidden // heads
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def base_id(model: Any) -> str:
     """Return the id or folder that a model was loaded from, which adapters record as their base; "" if unknown."""
     return str(getattr(model, "name_or_path", "") or "")

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loraweave.common.checks import is_whole
 from loraweave.errors import AdapterUnsupported, LayerMismatch
 from loraweave.types import Factors, Kind
 
@@ -127,12 +126,3 @@ def as_base_layer(name: str, module: nn.Module) -> BaseLayer | None:
             inputs = int(module.weight[0].numel())
             return BaseLayer(name, module, int(module.out_channels), inputs, kind="conv", kernel=kernel)
     return None
-
-
-def head_size(config: object) -> int | None:
-    """Return the number of outputs of one attention head, from a transformers model's config; None if unknown."""
-    text = getattr(config, "text_config", config)
-    size, hidden, heads = (getattr(text, name, None) for name in ("head_dim", "hidden_size", "num_attention_heads"))
-    if size is None and is_whole(hidden, 0) and is_whole(heads, 1):
-        size = hidden // heads
-    return size if is_whole(size, 1) else None

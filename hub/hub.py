@@ -154,14 +154,20 @@ class Hub(CompositionShelf):
 
         Raises AdapterQuarantined if the adapter is in quarantine, unless `quarantined` permits it.
         """
+        from loraweave.hub.stores.blobs import stored_adapter
 
-        def find() -> rows.Row:
-            row = self._row(name) if version is None else self._version_row(name, version)
+        failed = None
+        while True:
+            row = self._row(name, version)
             if row.record.quarantined and not quarantined:
                 raise rows.in_quarantine(row.record)
-            return row
-
-        return self._open(find)
+            try:
+                return stored_adapter(self._blobs, row)
+            except HubError:
+                # a blob may be collected before it is mapped, and the row has another by then, or is gone
+                if row == failed:
+                    raise
+                failed = row
 
     def rollback(self, name: str, version: int) -> Record:
         """Add a new version with the content and fields of an earlier one; return its record. The history stays whole."""
@@ -250,7 +256,8 @@ class Hub(CompositionShelf):
 
         Raises BaseModelMismatch if the adapter was made for another model, LayerMismatch if a layer does not fit.
         """
-        from loraweave.hub.stores.storing import bound_record, stored_adapter
+        from loraweave.hub.stores.blobs import stored_adapter
+        from loraweave.hub.stores.storing import bound_record
 
         with self._catalogue.writing(f"binding adapter {name!r} to a base model") as connection:
             row = self._require_row(connection, name)
@@ -375,21 +382,6 @@ class Hub(CompositionShelf):
                 f"{adapter.hash[:12]} now; make the pool again"
             )
         return adapter
-
-    def _open(self, find: Callable[[], rows.Row]) -> Adapter:
-        """Return the adapter of the row that `find` reads; try again if the blob is collected before it is mapped."""
-        from loraweave.hub.stores.storing import stored_adapter
-
-        row = find()
-        while True:
-            try:
-                return stored_adapter(self._blobs, row)
-            except HubError:
-                # a changed row has another blob, and `find` raises for a removed one: only an unchanged row is damaged
-                current = find()
-                if current == row:
-                    raise
-                row = current
 
 
 def _absolute(place: str | Path) -> str:

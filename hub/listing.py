@@ -160,13 +160,10 @@ class Listing:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._catalogue.where!r})"
 
-    def _row(self, name: str) -> rows.Row:
+    def _row(self, name: str, version: int | None = None) -> rows.Row:
         with self._catalogue.reading() as connection:
-            return self._require_row(connection, name)
-
-    def _version_row(self, name: str, version: int) -> rows.Row:
-        with self._catalogue.reading() as connection:
-            return versions.chosen(connection, self._require_row(connection, name), version)
+            row = self._require_row(connection, name)
+            return row if version is None else versions.chosen(connection, row, version)
 
     def _require_row(self, connection: Connection, name: str) -> rows.Row:
         """Return the row with that name. Raises AdapterNotFound, with near misses."""

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +26,10 @@ import loraweave.registry as registry
 from loraweave.common.files import file_digest
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._files import KeptFile, KeptFiles
+from loraweave.hub.stores.folder_blobs import LISTED, file_bytes, listed, reading_blob, without_files
+from loraweave.hub.stores.protocols import BlobStore
+from loraweave.hub.tables.rows import Row
 from loraweave.lowrank.algebra import on_host
 from loraweave.types import Factors
 
@@ -102,6 +107,24 @@ def read_blob(path: Path, who: str) -> Blob:
     # a damaged ternary stream is AdapterCorrupt, hence a ValueError, already, but does not know the file
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise AdapterCorrupt(f"{who}: blob {path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
+    """Return the adapter of a row, its tensors mapped from the blob. Raises AdapterCorrupt for a damaged or missing blob."""
+    record = row.record
+    who = f"adapter {record.name!r}"
+    with reading_blob(blobs, record.hash, who):
+        blob = read_blob(blobs.local(record.hash, row.blob.file_sha256, who), who)
+    card: Mapping[str, Any] = record.card
+    files: Mapping[str, bytes] = {}
+    if LISTED in card:
+        table = {name: KeptFile(*entry, partial(file_bytes, blobs, entry[0], who)) for name, entry in listed(record).items()}
+        card, files = without_files(card), KeptFiles(table)
+    parts = record.base_model, blob.layers, record.fingerprint, card, blob.heads, files, blob.invocation
+    adapter = Adapter(record.name, *parts)
+    # the file has the sha256 recorded with this hash, so that the hash need not be computed again
+    vars(adapter)["hash"] = record.hash
+    return adapter
 
 
 def examine_blob(path: Path, expected_hash: str) -> tuple[str, int, Mapping[str, Any]]:

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from loraweave.common.files import storage_errors
@@ -12,13 +11,11 @@ from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import Parts, base_key, model_of, require_same_base
 from loraweave.hub.base_layer import base_layer, expert_matrix
-from loraweave.hub.formats._files import KeptFile, KeptFiles
-from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
-from loraweave.hub.stores.folder_blobs import LISTED, file_bytes, listed, put_files, reading_blob, without_files
+from loraweave.hub.stores.blobs import blob_bytes, examine_blob
+from loraweave.hub.stores.folder_blobs import LISTED, listed, put_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.fields import OWN_FIELDS
-from loraweave.hub.tables.rows import Row
 from loraweave.types import Record
 
 
@@ -219,24 +216,6 @@ def put_content(
         content: rows.BlobRow(content, digest, size_bytes)
         for content, digest, size_bytes in zip(missing, digests_of, sizes, strict=True)
     }
-
-
-def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
-    """Return the adapter of a row, its tensors mapped from the blob. Raises AdapterCorrupt for a damaged or missing blob."""
-    record = row.record
-    who = f"adapter {record.name!r}"
-    with reading_blob(blobs, record.hash, who):
-        blob = read_blob(blobs.local(record.hash, row.blob.file_sha256, who), who)
-    card: Mapping[str, Any] = record.card
-    files: Mapping[str, bytes] = {}
-    if LISTED in card:
-        table = {name: KeptFile(*entry, partial(file_bytes, blobs, entry[0], who)) for name, entry in listed(record).items()}
-        card, files = without_files(card), KeptFiles(table)
-    parts = record.base_model, blob.layers, record.fingerprint, card, blob.heads, files, blob.invocation
-    adapter = Adapter(record.name, *parts)
-    # the file has the sha256 recorded with this hash, so that the hash need not be computed again
-    vars(adapter)["hash"] = record.hash
-    return adapter
 
 
 def bound_record(record: Record, adapter: Adapter, model: Any) -> Record:

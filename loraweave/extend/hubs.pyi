@@ -24,6 +24,7 @@ from loraweave.hub.sources import Repository as Repository
 from loraweave.hub.sources import model_hub_client as model_hub_client
 from loraweave.hub.stores.blobs import examine_blob as examine_blob
 from loraweave.hub.stores.blobs import put_together as put_together
+from loraweave.hub.stores.blobs import stored_adapter as stored_adapter
 from loraweave.hub.stores.blobs import take_apart as take_apart
 from loraweave.hub.stores.catalogue import state_row as state_row
 from loraweave.hub.stores.folder_blobs import FolderBlobs as FolderBlobs
@@ -42,7 +43,6 @@ from loraweave.hub.stores.protocols import VectorSearch as VectorSearch
 from loraweave.hub.stores.storing import Prepared as Prepared
 from loraweave.hub.stores.storing import put_content as put_content
 from loraweave.hub.stores.storing import recorded_blob as recorded_blob
-from loraweave.hub.stores.storing import stored_adapter as stored_adapter
 from loraweave.hub.stores.storing import usable_blob as usable_blob
 from loraweave.hub.stores.verify import blob_problems as blob_problems
 from loraweave.hub.tables import rows as rows

@@ -12,6 +12,7 @@ from loraweave.hub.base import Parts as Parts
 from loraweave.hub.base import base_config as base_config
 from loraweave.hub.base import base_id as base_id
 from loraweave.hub.base import fast_dtype as fast_dtype
+from loraweave.hub.base import head_size as head_size
 from loraweave.hub.base import require_model as require_model
 from loraweave.hub.base import require_same_base as require_same_base
 from loraweave.hub.base import rounded_samples as rounded_samples
@@ -22,7 +23,6 @@ from loraweave.hub.base_layer import ExpertMatrix as ExpertMatrix
 from loraweave.hub.base_layer import as_base_layer as as_base_layer
 from loraweave.hub.base_layer import base_layer as base_layer
 from loraweave.hub.base_layer import expert_matrix as expert_matrix
-from loraweave.hub.base_layer import head_size as head_size
 from loraweave.hub.base_layer import missing_layer as missing_layer
 from loraweave.hub.base_reference import BaseReference as BaseReference
 from loraweave.hub.base_reference import base_loader as base_loader
