@@ -37,7 +37,6 @@ from loraweave.errors import CompositionError, HubError
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores.open_stores import hub_exists
 from loraweave.serving.batch import Sampling
-from loraweave.serving.exchange import Exchange
 from loraweave.serving.http import (
     Bodies,
     EventStream,
@@ -50,11 +49,10 @@ from loraweave.serving.http import (
     require_loopback,
     unless_gone,
 )
-from loraweave.serving.keys import KeyHolder, Keys, read_keys
-from loraweave.serving.limits import Limits, Refusal, Turns
+from loraweave.serving.limits import KeyHolder, Keys, Limits, Refusal, Turns, read_keys
 from loraweave.serving.names import Names, Served, Wanted
 from loraweave.serving.prompts import Given, Prompts
-from loraweave.serving.requests import Answer, Asked, ChatRequest, CompletionRequest
+from loraweave.serving.requests import Answer, Asked, ChatRequest, CompletionRequest, Exchange
 from loraweave.serving.scheduler import Metrics, Scheduler, too_busy
 
 logger = logging.getLogger(__name__)
@@ -316,11 +314,11 @@ class Face:
             raise Refusal(400, f"{count} answers are asked for, above the limit of {self._limits.choices}", param="n")
         exchange.num_counted = holder.take_rows(count, exchange.num_counted)
         wanted = await self._wanted(asked.model, inputs.text, deadline)
-        num_tokens = max(map(len, inputs.ids)) + min(asked.new_tokens or self._limits.new_tokens, self._limits.new_tokens)
+        num_tokens = max(map(len, inputs.ids)) + min(asked.max_tokens or self._limits.new_tokens, self._limits.new_tokens)
         served = await self._served(wanted, num_tokens, deadline, holder)
         try:
             prompts = await self._asked(inputs, served, deadline, holder)
-            num_new = self._prompts.num_new(prompts, asked.new_tokens, asked.usual_tokens, self._limits.new_tokens)
+            num_new = self._prompts.num_new(prompts, asked.max_tokens, asked.usual_tokens, self._limits.new_tokens)
             for of_members in prompts:
                 for number in range(num_answers):
                     exchange.add(of_members, served, asked.sampling(num_new, number, served.stops), deadline)

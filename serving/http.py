@@ -69,16 +69,14 @@ class Bodies:
 
     def __init__(self, most: int) -> None:
         self._most = most
+        # of all bodies that are being read, and of each
+        self.num_bytes = 0
         self._reading: dict[asyncio.Timeout, int] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        """The bytes of all bodies that are being read."""
-        return sum(self._reading.values())
 
     def add(self, timer: asyncio.Timeout, num_bytes: int) -> None:
         """Count more bytes of the body that is read until `timer` ends."""
         self._reading[timer] = self._reading.get(timer, 0) + num_bytes
+        self.num_bytes += num_bytes
         while self.num_bytes > self._most:
             first = next(iter(self._reading))
             self.end(first)
@@ -88,7 +86,7 @@ class Bodies:
 
     def end(self, timer: asyncio.Timeout) -> None:
         """Count a body no longer."""
-        self._reading.pop(timer, None)
+        self.num_bytes -= self._reading.pop(timer, 0)
 
 
 async def read_body(request: Request, limits: Limits, bodies: Bodies | None = None) -> bytes:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ class Experts:
     Adapters are known by content hash: the hub may give a name to another adapter while a row still runs with the first.
     A router needs a pool of exactly its own adapters, so it has a Composer of its own, kept with its composition.
     Compositions are known by identity while their adapters are loaded, at most `most` of them.
-    Any thread may call `load`, `has`, `hold`, `pin` and `release`; the other methods are for the thread that runs the model.
+    Any thread may call `load`, `hold`, `pin`, `take` and `release`; the other methods are for the model's own thread.
     """
 
     def __init__(self, model: Any, tokenizer: Any, most: int) -> None:
@@ -57,6 +56,9 @@ class Experts:
         self._most = most
         # the most bytes of an adapter's value in a kernel: on a CPU, factors in half precision may be widened
         self.copied_bytes = int(max(model.dtype.itemsize, torch.float32.itemsize))
+        # the bytes of a loaded adapter's value: the engine copies no value of fp32 on a CPU
+        is_copied = model.device.type != "cpu" or model.dtype != torch.float32
+        self._value_bytes = int(torch.float32.itemsize + is_copied * model.dtype.itemsize)
         self._engine: Composer | None = None
         self._num_users: Counter[str] = Counter()
         # by content hash, or a router by its composition's identity; the one loaded longest ago first
@@ -89,10 +91,6 @@ class Experts:
             if unused:
                 self._drop(min(unused, key=lambda key: unused[key]))
 
-    def size_of(self, served: Served) -> int:
-        """Return the bytes of all adapters of a composition."""
-        return sum(map(self.bytes_of, served.all_adapters.values()))
-
     def used_bytes(self, rows: Sequence[Any]) -> int:
         """Return the bytes of the loaded adapters and routers that are in use, and of those that rows need."""
         with self._lock:
@@ -106,29 +104,22 @@ class Experts:
         with self._lock:
             missing = {adapter.hash: adapter for adapter in adapters if adapter.hash not in self._loaded}
         copied = (num_values or sum(adapter.num_values for adapter in adapters)) * self.copied_bytes
-        return sum(map(self.bytes_of, missing.values())) + num_values * self.value_bytes + copied
+        return self.bytes_of(missing.values()) + num_values * self._value_bytes + copied
 
     def _size(self, served: Served, key: str) -> int:
         """Return the bytes of one adapter of a composition, or of all adapters of its router."""
-        return self.size_of(served) if served.router is not None else self.bytes_of(served.all_adapters[key])
+        return self.bytes_of(served.all_adapters.values() if served.router is not None else [served.all_adapters[key]])
 
-    def bytes_of(self, adapter: Adapter) -> int:
-        """Return the bytes of a loaded adapter: its factors in fp32, and the engine's copy, if that needs one."""
+    def bytes_of(self, adapters: Iterable[Adapter]) -> int:
+        """Return the bytes of loaded adapters: their factors in fp32, and the engine's copies, if it needs any."""
         device, dtype = self._model.device, self._model.dtype
-        beside = sum(hook.bytes_beside(adapter, device, dtype) for hook in hook_kinds() if device.type in hook.devices)
-        return adapter.num_values * self.value_bytes + int(beside)
-
-    @cached_property
-    def value_bytes(self) -> int:
-        """The bytes of one value of a loaded adapter: the engine copies no value of fp32 on a CPU."""
-        dtype = self._model.dtype
-        is_copied = self._model.device.type != "cpu" or dtype != torch.float32
-        return int(torch.float32.itemsize + is_copied * dtype.itemsize)
-
-    def has(self, served: Served) -> bool:
-        """Return True if a composition's adapters, or its router, are loaded."""
-        with self._lock:
-            return self._loaded.keys() >= set(served.needs)
+        hooks = [hook for hook in hook_kinds() if device.type in hook.devices]
+        num_bytes = 0
+        for adapter in adapters:
+            num_bytes += adapter.num_values * self._value_bytes
+            for hook in hooks:
+                num_bytes += hook.bytes_beside(adapter, device, dtype)
+        return num_bytes
 
     def load(self, served: Served) -> None:
         """Load those of a composition's adapters, or its router, that are not loaded yet, while other rows run.
@@ -192,8 +183,10 @@ class Experts:
 
         Afterwards `hold` finds the composition. Raises the errors of `load`, and reserves nothing then.
         """
-        self.pin(served)
-        if not self.has(served):
+        with self._lock:
+            self._num_users.update(served.needs)
+            is_loaded = self._loaded.keys() >= set(served.needs)
+        if not is_loaded:
             try:
                 self.load(served)
             except BaseException:

@@ -1,10 +1,11 @@
-"""OpenAI's two generating calls: the supported parts of their bodies, and their answers.
+"""OpenAI's two generating calls: the supported parts of their bodies, their answers, and the exchange with the scheduler.
 
 An unsupported field is refused rather than ignored, so that an answer is always as the request specifies.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
@@ -17,7 +18,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from loraweave.serving.batch import Chosen, Piece, Row, Sampling
+from loraweave.serving.http import Stopping
+from loraweave.serving.limits import KeyHolder, refusal_of
 from loraweave.serving.names import Served
+from loraweave.serving.scheduler import Scheduler
 
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_ALTERNATIVES = 16, 256, 20
 
@@ -120,11 +124,6 @@ class Asked(Fields):
         return Sampling(max_tokens, temperature, self.top_p or 1.0, seed, stop, self.alternatives)
 
     @property
-    def new_tokens(self) -> int | None:
-        """The requested limit of new tokens, or None."""
-        return self.max_tokens
-
-    @property
     def characters(self) -> list[int]:
         """The numbers of characters, or of token ids, that the prompts have before a chat template is applied."""
         raise NotImplementedError
@@ -159,7 +158,7 @@ class CompletionRequest(Asked):
     @property
     def characters(self) -> list[int]:
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return [len(prompt) for prompt in (self.prompt if several else [self.prompt])]  # type: ignore[arg-type]
+        return list(map(len, self.prompt if several else [self.prompt]))  # type: ignore[arg-type]
 
     @property
     def alternatives(self) -> int | None:
@@ -216,9 +215,10 @@ class ChatRequest(Asked):
     response_format: Any = None
     modalities: Any = None
 
-    @property
-    def new_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    @model_validator(mode="after")
+    def _under_one_name(self) -> Self:
+        self.max_tokens = self.max_completion_tokens or self.max_tokens
+        return self
 
     @property
     def characters(self) -> list[int]:
@@ -279,10 +279,10 @@ class Answer:
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body of a response that is not streamed, once all pieces are appended."""
-        choices = [
-            self._choice(index, self._asked.text(choice.text, is_part=False), choice.chosen, choice.finish)
-            for index, choice in enumerate(self.choices)
-        ]
+        choices = []
+        for index, choice in enumerate(self.choices):
+            text = self._asked.text(choice.text, is_part=False)
+            choices.append(self._choice(index, text, choice.chosen, choice.finish))
         return {**self._head, "object": self._asked.whole, "choices": choices, "usage": self.usage()}
 
     def beginnings(self) -> list[dict[str, Any]]:
@@ -324,3 +324,77 @@ class Answer:
         num_prompt = self._num_prompt_tokens
         counts = {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
         return {**counts, "prompt_tokens_details": {"cached_tokens": self.choices[0].row.num_kept}}
+
+
+class Exchange:
+    """The rows of one request, and a queue of their pieces, which the scheduler's thread fills.
+
+    The exchange is in the set `is_open` until `close`, called after the response or its stream, tells the scheduler to end
+    unfinished rows.
+    """
+
+    def __init__(self, scheduler: Scheduler, is_open: set[Exchange], holder: KeyHolder) -> None:
+        self.rows: list[Row] = []
+        self.holder = holder
+        self._scheduler = scheduler
+        self._loop = asyncio.get_running_loop()
+        self._heard: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
+        self._is_open = is_open
+        # answers counted among those of the key
+        self.num_counted = 0
+        is_open.add(self)
+
+    def add(self, prompts: Sequence[Sequence[int]], served: Served, sampling: Sampling, deadline: float) -> None:
+        """Add a row for these prompts, whose pieces any thread may put into this exchange's queue."""
+        index = len(self.rows)
+
+        def tell(event: Piece | BaseException) -> None:
+            # a loop that is closed has no client left
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._heard.put_nowait, (index, event))
+
+        self.rows.append(Row(prompts, served, sampling, tell, deadline=deadline))
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield (index of the row, piece) until all rows have ended. Raises the error that ended a row."""
+        left = len(self.rows)
+        while left:
+            index, event = await self._heard.get()
+            if isinstance(event, BaseException):
+                raise event
+            left -= event.finish is not None
+            yield index, event
+
+    async def events(
+        self, answer: Answer, first: tuple[int, Piece], rest: AsyncIterator[tuple[int, Piece]]
+    ) -> AsyncIterator[str]:
+        """Yield the JSON text of each server-sent event, or of an error, then [DONE]."""
+        for body in answer.beginnings():
+            yield json.dumps(body)
+        try:
+            yield json.dumps(answer.piece(*first))
+            async for index, piece in rest:
+                if piece.text or piece.chosen or piece.finish:
+                    yield json.dumps(answer.piece(index, piece))
+        except Exception as error:
+            yield json.dumps(refusal_of(error).body)
+            yield "[DONE]"
+            return
+        for body in answer.ending():
+            yield json.dumps(body)
+        yield "[DONE]"
+
+    def stop(self) -> None:
+        """End the answers that are not complete by the refusal of a server that stops."""
+        self._heard.put_nowait((0, Stopping()))
+
+    def close(self) -> None:
+        """Tell the scheduler to end the unfinished rows; a second call does nothing."""
+        if self in self._is_open:
+            self._is_open.remove(self)
+            self.holder.num_rows -= self.num_counted
+            for row in self.rows:
+                row.gone = not row.over
+            # rows tell this exchange, so that the two would wait for the garbage collector, with all adapters
+            self.rows = []
+            self._scheduler.wake()

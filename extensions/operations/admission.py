@@ -82,7 +82,8 @@ class Budgets(Admission):
         }
 
     def require_possible(self, row: Any) -> None:
-        self._require("the answer and its adapters", self.of_batch([row]) + int(self._experts.size_of(row.served)))
+        num_bytes = self.of_batch([row]) + int(self._experts.bytes_of(row.served.all_adapters.values()))
+        self._require("the answer and its adapters", num_bytes)
 
     def require_loadable(self, num_bytes: int, num_tokens: int) -> None:
         self._require("the composition and its answer", num_bytes + num_tokens * self.token_bytes)
@@ -148,10 +149,6 @@ class Budgets(Admission):
             self._sizes[served] = sizes, sum(len(adapter.layers) for adapter in served.all_adapters.values())
         return self._sizes[served]
 
-    @property
-    def _kept(self) -> int:
-        return int(self._prefixes.kept_bytes + sum(loaded.size for loaded in self._experts.unused().values()))
-
     def has_room(self, rows: Sequence[Any], num_bytes: int = 0) -> bool:
         return self.max_bytes == math.inf or self.needed(rows) + num_bytes <= self.max_bytes
 
@@ -160,11 +157,13 @@ class Budgets(Admission):
             # nothing is added up at each step of a server without a limit
             return
         spare = self.max_bytes - self.needed(rows)
-        while self._kept > spare:
-            adapter = min((loaded.last_use for loaded in self._experts.unused().values()), default=math.inf)
-            if self._prefixes.oldest == adapter == math.inf:
+        while True:
+            unused = self._experts.unused().values()
+            adapter, prefix = min((loaded.last_use for loaded in unused), default=math.inf), self._prefixes.oldest
+            num_kept = self._prefixes.kept_bytes + sum(loaded.size for loaded in unused)
+            if num_kept <= spare or adapter == prefix == math.inf:
                 return
-            (self._experts if adapter < self._prefixes.oldest else self._prefixes).drop_oldest()
+            (self._experts if adapter < prefix else self._prefixes).drop_oldest()
 
     def is_quick(self, rows: Sequence[Any]) -> bool:
         return self._step_times is None or self._step_times.predict(rows) <= self._limits.token_seconds

@@ -23,7 +23,7 @@ import yaml
 from packaging.requirements import Requirement
 from store_servers import POSTGRES_BIN, end, free_port
 
-from loraweave.serving.keys import read_keys
+from loraweave.serving.limits import read_keys
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "deploy" / "compose.yaml"

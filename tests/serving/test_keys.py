@@ -11,10 +11,9 @@ import pytest
 from server_clients import gate_before, until
 
 import loraweave as lw
-from loraweave.serving import keys
+from loraweave.serving import limits
 from loraweave.serving.app import make_server
-from loraweave.serving.keys import Keys, Rate, read_keys
-from loraweave.serving.limits import Refusal
+from loraweave.serving.limits import Keys, Rate, Refusal, read_keys
 from loraweave.serving.names import Names
 from loraweave.serving.scheduler import Scheduler
 
@@ -137,7 +136,7 @@ def test_a_key_loads_so_many_formulas_a_minute_and_uses_loaded_ones_freely(serve
 
 def test_a_rate_refills_evenly(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(keys.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(limits.time, "monotonic", lambda: now[0])
     rate = Rate(2)
     rate.take("requests")
     rate.take("requests")
