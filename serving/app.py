@@ -11,7 +11,6 @@ request whose composition is loaded waits for none of them. Requests for one com
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,13 +48,12 @@ from loraweave.serving.http import (
     require_loopback,
     unless_gone,
 )
-from loraweave.serving.limits import KeyHolder, Keys, Limits, Refusal, Turns, read_keys
+from loraweave.serving.limits import KeyHolder, Keys, Limits, Refusal, Turns, logger, read_keys
 from loraweave.serving.names import Names, Served, Wanted
 from loraweave.serving.prompts import Given, Prompts
 from loraweave.serving.requests import Answer, Asked, ChatRequest, CompletionRequest, Exchange
 from loraweave.serving.scheduler import Metrics, Scheduler, too_busy
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 

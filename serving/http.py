@@ -170,9 +170,7 @@ class Stopping(Refusal):
     """The refusal of a request that a stopping server has no time left to finish."""
 
     def __init__(self) -> None:
-        super().__init__(
-            503, "the server is stopping; ask again when it runs", code="unavailable", headers={"Retry-After": "5"}
-        )
+        super().__init__(503, "the server is stopping; try again later", code="unavailable", headers={"Retry-After": "5"})
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:

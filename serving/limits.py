@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import time
+import traceback
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -34,7 +35,19 @@ from loraweave.errors import (
     WeightingError,
 )
 
+
+def _without_text(record: logging.LogRecord) -> bool:
+    """Give a record the places and types of its error and causes, which formatters write in place of texts with prompts."""
+    error, told = record.exc_info[1] if record.exc_info else None, ""
+    while error is not None:
+        told += "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__ + "\n"
+        error = error.__cause__ or error.__context__
+    record.exc_text = told.rstrip()
+    return True
+
+
 logger = logging.getLogger(__name__)
+logger.addFilter(_without_text)
 # the id of the request that this context answers
 CURRENT_REQUEST: ContextVar[str | None] = ContextVar("loraweave_request", default=None)
 

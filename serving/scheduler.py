@@ -11,7 +11,6 @@ averages are one batch; those under one router are another, and each batch does 
 several rows together, each is read again alone, so that only the row at fault ends.
 """
 
-import logging
 import threading
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from loraweave.composer.live.kernels._parts import only_kernel
 from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.serving.batch import Batch, Prefixes, Row
-from loraweave.serving.limits import Limits, Refusal
+from loraweave.serving.limits import Limits, Refusal, logger
 from loraweave.serving.memory import Experts
 from loraweave.serving.names import Served
 
@@ -34,8 +33,6 @@ from loraweave.serving.names import Served
 MOST_PASSED = 8
 # seconds between two looks at waiting rows while none can run
 WAIT = 0.02
-
-logger = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -230,11 +227,7 @@ class Scheduler:
                     code="context_length_exceeded",
                 )
             if len(row.prompts) > self._limits.rows:
-                raise Refusal(
-                    413,
-                    f"this average asks {len(row.prompts)} prompts at once, and this server runs {self._limits.rows} rows; "
-                    "start it with more --rows",
-                )
+                raise Refusal(413, f"this average asks {len(row.prompts)} prompts at once, above --rows {self._limits.rows}")
             self._admission.require_possible(row)
         with self._changed:
             if not self.alive:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import os
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -328,9 +331,7 @@ def serve(
     key_file: Annotated[
         Path | None, typer.Option(dir_okay=False, help="JSON file of several keys, each with its name and limits.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where the model runs, such as cuda; where it is loaded by default.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where the model runs, such as cuda; by default where loaded.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Answers that run in one batch.")] = 8,
     cache_tokens: Annotated[int, typer.Option(min=1, help="Keys and values that the batch keeps at most.")] = 32_768,
     prefix_bytes: Annotated[int, typer.Option(min=0, help="Bytes of prompts that are not read twice.")] = 1 << 28,
@@ -341,12 +342,7 @@ def serve(
         float | None, typer.Option(min=0.001, help="Seconds that a token of a running answer may take; more answers wait.")
     ] = None,
     memory_bytes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Bytes for keys and values, kept prompts, adapters and merges; by default three quarters of what is "
-            "free at the start.",
-        ),
+        int | None, typer.Option(min=1, help="Bytes for caches, adapters and merges; by default 3/4 of what is free.")
     ] = None,
     prompt_characters: Annotated[
         int | None, typer.Option(min=1, help="Characters of one prompt; 16 for each token of the context by default.")
@@ -359,9 +355,7 @@ def serve(
     adapters: Annotated[int, typer.Option(min=1, help="Adapters of one formula at most.")] = 16,
     loaded: Annotated[int, typer.Option(min=1, help="Adapters, and formulas with theirs, that stay in memory unused.")] = 64,
     merges: Annotated[bool, typer.Option(help="Whether formulas may have merges by a method, such as ties(a, b).")] = True,
-    batch_invariant: Annotated[
-        bool, typer.Option("--batch-invariant", help="Answers have the same bits whatever runs beside them; slower.")
-    ] = False,
+    batch_invariant: Annotated[bool, typer.Option("--batch-invariant", help="Equal bits in any batch; slower.")] = False,
 ) -> None:
     """Serve every formula over a hub to OpenAI clients, requests with different mixtures in one batch."""
     try:
@@ -370,9 +364,7 @@ def serve(
         from loraweave.serving.app import make_server
         from loraweave.serving.limits import Limits
     except ModuleNotFoundError as error:
-        raise PackageMissing(
-            f"serving needs packages that are not installed ({error}): pip install 'loraweave[serve]'"
-        ) from error
+        raise PackageMissing(f"serving needs more packages ({error}): pip install 'loraweave[serve]'") from error
 
     limits = Limits(
         rows=rows,
@@ -395,9 +387,15 @@ def serve(
         model, tokenizer = load_model(base, dtype)
         if device is not None:
             model.to(device)
+        # an empty variable, which is no option's value, is refused like an empty key
+        api_key = os.environ.get("LORAWEAVE_API_KEY") if api_key is None else api_key
         settings: dict[str, Any] = {"host": host, "port": port, "limits": limits, "api_key": api_key, "key_file": key_file}
-        settings["log_format"] = log_format
-        make_server(opened, model, tokenizer, **settings).run()
+        make_server(opened, model, tokenizer, log_format=log_format, **settings).run()
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith("loraweave-")]
+    if any(thread.join(timeout=1) or thread.is_alive() for thread in workers):
+        # Python would wait for a merge that has begun
+        atexit._run_exitfuncs()
+        os._exit(0)
 
 
 @hub.command("save-composition", epilog='Example: loraweave hub save-composition careful "0.7*antonym - 0.3*negation"')

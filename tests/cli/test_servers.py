@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -47,6 +49,43 @@ def test_a_server_answers_for_a_formula_until_it_is_interrupted(hub, base, here,
         rest = process.communicate(timeout=60)[1]
     assert "Traceback" not in rest
     assert process.returncode == 0
+
+
+SLOW = """
+import sys, time
+from loraweave.cli import main
+from loraweave.serving.names import Names
+
+def make(self, wanted):
+    print("making", file=sys.stderr, flush=True)
+    time.sleep(600)
+
+Names.make = make
+main()
+"""
+
+
+def test_a_merge_that_has_begun_does_not_delay_the_end(hub, base, here):
+    words = ["serve", "--hub", hub, "--base", base, "--port", "0", "--grace", "0"]
+    command = [sys.executable, "-c", SLOW, *map(str, words)]
+    environment = {**os.environ, "NO_COLOR": "1"}
+    with subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        asked = urllib.parse.urlsplit(told_address(process))
+        body = json.dumps({"model": "ties(left, right)", "prompt": "ab", "max_tokens": 3})
+        connection = http.client.HTTPConnection(asked.netloc, timeout=120)
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        assert any(line == "making\n" for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        assert connection.getresponse().status == 503
+        connection.close()
+        assert "Traceback" not in process.communicate(timeout=60)[1]
+    assert process.returncode == 0
+
+
+def test_an_empty_key_is_refused_as_a_variable_too(hub, base, monkeypatch):
+    monkeypatch.setenv("LORAWEAVE_API_KEY", "")
+    refused = call("serve", "--hub", hub, "--base", base)
+    assert (refused.exit_code, "the key is empty" in refused.stderr) == (1, True)
 
 
 def test_an_address_that_others_reach_needs_a_key_and_a_hub_has_to_be_there(hub, base, here):

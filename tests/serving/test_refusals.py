@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import socket
 import time
@@ -294,3 +295,18 @@ def test_a_head_that_is_no_request_is_refused_in_openais_form(serve, head):
     assert b"content-type: application/json" in told.lower()
     assert b"x-request-id: " in told.lower()
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_any_formatter_writes_an_unforeseen_error_and_its_cause_without_their_texts(serve, monkeypatch, caplog):
+    said = "abc"
+
+    def failing(*arguments):
+        raise RuntimeError(said) from KeyError(said)
+
+    monkeypatch.setattr("loraweave.serving.prompts.Prompts.read", failing)
+    with serve() as client:
+        assert client.complete("b", said)[0] == 500
+    [record] = [record for record in caplog.records if record.name == "loraweave.serving.limits"]
+    line = logging.Formatter().format(record)
+    assert said not in line
+    assert re.search(r", in failing\n(.|\n)*RuntimeError\nKeyError$", line)
