@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -92,20 +92,21 @@ def in_context_adapter(hub_or_pool: Hub | ExpertPool, model: nn.Module) -> Adapt
     return hub_or_pool[tagged[0].name] if tagged else None
 
 
+@dataclass
 class _Beside:
     """A cache that knows which adapters of a hub fit a model's layers; `why` is why the first misfit does not."""
 
-    def __init__(self, hub: Hub, modules: Mapping[str, nn.Module]) -> None:
-        self._hub, self._modules = hub, modules
-        self._known: dict[str, bool] = {}
-        self.why = ""
+    hub: Hub
+    modules: Mapping[str, nn.Module]
+    known: dict[str, bool] = field(default_factory=dict)
+    why: str = ""
 
     def fits(self, name: str) -> bool:
-        if name not in self._known:
-            why = misfit(self._modules, name, self._hub[name])
-            self._known[name] = not why
+        if name not in self.known:
+            why = misfit(self.modules, name, self.hub[name])
+            self.known[name] = not why
             self.why = self.why or why
-        return self._known[name]
+        return self.known[name]
 
 
 def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch | EmptyIndex:

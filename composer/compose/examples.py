@@ -138,7 +138,8 @@ class EncodedExamples:
         if self.trees_of(jobs[0]):
             trees_by_job = [self.trees_of(job) for job in jobs]
             trees = [tree for job_trees in trees_by_job for tree in job_trees]
-            num_rows, num_targets = (max(tree.target_RK.shape[axis] for tree in trees) for axis in (0, 1))
+            sizes = [(*tree.target_RK.shape, tree.num_predictors) for tree in trees]
+            num_rows, num_targets, num_kept = map(max, zip(*sizes, strict=True))
             slot_BRK = torch.full((len(trees), num_rows, num_targets), -1)
             target_BRK = torch.full_like(slot_BRK, IGNORED)
             for number, tree in enumerate(trees):
@@ -147,7 +148,7 @@ class EncodedExamples:
             inputs = tree_inputs(self._model, trees)
             device = inputs["input_ids"].device
             slot_BRK, target_BRK = slot_BRK.to(device), target_BRK.to(device)
-            num_kept, real_BR = max(tree.num_predictors for tree in trees), (target_BRK != IGNORED).any(dim=2)
+            real_BR = (target_BRK != IGNORED).any(dim=2)
             return JobBatch(inputs, num_kept, slot_BRK, target_BRK, real_BR, tuple(map(len, trees_by_job)))
         width = self.num_texts
         chosen = self._plain.rows([example * width + at for job in jobs for example in job for at in range(width)])
@@ -295,8 +296,8 @@ def runs_trees(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> bool:
     if config.is_encoder_decoder or not takes(model, "position_ids") or not all(row.prompt for row in rows):
         return False
     longest = max(map(len, rows))
-    windows = [getattr(config.get_text_config(), name, None) for name in WINDOWS]
-    if any(isinstance(window, int) and window < longest for window in windows):
+    text = config.get_text_config()
+    if any(isinstance(window := getattr(text, name, None), int) and window < longest for name in WINDOWS):
         return False
     attention = getattr(config, "_attn_implementation", None)
     if attention not in MASKED:

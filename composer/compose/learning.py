@@ -271,7 +271,7 @@ def averaged(parts: Sequence[Trial]) -> Trial:
         return selection
 
     def choose(_: Trial, splits: Sequence[Split]) -> list[Selection]:
-        return [average(choices) for choices in zip(*(part.choices_on(splits) for part in parts), strict=True)]
+        return [average(choices) for choices in zip(*[part.choices_on(splits) for part in parts], strict=True)]
 
     def finished() -> np.ndarray:
         return mean([part.losses_N for part in parts if part.losses_N is not None])
@@ -293,22 +293,27 @@ def program(bench: Bench, retriever: Retriever, settings: Settings) -> Trial:
     from loraweave.composer.compose.program_search import search_programs
 
     # what the searches have measured of programs that were chosen, by example
-    read: dict[tuple[Order, int], Reading] = {}
+    read: dict[Order, dict[int, Reading]] = {}
 
-    def search(trial: Trial, examples: Sequence[int]) -> Selection:
+    def choose(trial: Trial, splits: Sequence[Split]) -> list[Selection]:
         limits: dict[str, Any] = {"k": settings.k, "gain": GAIN, "beam": BEAM, "progress": bench.progress}
-        searched = search_programs(bench.engine.model, bench.tokenizer, retriever, task_of(bench.task, examples), **limits)
-        # an evaluation is a candidate scored on all examples
-        trial.evaluations += math.ceil(searched.asking.count / len(examples))
-        chosen, _ = searched.best()
-        read.update({(chosen, place): seen for place, seen in zip(examples, searched.readings[chosen], strict=True)})
-        # the base alone combines nothing
-        if names := [step.name for step in chosen if step.name is not None]:
-            settings.require_combinable(pool := retriever.hub.pool(names))
-            return _program_choice(bench, chosen, pool, read)
-        return _program_choice(bench, chosen, None, read)
+        choices = []
+        for split in splits:
+            examples = split.seen[:MAX_PACKED]
+            task = task_of(bench.task, examples)
+            searched = search_programs(bench.engine.model, bench.tokenizer, retriever, task, **limits)
+            # an evaluation is a candidate scored on all examples
+            trial.evaluations += math.ceil(searched.asking.count / len(examples))
+            chosen, _ = searched.best()
+            read.setdefault(chosen, {}).update(zip(examples, searched.readings[chosen], strict=True))
+            pool = None
+            # the base alone combines nothing
+            if names := [step.name for step in chosen if step.name is not None]:
+                settings.require_combinable(pool := retriever.hub.pool(names))
+            choices.append(_program_choice(bench, chosen, pool, read[chosen]))
+        return choices
 
-    return Trial("program", bench, lambda trial, splits: [search(trial, split.seen[:MAX_PACKED]) for split in splits])
+    return Trial("program", bench, choose)
 
 
 def stated_program(bench: Bench, records: Sequence[Record]) -> Trial:
@@ -325,14 +330,12 @@ def stated_program(bench: Bench, records: Sequence[Record]) -> Trial:
     return Trial("program", bench, choose, learns=False, evaluations=1)
 
 
-def _program_choice(
-    bench: Bench, chosen: Order, pool: ExpertPool | None, read: Mapping[tuple[Order, int], Reading]
-) -> Selection:
-    """Return the selection of a program, whose steps are adapters of the pool; `read` has readings measured before."""
+def _program_choice(bench: Bench, chosen: Order, pool: ExpertPool | None, read: Mapping[int, Reading]) -> Selection:
+    """Return the selection of a program, whose steps are adapters of the pool; `read` has the examples' known readings."""
 
     def scores(examples: Sequence[int]) -> Scores:
-        if all((chosen, place) in read for place in examples):
-            loss_N, hit_N = zip(*(read[chosen, place] for place in examples), strict=True)
+        if read.keys() >= set(examples):
+            loss_N, hit_N = zip(*map(read.__getitem__, examples), strict=True)
             return np.array(loss_N), np.array(hit_N, dtype=np.float64)
         pairs = [bench.task.examples[place] for place in examples]
         return np.array(selection.composition.losses(pairs)), selection.answers(pairs)

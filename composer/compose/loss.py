@@ -35,7 +35,6 @@ from loraweave.composer.model.batches import in_chunks, untouched
 from loraweave.composer.model.scoring import generate
 from loraweave.errors import InvalidTask, WeightingError, WorkersFailed
 from loraweave.hub.base import fingerprint
-from loraweave.lowrank.algebra import all_finite
 from loraweave.registry import get
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Task
@@ -332,7 +331,7 @@ def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Scored]]) -
         if not math.isfinite(loss):
             objective.failures.add(f"its loss is {loss}")
             results[number] = math.nan, None
-        elif gradient is not None and not all_finite(gradient):
+        elif gradient is not None and not gradient.isfinite().all():
             objective.failures.add("its gradient is not finite")
             results[number] = math.nan, None
     return results

@@ -78,27 +78,23 @@ Question = tuple[Step, Prompt]
 Target = tuple[Step, Prompt, str]
 
 
+@dataclass(eq=False)
 class Asked:
-    """A cache of a model's answers and readings; `on_progress` is called with the number of newly computed ones.
+    """A cache of a model's answers and readings; `_on_progress` is called with the number of newly computed ones.
 
-    Answers end after `most` tokens, or at the step's own limit if that is lower.
+    Answers end after `_most` tokens, or at the step's own limit if that is lower.
     """
 
-    def __init__(
-        self,
-        engine: Composer,
-        tokenizer: Any,
-        task: Task,
-        on_progress: Callable[[int], object],
-        most: int = scoring.MAX_NEW_TOKENS,
-    ) -> None:
-        self._engine, self._tokenizer, self._task = engine, tokenizer, task
-        self._on_progress, self._most = on_progress, most
-        self._answers: dict[Question, str] = {}
-        self._readings: dict[Target, Reading] = {}
-        self._tasks: dict[Step, Task] = {}
-        # whether the model runs token trees, in which rows share their common prefix; None until it was tried
-        self._can_share: bool | None = None
+    _engine: Composer
+    _tokenizer: Any
+    _task: Task
+    _on_progress: Callable[[int], object]
+    _most: int = scoring.MAX_NEW_TOKENS
+    _answers: dict[Question, str] = field(default_factory=dict)
+    _readings: dict[Target, Reading] = field(default_factory=dict)
+    _tasks: dict[Step, Task] = field(default_factory=dict)
+    # whether the model runs token trees, in which rows share their common prefix; None until it was tried
+    _can_share: bool | None = None
 
     @property
     def count(self) -> int:
@@ -164,7 +160,7 @@ class Asked:
         for trees in _up_to(planted, lambda pair: len(pair[1]), MAX_TOKENS):
             inputs = tree_inputs(self._engine.model, [tree for _, tree in trees])
             with self._engine.activate([some[0][0].mixture for some, _ in trees]):
-                logits_BPV = tree_logits(self._engine.model, inputs, max(tree.num_predictors for _, tree in trees))
+                logits_BPV = tree_logits(self._engine.model, inputs, max([tree.num_predictors for _, tree in trees]))
             readings = []
             for logits_PV, (_, tree) in zip(logits_BPV, trees, strict=True):
                 loss_R, hit_R = tree.read(logits_PV)
@@ -253,7 +249,7 @@ def _steps(retriever: Retriever, tokenizer: Any, task: Task, k: int, model: Any)
 
 
 def labels_of(path: Order) -> tuple[str, ...]:
-    return tuple(step.label for step in path)
+    return tuple(map(attrgetter("label"), path))
 
 
 @dataclass(frozen=True)
@@ -305,7 +301,7 @@ class ProgramSearch:
                 lasts = self._lasts()
                 tried = [(first, last) for first in self.first for last in lasts if first != last]
                 # most pairs come to the second round: one batch has the answers for both rounds
-                self._texts({path[:-1] for path in tried}, [text for text, _ in self.task.examples[: ROUNDS[1][0]]])
+                self._texts([path[:-1] for path in tried], [text for text, _ in self.task.examples[: ROUNDS[1][0]]])
             for num_examples, kept in [*ROUNDS, (len(self.task.examples), 0)]:
                 if num_examples <= len(self.task.examples):
                     self._measure(tried, num_examples)
@@ -328,7 +324,7 @@ class ProgramSearch:
         for path in sorted(self._whole(), key=lambda path: (self._losses[path], any(step.name is None for step in path))):
             by_length.setdefault(len(path), path)
         chosen: Order = ()
-        for path in (by_length[length] for length in sorted(by_length)):
+        for _, path in sorted(by_length.items()):
             if self._losses[path] < ((1 - self.gain) * self._losses[chosen] if chosen else math.inf):
                 chosen = path
         return chosen
@@ -365,7 +361,7 @@ class ProgramSearch:
     def _measure(self, paths: Sequence[Order], num_examples: int) -> None:
         """Measure the losses of programs, under their last steps, on the targets of the first `num_examples` examples."""
         examples = self.task.examples[:num_examples]
-        texts = self._texts({path[:-1] for path in paths}, [text for text, _ in examples])
+        texts = self._texts([path[:-1] for path in paths], [text for text, _ in examples])
         targets = [
             (path[-1], texts[path[:-1]][number], target) for path in paths for number, (_, target) in enumerate(examples)
         ]
@@ -380,7 +376,7 @@ class ProgramSearch:
         # sorted, so that the batches are the same in every process
         wanted = sorted(paths, key=labels_of)
         for length in range(1, max(map(len, wanted), default=0) + 1):
-            begun = list(dict.fromkeys(path[:length] for path in wanted if len(path) >= length))
+            begun = list(dict.fromkeys([path[:length] for path in wanted if len(path) >= length]))
             answers = self.asking.answers([(path[-1], text) for path in begun for text in known[path[:-1]]])
             for number, path in enumerate(begun):
                 known[path] = answers[number * len(inputs) : (number + 1) * len(inputs)]

@@ -148,7 +148,7 @@ class Settings:
             return
         shared_invocation([pool[name] for name in weights])
         if not self.allow_licenses:
-            require_one_work((name, stated_license(pool[name].card.get("license"))) for name in weights)
+            require_one_work([(name, stated_license(pool[name].card.get("license"))) for name in weights])
 
     def check(self, task: Task, experts: Hub | ExpertPool) -> None:
         """Raise UnknownName, WeightingError or InvalidTask for arguments that cannot work, without looking at a model."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class Bench:
         mixture = result.mixture
         # a weight that cancels out over the layers counts too
         used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
-        used = {name: mean for (name, mean), is_used in zip(mixture.means().items(), used_E, strict=True) if is_used}
+        used = dict(compress(mixture.means().items(), used_E))
         known = {"task": self.task, "pool": self.engine.pool, "merge_method": "linear", "all_weights": used, **fields}
         # the pool's licenses were checked before; `reported` sets what the caller allows
         made = Composition(self.engine.model, self.tokenizer, report=NO_REPORT, allow_licenses=True, **known)
@@ -216,7 +217,7 @@ class Trial:
     def choices_on(self, splits: Sequence[Split]) -> list[Selection]:
         """Return a selection for each split; make only those that have not been made yet."""
         if missing := [split for split in splits if split.name not in self._known]:
-            self._known |= {split.name: made for split, made in zip(missing, self.choose(self, missing), strict=True)}
+            self._known.update(zip([split.name for split in missing], self.choose(self, missing), strict=True))
         return [self._known[split.name] for split in splits]
 
     def run(self, folds: Sequence[Split]) -> None:

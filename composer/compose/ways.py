@@ -78,7 +78,7 @@ def ways_of(bench: Bench, settings: Settings) -> tuple[list[Trial], list[Trial]]
     plain: list[Trial] = []
     # without examples there is nothing to compare on
     if bench.task.examples:
-        requested = {trial.name for trial in learning}
+        requested = [trial.name for trial in learning]
         uniform = MixtureWeights.of(dict.fromkeys(bench.names, 1 / len(bench.names)), bench.names)
         base = fixed("base", bench, MixtureWeights.of({}, bench.names))
         compared = [base, best_single(bench), fixed("uniform", bench, uniform)]
@@ -155,13 +155,13 @@ def _auto(plain: list[Trial], learning: list[Trial], bench: Bench, settings: Set
     stated = [] if task.demonstrations else _stated(bench, plain, run, remarks)
     if not folds and not stated and _is_sure(plain, bench, settings):
         return Outcome(plain, "best_single", remarks)
-    unlearned = min(trial.held_out_loss for trial in plain if trial.name in UNLEARNED)
+    unlearned = min([trial.held_out_loss for trial in plain if trial.name in UNLEARNED])
     if stated and stated[0].held_out_loss < SURE * unlearned:
         return Outcome([*plain, *stated], stated[0].name, remarks)
     if is_one:
         remarks.append("one example is shown in prompts, and not learned from: two would tell how well ways do")
         return _averaged([*plain, *stated], prompts, folds, remarks)
-    least, untrained, searched = min(trial.held_out_loss for trial in plain), _untrained(settings), list[Trial]()
+    least, untrained, searched = min([trial.held_out_loss for trial in plain]), _untrained(settings), list[Trial]()
     # a program is sought if the instruction states none, and neither prompts nor one adapter come near a task without labels
     is_far = task.labels is None and not untrained and len(task.examples) > 1 and least >= NEAR
     if is_far and not stated and bench.retriever is not None:
