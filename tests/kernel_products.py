@@ -23,7 +23,7 @@ def by_rank_rows(name, x_BTI, a_SI, b_OS, w_BTS):
         return kernel(parts, w_BTS, x_BTI.dtype).update(x_BTI)
     if rows is None:
         return (
-            Stack.of(parts, x_BTI.dtype).weigh(w_BTS).update(x_BTI) if kernel is Dense else naive(x_BTI, a_SI, b_OS, w_BTS)
+            Dense(Stack.of(parts, x_BTI.dtype), w_BTS).update(x_BTI) if kernel is Dense else naive(x_BTI, a_SI, b_OS, w_BTS)
         )
     ranked = RankedRows.of(rows, (1,) * len(parts))
     work = _LayerRows(x_BTI.device, x_BTI.dtype, ranked, None).workload(x_BTI.shape[2], b_OS.shape[0], x_BTI.shape[1])

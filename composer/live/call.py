@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -210,30 +211,24 @@ BESIDE_TEXT = frozenset({"pixel_values", "pixel_values_videos", "input_features"
 PAGED_INPUTS = frozenset({"cu_seq_lens_q", "write_index"})
 
 
+@dataclass(eq=False)
 class Entry(Hook):
-    """The hook that runs before the model's forward.
+    """The hook that runs before the forward of `model`.
 
     `require_unchanged(experts)` raises if the model's layers have changed, or the weights that these experts were made for;
     `current()` returns the activation in force, or None. `begin` shows the call's arguments to a router that needs them.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        require_unchanged: Callable[[Iterable[str]], None],
-        current: Callable[[], Any],
-        begin: Callable[[CallRouter, dict[str, Any]], None],
-    ) -> None:
-        self._model = ref(model)
-        self._require_unchanged = require_unchanged
-        self._current = current
-        self._begin = begin
+    model: ref[nn.Module]
+    require_unchanged: Callable[[Iterable[str]], None]
+    current: Callable[[], Any]
+    begin: Callable[[CallRouter, dict[str, Any]], None]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             # each layer looks at its rows when the code runs
             return
-        if module is not self._model():
+        if module is not self.model():
             raise CompositionError(
                 f"a replica of the model ({type(module).__name__}) runs (DataParallel), whose threads have no mixture; "
                 "use one process per device, each with its own Composer"
@@ -243,10 +238,10 @@ class Entry(Hook):
                 "continuous batching packs requests into one row and runs the model in a thread that has no mixture: leave "
                 "the activation first and use fused(), or generate() with a mixture per text"
             )
-        activation = self._current()
+        activation = self.current()
         if activation is not None:
             plan = activation.plan
-            self._require_unchanged(plan.experts)
+            self.require_unchanged(plan.experts)
             if plan.only != (only := ONLY.get()):
                 raise ScopeError(
                     f"{block_of(only or plan.only or '')} applies to activations opened inside it, with a weight "
@@ -262,7 +257,7 @@ class Entry(Hook):
                 call_input = None
             plan.begin_call(call_input)
             if plan.call_router is not None:
-                self._begin(plan.call_router, arguments_of(module, args, kwargs))
+                self.begin(plan.call_router, arguments_of(module, args, kwargs))
             num_rows = None
             # features by (row * token) do not say how many rows they are
             if call_input is not None and not (call_input.ndim == 2 and call_input.is_floating_point()):
@@ -272,15 +267,15 @@ class Entry(Hook):
             CALL.set(Call(num_rows, has_more))
 
 
+@dataclass(eq=False)
 class Exit(Hook):
     """The hook that runs after the model's forward; `current()` returns the activation in force, or None."""
 
-    def __init__(self, current: Callable[[], Any]) -> None:
-        self._current = current
+    current: Callable[[], Any]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling():
-            activation = self._current()
+            activation = self.current()
             if activation is not None and activation.followed is not None:
                 activation.followed.returned(output)
             end_call()

@@ -11,8 +11,8 @@ several heads add up their differences to the base's. A head takes the memory of
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -235,13 +235,13 @@ class _Steps(NamedTuple):
     modules: list[nn.Module]
 
 
+@dataclass(eq=False)
 class ModulePaths:
     """The modules from a model down to some of its layers, as they were when the layers were added."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        # one value, so that a thread that compares while another adds sees all of it or nothing
-        self._steps = _Steps([], [], [], [])
+    _model: nn.Module
+    # one value, so that a thread that compares while another adds sees all of it or nothing
+    _steps: _Steps = field(default_factory=partial(_Steps, [], [], [], []))
 
     def add(self, layers: Iterable[str]) -> None:
         """Note the present modules on the paths to these layers."""
@@ -281,13 +281,13 @@ class ModulePaths:
                 )
 
 
+@dataclass(eq=False)
 class BoundWeights:
     """Snapshots of the base weights and biases that experts were resolved against, to detect changes."""
 
-    def __init__(self) -> None:
-        # by expert
-        self.of: dict[str, tuple[_Seal, ...]] = {}
-        self._latest: dict[tuple[str, str], _Seal] = {}
+    # by expert
+    of: dict[str, tuple[_Seal, ...]] = field(default_factory=dict)
+    _latest: dict[tuple[str, str], _Seal] = field(default_factory=dict)
 
     def add(
         self, expert: str, factors: Mapping[str, Factors], layers: Mapping[str, TargetLayer], heads: Container[str]

@@ -27,7 +27,7 @@ from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,7 @@ class LiveLayers:
         self._lock = lock_of(self)
         self._open: list[Activation] = []
         self._handles: list[Handle] = []
-        self._own_hooks = Entry(model, require_unchanged, self.current, self._begin), Exit(self.current)
+        self._own_hooks = Entry(ref(model), require_unchanged, self.current, self._begin), Exit(self.current)
         # True if torch.compile cannot trace the mixture of some layer
         self._untraced = False
         # set if a graph of torch.compile would lose gradients of learned weights, or has no mixture
@@ -296,7 +296,7 @@ class LiveLayers:
     def enters(self, part: nn.Module) -> Iterator[Handle]:
         """Let calls of a part of the model begin and end like the model's own, until the handles are removed."""
         self._clean_copies(part)
-        before = Entry(part, self._require_unchanged, self.current, self._begin)
+        before = Entry(ref(part), self._require_unchanged, self.current, self._begin)
         yield part.register_forward_pre_hook(before, with_kwargs=True)
         yield part.register_forward_hook(Exit(self.current))
 

@@ -7,7 +7,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -189,14 +189,14 @@ def find_places(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str
     return places
 
 
+@dataclass(eq=False)
 class Slot(Generic[Thing]):
     """An entry of a `Shelf`: `thing` is its cached object, or None until the first user makes it under `lock`."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
-        self.num_users = 0
-        self.thing: Thing | None = None
-        self.lock = threading.Lock()
+    num_bytes: int
+    num_users: int = 0
+    thing: Thing | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Shelf(Generic[Key, Thing]):

@@ -6,6 +6,7 @@ Mixing distributes nothing, so licenses that exclude each other only warn; a mer
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
 
@@ -169,16 +170,16 @@ def _names_by_row(weights: MixtureWeights | Router, names: tuple[str, ...]) -> I
     return [tuple(compress(weights.experts, used_E)) for used_E in distinct]
 
 
+@dataclass(eq=False)
 class LiveLimits:
     """The target layers that live mixing cannot serve, or not by row, with the reasons; `add` examines further layers."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        # the layers that never run, and those whose first axis need not be the batch, each with the reason as a phrase
-        self._never_called: dict[str, str] = {}
-        self._out_of_order: dict[str, str] = {}
-        # the layers that are experts of fused parameters
-        self._experts: dict[str, None] = {}
+    _model: nn.Module
+    # the layers that never run, and those whose first axis need not be the batch, each with the reason as a phrase
+    _never_called: dict[str, str] = field(default_factory=dict)
+    _out_of_order: dict[str, str] = field(default_factory=dict)
+    # the layers that are experts of fused parameters
+    _experts: dict[str, None] = field(default_factory=dict)
 
     def add(self, layers: Mapping[str, TargetLayer]) -> None:
         """Note which of these layers never run, have no batch axis first, or are experts of fused parameters."""

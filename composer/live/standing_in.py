@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any, Protocol
@@ -107,11 +108,11 @@ def _inert_hook() -> Callable[..., None]:
     return _do_nothing
 
 
+@dataclass(eq=False)
 class CleanCopies:
     """A guard from `install` to `remove`: a copy or pickle of the module is made without stand-ins and hooks."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    _module: nn.Module
 
     def install(self) -> None:
         # unless another guard does it by now

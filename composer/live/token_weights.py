@@ -188,7 +188,7 @@ class TokenWeights:
         if hidden_NS is None and self._valued is None and (kernel := _sparse(layer_stack, layer, w_BTP, known, x_BTI)):
             return LayerMixture(kernel(_parts(layer_stack, layer, lease), w_BTP, dtype), affine, w_BTE, again=again)
         stack = self._side_by_side(layer_stack, layer, lease)
-        return LayerMixture(stack.weigh(w_BTP, hidden_NS, known.made), affine, w_BTE, again=again)
+        return LayerMixture(Dense(stack, w_BTP, hidden_NS, known.made), affine, w_BTE, again=again)
 
     def at_tokens(
         self, layer: TargetLayer, x_NI: Tensor, token_N: Tensor, num_tokens: int, dtype: torch.dtype, lease: Lease
@@ -217,7 +217,7 @@ class TokenWeights:
         w_1NP = layer_stack.of_experts(w_1NE)
         if len(x_NI) and self._valued is None and (kernel := _sparse(layer_stack, layer, w_1NP, _Known(), x_NI[None])):
             return kernel(_parts(layer_stack, layer, lease), w_1NP, dtype), w_1NE
-        return self._side_by_side(layer_stack, layer, lease).weigh(w_1NP), w_1NE
+        return Dense(self._side_by_side(layer_stack, layer, lease), w_1NP), w_1NE
 
     def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
         """Return the cache for w_BTP: one a layer if weights are fixed, one a call if layers share a router's; else new."""
@@ -248,7 +248,7 @@ class TokenWeights:
             stack = self._side_by_side(layer_stack, layer, lease)
             hidden_BTS = layer.kind.project(layer.module, x, stack.a_SI)
             hidden_BTS = hidden_BTS.reshape(*y_BTO.shape[:2], hidden_BTS.shape[2])
-            update_BTO = stack.weigh(layer_stack.of_experts(w_BTE)).expanded(hidden_BTS)
+            update_BTO = Dense(stack, layer_stack.of_experts(w_BTE)).expanded(hidden_BTS)
         if layer_stack.table is not None:
             update_BTO = update_BTO + layer_stack.table.weigh(w_BTE).on(y_BTO, layer.parameter("bias"))
         return update_BTO, w_BTE
@@ -288,18 +288,17 @@ class TokenWeights:
 
     def _stack(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
         layer_stack = self._layers.get(layer)
-        if layer_stack is None or layer_stack.device != device or layer_stack.dtype != dtype:
-            with torch.inference_mode(False), torch.no_grad():
-                layer_stack = self._layers[layer] = self._make_stack(layer, device, dtype, lease)
+        if layer_stack is not None and layer_stack.device == device and layer_stack.dtype == dtype:
+            return layer_stack
+        with torch.inference_mode(False), torch.no_grad():
+            placed = [lease.part(name, layer, device, dtype) for name in self._experts]
+            with_rank = {index: part for index, part in enumerate(placed) if part is not None and part.a_RI.shape[0]}
+            place_P = None if len(with_rank) == len(placed) else torch.tensor(list(with_rank), device=device)
+            experts = tuple([self._experts[index] for index in with_rank])
+            num_ranks = sum([part.a_RI.shape[0] for part in with_rank.values()])
+            layer_stack = _LayerStack(device, dtype, experts, place_P, num_ranks, AffineTable.of(placed))
+        self._layers[layer] = layer_stack
         return layer_stack
-
-    def _make_stack(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
-        placed = [lease.part(name, layer, device, dtype) for name in self._experts]
-        with_rank = {index: part for index, part in enumerate(placed) if part is not None and part.a_RI.shape[0]}
-        place_P = None if len(with_rank) == len(placed) else torch.tensor(list(with_rank), device=device)
-        experts = tuple(self._experts[index] for index in with_rank)
-        num_ranks = sum(part.a_RI.shape[0] for part in with_rank.values())
-        return _LayerStack(device, dtype, experts, place_P, num_ranks, AffineTable.of(placed))
 
     def _side_by_side(self, found: _LayerStack, layer: TargetLayer, lease: Lease) -> Stack:
         if found.stack is None:
@@ -370,6 +369,7 @@ def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:
     require_multiple(w_BTE.shape[0], num_rows, f"input of layer {layer!r}")
 
 
+@dataclass(eq=False)
 class MadeWeights:
     """A check that the weights computed during one activation, by a router or from parameters, are finite.
 
@@ -377,9 +377,8 @@ class MadeWeights:
     kept there, which is NaN as soon as one weight is NaN or infinite.
     """
 
-    def __init__(self, experts: tuple[str, ...]) -> None:
-        self._experts = experts
-        self._zeros: dict[str, Tensor] = {}
+    _experts: tuple[str, ...]
+    _zeros: dict[str, Tensor] = field(default_factory=dict)
 
     def require_finite(self, layer: str, w_BTE: Tensor) -> None:
         """Raise WeightingError for a weight on the CPU that is not finite; weights elsewhere are noted for `require_all`."""

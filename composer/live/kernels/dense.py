@@ -46,7 +46,7 @@ class Stack:
 
     @classmethod
     def of(cls, parts: Sequence[Part], dtype: torch.dtype) -> Stack:
-        ranks = tuple(part.a_RI.shape[0] for part in parts)
+        ranks = tuple([part.a_RI.shape[0] for part in parts])
         owner = [number for number, rank in enumerate(ranks) for _ in range(rank)]
         b_SO = torch.cat([part.b_RO for part in parts]).to(dtype)
         return cls(by_input(stack_a(parts, dtype)), b_SO, torch.tensor(owner, device=b_SO.device), ranks)
@@ -57,17 +57,13 @@ class Stack:
         held += (tensor for kept in self.beside.values() if isinstance(kept, list) for tensor in kept)
         return sum({id(tensor): tensor.nbytes for tensor in held}.values())
 
-    def weigh(self, w_BTP: Tensor, hidden_NS: Tensor | None = None, made: Made | None = None) -> Dense:
-        """Return the stack's kernel for weights w_BTP; B and T may be 1.
-
-        `hidden_NS` is x a^T of the input to come, if known, and `made` collects w_NS for layers that share the weights.
-        """
-        return Dense(self, w_BTP, hidden_NS, made)
-
 
 @dataclass(frozen=True, eq=False)
 class Dense(RowKernel):
-    """A kernel of a stack of factors and the weights of its experts, in fp32 or better."""
+    """A kernel of a stack of factors and the weights of its experts, in fp32 or better; B and T may be 1.
+
+    `hidden_NS` is x a^T of the input to come, if known, and `made` collects w_NS for layers that share the weights.
+    """
 
     is_shared: ClassVar[bool | None] = False
 
@@ -95,7 +91,7 @@ class Dense(RowKernel):
             for p, weight in row:
                 w_B1P[number, 0, p] = weight
         stack = Stack.of(parts, dtype)
-        return stack.weigh(w_B1P.to(stack.b_SO.device))
+        return cls(stack, w_B1P.to(stack.b_SO.device))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from loraweave.common import compute
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.kernels._parts import Workload, choose
-from loraweave.composer.live.kernels.dense import Stack
+from loraweave.composer.live.kernels.dense import Dense, Stack
 from loraweave.composer.live.pages import PlacedFactors
 from loraweave.extensions.accelerators.kernels import native_rows
 from loraweave.extensions.accelerators.kernels.native_rows import NativeRows, row_by_row
@@ -268,7 +268,7 @@ def test_weights_by_token_are_the_formula_and_zero_adds_nothing_of_what_has_over
     w[..., 1] = 0
     hidden = torch.cat([x @ stack.a_SI.T, x], dim=2)[..., : sum(ranks)].flatten(0, 1)
     hidden[:, 8:11] = float("inf")
-    kernel = stack.weigh(w, hidden if known == "hidden values" else None)
+    kernel = Dense(stack, w, hidden if known == "hidden values" else None)
     assert (row_by_row(kernel, only_b=False)[0].dtype is not dtype) == (dtype is torch.float32 and inputs == 64)
     wanted, reach = y.double(), y.double().abs()
     for place in (0, 2):
@@ -303,7 +303,7 @@ def test_what_a_stack_keeps_row_by_row_is_counted_once_it_is_there(dtype):
         PlacedFactors(torch.randn(r, 7, generator=generator), torch.randn(r, 5, generator=generator)) for r in (2, 1, 4)
     ]
     stack = Stack.of([PlacedFactors(part.a_RI.to(dtype), part.b_RO.to(dtype)) for part in parts], dtype)
-    factors, dense = stack.a_SI.nbytes + stack.b_SO.nbytes, stack.weigh(torch.ones(1, 1, 3))
+    factors, dense = stack.a_SI.nbytes + stack.b_SO.nbytes, Dense(stack, torch.ones(1, 1, 3))
     assert stack.num_bytes == factors
     # in random numbers nothing is short: b is the stack's own, a is copied
     assert row_by_row(dense, only_b=True)[0] is stack.b_SO

@@ -166,7 +166,7 @@ def test_without_gradients_it_is_the_formula_also_where_layers_share_what_is_mad
         z = torch.cat([y, y], dim=2)[..., : of.b_SO.shape[1]].contiguous()
         expected = z + formula(x, w, of)
         for shared in (None, made, made):
-            assert torch.allclose(of.weigh(w, made=shared).plus(x, z.clone()), expected, rtol=1e-12, atol=1e-12)
+            assert torch.allclose(Dense(of, w, made=shared).plus(x, z.clone()), expected, rtol=1e-12, atol=1e-12)
     # of the first two layers, and of the third
     assert len(made) == 2
 
@@ -177,6 +177,6 @@ def test_an_expert_of_weight_zero_adds_nothing_where_its_hidden_values_overflow(
     of = stack(ranks=ranks)
     of.a_SI[of.owner_S == 1] = torch.inf
     w[..., 1] = 0.0
-    found = of.weigh(w).plus(x, y.clone())
+    found = Dense(of, w).plus(x, y.clone())
     of.a_SI[of.owner_S == 1] = 0.0
     assert torch.allclose(found, y + formula(x, w, of), rtol=1e-12, atol=1e-12)
