@@ -44,9 +44,6 @@ class TargetBatch:
     inputs: dict[str, Tensor]
     targets_BK: Tensor
 
-    def to(self, device: torch.device) -> TargetBatch:
-        return TargetBatch({key: value.to(device) for key, value in self.inputs.items()}, self.targets_BK.to(device))
-
     def tile(self, count: int) -> TargetBatch:
         """Return the whole batch `count` times, one copy after the other."""
         inputs = {key: value.repeat(count, 1) for key, value in self.inputs.items()}
@@ -141,7 +138,7 @@ def context_length(model: Any) -> int | None:
 
 def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch:
     """Return the rows as one batch on the model's device."""
-    width = max(len(row.target) for row in rows)
+    width = max([len(row.target) for row in rows])
     targets_BK = torch.full((len(rows), width), IGNORED)
     device = next(model.parameters()).device
     if model.config.is_encoder_decoder:
@@ -149,14 +146,14 @@ def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch
             targets_BK[index, : len(row.target)] = torch.tensor(row.target)
         # an encoder that has learned its positions counts them from the first column
         ids, mask = pad_rows(tokenizer, [row.prompt for row in rows], left=False)
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        targets_BK, inputs = targets_BK.to(device), {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         # every model of this kind shifts labels to the right itself; the helper is part of its public face
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_BK.to(device)).cpu()
-        return TargetBatch(inputs, targets_BK).to(device)
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_BK)
+        return TargetBatch(inputs, targets_BK)
     for index, row in enumerate(rows):
         targets_BK[index, width - len(row.target) :] = torch.tensor(row.labels)
     ids, mask = pad_rows(tokenizer, [row.prompt + row.target for row in rows])
-    return TargetBatch(with_positions(model, ids, mask), targets_BK).to(device)
+    return TargetBatch(with_positions(model, ids.to(device), mask.to(device)), targets_BK.to(device))
 
 
 def in_chunks(items: list[T], size: int) -> list[list[T]]:

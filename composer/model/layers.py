@@ -382,7 +382,7 @@ def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
     for place, (operation, attribute) in enumerate(steps):
         if not operation.startswith(("LOAD_ATTR", "LOAD_METHOD")):
             continue
-        part, then = (steps[place + ahead] if place + ahead < len(steps) else ("", None) for ahead in (1, 2))
+        part, then = [steps[place + ahead] if place + ahead < len(steps) else ("", None) for ahead in (1, 2)]
         if not (part[0].startswith("LOAD_ATTR") and part[1] in ("weight", "bias")):
             yield str(attribute), False
             continue

@@ -260,7 +260,7 @@ def longest_answer(tokenizer: Any, pairs: Pairs) -> int:
     An answer twice as long as any accepted target is wrong however it ends, and the base model often does not stop.
     """
     targets = [target for _, accepted in pairs for target in accepted]
-    longest = max(len(ids) for ids in tokenizer(targets)["input_ids"])
+    longest = max(map(len, tokenizer(targets)["input_ids"]))
     return min(MAX_NEW_TOKENS, 2 * longest + 4)
 
 
@@ -444,5 +444,6 @@ def _read_prompts(
 def pad_prompts(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """Return the prompts as one batch on the model's device, padded left for a decoder and right for an encoder."""
     left, device = not model.config.is_encoder_decoder, next(model.parameters()).device
-    ids, mask = (tensor.to(device) for tensor in pad_rows(tokenizer, prompt_ids(tokenizer, prompts), left=left))
+    ids, mask = pad_rows(tokenizer, prompt_ids(tokenizer, prompts), left=left)
+    ids, mask = ids.to(device), mask.to(device)
     return with_positions(model, ids, mask) if left else {"input_ids": ids, "attention_mask": mask}
