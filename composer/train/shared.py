@@ -41,7 +41,7 @@ def groups(sizes: Mapping[str, JobSize], jobs_per_batch: int, fits: Fits) -> lis
             members = [sizes[name] for name in names[start:end]]
             if len(members) > 1 and not fits(members):
                 break
-            tokens = sum(size.num_rows for size in members) * members[-1].width
+            tokens = sum([size.num_rows for size in members]) * members[-1].width
             candidates.append((best[start][0] + 1, best[start][1] + tokens, start))
         best.append(min(candidates))
     cuts = [len(names)]
@@ -276,15 +276,14 @@ class SharedTraining:
         return bool(over)
 
     def _show(self, shown: TaskID) -> None:
-        names = ", ".join(run.planned.name for run in self._running)
-        done = sum(run.step for run in self._running)
-        ahead = sum(run.planned.pace.steps for run in self._running)
-        ahead += sum(job.pace.steps for job in self._waiting.values())
+        names = ", ".join([run.planned.name for run in self._running])
         # the steps that a job skipped by ending early count as done
+        ahead = sum([run.planned.pace.steps - run.step for run in self._running])
+        ahead += sum([job.pace.steps for job in self._waiting.values()])
         losses = [run.losses[-1] for run in self._running if run.losses]
         mean = f"loss {sum(losses) / len(losses):.3f}, " if losses else ""
         text = f"{mean}{self.report.tokens_per_second:,.0f} tokens/s" if self.report.seconds else ""
-        self.bar.update(shown, description=f"training {names}", completed=self._total - ahead + done, loss=text)
+        self.bar.update(shown, description=f"training {names}", completed=self._total - ahead, loss=text)
 
     def _save(self) -> None:
         assert self.folder is not None

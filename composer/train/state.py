@@ -36,7 +36,7 @@ class JobReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON, for an adapter's card."""
-        return {**asdict(self), "losses": list(self.losses), "held_out": [list(point) for point in self.held_out]}
+        return {**asdict(self), "losses": list(self.losses), "held_out": list(map(list, self.held_out))}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> JobReport:
@@ -198,8 +198,8 @@ class PlannedJob:
         return JobSize(
             num_rows=self.pace.batch_size,
             width=sum(widths) / len(widths),
-            longest=max(len(row.prompt) if model.config.is_encoder_decoder else len(row) for row in seen),
-            longest_target=max(len(row.target) for row in seen),
+            longest=max([len(row.prompt) if model.config.is_encoder_decoder else len(row) for row in seen]),
+            longest_target=max([len(row.target) for row in seen]),
             num_parameters=self.num_parameters,
             num_copies=NUM_COPIES + (self.held_out is not None),
         )

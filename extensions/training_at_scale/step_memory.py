@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,7 @@ class MemoryModel:
         """Fit the model to what autograd keeps in three forwards of two short rows with this job in the model."""
         long = min(2 * PROBED_TOKENS, context_length(model) or 2 * PROBED_TOKENS)
         short = long // 2
-        # a decoder's targets are among its tokens
-        overlap = 0 if model.config.is_encoder_decoder else 1
-
-        def kept(tokens: int, targets: int) -> float:
-            return _kept_bytes(model, tokenizer, job, tokens - overlap * targets, targets)
-
+        kept = partial(_kept_bytes, model, tokenizer, job)
         first, second, third = kept(short, 1), kept(long, 1), kept(long, 1 + PROBED_TARGETS)
         target_bytes = max(0.0, (third - second) / PROBED_TARGETS)
         first_each, second_each = (first - target_bytes) / short, (second - target_bytes) / long
@@ -72,9 +68,10 @@ class MemoryModel:
         return int(self.weight_bytes + trained + (1 + BACKWARD_SHARE) * kept + logits)
 
 
-def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, prompt: int, target: int) -> float:
+def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, length: int, target: int) -> float:
     """Return the bytes that autograd keeps per row of these lengths, without the tensors of the model and the job."""
-    token = pad_id(tokenizer)
+    # a decoder's targets are among its tokens
+    token, prompt = pad_id(tokenizer), length if model.config.is_encoder_decoder else length - target
     # the second row is shorter, so that there is padding and its mask
     rows = [EncodedRow((token,) * length, (token,) * target) for length in (prompt, max(1, prompt - 1))]
     owned = chain(model.parameters(), model.buffers(), job.parameters())

@@ -124,7 +124,7 @@ class FlatParameters:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.vectors: list[Tensor] = []
-        for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+        for dtype in dict.fromkeys([parameter.dtype for parameter in parameters]):
             self.vectors.append(_gathered([parameter for parameter in parameters if parameter.dtype == dtype]))
 
     def zero_grad(self) -> None:
