@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave.common.checks import entry
 from loraweave.common.files import as_path
 from loraweave.errors import AdapterUnsupported, CompositionError
 from loraweave.hub.base import model_of
@@ -22,7 +23,7 @@ from loraweave.hub.formats import _reading
 from loraweave.hub.formats._card import as_list
 from loraweave.hub.formats._config import extension_module
 from loraweave.hub.formats._contents import MAX_ERROR, Contents
-from loraweave.hub.formats._files import as_kept_files, entry
+from loraweave.hub.formats._files import as_kept_files
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.merge_report import MergeReport

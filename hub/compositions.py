@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from loraweave.common.checks import entry
 from loraweave.common.files import file_digest, replacing, storage_errors
 from loraweave.common.names import checked_name, near_misses, now, text_digest
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, HubCorrupt, HubError, InvalidName
-from loraweave.hub.formats._files import entry
 from loraweave.hub.listing import Listing
 from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.folder_blobs import file_bytes

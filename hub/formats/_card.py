@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from loraweave.common.checks import entry
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, InvalidLicense
-from loraweave.hub.formats._files import MAX_JSON_BYTES, entry, open_file, present, read_json
+from loraweave.hub.formats._files import MAX_JSON_BYTES, open_file, present, read_json
 from loraweave.hub.licenses import LISTED, RENAMED, UNLISTED, canonical, license_of_all
 from loraweave.types import Fingerprint
 

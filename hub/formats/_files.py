@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 from weakref import WeakValueDictionary
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, HubError
@@ -26,7 +26,6 @@ BESIDE = "trainable_params.bin"
 # a file written this lately may be rewritten with the same time stamp: clocks of file systems have coarse steps
 FRESH_S = 2.0
 
-T = TypeVar("T")
 State = tuple[int, int, int, int, str]
 
 
@@ -191,12 +190,6 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it is a {type(value).__name__}, not an object")
     return value
-
-
-def entry(table: object, name: str, kind: type[T] | tuple[type[T], ...]) -> T | None:
-    """Return the value under a name in untrusted JSON, or None if it is missing or of another type."""
-    value = table.get(name) if isinstance(table, Mapping) else None
-    return value if isinstance(value, kind) else None
 
 
 def listing(folder: Path) -> str:

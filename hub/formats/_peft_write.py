@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave.common.checks import entry
 from loraweave.common.descent import save_tensors
 from loraweave.common.files import replacing, require_replaceable
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, SIDECAR, readme_text, sidecar_text
 from loraweave.hub.formats._config import CONFIG, EXPERTS, extension_module
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._files import entry
 from loraweave.hub.formats._peft_config import HEAD_TASKS, INDEX, PREFIX, WEIGHTS, Key, parse_key
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
 from loraweave.lowrank.algebra import all_finite

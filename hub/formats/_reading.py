@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 
 import loraweave.registry as registry
+from loraweave.common.checks import entry
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._config import CONFIG, AdapterConfig, config_fields, extension_module, missing_extension
 from loraweave.hub.formats._contents import MAX_ERROR, Bound, Contents, cut_update, require_numbers
-from loraweave.hub.formats._files import BESIDE, KEPT, MAX_LISTED, entry, open_file, present, read_kept, require_unchanged
+from loraweave.hub.formats._files import BESIDE, KEPT, MAX_LISTED, open_file, present, read_kept, require_unchanged
 from loraweave.hub.formats._peft_config import PICKLE, WEIGHTS
 from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.hub.formats.peft import Peft

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave.common.checks import entry
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._card import base_model_of_readme, read_card
 from loraweave.hub.formats._config import CONFIG, EXPERTS, AdapterConfig, extension_module
 from loraweave.hub.formats._contents import Contents, lora_factors
-from loraweave.hub.formats._files import entry, present
+from loraweave.hub.formats._files import present
 from loraweave.hub.formats._peft_config import (
     HEAD_TASKS,
     INDEX,

@@ -1,12 +1,14 @@
-"""Checks of counts, numbers and texts, and of lists of them."""
+"""Checks of counts, numbers and texts, of lists of them, and of the entries of untrusted JSON."""
 
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from types import UnionType
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from loraweave.errors import LoraweaveError
+
+T = TypeVar("T")
 
 
 def is_whole(value: object, least: int) -> TypeGuard[int]:
@@ -52,6 +54,12 @@ def one_or_many(values: Iterable[str] | str | None) -> tuple[str, ...]:
 def are_texts(values: Iterable[object]) -> TypeGuard[Iterable[str]]:
     """Return True if all values are texts."""
     return all(isinstance(value, str) for value in values)
+
+
+def entry(table: object, name: str, kind: type[T] | tuple[type[T], ...]) -> T | None:
+    """Return the value under a name in untrusted JSON, or None if it is missing or of another type."""
+    value = table.get(name) if isinstance(table, Mapping) else None
+    return value if isinstance(value, kind) else None
 
 
 def says_something(text: object) -> TypeGuard[str]:

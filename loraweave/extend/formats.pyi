@@ -1,3 +1,4 @@
+from loraweave.common.checks import entry as entry
 from loraweave.hub.adapter import ExportReport as ExportReport
 from loraweave.hub.formats._card import base_model_of_readme as base_model_of_readme
 from loraweave.hub.formats._card import json_text as json_text
@@ -12,7 +13,6 @@ from loraweave.hub.formats._contents import Contents as Contents
 from loraweave.hub.formats._contents import Dense as Dense
 from loraweave.hub.formats._contents import cut_update as cut_update
 from loraweave.hub.formats._contents import lora_factors as lora_factors
-from loraweave.hub.formats._files import entry as entry
 from loraweave.hub.formats._files import folder_within as folder_within
 from loraweave.hub.formats._files import open_file as open_file
 from loraweave.hub.formats._files import parse_json as parse_json
