@@ -242,7 +242,7 @@ def fingerprint(model: torch.nn.Module) -> Fingerprint:
 
 def sampled_places(named: Mapping[str, torch.Tensor]) -> tuple[Fingerprint, list[tuple[str, torch.Tensor]]]:
     """Return the fingerprint without samples, and (name, places in the flat tensor) of each sampled parameter."""
-    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in named.items())
+    shapes = sorted([(name, tuple(parameter.shape)) for name, parameter in named.items()])
     matrices = [(name, math.prod(shape)) for name, shape in shapes if len(shape) >= 2]
     chosen = matrices[:: max(1, len(matrices) // NUM_TENSORS)][:NUM_TENSORS]
     places = [(name, torch.linspace(0, size - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()) for name, size in chosen]

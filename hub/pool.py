@@ -161,7 +161,7 @@ class ExpertPool:
     def layer_names(self) -> tuple[str, ...]:
         """The layers that at least one expert updates, sorted. A lazy pool opens all its adapters for them."""
         # adapters of one form share its tuple, so that a pool of thousands has few to look at
-        forms = {id(form): form for form in (adapter.form for adapter in self.adapters.values())}
+        forms = {id(adapter.form): adapter.form for adapter in self.adapters.values()}
         return tuple(sorted({layer for form in forms.values() for layer, *_ in form}))
 
     @cached_property

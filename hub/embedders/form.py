@@ -39,15 +39,15 @@ def _features(text: str) -> list[float]:
     """Return the features of a text, each from 0 to 1."""
     counts = Counter(text)
     words = text.split()
-    lengths = [len(word) for word in words] or [0]
+    lengths = list(map(len, words)) or [0]
     size = max(1, len(text))
     shares = [
-        sum(character.isalpha() for character in text) / size,
-        sum(character.isdigit() for character in text) / size,
-        sum(character.isupper() for character in text) / size,
-        sum(character.isspace() for character in text) / size,
-        sum(ord(character) > 127 for character in text) / size,
-        sum(word.istitle() for word in words) / max(1, len(words)),
+        sum(map(str.isalpha, text)) / size,
+        sum(map(str.isdigit, text)) / size,
+        sum(map(str.isupper, text)) / size,
+        sum(map(str.isspace, text)) / size,
+        (len(text) - sum(map(str.isascii, text))) / size,
+        sum(map(str.istitle, words)) / max(1, len(words)),
     ]
     shape = [
         min(1.0, math.log1p(len(text)) / _LONG),

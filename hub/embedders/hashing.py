@@ -44,6 +44,5 @@ def _grams(text: str) -> Counter[str]:
     """Return how often each n-gram occurs inside the words, each word between two spaces."""
     words = unicodedata.normalize("NFKC", readable(text)).casefold().split() or [""]
     padded = [f" {word} " for word in words]
-    return Counter(
-        word[start : start + size] for word in padded for size in N_GRAM_SIZES for start in range(len(word) - size + 1)
-    )
+    grams = [word[start : start + size] for word in padded for size in N_GRAM_SIZES for start in range(len(word) - size + 1)]
+    return Counter(grams)

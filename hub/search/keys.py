@@ -195,7 +195,7 @@ class Keys:
         segments = [segment.without(gone_M) for segment in self.segments]
         if len(new_seqs_N):
             segments.append(self._segment(new_seqs_N, new_keys_ND))
-        kept = replace(self, segments=tuple(segment for segment in segments if segment.num_alive))
+        kept = replace(self, segments=tuple([segment for segment in segments if segment.num_alive]))
         if kept.num_late > max(MAX_LATE, MAX_LATE_SHARE * len(kept)):
             return kept.joined()
         # the first is not joined here: it is large, and may be a mapped file

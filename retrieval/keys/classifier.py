@@ -172,16 +172,13 @@ class Classifier(Declared):
         answering = [row for row in order if told and _pairs(records[row], space)[0][1]]
         cosines_N, logits_N = np.zeros(len(records)), np.zeros(len(records))
 
-        def add(asked: list[_Pair], among: list[int], outputs: bool, judged: list[int]) -> None:
-            if asked and judged:
-                fitted = self._fitted([records[row] for row in among], space, outputs=outputs)
-                sums = dict(zip(among, fitted.cosines(asked, space).sum(axis=0), strict=True))
+        others = [row for row in order if row not in set(answering)]
+        for examples, among, judged in ((bare, order, order), (told, answering, answering), (told, order, others)):
+            if examples and judged:
+                fitted = self._fitted([records[row] for row in among], space, outputs=among is answering)
+                sums = dict(zip(among, fitted.cosines(examples, space).sum(axis=0), strict=True))
                 cosines_N[judged] += [sums[row] for row in judged]
                 logits_N[judged] += [sums[row] / fitted.choice.temperature for row in judged]
-
-        add(bare, order, False, order)
-        add(told, answering, True, answering)
-        add(told, order, False, [row for row in order if row not in set(answering)])
         return cosines_N / len(pairs), logits_N
 
     def _fitted(self, records: list[Record], space: KeySpace, *, outputs: bool) -> _Fitted:
