@@ -64,7 +64,7 @@ class MixtureWeights:
                 rows = list(weights)
         if not rows:
             raise WeightingError("an empty list of mixtures: give one mapping of names to weights for each row")
-        position = {name: index for index, name in enumerate(experts)}
+        position = dict(zip(experts, range(len(experts)), strict=True))
         values_BE = torch.zeros(len(rows), len(position))
         for number, row in enumerate(rows):
             if not (row is None or isinstance(row, Mapping)):

@@ -146,7 +146,7 @@ class Solver(Declared, ABC):
         self._vectors.extend(candidates)
         self._told.sizes.append(len(candidates))
         self._told.losses.extend(scored)
-        self._told.gradients.extend(gradient.tolist() for gradient in gradients)
+        self._told.gradients += [gradient.tolist() for gradient in gradients]
         recent = self._told.losses[-MAX_FAILED:]
         if len(recent) == MAX_FAILED and not any(map(math.isfinite, recent)):
             raise SearchFailed(

@@ -33,7 +33,7 @@ class Gathered(RowKernel):
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Gathered:
-        filling = _filling(rows, tuple(part.a_RI.shape[0] for part in parts))
+        filling = _filling(rows, tuple([part.a_RI.shape[0] for part in parts]))
         num_rows, largest = len(rows), filling.largest
         a_BRI = _joined([part.a_RI for part in parts], filling, num_rows, lend).to(dtype).view(num_rows, largest, -1)
         b_SO = _joined([part.b_RO for part in parts], filling, num_rows, lend)
