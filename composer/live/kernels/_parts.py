@@ -266,7 +266,10 @@ class SomeRows(AddsInPlace):
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
         x_MNI = group_by_mixture(x_BTI, self.num_rows)
         y_MNO = y_BTO.view(*x_MNI.shape[:2], y_BTO.shape[2])
-        add_at(self.kernel, self.place, x_MNI, y_MNO)
+        if isinstance(self.place, slice):
+            self.kernel.add_(x_MNI[self.place], y_MNO[self.place])
+        else:
+            y_MNO.index_add_(0, self.place, self.kernel.update(x_MNI[self.place]).to(y_MNO.dtype))
 
     def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
         place, rows = self.place, self.num_rows
@@ -300,14 +303,6 @@ def group_by_mixture(x_BTI: Tensor, num_mixtures: int) -> Tensor:
     """Return x_MNI with one row for each mixture: the N tokens of all rows that it serves, one row after the other."""
     # not -1, which is ambiguous for an input without tokens
     return x_BTI.reshape(num_mixtures, x_BTI.shape[0] * x_BTI.shape[1] // num_mixtures, x_BTI.shape[2])
-
-
-def add_at(kernel: Kernel, place: slice | Tensor, x_MNI: Tensor, y_MNO: Tensor) -> None:
-    """Add the kernel's updates for x to the rows `place` of y_MNO, in their own memory."""
-    if isinstance(place, slice):
-        kernel.add_(x_MNI[place], y_MNO[place])
-    else:
-        y_MNO.index_add_(0, place, kernel.update(x_MNI[place]).to(y_MNO.dtype))
 
 
 def repeat_rows(w_BTE: Tensor, num_rows: int) -> Tensor:
