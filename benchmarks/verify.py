@@ -26,7 +26,7 @@ from benchmarks._run import Run, Table, console
 from benchmarks._served import llama_cpp, serving, vllm
 from loraweave.extensions.verify import verify_server
 from loraweave.extensions.verify.verify import BEYOND
-from loraweave.hub.base_layer import head_size
+from loraweave.hub.base import head_size
 
 app = typer.Typer()
 

@@ -128,7 +128,7 @@ class Budgets(Admission):
                 num_layers += layers
         largest = max(sizes, default=0)
         filled = len(sizes) * min(largest, num_layers * SAVED_CALLS * self._call_values)
-        num_values = min(len(sizes) * largest, sum(sizes) + filled) + sum(routed.values())
+        num_values: int = min(len(sizes) * largest, sum(sizes) + filled) + sum(routed.values())
         return num_values * int(self._experts.copied_bytes)
 
     def _copied(self, served: Any) -> tuple[list[int], int]:

@@ -392,7 +392,9 @@ def serve(
         settings: dict[str, Any] = {"host": host, "port": port, "limits": limits, "api_key": api_key, "key_file": key_file}
         make_server(opened, model, tokenizer, log_format=log_format, **settings).run()
     workers = [thread for thread in threading.enumerate() if thread.name.startswith("loraweave-")]
-    if any(thread.join(timeout=1) or thread.is_alive() for thread in workers):
+    for thread in workers:
+        thread.join(timeout=1)
+    if any(thread.is_alive() for thread in workers):
         # Python would wait for a merge that has begun
         atexit._run_exitfuncs()
         os._exit(0)
