@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 
 from loraweave.common.checks import is_number
-from loraweave.common.display import tracked
+from loraweave.common.display import progress_bar
 from loraweave.common.options import Count, check_options
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.composer import Composer
@@ -190,16 +190,17 @@ def prune_mixture(objective: ExampleLoss, mixture: MixtureWeights, tolerance: fl
     (whole,) = _losses(objective, [mixture])
     out: list[str] = []
     loss, evaluations, rounds = whole, 1, len(mixture.experts) - 1
-    for _ in tracked(range(rounds), "leaving adapters out", total=rounds, shown=progress):
-        left = [name for name in mixture.experts if name not in out]
-        losses = _losses(objective, [_without(mixture, [*out, name]) for name in left])
-        evaluations += len(left)
-        # a mixture that cannot be scored has the loss NaN, which is never the least
-        least = min(range(len(left)), key=lambda place: (math.isnan(losses[place]), losses[place]))
-        if not losses[least] <= whole + tolerance:
-            break
-        out.append(left[least])
-        loss = losses[least]
+    with progress_bar(progress) as bar:
+        for _ in bar.track(range(rounds), description="leaving adapters out"):
+            left = [name for name in mixture.experts if name not in out]
+            losses = _losses(objective, [_without(mixture, [*out, name]) for name in left])
+            evaluations += len(left)
+            # a mixture that cannot be scored has the loss NaN, which is never the least
+            least = min(range(len(left)), key=lambda place: (math.isnan(losses[place]), losses[place]))
+            if not losses[least] <= whole + tolerance:
+                break
+            out.append(left[least])
+            loss = losses[least]
     return Pruned(_without(mixture, out), out, whole, loss, evaluations)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +35,7 @@ def study(
     functions = _read_functions(metric or ())
     from loraweave.extensions.study.running import study as run
 
-    results = run(file, out=out, metrics=functions, n_jobs=workers, progress=sys.stderr.isatty())
+    results = run(file, out=out, metrics=functions, n_jobs=workers)
     if as_json:
         print_json(
             {"out": results.folder, "failures": results.failures, "figures": [vars(figure) for figure in results.figures]}

@@ -187,22 +187,9 @@ def train(
     instructions = dict(zip(read, instruction or (), strict=False))
     tasks = {name: rows.task(instructions.get(name), system) for name, rows in read.items()}
     model, tokenizer = load_model(base, dtype)
-    trained = lw.train_adapters(
-        model,
-        tokenizer,
-        tasks,
-        rank=rank,
-        steps=steps,
-        jobs_per_batch=jobs,
-        seed=seed,
-        lr=lr,
-        batch_size=batch_size,
-        held_out=held_out,
-        patience=patience,
-        checkpoint=checkpoint or out / ".checkpoint",
-        n_jobs=workers,
-        progress=sys.stderr.isatty(),
-    )
+    settings: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "jobs_per_batch": jobs}
+    settings |= {"held_out": held_out, "patience": patience, "seed": seed, "checkpoint": checkpoint or out / ".checkpoint"}
+    trained = lw.train_adapters(model, tokenizer, tasks, n_jobs=workers, **settings)
     results = []
     for name, adapter in trained.items():
         inputs = [str(prompt) for prompt, _ in tasks[name].examples][:samples]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,6 +59,9 @@ from loraweave.errors import PackageMissing
 
 if TYPE_CHECKING:
     import loraweave as lw
+
+# how many weights are shown at most, and their least share of the largest
+MAX_WEIGHTS, COUNTING_SHARE = 10, 0.05
 
 
 @app.command(
@@ -142,13 +144,13 @@ def compose(
     call = ComposeCall(source, task, arguments)
     if not prune is tune is rank is None:
         _require_changeable(method, budget)
+    note("loading the base model")
     model, tokenizer = load_model(base, dtype)
-    shown = sys.stderr.isatty()
-    composed = call(model, tokenizer, n_jobs=workers, progress=shown)
+    composed = call(model, tokenizer, n_jobs=workers)
     if prune is not None and not composed.is_base:
-        composed = composed.prune(prune, progress=shown)
+        composed = composed.prune(prune)
     if tune is not None:
-        composed = composed.tune(tune, progress=shown)
+        composed = composed.tune(tune)
     if rank is not None and not composed.is_base:
         composed = composed.cut(rank)
     if out is not None:
@@ -182,11 +184,13 @@ def _show(composed: lw.Composition, method: str, budget: int, out: Path | None, 
     else:
         note(chosen)
     if composed.router is None:
-        weights = composed.mean_weights
-        by_size = sorted(weights, key=lambda name: abs(weights[name]), reverse=True)
+        by_size = sorted(composed.mean_weights.items(), key=lambda item: -abs(item[1]))
+        counting = [item for item in by_size if abs(item[1]) >= COUNTING_SHARE * abs(by_size[0][1])][:MAX_WEIGHTS]
         of_members = "mean weight over layers and members" if composed.members else "mean weight over layers"
         heading = "weight" if composed.by_layer is None and not composed.members else of_members
-        print_rows(("adapter", heading), [(name, weights[name]) for name in by_size])
+        print_rows(("adapter", heading), counting)
+        if rest := by_size[len(counting) :]:
+            note(f"{len(rest)} more adapters have weights of at most {abs(rest[0][1]):.2g}; --json shows all")
     else:
         note(f"router {method!r} weighs every adapter for each token and layer: `loraweave explain` shows what counted")
     if out is not None:

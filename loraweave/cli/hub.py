@@ -80,24 +80,15 @@ def add(
     if len(sources) > 1 and (name or description or examples):
         raise typer.BadParameter("--name, --description and --examples belong to one adapter; add the adapters one by one")
     samples = [] if examples is None else _samples(examples)
+    settings: dict[str, Any] = {"name": name, "description": description, "examples": samples, "tags": tag or ()}
+    settings |= {"license": license, "base_model": base_model, "language": language or (), "replace": replace}
+    settings |= {"allow_pickle": allow_pickle, "anomalies": anomalies}
     import loraweave as lw
 
     stored: list[dict[str, Any]] = []
     with lw.Hub(hub, blobs=blobs) as opened:
         for source in sources:
-            record = opened.add(
-                source,
-                name=name,
-                description=description,
-                examples=samples,
-                tags=tag or (),
-                license=license,
-                base_model=base_model,
-                allow_pickle=allow_pickle,
-                anomalies=anomalies,
-                language=language or (),
-                replace=replace,
-            )
+            record = opened.add(source, **settings)
             if isinstance(record, StoredComposition):
                 stored.append(composition_row(record))
                 note(

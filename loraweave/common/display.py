@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import re
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any, TypeVar
 
+from rich import get_console
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Column, Table
 
+from loraweave.common.names import printable
 from loraweave.errors import PackageMissing
 
 PATIENCE_S = 1.0
@@ -29,34 +33,58 @@ LEAST, LEAST_NAME = 8, 25
 Item = TypeVar("Item")
 
 
+class StageLines(Progress):
+    """The progress bar of a pipe: a line on stderr for each description, unless the log `loraweave` leaves out warnings."""
+
+    _last: str | None = None
+
+    def add_task(self, description: str, *settings: Any, **fields: Any) -> TaskID:
+        self._say(description)
+        return super().add_task(description, *settings, **fields)
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        self._say(changes.get("description"))
+        super().update(task_id, **changes)
+
+    def _say(self, description: str | None) -> None:
+        if description and description != self._last and logging.getLogger("loraweave").isEnabledFor(logging.WARNING):
+            self._last = description
+            print(printable(description), file=sys.stderr, flush=True)
+
+
 def progress_bar(shown: bool | Progress, *, field: str = "") -> Progress:
     """Make a rich bar with a task's description, count and time left, and the text of the task's `field`, if named.
 
-    The bar is hidden if `shown` is False. A `Progress` passed as `shown` is returned as it is.
+    Where neither a terminal nor a notebook would show it, it is a `StageLines`. The bar is hidden if `shown` is False. A
+    `Progress` passed as `shown` is returned as it is.
     """
     if isinstance(shown, Progress):
         return shown
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    texts = [TextColumn(f"{{task.fields[{field}]}}")] if field else []
-    return Progress(*columns, *texts, disable=not shown)
+    console = get_console()
+    if shown and not (console.is_terminal or console.is_jupyter):
+        return StageLines(disable=True)
+    return Progress(*_columns(), *([TextColumn(f"{{task.fields[{field}]}}")] if field else []), disable=not shown)
 
 
 def tracked(items: Iterable[Item], label: str, *, total: int | None, shown: bool = True) -> Iterator[Item]:
     """Yield the items; show a progress bar on stderr after one second, if `shown` and if stderr is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not (shown and sys.stderr.isatty()))
+    disable = not (shown and sys.stderr.isatty())
+    bar = Progress(*_columns(), console=Console(file=sys.stderr), transient=True, disable=disable)
     task = bar.add_task(label, total=total)
-    started, running = time.monotonic(), False
+    started = time.monotonic()
     try:
         for item in items:
-            if not running and time.monotonic() - started > PATIENCE_S:
+            if time.monotonic() - started > PATIENCE_S:
                 bar.start()
-                running = True
             yield item
             bar.advance(task)
     finally:
-        if running:
+        if bar.live.is_started:
             bar.stop()
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
 
 
 def blank_figure(why: str, **settings: Any) -> Any:
@@ -91,7 +119,8 @@ class ShownTable(Table):
         fitted = self._fitted(options.max_width, boxed=options.is_terminal)
         drawn: Iterable[Any] = Table.__rich_console__(fitted, console, options)
         if not options.is_terminal:
-            lines = "".join(segment.text for segment in drawn).splitlines()
+            title = textwrap.wrap(str(self.title or ""), options.max_width)
+            lines = [*title, *"".join(segment.text for segment in drawn).splitlines()]
             drawn = [Segment(f"{line.rstrip()}\n") for line in lines]
         yield from drawn
 
@@ -116,7 +145,7 @@ class ShownTable(Table):
         fitted = copy.copy(self)
         fitted.columns = columns
         if not boxed:
-            fitted.box, fitted.padding, fitted.pad_edge = None, (0, 2, 0, 0), False
+            fitted.box, fitted.padding, fitted.pad_edge, fitted.title = None, (0, 2, 0, 0), False, None
         if gone := [str(column.header) for column in self.columns[kept:]]:
             fitted.caption, fitted.caption_justify = f"left out, for want of width: {', '.join(gone)}", "left"
         return fitted

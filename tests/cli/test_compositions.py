@@ -185,6 +185,21 @@ def test_compose_shows_its_weights_by_size(two, base, rows):
     assert [cells(line) for line in done.stdout.splitlines()[-2:]] == [["right", "-1"], ["left", "0.25"]]
 
 
+def test_compose_in_a_pipe_tells_its_stages_and_the_weights_that_count(here, base, rows):
+    for seed in range(5):
+        adapter(f"a{seed}", seed).save_pretrained(here / "pool" / f"a{seed}")
+    weights = {"a0": -1, "a1": 0.5, "a2": 0.06, "a3": 0.04, "a4": -0.03}
+    words = ["compose", "--base", base, "--pool", here / "pool", "--examples", rows, "--method", "manual", "--tune", "1"]
+    weighed = [word for name, weight in weights.items() for word in ("--weight", f"{name}={weight}")]
+    done = call(*words[:-2], *weighed)
+    assert [cells(line) for line in done.stdout.splitlines()[-3:]] == [["a0", "-1"], ["a1", "0.5"], ["a2", "0.06"]]
+    assert "2 more adapters have weights of at most 0.04; --json shows all\n" in done.stderr
+    tuned = call(*words, "--prune", "0", "--weight", "a0=1", "--weight", "a1=1")
+    stages = ["loading the base model", "measuring adapters", "leaving adapters out", "training composition"]
+    assert [line for line in tuned.stderr.splitlines() if line in stages] == stages
+    assert set(stages) & set(call("--quiet", *words, "--weight", "a0=1").stderr.splitlines()) == set()
+
+
 def test_compose_asks_for_licenses_before_the_base_is_loaded(here, base, rows):
     for name, license in (("left", "gpl-3.0"), ("right", "cc-by-nc-4.0")):
         adapter(name, card={"license": license}).save_pretrained(here / "pool" / name)
