@@ -6,6 +6,7 @@ parameters of another (Ye et al. 2023, arXiv 2312.02515).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from loraweave.routers.tokens._call import current_prompts
 from loraweave.types import Factors
 
 WARMUP_STEPS = 10
+FAR = 5
 Row = TypeVar("Row")
 
 
@@ -344,11 +346,20 @@ def lora_job(
     """Return a job of the kind that trains new factors for `layers`, {path: (O, I)}, or copies of those in `start`."""
     scale, device = settings.alpha / settings.rank, next(model.parameters()).device
     if start is None:
-        key = "" if kind.linearized else name
-        pairs = new_factors(key, layers, rank=settings.rank, seed=settings.seed, device=device)
+        pairs = new_factors("" if kind.linearized else name, layers, rank=settings.rank, seed=settings.seed, device=device)
     else:
         pairs = given_factors(start, scale=scale, device=device)
+        pairs = {layer: _at_usual_scale(*pair) for layer, pair in pairs.items()}
     return kind.make(name, pairs, scale)
+
+
+def _at_usual_scale(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of the same product: an a FAR powers of 2 from rows of norm 1, which new ones have, is brought there.
+
+    AdamW's steps do not grow with a factor: beside an a of a thousand (8-bit forms), b would learn a thousand times as fast.
+    """
+    exponent = math.frexp(float(a_RI.norm(dim=1).sum()) / max(1, len(a_RI)))[1]
+    return (a_RI, b_OR) if abs(exponent) < FAR else (a_RI * 2.0**-exponent, b_OR * 2.0**exponent)
 
 
 class RowRange(NamedTuple):

@@ -249,6 +249,20 @@ def test_before_the_first_step_a_job_is_the_adapter_that_it_starts_from_to_the_b
     assert {layer: factors.rank for layer, factors in jobs.layers_of("new").items()} == dict.fromkeys(LAYERS, 3)
 
 
+@pytest.mark.parametrize("power", [2.0**11, 2.0**-11])
+def test_a_job_learns_alike_from_an_adapter_whose_scale_lies_in_the_other_factor(tiny_llama, tokenizer, begin, power):
+    """As in forms of 8-bit floats, where a fills the range; a power of two rounds nothing."""
+    usual = {layer: replace(f, a_RI=f.a_RI / 4, b_OR=f.b_OR * 4) for layer, f in begin.layers.items()}
+    norms = [float(factors.a_RI.norm(dim=1).mean()) for factors in usual.values()]
+    assert all(0.5 <= norm < 1 for norm in norms)
+    moved = {layer: replace(f, a_RI=f.a_RI * power, b_OR=f.b_OR / power) for layer, f in usual.items()}
+    first, second = (
+        train(tiny_llama, tokenizer, {"double": TASKS["double"]}, start={"double": replace(begin, layers=layers)})["double"]
+        for layers in (usual, moved)
+    )
+    assert equal(first.layers, second.layers)
+
+
 def test_the_forward_of_a_started_job_is_that_of_the_adapters_dense_update(make_model, begin, with_dense_update):
     model = make_model("llama", dtype=torch.float64)
     ids = torch.tensor([[5, 9, 30, 41], [7, 7, 12, 3]])
