@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from rich import get_console
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Column, Table
 
@@ -63,13 +63,15 @@ def progress_bar(shown: bool | Progress, *, field: str = "") -> Progress:
     console = get_console()
     if shown and not (console.is_terminal or console.is_jupyter):
         return StageLines(disable=True)
-    return Progress(*_columns(), *([TextColumn(f"{{task.fields[{field}]}}")] if field else []), disable=not shown)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, *([TextColumn(f"{{task.fields[{field}]}}")] if field else []), disable=not shown)
 
 
 def tracked(items: Iterable[Item], label: str, *, total: int | None, shown: bool = True) -> Iterator[Item]:
     """Yield the items; show a progress bar on stderr after one second, if `shown` and if stderr is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     disable = not (shown and sys.stderr.isatty())
-    bar = Progress(*_columns(), console=Console(file=sys.stderr), transient=True, disable=disable)
+    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=disable)
     task = bar.add_task(label, total=total)
     started = time.monotonic()
     try:
@@ -81,10 +83,6 @@ def tracked(items: Iterable[Item], label: str, *, total: int | None, shown: bool
     finally:
         if bar.live.is_started:
             bar.stop()
-
-
-def _columns() -> tuple[ProgressColumn, ...]:
-    return TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
 
 
 def blank_figure(why: str, **settings: Any) -> Any:

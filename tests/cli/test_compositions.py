@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shlex
@@ -185,7 +186,9 @@ def test_compose_shows_its_weights_by_size(two, base, rows):
     assert [cells(line) for line in done.stdout.splitlines()[-2:]] == [["right", "-1"], ["left", "0.25"]]
 
 
-def test_compose_in_a_pipe_tells_its_stages_and_the_weights_that_count(here, base, rows):
+def test_compose_in_a_pipe_tells_its_stages_and_the_weights_that_count(here, base, rows, caplog):
+    # --quiet sets the level of the process, which is restored after the test
+    caplog.set_level(logging.WARNING, logger="loraweave")
     for seed in range(5):
         adapter(f"a{seed}", seed).save_pretrained(here / "pool" / f"a{seed}")
     weights = {"a0": -1, "a1": 0.5, "a2": 0.06, "a3": 0.04, "a4": -0.03}
