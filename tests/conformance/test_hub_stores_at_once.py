@@ -11,7 +11,7 @@ import torch
 from store_places import new_place, opened, same
 from tiny_hubs import adapter, run_program
 
-import loraweave.hub.stores.storing
+import loraweave.hub.stores.blobs
 from loraweave.errors import AdapterNotFound, HubLocked
 
 # what another process sees
@@ -34,7 +34,7 @@ def once(real, happens):
 # the moments of a read between the row and the map
 MOMENTS = {
     "before the blob is looked for": lambda hub: (hub._blobs, "local"),
-    "before it is opened": lambda hub: (loraweave.hub.stores.storing, "read_blob"),
+    "before it is opened": lambda hub: (loraweave.hub.stores.blobs, "read_blob"),
     "between the two times that safetensors opens it": lambda hub: (torch.UntypedStorage, "from_file"),
 }
 
