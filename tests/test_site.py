@@ -46,6 +46,22 @@ def test_every_public_name_has_one_entry_in_the_reference(site):
     assert sorted(entries) == sorted(lw.__all__)
 
 
+def test_a_function_has_a_table_of_its_parameters_with_types_defaults_and_what_is_said_of_them(site):
+    text = (site / "reference" / "composing-for-a-task" / "index.html").read_text(encoding="utf-8")
+    row = re.search(
+        r'<tr class="doc-section-item">\s*<td>\s*<code>checkpoint</code>.*?</tr>',
+        text[text.index('id="loraweave.compose"') :],
+        re.S,
+    )
+    cells = [" ".join(re.sub(r"<[^>]+>", "", cell).split()) for cell in re.findall(r"<td>.*?</td>", row[0], re.S)]
+    assert cells == [
+        "checkpoint",
+        "str | Path | None",
+        "checkpoint is a folder from which an interrupted search resumes, to the same result.",
+        "None",
+    ]
+
+
 def test_every_public_name_of_an_extension_and_of_the_face_for_those_who_extend_has_an_entry(site):
     pages = [path.read_text(encoding="utf-8") for path in (site / "reference").rglob("*.html")]
     entries = {name for page in pages for name in re.findall(r'<h[23] id="(loraweave\.ext[\w.]+)"', page)}
