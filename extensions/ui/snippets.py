@@ -1,9 +1,10 @@
-"""A formula of the page as text to copy: the formula, Python, a command of the shell, and a request by curl."""
+"""A mixture of the page as text to copy: its formula, Python, a command of the shell, and a request by curl."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from loraweave import Hub, parse
@@ -17,13 +18,26 @@ PYTHON = """\
 import loraweave as lw
 
 hub = lw.Hub({place!r})
-formula = lw.parse({formula!r})
-model, tokenizer = lw.load_base({base})
-engine = lw.Composer(model, formula.pool(hub), tokenizer=tokenizer)
+{mixed}
 prompt = {prompt!r}
-(answer,) = engine.generate([prompt], mixture=formula.mixture(hub), max_new_tokens={tokens}, do_sample=False)
+(answer,) = engine.generate([prompt], mixture={mixture}, max_new_tokens={tokens}, do_sample=False)
 print(answer)
 """
+OF_FORMULA = """\
+formula = lw.parse({formula!r})
+model, tokenizer = lw.load_base({base})
+engine = lw.Composer(model, formula.pool(hub), tokenizer=tokenizer)"""
+BY_BLOCK = """\
+weights = {weights!r}
+by_block = {blocks!r}
+model, tokenizer = lw.load_base({base})
+engine = lw.Composer(model, hub.pool(list(weights)), tokenizer=tokenizer)
+by_layer = {{layer: dict(weights) for layer in engine.pool.layer_names}}
+for layer, row in by_layer.items():
+    for block, differing in by_block.items():
+        if f"{{layer}}.".startswith(f"{{block}}."):
+            row.update(differing)
+mixture = lw.MixtureWeights.of_layers(by_layer, list(weights))"""
 
 
 def texts_of(hub: Hub, base: str | None, formula: str, question: Prompt, max_new_tokens: int) -> dict[str, str]:
@@ -43,13 +57,34 @@ def texts_of(hub: Hub, base: str | None, formula: str, question: Prompt, max_new
     body: dict[str, Any] = {"model": formula, "max_tokens": max_new_tokens, "temperature": 0, key: question}
     sent = shlex.quote(json.dumps(body, ensure_ascii=False))
     option = "" if base is None else f" --base {shlex.quote(base)}"
-    # a prompt of a task is a text that knows its parts
-    prompt = str(question) if isinstance(question, str) else question
-    loaded = "" if base is None else repr(base)
+    mixed = OF_FORMULA.format(formula=formula, base=_loaded(base))
     return {
         "formula": formula,
-        "python": PYTHON.format(place=place_of(hub), formula=formula, base=loaded, prompt=prompt, tokens=max_new_tokens),
+        "python": _python(hub, mixed, "formula.mixture(hub)", question, max_new_tokens),
         "shell": f"loraweave {verb} {word}",
         "curl": f"# the server: loraweave serve --hub {place}{option}\n"
         f"curl {SERVER}/{path} -H 'Content-Type: application/json' -d {sent}",
     }
+
+
+def by_block(
+    hub: Hub,
+    base: str | None,
+    weights: Mapping[str, float],
+    blocks: Mapping[str, Mapping[str, float]],
+    question: Prompt,
+    max_new_tokens: int,
+) -> str:
+    """Return Python that mixes adapters by {name: weight}, but by {block: {name: weight}} in the blocks that differ."""
+    mixed = BY_BLOCK.format(weights=weights, blocks=blocks, base=_loaded(base))
+    return _python(hub, mixed, "mixture", question, max_new_tokens)
+
+
+def _loaded(base: str | None) -> str:
+    return "" if base is None else repr(base)
+
+
+def _python(hub: Hub, mixed: str, mixture: str, question: Prompt, max_new_tokens: int) -> str:
+    # a prompt of a task is a text that knows its parts
+    prompt = str(question) if isinstance(question, str) else question
+    return PYTHON.format(place=place_of(hub), mixed=mixed, mixture=mixture, prompt=prompt, tokens=max_new_tokens)

@@ -42,7 +42,7 @@ from loraweave.extend.composing import Named, Stored
 from loraweave.extend.merging import MergeReport, by_number, interference
 from loraweave.extend.routing import TokenRouter, router_class, router_names
 from loraweave.extensions.ui.catalogue import Name, Query, block_and_kind, grid
-from loraweave.extensions.ui.snippets import texts_of
+from loraweave.extensions.ui.snippets import by_block, texts_of
 
 MAX_PICKED = 8
 # the name of the file and function by which an extension shows the weights of tokens
@@ -136,7 +136,10 @@ class Answered(Mixed, Question):
 
 
 class Copied(Question):
-    formula: Annotated[str, Field(min_length=1, max_length=4096)]
+    """A formula to copy, or the parts of a mixture by block, which has none."""
+
+    formula: Annotated[str, Field(max_length=4096)] = ""
+    parts: Annotated[list[Part], Field(max_length=MAX_PICKED)] = Field(default_factory=list)
 
 
 class Found(Picked):
@@ -219,8 +222,17 @@ class Workbench:
         }
 
     def copied(self, asked: Copied) -> dict[str, str]:
-        """Return the formula as texts to copy, keyed by their kind."""
-        return texts_of(self._hub, self._base, asked.formula, asked.question, asked.max_new_tokens)
+        """Return the formula as texts to copy, keyed by their kind; of parts by block, Python alone."""
+        about: tuple[Any, ...] = (asked.question, asked.max_new_tokens)
+        if asked.parts:
+            weights = {part.name: part.weight for part in asked.parts}
+            blocks = {
+                block: {p.name: p.blocks[block] for p in asked.parts if block in p.blocks}
+                for part in asked.parts
+                for block in part.blocks
+            }
+            return {"python": by_block(self._hub, self._base, weights, blocks, *about)}
+        return texts_of(self._hub, self._base, asked.formula, *about)
 
     def answer(self, asked: Answered, tell: Tell) -> None:
         """Stream two answers to one prompt, generated as one batch: the base's and the mixture's."""

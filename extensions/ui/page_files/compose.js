@@ -212,7 +212,7 @@ function agree({ mixture, signal, formula }, task) {
       shown.replaceChildren(...kinds.map(([title], at) => h("option", { value: String(at) }, title)));
       shown.value = kinds[Number(kept)] ? kept || "0" : "0";
       shown.onchange = draw;
-      formula.replaceChildren(found.formula ? formulaShown(found.formula, task, signal, found.shown) : h("p", { class: "soft" }, "Weights differ by block, so that no formula has them: save the mixture, whose formula is its name."));
+      formula.replaceChildren(found.formula ? formulaShown(found.formula, task, signal, found.shown) : formulaShown("", task, signal, "Weights differ by block, so that no formula has them: save the mixture, whose formula is its name.", mixture.asked));
       place.replaceChildren(
         h("h3", {}, "Cosines of the weighted updates"),
         h("div", { class: "sideways", tabindex: "0", role: "region", "aria-label": "Cosines" }, h("table", { class: "cosines" },

@@ -248,6 +248,10 @@ def test_a_slider_for_each_block(look_with, address):
     expected = (0.5 + 1.25 + 0.5) / 3 if page.get_by_label("Weight of plural in lm_head").count() else (0.5 + 1.25) / 2
     assert float(page.get_by_label("Exact weight of plural").input_value()) == pytest.approx(expected, abs=1e-3)
     page.get_by_text("no formula has them").wait_for()
+    assert page.locator(".copies button").all_text_contents() == ["Python"]
+    page.get_by_role("button", name="Copy as Python").press("Enter")
+    copied = page.locator("pre[aria-label='As Python']").text_content()
+    assert "'model.layers.1': {'plural': 1.25}" in copied
     with page.expect_download() as download:
         page.get_by_role("button", name="Download").click()
     assert download.value.suggested_filename == "past + plural by block (peft).zip"

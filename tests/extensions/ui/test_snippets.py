@@ -12,7 +12,7 @@ from command_line import call
 from server_clients import running
 
 import loraweave as lw
-from loraweave.extensions.ui.snippets import SERVER, texts_of
+from loraweave.extensions.ui.snippets import SERVER, by_block, texts_of
 
 MIXTURE, ROUTER = "0.25*past + 1.5*plural", "arrow(past, plural)"
 CHAT = [{"role": "user", "content": "ab"}]
@@ -68,6 +68,20 @@ def test_python_and_curl_have_the_answer_of_the_composition(own, base, tiny, cha
         with urllib.request.urlopen(sent, timeout=60) as answer:
             choice = json.load(answer)["choices"][0]
     assert (choice["text"] if isinstance(question, str) else choice["message"]["content"]) == said
+
+
+def test_python_of_weights_by_block_has_the_answer_of_these_weights(own, base, tiny, chatty, capsys):
+    weights, block = {"past": 0.25, "plural": 1.5}, "model.layers.1"
+    engine = lw.Composer(tiny, own.pool(list(weights)), tokenizer=chatty)
+    by_layer = {
+        layer: {**weights, "past": -2.0} if layer.startswith(f"{block}.") else weights for layer in engine.pool.layer_names
+    }
+    assert {row["past"] for row in by_layer.values()} == {0.25, -2.0}
+    mixture = lw.MixtureWeights.of_layers(by_layer, list(weights))
+    (said,) = engine.generate(["ab"], mixture=mixture, max_new_tokens=5, do_sample=False)
+    assert said != engine.generate(["ab"], mixture=weights, max_new_tokens=5, do_sample=False)[0]
+    exec(by_block(own, base, weights, {block: {"past": -2.0}}, "ab", 5), {})
+    assert capsys.readouterr().out == f"{said}\n"
 
 
 def test_the_shells_command_merges_a_mixture_and_keeps_a_router(own, here):
