@@ -249,7 +249,7 @@ def test_rows_of_sums_routers_and_averages_each_answer_as_alone(setting, tokeniz
 
 def test_an_average_of_more_prompts_than_there_are_rows_is_refused(setting, tokenizer, make_scheduler):
     average = Served("@x", "@x", averaged=(Served(), Served(), Served()))
-    with pytest.raises(Refusal, match="asks 3 prompts at once, and this server runs 2 rows") as refused:
+    with pytest.raises(Refusal, match="asks 3 prompts at once, above --rows 2") as refused:
         make_scheduler(rows=2).submit([Heard(tokenizer, "abc", average, Sampling(2)).row])
     assert refused.value.status == 413
 

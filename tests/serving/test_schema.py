@@ -11,12 +11,21 @@ schemathesis = pytest.importorskip("schemathesis")
 
 import jsonschema  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from hypothesis import core as hypothesis_core  # noqa: E402
 
 SCHEMA = json.loads((Path(__file__).parent / "openai.json").read_text())
 CALLS = {"/completions": "Completion", "/chat/completions": "ChatCompletion"}
 # what a generator would hardly guess, and what takes a tiny model long
 KNOWN = {"model": {"enum": ["a", "base", "0.7*b - 0.4*c", "@kept"]}, "n": {"type": "integer", "minimum": 1, "maximum": 2}}
 FEW = {"type": "integer", "minimum": 1, "maximum": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _printed_values():
+    """Gives hypothesis its printer back, in whose place schemathesis puts one that leaves out all values."""
+    printer = hypothesis_core.RepresentationPrinter
+    yield
+    hypothesis_core.RepresentationPrinter = printer
 
 
 def narrowed():
