@@ -374,11 +374,8 @@ class Retriever:
     def _by_keys(self, query: Query, query_D: np.ndarray, request: Request, keys: Mapping[str, Key]) -> list[Candidate]:
         ranked, opinions = self._ranked(query, self._near(query_D, request), keys, self.fusion)
         chosen = request.choose(request.page(ranked, request.num_choice))
-        evidence = [candidate.evidence for candidate in self._index.explain(query_D, chosen, evidence=request.evidence)]
-        return [
-            Candidate(hit.record.name, hit.score, f"{opinions[hit.record.name]}; {text}" if text else "", hit.record)
-            for hit, text in zip(chosen, evidence, strict=True)
-        ]
+        explained = self._index.explain(query_D, chosen, evidence=request.evidence)
+        return [replace(hit, evidence=f"{opinions[hit.name]}; {hit.evidence}") if hit.evidence else hit for hit in explained]
 
     def _abstain(self, query: Query, found: list[Candidate], request: Request) -> list[Candidate]:
         """Return the candidates, or [] if the best is below the threshold; pages after the first are not checked."""

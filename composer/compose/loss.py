@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -306,10 +305,7 @@ def _scored(
         views[0].encoded.prepare()
     else:
         parts = [[pair] for pair in pairs]
-    results: list[Scored] = []
-    for part in parts:
-        results += _contain_failures(part, evaluate)
-    in_order = iter(results)
+    in_order = chain.from_iterable([_contain_failures(part, evaluate) for part in parts])
     return [list(islice(in_order, len(mixtures))) for mixtures in candidates]
 
 
@@ -404,11 +400,8 @@ def _live_slopes(on: ExampleLoss, jobs: Sequence[Job]) -> tuple[list[float], Ten
 
     A share is the sum over a job's examples, divided by the number of examples of the whole job.
     """
-    with ExitStack() as stack:
-        stack.enter_context(untouched(on.engine.model))
-        # below a caller's inference_mode, tensors would take no part in a backward pass
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+    # below a caller's inference_mode, tensors would take no part in a backward pass
+    with untouched(on.engine.model), torch.inference_mode(False), torch.enable_grad():
         values_CTLE = task_values(jobs).detach().clone()
         values_CTLE = values_CTLE.to(torch.promote_types(values_CTLE.dtype, torch.float32)).requires_grad_()
         sums = forward_sums(on.engine, on.encoded, jobs, on.kind.needs, values_CTLE)

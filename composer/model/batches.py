@@ -266,9 +266,11 @@ def takes(model: Any, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
-def last_logits(model: Any) -> dict[str, int]:
-    """Return {"logits_to_keep": 1}, which asks for each row's last logits alone; {} if the model does not take it."""
-    return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+def last_logits(model: Any) -> dict[str, Tensor]:
+    """Return the argument `logits_to_keep` that asks for each row's last logits alone; {} if the model does not take it."""
+    # for a number the model takes a slice, and on a CPU torch then copies the head's weights for every row
+    last = {"logits_to_keep": torch.tensor([-1], device=next(model.parameters()).device)}
+    return last if takes(model, "logits_to_keep") else {}
 
 
 def end_tokens(model: Any) -> list[int] | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.chat import Conversation, Prompt, is_messages, prompt_ids
-from loraweave.composer.model.batches import pad_id, pad_rows
+from loraweave.composer.model.batches import last_logits, pad_id, pad_rows
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.routers.tokens._call import has_two_sequences
 
@@ -99,8 +99,10 @@ def generation_call(
         arguments["stopping_criteria"] = StoppingCriteriaList([*others, StopStringCriteria(tokenizer, stop)])
     if seeds is not None:
         _require_seedable(mode, seeds, len(texts), settings)
+    # several sequences a text would repeat the index, too
+    keep = last_logits(model) if mode in ("greedy_search", "sample") and not arguments.get("num_return_sequences") else {}
     start = 0 if has_two_sequences(model) else batch["input_ids"].shape[1]
-    return GenerationCall(tokenizer, {**arguments, **batch}, seeds, mode, start)
+    return GenerationCall(tokenizer, {**keep, **arguments, **batch}, seeds, mode, start)
 
 
 def _mode(model: nn.Module, settings: Mapping[str, Any]) -> str:

@@ -315,6 +315,7 @@ def generate(
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
+            **last_logits(model),
             **known,
             max_new_tokens=max_new_tokens,
             do_sample=False,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loraweave import Adapter, Composer, CompositionError, InvalidTask, LayerMismatch
 from loraweave.extend import Count, GivenRows, algebra, check_options, get, one_or_many, tracked
 from loraweave.extend.models import ExpertMatrix, GradientTap, expert_matrix, linear, multiplies_columns, tied_parameters
-from loraweave.extend.scoring import EncodedRow, padded_inputs, takes, text_rows, untouched
+from loraweave.extend.scoring import EncodedRow, last_logits, padded_inputs, takes, text_rows, untouched
 from loraweave.extensions.statistics.saved import LayerStatistics, Statistics
 
 KINDS = ("gram", "fisher")
@@ -240,8 +240,8 @@ def _run(
     settings: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
     if "fisher" not in kinds:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if takes(model, "logits_to_keep") and all(recorder.module is not head for recorder in recorders.values()):
-            settings["logits_to_keep"] = 1
+        if all(recorder.module is not head for recorder in recorders.values()):
+            settings |= last_logits(model)
         model(**inputs, **settings)
         return
     logits: Any = getattr(model(**inputs, **settings), "logits", None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
+import loraweave as lw
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import IGNORED, Prefixes, batch, encode, mean_losses, token_losses, token_scores
 from loraweave.composer.model.scoring import encode_pairs, losses, predict
@@ -45,6 +46,19 @@ def test_label_losses_with_a_shared_cache_equal_those_of_whole_rows(kind, make_m
 def test_the_label_of_the_highest_summed_likelihood_wins(tiny_llama, tokenizer):
     best = [max(LABELS, key=lambda label: summed(tiny_llama, tokenizer, prompt, label)) for prompt in PROMPTS]
     assert scoring.rank(tiny_llama, tokenizer, PROMPTS, LABELS) == best
+
+
+@torch.no_grad()
+def test_the_head_sees_contiguous_rows_where_the_last_logits_alone_are_needed(make_model, make_adapters, tokenizer):
+    model, inputs = make_model("llama"), []
+    engine = lw.Composer(model, make_adapters(model, "llama"), tokenizer=tokenizer)
+    with model.lm_head.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
+        scoring.rank(model, tokenizer, PROMPTS, LABELS)
+        predict(model, tokenizer, Task([("it is", "good")]), PROMPTS, max_new_tokens=2)
+        engine.generate(PROMPTS, max_new_tokens=2)
+        list(engine.stream(PROMPTS[:1], max_new_tokens=2))
+    assert all(hidden_BTI.is_contiguous() for hidden_BTI in inputs)
+    assert {hidden_BTI.shape[0] for hidden_BTI in inputs} >= {1, len(PROMPTS)}
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
