@@ -96,23 +96,15 @@ class Retriever:
     # mypy cannot know that the first case wins for a str, which is an Iterable[str] too
     @overload
     def candidates(  # type: ignore[overload-overlap]
-        self,
-        text_or_texts: str,
-        **options: Unpack[SearchOptions],
+        self, text_or_texts: str, **options: Unpack[SearchOptions]
     ) -> list[Candidate]: ...
 
     @overload
-    def candidates(
-        self,
-        text_or_texts: Iterable[str],
-        **options: Unpack[SearchOptions],
-    ) -> list[list[Candidate]]: ...
+    def candidates(self, text_or_texts: Iterable[str], **options: Unpack[SearchOptions]) -> list[list[Candidate]]: ...
 
     @shows_options
     def candidates(
-        self,
-        text_or_texts: str | Iterable[str],
-        **options: Unpack[SearchOptions],
+        self, text_or_texts: str | Iterable[str], **options: Unpack[SearchOptions]
     ) -> list[Candidate] | list[list[Candidate]]:
         """Return the k adapters that fit a text best, or one such list for each of several texts.
 
@@ -132,12 +124,7 @@ class Retriever:
 
     @shows_options
     def for_task(
-        self,
-        texts: Iterable[Prompt],
-        *,
-        description: str = "",
-        evidence: bool = True,
-        **options: Unpack[SearchOptions],
+        self, texts: Iterable[Prompt], *, description: str = "", evidence: bool = True, **options: Unpack[SearchOptions]
     ) -> list[Candidate]:
         """Return the k adapters that fit one task best, by several of its inputs.
 
@@ -151,11 +138,7 @@ class Retriever:
 
     @shows_options
     def for_examples(
-        self,
-        examples: GivenRows,
-        *,
-        description: str = "",
-        **options: Unpack[SearchOptions],
+        self, examples: GivenRows, *, description: str = "", **options: Unpack[SearchOptions]
     ) -> list[Candidate]:
         """Return the k adapters that fit a task best, by examples of it: rows in any form of `loraweave.common.rows`.
 
@@ -179,11 +162,7 @@ class Retriever:
 
     @shows_options
     def like(
-        self,
-        adapter: str | Adapter,
-        *,
-        keys: Sequence[str | Key] = ("spectral",),
-        **options: Unpack[SearchOptions],
+        self, adapter: str | Adapter, *, keys: Sequence[str | Key] = ("spectral",), **options: Unpack[SearchOptions]
     ) -> list[Candidate]:
         """Return the k adapters whose weights are most like those of an adapter (a name or an object), best first.
 

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 import loraweave.registry as registry
+from loraweave.common.process import one_blas_thread
 from loraweave.errors import DimensionMismatch, RetrievalError
 
 # far above the 256 tokens that a sentence encoder reads; a longer text costs minutes in a tokenizer that then drops it
@@ -68,18 +70,19 @@ def embed_checked(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
 
 
 def embed_in_batches(
-    texts: Sequence[str], encode: Callable[[list[str]], np.ndarray], dim: int, batch_texts: int, dtype: type = np.float32
+    texts: Sequence[str], encode: Callable[[list[str]], np.ndarray], dim: int, batch_texts: int
 ) -> np.ndarray:
-    """Return vectors (N, dim) by `encode`, called on batches of `readable` texts; equal texts get equal rows."""
-    # each distinct text once: padding in another batch would change its last bits, and ties would not be ties
+    """Return vectors (N, dim), fp32, by `encode`, called on batches of `readable` texts; equal texts get equal rows.
+
+    Batches run on as many threads as BLAS would use: its own threads wait for each other.
+    """
     texts = [readable(text) for text in texts]
-    distinct = list(dict.fromkeys(texts))
-    # texts of like length share a batch, so that little of it is padding
-    order = sorted(range(len(distinct)), key=lambda row: (len(distinct[row]), distinct[row]))
-    rows_ND: np.ndarray = np.empty((len(distinct), dim), dtype)
-    for start in range(0, len(order), batch_texts):
-        batch = order[start : start + batch_texts]
-        rows_ND[batch] = encode([distinct[row] for row in batch])
+    # each distinct text once: padding in another batch would change its last bits, and ties would not be ties. Texts of like
+    # length share a batch, so that little of it is padding
+    distinct = sorted(set(texts), key=lambda text: (len(text), text))
+    batches = [distinct[start : start + batch_texts] for start in range(0, len(distinct), batch_texts)]
+    with one_blas_thread() as num_threads, ThreadPoolExecutor(num_threads) as threads:
+        rows_ND = np.concatenate([np.empty((0, dim), np.float32), *threads.map(encode, batches)])
     position = {text: row for row, text in enumerate(distinct)}
     return rows_ND[[position[text] for text in texts]]
 

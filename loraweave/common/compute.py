@@ -14,20 +14,17 @@ import platform
 import re
 import shutil
 import subprocess
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import scipy.linalg  # noqa: F401  its BLAS must be loaded to be found
 import torch
-from threadpoolctl import ThreadpoolController
 
 from loraweave.common.files import cache_folder, whole_file
+from loraweave.common.process import one_blas_thread
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,37 +37,6 @@ _logger = logging.getLogger(__name__)
 
 # the number of modes, such as tracing, that record torch's operations: they would not see a call of a compiled library
 is_watched = torch._C._len_torch_dispatch_stack
-
-_blas_lock = threading.Lock()
-# one entry for each open block of `one_blas_thread`: the limit that the first block set, None for every other block
-_blas_limits: list[Any] = []
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
-
-
-@contextmanager
-def one_blas_thread(wanted: bool = True) -> Iterator[None]:
-    """Limit numpy's and scipy's BLAS and LAPACK to one thread in the whole process, until the last open block ends.
-
-    On matrices of a few hundred rows, several threads wait longer than they compute. Does nothing unless `wanted`.
-    """
-    if not wanted:
-        yield
-        return
-    with _blas_lock:
-        _blas_limits.append(None if _blas_limits else _blas().limit(limits=1))
-    try:
-        yield
-    finally:
-        with _blas_lock:
-            # the first block set the limit, and the last open block restores it
-            limit = _blas_limits[0]
-            _blas_limits.pop()
-            if not _blas_limits:
-                limit.restore_original_limits()
 
 
 def side_by_side(

@@ -3,10 +3,12 @@
 import ctypes
 import gc
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -46,6 +48,43 @@ def _renew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
+
+
+_blas_lock = threading.Lock()
+# one entry for each open block of `one_blas_thread`: the limit that the first block set, None for every other block
+_blas_limits: list[Any] = []
+
+
+@cache
+def _blas(has_scipy: bool) -> Any:
+    # scipy brings a BLAS of its own
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+@contextmanager
+def one_blas_thread(wanted: bool = True) -> Iterator[int]:
+    """Limit numpy's and scipy's BLAS and LAPACK to one thread in the whole process, until the last open block ends.
+
+    The block gets the number of threads that it took from BLAS. On matrices of a few hundred rows, several threads wait
+    longer than they compute, most of all while other programs compute. Does nothing unless `wanted`.
+    """
+    if not wanted:
+        yield 1
+        return
+    with _blas_lock:
+        limit = None if _blas_limits else _blas("scipy.linalg" in sys.modules).limit(limits=1)
+        _blas_limits.append(limit)
+    try:
+        yield 1 if limit is None else limit.get_original_num_threads()["blas"] or 1
+    finally:
+        with _blas_lock:
+            # the first block set the limit, and the last open block restores it
+            limit = _blas_limits[0]
+            _blas_limits.pop()
+            if not _blas_limits:
+                limit.restore_original_limits()
 
 
 T = TypeVar("T")

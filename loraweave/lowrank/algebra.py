@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 from torch import Tensor
 
-from loraweave.common.compute import one_blas_thread
+from loraweave.common.process import one_blas_thread
 from loraweave.errors import AdapterSuspicious, AdapterUnsupported, LayerMismatch
 from loraweave.lowrank.factorise import column_signs, top_eigenpairs
 from loraweave.types import Factors

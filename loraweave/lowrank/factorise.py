@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 from torch import Tensor
 
-from loraweave.common.compute import one_blas_thread
+from loraweave.common.process import one_blas_thread
 
 Array = NDArray[Any]
 

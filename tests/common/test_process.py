@@ -8,8 +8,8 @@ import scipy.linalg  # noqa: F401  its BLAS must be loaded to be counted
 import torch
 from threadpoolctl import ThreadpoolController
 
-from loraweave.common.compute import one_blas_thread, side_by_side
-from loraweave.common.process import paused_collector
+from loraweave.common.compute import side_by_side
+from loraweave.common.process import one_blas_thread, paused_collector
 
 
 def failing(seen):
@@ -82,11 +82,12 @@ def test_few_items_exist_at_a_time(threads):
 
 def test_blas_has_one_thread_inside_and_its_own_number_after(threads):
     before = blas_threads()
-    with one_blas_thread():
-        with one_blas_thread():
+    with one_blas_thread() as outer:
+        with one_blas_thread() as inner:
             pass
         assert set(blas_threads()) == {1}
     assert blas_threads() == before
+    assert (outer, inner) == (max(before), 1)
     assert set(side_by_side(lambda item: tuple(set(blas_threads())), range(3))) == {(1,)}
     assert blas_threads() == before
 

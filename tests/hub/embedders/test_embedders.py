@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import threading
 import zlib
 
 import numpy as np
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
+from loraweave.hub.embedders._embedder import embed_in_batches
 from loraweave.hub.embedders.form import Form
 from loraweave.hub.embedders.hashing import Hashing
 
@@ -61,3 +64,23 @@ def test_n_grams_that_cancel_still_give_a_unit_vector():
 
 def test_the_id_tells_dimensions_apart():
     assert Hashing(dim=8).id != Hashing(dim=16).id
+
+
+def test_batches_run_beside_each_other_while_blas_has_one_thread():
+    both = threading.Barrier(2)
+
+    def encode(texts):
+        # broken, were the batches to run one after the other
+        both.wait(timeout=60)
+        seen.update(library["num_threads"] for library in ThreadpoolController().select(user_api="blas").info())
+        return np.array([[len(text), ord(text[0])] for text in texts], np.float32)
+
+    seen = set()
+    with threadpool_limits(2, user_api="blas"):
+        rows_ND = embed_in_batches(["ccc", "a", "bb", "a", "dddd"], encode, 2, 2)
+    assert rows_ND.tolist() == [[3, 99], [1, 97], [2, 98], [1, 97], [4, 100]]
+    assert seen == {1}
+
+
+def test_no_text_has_no_row():
+    assert embed_in_batches([], lambda texts: np.zeros((len(texts), 3)), 3, 2).shape == (0, 3)
