@@ -65,12 +65,7 @@ class ExportReport:
         return shlex.join([*self.program, *self.flags])
 
     def push_to_hub(
-        self,
-        repository: str,
-        *,
-        token: str | None = None,
-        private: bool | None = None,
-        commit_message: str | None = None,
+        self, repository: str, *, token: str | None = None, private: bool | None = None, commit_message: str | None = None
     ) -> str:
         """Upload the export to `owner/name` on the model hub; return the commit's id. Raises HubReadOnly if refused."""
         message = commit_message or f"an export for {self.target}"

@@ -28,15 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import TopPLogitsWarper
 
-from loraweave.composer.model.batches import (
-    cache_name,
-    end_tokens,
-    is_plain,
-    last_logits,
-    pad_rows,
-    takes,
-    with_positions,
-)
+from loraweave.composer.model.batches import cache_name, end_tokens, is_plain, last_logits, pad_rows, takes, with_positions
 from loraweave.composer.model.generate import GrowingText
 from loraweave.composer.model.scoring import log_average
 from loraweave.errors import CompositionError

@@ -238,12 +238,7 @@ class Composition(TaskMixture):
         return portable.export(folder, target=target, max_rank=max_rank, base=self.model, allow_licenses=allow)
 
     def push_to_hub(
-        self,
-        repository: str,
-        *,
-        token: str | None = None,
-        private: bool | None = None,
-        commit_message: str | None = None,
+        self, repository: str, *, token: str | None = None, private: bool | None = None, commit_message: str | None = None
     ) -> str:
         """Upload what `save_pretrained` writes, with a card, to `owner/name` on the model hub; return the commit's id.
 

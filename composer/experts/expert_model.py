@@ -278,12 +278,7 @@ class ExpertModel(LikeBase, ExpertParts):
         return write_experts(folder, made, beside=is_main_process is not None)
 
     def push_to_hub(
-        self,
-        repository: str,
-        *,
-        token: str | None = None,
-        private: bool | None = None,
-        commit_message: str | None = None,
+        self, repository: str, *, token: str | None = None, private: bool | None = None, commit_message: str | None = None
     ) -> str:
         """Upload the folder of `save_pretrained`, with a card, to `owner/name` on the model hub; return the commit's id.
 

@@ -119,10 +119,7 @@ class Parts(NamedTuple):
 
 
 def make_parts(
-    base_model: nn.Module,
-    recipe: Recipe,
-    shapes: Mapping[str, ExpertShape] | None = None,
-    starts: Starts | None = None,
+    base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertShape] | None = None, starts: Starts | None = None
 ) -> Parts:
     """Return the sites with their experts and gates at initial values, on the devices of the sites' modules.
 

@@ -184,10 +184,7 @@ def as_sum(argument: Argument) -> Sum:
 
 
 def merge_of(
-    method: str,
-    arguments: Sequence[Argument],
-    weights: Sequence[float] | None,
-    options: Iterable[tuple[str, Value]],
+    method: str, arguments: Sequence[Argument], weights: Sequence[float] | None, options: Iterable[tuple[str, Value]]
 ) -> Merge:
     """Return the merge with its arguments sorted by text, without those of weight 0; equal weights are left out (None)."""
     shares = [1 / len(arguments)] * len(arguments)

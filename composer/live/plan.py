@@ -29,13 +29,7 @@ import torch
 from torch import Tensor
 
 from loraweave.common.checks import is_list
-from loraweave.composer.live.call import (
-    CALL,
-    can_be_batch,
-    require_batch_first,
-    require_own_rows,
-    require_rows_of_tokens,
-)
+from loraweave.composer.live.call import CALL, can_be_batch, require_batch_first, require_own_rows, require_rows_of_tokens
 from loraweave.composer.live.hook import Activate, LiveHook, Resolve, hook_kinds
 from loraweave.composer.live.kernels._parts import ONLY, Adder, block_of
 from loraweave.composer.live.recording import STATE, Note, Usage

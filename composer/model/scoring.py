@@ -179,12 +179,7 @@ def _label_scores_by_task(
 
 
 def _batches(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[Task],
-    inputs_MN: Sequence[Sequence[Prompt]],
-    num_rows: int,
-    share: bool,
+    model: Any, tokenizer: Any, tasks: Sequence[Task], inputs_MN: Sequence[Sequence[Prompt]], num_rows: int, share: bool
 ) -> tuple[Prefixes | None, list[tuple[list[int], list[Prompt]]]]:
     """Return the cached beginnings of prompts, or None, and batches of inputs of similar length, of at most `num_rows` rows.
 

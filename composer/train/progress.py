@@ -20,14 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from loraweave.common.descent import (
-    Descent,
-    TrainingState,
-    checkpoint_folder,
-    load_state,
-    save_state,
-    warmed_cosine,
-)
+from loraweave.common.descent import Descent, TrainingState, checkpoint_folder, load_state, save_state, warmed_cosine
 from loraweave.common.names import text_digest
 from loraweave.common.options import Count, NonNegative, Positive, Range, Whole, check_options, options_of
 from loraweave.composer.train.state import Best, copy_values, put_values

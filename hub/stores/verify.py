@@ -41,10 +41,7 @@ Check = Callable[[Sequence[Record]], Iterable[str]]
 
 
 def verify(
-    hub: compositions.CompositionShelf,
-    index_problems: Callable[[], Iterable[str]],
-    also: Check | None,
-    n_jobs: int | None,
+    hub: compositions.CompositionShelf, index_problems: Callable[[], Iterable[str]], also: Check | None, n_jobs: int | None
 ) -> Verification:
     """Read every row and every blob, and report damage without raising; `index_problems` checks the search index's files.
 

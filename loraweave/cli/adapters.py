@@ -76,8 +76,7 @@ def merge(
     ] = None,
     method: Annotated[str, typer.Option(help="A merge method; --list-methods shows them all.")] = "linear",
     list_methods: Annotated[
-        bool,
-        typer.Option("--list-methods", callback=show_methods, is_eager=True, help="Show all methods and options."),
+        bool, typer.Option("--list-methods", callback=show_methods, is_eager=True, help="Show all methods and options.")
     ] = False,
     option: OptionOption = None,
     rank: ExactRankOption = None,

@@ -194,10 +194,7 @@ def _brief(text: str) -> str:
 
 
 @hub.command(epilog="Example: loraweave hub remove antonym")
-def remove(
-    names: NamesArgument,
-    hub: HubOption = DEFAULT_HUB,
-) -> None:
+def remove(names: NamesArgument, hub: HubOption = DEFAULT_HUB) -> None:
     """Take adapters out of the catalogue; `gc` then frees their files."""
     with open_hub(hub) as opened:
         # all or none: a misspelt name is told before anything goes
@@ -243,12 +240,7 @@ def gc(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
 
 
 @hub.command(epilog="Example: loraweave hub bind antonym --base path/to/model")
-def bind(
-    names: NamesArgument,
-    base: BaseOption = None,
-    hub: HubOption = DEFAULT_HUB,
-    as_json: JsonOption = False,
-) -> None:
+def bind(names: NamesArgument, base: BaseOption = None, hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
     """Check adapters against their base model and store its revision and fingerprint with them."""
     with open_hub(hub) as opened:
         # a misspelt name is told before a model is loaded

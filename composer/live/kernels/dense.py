@@ -283,15 +283,7 @@ def sort_by_expert(w_NE: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def add_experts(
-    y: Tensor | None,
-    x_NI: Tensor,
-    w_NE: Tensor,
-    a: Tensor,
-    b: Tensor,
-    rows: RankRows,
-    *,
-    ranks: Sequence[int],
-    most: int,
+    y: Tensor | None, x_NI: Tensor, w_NE: Tensor, a: Tensor, b: Tensor, rows: RankRows, *, ranks: Sequence[int], most: int
 ) -> Tensor:
     """Return y + (x a^T * w) b^T, in y's memory, with the gradients of all that learns; update_NO alone if y is None.
 

@@ -205,10 +205,7 @@ def draws_for(seed: int, rows: slice, block_BI: Tensor) -> NDArray[np.uint16]:
 
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-_MIX = (
-    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
-    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
-)
+_MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
 
 
 def stream(entries: Entries, seeds: Sequence[int], expert: int) -> int:
