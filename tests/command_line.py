@@ -32,7 +32,7 @@ def adapter(name, seed=0, rank=2, *, layers=LAYERS, base_model="tiny", **fields)
 
 
 def call(*words, **options):
-    return CliRunner().invoke(app, [str(word) for word in words], **options)
+    return CliRunner().invoke(app, [str(word) for word in words], prog_name="loraweave", **options)
 
 
 def process(*words, cwd, **options):

@@ -69,8 +69,8 @@ class Report:
     @property
     def spending(self) -> str:
         """The number of evaluations made, and that of each search, as a phrase."""
-        searched = "".join(f", {row.evaluations} in the search {row.name!r}" for row in self.rows if row.losses)
-        return f"{self.evaluations} evaluations{searched or ', none in a search'}"
+        searched = [f", {row.evaluations} in the search {row.name!r}" for row in self.rows if row.losses]
+        return f"{self.evaluations} evaluations{''.join(searched)}"
 
     def with_choice(self, row: ReportRow, reason: str) -> Report:
         """Return the report with `row` as its choice; it replaces an earlier row of the same name."""
@@ -105,6 +105,9 @@ class Report:
             style = "bold" if row.name == self.chosen else ""
             table.add_row(row.name, cell(row.loss), cell(row.held_out_loss), hits, *spent, style=style)
         return table
+
+    def __repr__(self) -> str:
+        return repr(self.table())
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()

@@ -276,7 +276,8 @@ class SharedTraining:
         return bool(over)
 
     def _show(self, shown: TaskID) -> None:
-        names = ", ".join([run.planned.name for run in self._running])
+        # compose() calls its job for all examples `all`
+        names = ", ".join(["on all examples" if run.planned.name == "all" else run.planned.name for run in self._running])
         # the steps that a job skipped by ending early count as done
         ahead = sum([run.planned.pace.steps - run.step for run in self._running])
         ahead += sum([job.pace.steps for job in self._waiting.values()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -37,6 +38,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
@@ -46,5 +48,7 @@ def root(
 ) -> None:
     logging.basicConfig(format="%(name)s: %(message)s")
     if verbose or quiet:
-        logging.getLogger("loraweave").setLevel(logging.ERROR if quiet else logging.DEBUG)
+        log = logging.getLogger("loraweave")
+        context.call_on_close(partial(log.setLevel, log.level))
+        log.setLevel(logging.ERROR if quiet else logging.DEBUG)
     progress_to_stderr()

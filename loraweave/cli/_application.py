@@ -26,6 +26,7 @@ from typer.main import get_group
 from loraweave import registry
 from loraweave.common.names import printable
 from loraweave.errors import BaseModelUnverified, FormulaError, LoraweaveError, PluginFailed
+from loraweave.registry import nearest
 from loraweave.types import Record
 
 if TYPE_CHECKING:
@@ -34,6 +35,21 @@ if TYPE_CHECKING:
     from loraweave.hub.compositions import StoredComposition
 
 INTERRUPTED = 130
+UsageError: Any = typer.BadParameter.__base__
+# the parser's words and ours
+WORDS = {
+    "No such command": "there is no command",
+    ". Did you mean": ", did you mean",
+    "Missing command": "give a command",
+    "Got unexpected extra argument(s)": "too many arguments",
+    "Option '": "the option '",
+    "requires an argument": "needs a value",
+    "Value error, ": "",
+    "dir '": "folder '",
+    "Input should be": "must be",
+    "a valid integer, unable to parse string as an integer": "a whole number",
+    "a valid number, unable to parse string as a number": "a number",
+}
 # in a pipe a row is one line of any length, so that grep and cut work
 PIPE_WIDTH = 10_000
 # flags of the root group that may stand after any command
@@ -87,7 +103,8 @@ class Application(TyperGroup):
             is_value = any({*others[-1:]} & {*it.opts} for it in command.params if not getattr(it, "is_flag", True))
             (flags if word in ANYWHERE and not is_value else others).append(word)
             command = getattr(command, "commands", {}).get(word, command)
-        rest: list[str] = super().parse_args(ctx, [*flags, *others, *args[end:]])
+        with _wrong_usage_as_a_line():
+            rest: list[str] = super().parse_args(ctx, [*flags, *others, *args[end:]])
         return rest
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -97,13 +114,11 @@ class Application(TyperGroup):
             listed = [(name, self.commands[name]) for name in names if name in self.commands]
             if listed:
                 with formatter.section(purpose):
-                    formatter.write_dl(
-                        [(f"{name:<7}", command.get_short_help_str(formatter.width - 13)) for name, command in listed]
-                    )
+                    formatter.write_dl([(f"{name:<7}", command.short_help) for name, command in listed])
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _unverified_bases_as_lines():
+            with _unverified_bases_as_lines(), _wrong_usage_as_a_line():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
@@ -120,14 +135,40 @@ class Application(TyperGroup):
             raise typer.Exit(1) from None
 
 
+@contextmanager
+def _wrong_usage_as_a_line() -> Iterator[None]:
+    """Print a wrong use of a command as a line of stderr that names the command's help, and leave with status 2."""
+    try:
+        yield
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        value, text = getattr(error, "param", None), str(error.message).rstrip(".")
+        for theirs, ours in WORDS.items():
+            text = text.replace(theirs, ours)
+        if hasattr(error, "possibilities"):
+            known = [option for parameter in error.ctx.command.params for option in parameter.opts]
+            text = f"there is no option {error.option_name}{nearest(error.option_name, known)}"
+        elif value is not None:
+            name = value.opts[0] if value.param_type_name == "option" else value.metavar
+            text = f"{name} {text or 'is missing'}" if not text or text.startswith("must") else f"{name}: {text}"
+        say(f"UsageError: {text}" + (f"; `{error.ctx.command_path} -h` explains" if error.ctx else ""))
+        raise typer.Exit(2) from None
+
+
 def _name_values(group: TyperGroup) -> None:
-    """Have the help of all commands say N for a number and NAME for an option --name of text, without Python's types."""
+    """Have the help of all commands say N for a number and NAME for an option --name of text, without Python's types.
+
+    The list of commands has the whole first sentence of each.
+    """
     for command in group.commands.values():
+        command.short_help = command.get_short_help_str(PIPE_WIDTH)
         if isinstance(command, TyperGroup):
             _name_values(command)
         parameters: list[Any] = command.params
         for value in parameters:
             if value.param_type_name == "argument":
+                value.metavar = value.metavar or str(value.name).upper()
                 value.display_type_rich = lambda ctx: None
             elif value.metavar is None and not value.is_flag and not value.type_descriptor.is_choice:
                 is_number = {"int", "float"} & {value.bare_type()}

@@ -180,7 +180,8 @@ def _show(composed: lw.Composition, method: str, budget: int, out: Path | None, 
     chosen = f"chosen: {composed.report.chosen} ({composed.report.reason})"
     if composed.report.rows:
         print_table(composed.report.table())
-        note(f"made {composed.report.spending} (--budget {budget})")
+        limit = f" (--budget {budget})" if any(row.losses for row in composed.report.rows) else ""
+        note(f"made {composed.report.spending}{limit}")
     else:
         note(chosen)
     if composed.router is None:

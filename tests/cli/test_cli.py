@@ -1,6 +1,7 @@
 """What every command shares, and `loraweave merge` and `train`."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -78,12 +79,18 @@ main()
 
 
 @pytest.mark.parametrize("value", ["-v", "-q", "--debug"])
-def test_a_value_that_looks_like_a_flag_is_the_value(here, caplog, value):
-    # -q changes the level of the log for the whole process; caplog restores it
-    caplog.set_level("WARNING", "loraweave")
+def test_a_value_that_looks_like_a_flag_is_the_value(here, value):
     adapter("one").save_pretrained("one")
     assert call("hub", "add", "one", "--description", value, "-q").exit_code == 0
     assert json.loads(call("hub", "show", "one", "--json", "--debug").stdout)["description"] == value
+
+
+@pytest.mark.parametrize("flags", [["-q"], ["--verbose"], ["-q", "-v"]])
+def test_a_command_leaves_the_level_of_the_log_as_it_was(here, flags):
+    log = logging.getLogger("loraweave")
+    before = log.level
+    assert call("hub", "list", "--hub", "nowhere", *flags).exit_code == 1
+    assert log.level == before
 
 
 @pytest.mark.parametrize("settings", ["", "; logging.basicConfig()"])
@@ -97,6 +104,14 @@ def test_the_log_is_silent_until_the_program_asks_for_it(settings):
 def test_every_command_teaches_by_an_example(words):
     shown = " ".join(call(*words, "--help").stdout.split())
     assert f"Example: loraweave {' '.join(words)} " in shown
+
+
+@pytest.mark.parametrize("words", [[], ["hub"]])
+def test_the_list_of_commands_has_the_whole_first_sentence_of_each(words):
+    listed = " ".join(call(*words, "-h").stdout.split())
+    group = ROOT.commands["hub"] if words else ROOT
+    for command in group.commands.values():
+        assert " ".join(command.help.split("\n\n")[0].split()).split(". ")[0].rstrip(".") in listed
 
 
 def test_the_commands_of_the_core_are_pinned():
@@ -116,9 +131,20 @@ def test_the_module_runs_like_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["mrege"], "No such command 'mrege'"),
-        (["merge", "pool/left"], "Missing option '--out'"),
-        (["merge", "--out", "m"], "Missing argument"),
+        (["mrege"], "UsageError: there is no command 'mrege', did you mean 'merge'?; `loraweave -h` explains"),
+        (["hub", "serch"], "UsageError: there is no command 'serch', did you mean 'search'?; `loraweave hub -h` explains"),
+        (["--quite"], "UsageError: there is no option --quite, did you mean '--quiet'?; `loraweave -h` explains"),
+        (["merge", "a", "b", "--ot", "m"], "there is no option --ot, did you mean '--out'?; `loraweave merge -h` explains"),
+        (["hub", "search", "-k", "3", "text"], "there is no option -k, did you mean '--k'?"),
+        (["merge", "pool/left"], "UsageError: --out is missing; `loraweave merge -h` explains"),
+        (["merge", "--out", "m"], "UsageError: ADAPTER is missing; `loraweave merge -h` explains"),
+        (["merge", "pool/left", "--out"], "UsageError: the option '--out' needs a value"),
+        (["hub", "show", "a", "b"], "UsageError: too many arguments (b); `loraweave hub show -h` explains"),
+        (["merge", "pool/left", "--out", "m", "--rank", "two"], "UsageError: --rank must be a whole number;"),
+        (["compose", "--instruction", "a", "--prune", "x"], "UsageError: --prune must be a number;"),
+        (["serve", "--port", "80800"], "UsageError: --port must be less than or equal to 65535;"),
+        (["serve", "--log-format", "xml"], "UsageError: --log-format: 'xml' is not one of 'text', 'json';"),
+        (["eval", "nowhere"], "UsageError: FOLDER: folder 'nowhere' does not exist;"),
         (["merge", "pool/left", "--out", "m", "--rank", "0"], "--rank"),
         (["merge", "pool/left", "pool/right", "--out", "m", "--weights", "1"], "1 numbers for 2 adapters"),
         (["merge", "l", "r", "--out", "m", "--weights", "0.7", "0.3"], "commas, without blanks: --weights 0.7,0.3"),
@@ -141,7 +167,8 @@ def test_wrong_usage_leaves_with_status_2_and_says_why(two, rows, words, said):
     (two / "rows.jsonl").write_text(rows.read_text())
     done = call(*words)
     assert done.exit_code == 2
-    assert said in " ".join(done.stderr.split())
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
     assert done.stdout == ""
     assert not Path("m").exists()
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import os
 import re
 import shlex
@@ -186,9 +185,7 @@ def test_compose_shows_its_weights_by_size(two, base, rows):
     assert [cells(line) for line in done.stdout.splitlines()[-2:]] == [["right", "-1"], ["left", "0.25"]]
 
 
-def test_compose_in_a_pipe_tells_its_stages_and_the_weights_that_count(here, base, rows, caplog):
-    # --quiet sets the level of the process, which is restored after the test
-    caplog.set_level(logging.WARNING, logger="loraweave")
+def test_compose_in_a_pipe_tells_its_stages_and_the_weights_that_count(here, base, rows):
     for seed in range(5):
         adapter(f"a{seed}", seed).save_pretrained(here / "pool" / f"a{seed}")
     weights = {"a0": -1, "a1": 0.5, "a2": 0.06, "a3": 0.04, "a4": -0.03}
@@ -201,6 +198,10 @@ def test_compose_in_a_pipe_tells_its_stages_and_the_weights_that_count(here, bas
     stages = ["loading the base model", "measuring adapters", "leaving adapters out", "training composition"]
     assert [line for line in tuned.stderr.splitlines() if line in stages] == stages
     assert set(stages) & set(call("--quiet", *words, "--weight", "a0=1").stderr.splitlines()) == set()
+    few_shot = call(*words[:-4], "--method", "few_shot", "--option", "steps=1", "--option", "folds=0")
+    told = few_shot.stderr.splitlines()
+    assert "training on all examples" in told
+    assert [line for line in told if re.fullmatch(r"made \d+ evaluations", line)]
 
 
 def test_compose_asks_for_licenses_before_the_base_is_loaded(here, base, rows):

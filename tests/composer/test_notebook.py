@@ -121,11 +121,11 @@ def test_the_text_of_a_table_is_a_text_in_a_kernel_too(monkeypatch):
 def test_a_table_at_a_plain_prompt_is_a_table(composed, pool, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     merged = lw.merge(list(pool.adapters.values()), [0.5, 0.5], progress=False)
-    for table in (composed.report.table(), merged.report.table()):
+    for table in (composed.report, composed.report.table(), merged.report.table()):
         lines = repr(table).splitlines()
         assert len(lines) > 4
         assert max(map(len, lines)) <= 120
         assert set(lines[-1]) <= set("└─┴┘ ")
-    text = repr(composed.report.table())
+    text = str(composed.report)
     assert "[bold]" in text
     assert "0.250" in text

@@ -77,7 +77,7 @@ def test_the_base_model_has_a_table_and_no_picture(base, here):
     [
         (("nowhere", "ab"), 2, "'nowhere' does not exist"),
         (("empty", "ab"), 1, "AdapterNotFound: empty holds no composition.json"),
-        (("composed",), 2, "Missing argument 'text'"),
+        (("composed",), 2, "TEXT is missing"),
         (("composed", "ab", "--plot", "x.bmp2"), 2, "ends in .png, .svg, .pdf, not 'x.bmp2'"),
         (("composed", "ab", "--page", "x.png"), 2, "ends in .html, not 'x.png'"),
         (("composed", "ab", "--max-new-tokens", "-1"), 2, "--max-new-tokens"),
