@@ -108,15 +108,7 @@ EXTENSIONS = "loraweave.extensions"
 
 
 def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a package's `__getattr__`, which imports the module of a name when the name is first used (PEP 562).
-
-    `names` maps dotted modules to their public names, separated by blanks. An `__init__.py` shows type checkers the same:
-
-        if TYPE_CHECKING:
-            from my_package.answers import Answer, ask
-        else:
-            __getattr__ = lazy(__name__, {"my_package.answers": "Answer ask"})
-    """
+    """Return a package's `__getattr__`, which imports on first use; `names` maps modules to names, separated by blanks."""
     places = {name: module for module, held in names.items() for name in held.split()}
 
     def load(name: str) -> Any:
@@ -128,10 +120,18 @@ def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     return load
 
 
-def face(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return a package's `__getattr__`, `__dir__` and `__all__`; `names` is as for `lazy`, of modules below `loraweave.`."""
+def face(
+    package: str, names: Mapping[str, str], below: str | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return a package's `__getattr__`, `__dir__` and `__all__`; `names` is as for `lazy`, of modules below `below`.
+
+    `below` is by default the package itself. Type checkers need a stub, `__init__.pyi`, that imports the same names:
+
+        _MODULES = {"answers": "Answer ask"}
+        __getattr__, __dir__, __all__ = face(__name__, _MODULES)
+    """
     listed = sorted(name for held in names.values() for name in held.split())
-    return lazy(package, {f"loraweave.{module}": held for module, held in names.items()}), lambda: listed, listed
+    return lazy(package, {f"{below or package}.{module}": held for module, held in names.items()}), lambda: listed, listed
 
 
 def extensions() -> dict[str, Path]:

@@ -11,30 +11,30 @@ import pkgutil
 import sys
 from pathlib import Path
 
-import loraweave
-from loraweave import extend
+from loraweave import extend, registry
 
-FOLDER = Path(__file__).parents[1] / "loraweave"
-KITS = [kit.name for kit in pkgutil.iter_modules(extend.__path__)]
-# {stub: (its names by module, what else it has)}
+ROOT = Path(__file__).parents[1]
+KITS = [f"loraweave.extend.{kit.name}" for kit in pkgutil.iter_modules(extend.__path__)]
+PACKAGES = {name: f"{registry.EXTENSIONS}.{name}" for name in registry.extensions() if (ROOT / "extensions" / name).is_dir()}
+# {stub: (its module, the package below which its names are, what else it has)}
 STUBS = {
-    "__init__.pyi": (loraweave._MODULES, "__version__: str\n"),
-    "extend/__init__.pyi": (extend._MODULES, ""),
-    **{f"extend/{kit}.pyi": (importlib.import_module(f"loraweave.extend.{kit}")._MODULES, "") for kit in KITS},
+    "loraweave/__init__.pyi": ("loraweave", "loraweave", "__version__: str\n"),
+    "loraweave/extend/__init__.pyi": ("loraweave.extend", "loraweave", ""),
+    **{f"{kit.replace('.', '/')}.pyi": (kit, "loraweave", "") for kit in KITS},
+    **{f"extensions/{name}/__init__.pyi": (package, package, "") for name, package in PACKAGES.items()},
 }
 
 
-def stub(modules: dict[str, str], more: str) -> str:
-    """Return the text of a stub: every name imported as itself, which is how a stub passes a name on."""
-    lines = (
-        f"from loraweave.{module} import {name} as {name}" for module, names in modules.items() for name in names.split()
-    )
+def stub(module: str, below: str, more: str) -> str:
+    """Return the text of a module's stub: every name imported as itself, which is how a stub passes a name on."""
+    held = importlib.import_module(module)._MODULES
+    lines = (f"from {below}.{place} import {name} as {name}" for place, names in held.items() for name in names.split())
     return "\n".join(sorted(lines)) + "\n" + more
 
 
 if __name__ == "__main__":
     for file, parts in STUBS.items():
-        target = FOLDER / file
+        target = ROOT / file
         if sys.argv[1:] != ["--stale"]:
             target.write_text(stub(*parts), encoding="utf-8")
         elif not target.is_file() or target.read_text(encoding="utf-8") != stub(*parts):

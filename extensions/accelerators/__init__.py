@@ -5,13 +5,7 @@ keeps mixtures in its graphs. `batch_invariant` fixes the shapes of a model's pr
 experts that a GPU's batches use, and much time within `batch_invariant`.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.accelerators.fixed_shapes import batch_invariant
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.fixed_shapes": "batch_invariant"})
-
-__all__ = ["batch_invariant"]
+_MODULES = {"fixed_shapes": "batch_invariant"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -5,13 +5,7 @@ and Segment Anything, and ternary adapters. It reads pickles, and trained heads 
 formats are imported, in some 50 ms, when a process first reads an adapter.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.adapter_types.formats.compeft import Compeft
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.formats.compeft": "Compeft"})
-
-__all__ = ["Compeft"]
+_MODULES = {"formats.compeft": "Compeft"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -5,13 +5,7 @@ package; `joblib.parallel_config(backend="dask")` or "ray" takes the workers of 
 Ray Serve and sends a request where its formula was last.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.cluster.replicas import replicated
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.replicas": "replicated"})
-
-__all__ = ["replicated"]
+_MODULES = {"replicas": "replicated"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -6,20 +6,7 @@ adapters that superpose (`tangent`), or that keep clear of another. They need no
 `train_adapters` does.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.continual.course import own_parts, train_in_order
-    from loraweave.extensions.continual.documents import remember
-    from loraweave.extensions.continual.kinds import Beside, Linearized, tangent
-else:
-    _MODULES = {
-        "course": "own_parts train_in_order",
-        "documents": "remember",
-        "kinds": "Beside Linearized tangent",
-    }
-    __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
-
-__all__ = ["Beside", "Linearized", "own_parts", "remember", "tangent", "train_in_order"]
+_MODULES = {"course": "own_parts train_in_order", "documents": "remember", "kinds": "Beside Linearized tangent"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

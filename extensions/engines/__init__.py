@@ -5,14 +5,7 @@ that vLLM finds by its entry point, and `loraweave load` for SGLang and LoRAX. I
 the package gguf.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.engines.folders import Folder, Folders
-    from loraweave.extensions.engines.loading import load, unload
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.folders": "Folder Folders", f"{__name__}.loading": "load unload"})
-
-__all__ = ["Folder", "Folders", "load", "unload"]
+_MODULES = {"folders": "Folder Folders", "loading": "load unload"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

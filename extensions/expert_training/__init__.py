@@ -5,24 +5,13 @@ that begin as stored adapters (`pool=`) or as the means of groups of similar one
 accelerate, which Trainer asks for.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.expert_training.feeds import feed_of
-    from loraweave.extensions.expert_training.grouping import clusters
-    from loraweave.extensions.expert_training.identity import loss_identity
-    from loraweave.extensions.expert_training.steps import ExpertSettings
-    from loraweave.extensions.expert_training.trainer import fit
-else:
-    _MODULES = {
-        "feeds": "feed_of",
-        "grouping": "clusters",
-        "identity": "loss_identity",
-        "steps": "ExpertSettings",
-        "trainer": "fit",
-    }
-    __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
-
-__all__ = ["ExpertSettings", "clusters", "feed_of", "fit", "loss_identity"]
+_MODULES = {
+    "feeds": "feed_of",
+    "grouping": "clusters",
+    "identity": "loss_identity",
+    "steps": "ExpertSettings",
+    "trainer": "fit",
+}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

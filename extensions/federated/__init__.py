@@ -5,28 +5,11 @@
 except for differential privacy (opacus).
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.federated.federation import Federated, federate
-    from loraweave.extensions.federated.methods.flexlora import flexlora_clients
-    from loraweave.extensions.federated.private import PrivateDevice, Traffic, serve_base, split_adapter
-else:
-    _MODULES = {
-        "methods.flexlora": "flexlora_clients",
-        "federation": "Federated federate",
-        "private": "PrivateDevice Traffic serve_base split_adapter",
-    }
-    __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
-
-__all__ = [
-    "Federated",
-    "PrivateDevice",
-    "Traffic",
-    "federate",
-    "flexlora_clients",
-    "serve_base",
-    "split_adapter",
-]
+_MODULES = {
+    "federation": "Federated federate",
+    "methods.flexlora": "flexlora_clients",
+    "private": "PrivateDevice Traffic serve_base split_adapter",
+}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -5,13 +5,7 @@ a mixture updates some of them. `watched` shows every product of an expert. It c
 PEFT's folders with `target_parameters` are read and written.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.fused_experts.running import watched
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.running": "watched"})
-
-__all__ = ["watched"]
+_MODULES = {"running": "watched"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

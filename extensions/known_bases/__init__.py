@@ -5,13 +5,7 @@ safetensors in the cache. An entry of the registry `bases` is one such base; it 
 `gguf_file` returns the file itself, for llama.cpp.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.known_bases.fetching import gguf_file
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.fetching": "gguf_file"})
-
-__all__ = ["gguf_file"]
+_MODULES = {"fetching": "gguf_file"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

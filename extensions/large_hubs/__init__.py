@@ -5,15 +5,7 @@ Searches that name no index use both: `faiss_half`, whose results are exact, and
 faiss (`faiss-cpu`).
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.large_hubs.indexes.faiss_half import FaissHalf
-    from loraweave.extensions.large_hubs.indexes.faiss_ivf import FaissIvf
-else:
-    _CLASSES = {"half": "FaissHalf", "ivf": "FaissIvf"}
-    __getattr__ = lazy(__name__, {f"{__name__}.indexes.faiss_{kind}": name for kind, name in _CLASSES.items()})
-
-__all__ = ["FaissHalf", "FaissIvf"]
+_MODULES = {"indexes.faiss_half": "FaissHalf", "indexes.faiss_ivf": "FaissIvf"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

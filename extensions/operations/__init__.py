@@ -6,24 +6,12 @@ each step of the model; without a budget nothing is added up. `KeptPrefixes` kee
 `Limits.prefix_bytes`, so that it is not read again. `observed` logs each request, and sends its spans to OpenTelemetry.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.operations.admission import Budgets, StepTimes
-    from loraweave.extensions.operations.figures import PrometheusMetrics
-    from loraweave.extensions.operations.prefixes import KeptPrefixes
-    from loraweave.extensions.operations.requests import observed
-else:
-    __getattr__ = lazy(
-        __name__,
-        {
-            f"{__name__}.admission": "Budgets StepTimes",
-            f"{__name__}.figures": "PrometheusMetrics",
-            f"{__name__}.prefixes": "KeptPrefixes",
-            f"{__name__}.requests": "observed",
-        },
-    )
-
-__all__ = ["Budgets", "KeptPrefixes", "PrometheusMetrics", "StepTimes", "observed"]
+_MODULES = {
+    "admission": "Budgets StepTimes",
+    "figures": "PrometheusMetrics",
+    "prefixes": "KeptPrefixes",
+    "requests": "observed",
+}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -4,13 +4,7 @@
 `logits_loss` says what that does to the answers. It costs a few matrices of a layer's size in fp32 while it writes.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.quantised.losses import LogitsLoss, differences, logits_loss
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.losses": "LogitsLoss differences logits_loss"})
-
-__all__ = ["LogitsLoss", "differences", "logits_loss"]
+_MODULES = {"losses": "LogitsLoss differences logits_loss"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

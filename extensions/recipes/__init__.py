@@ -6,20 +6,11 @@ of `fedms` and `local_and_shared` the mean of what they have in common, and `wit
 mixture other options, or one more task. `LimitedGate` is a gate for recipes of your own.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.recipes.cluster_gates import experts_for, fit_clusters
-    from loraweave.extensions.recipes.limited_gate import LimitedGate
-    from loraweave.extensions.recipes.other_options import federated_average, with_options, with_task
-else:
-    _MODULES = {
-        "cluster_gates": "experts_for fit_clusters",
-        "limited_gate": "LimitedGate",
-        "other_options": "federated_average with_options with_task",
-    }
-    __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
-
-__all__ = ["LimitedGate", "experts_for", "federated_average", "fit_clusters", "with_options", "with_task"]
+_MODULES = {
+    "cluster_gates": "experts_for fit_clusters",
+    "limited_gate": "LimitedGate",
+    "other_options": "federated_average with_options with_task",
+}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

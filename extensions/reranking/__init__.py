@@ -4,13 +4,7 @@
 It needs no other package, and costs forward passes over the examples.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.reranking.ranking import LossSlopes, first_order, rerank
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.ranking": "LossSlopes first_order rerank"})
-
-__all__ = ["LossSlopes", "first_order", "rerank"]
+_MODULES = {"ranking": "LossSlopes first_order rerank"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

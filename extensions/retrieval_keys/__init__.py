@@ -3,13 +3,7 @@
 `train_encoder`, with `loraweave hub train-encoder`, fine-tunes the sentence encoder. It needs no other package.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.retrieval_keys.training import train_encoder
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.training": "train_encoder"})
-
-__all__ = ["train_encoder"]
+_MODULES = {"training": "train_encoder"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -7,22 +7,12 @@ each expert alone on tasks. `lw.router` and `Hub.add` open the X-LoRA and the Ar
 writes them. It needs no other package, but `lorahub_original` needs `loraweave[search]`.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.routers.by_sequence import BySequence
-    from loraweave.extensions.routers.routers.adapter_fusion import OutputAttention
-    from loraweave.extensions.routers.routers.lorauter import expert_losses
-    from loraweave.extensions.routers.to_peft import save_as_peft
-else:
-    _MODULES = {
-        "by_sequence": "BySequence",
-        "routers.lorauter": "expert_losses",
-        "routers.adapter_fusion": "OutputAttention",
-        "to_peft": "save_as_peft",
-    }
-    __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
-
-__all__ = ["BySequence", "OutputAttention", "expert_losses", "save_as_peft"]
+_MODULES = {
+    "by_sequence": "BySequence",
+    "routers.adapter_fusion": "OutputAttention",
+    "routers.lorauter": "expert_losses",
+    "to_peft": "save_as_peft",
+}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

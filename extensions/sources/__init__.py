@@ -6,14 +6,7 @@ for a base model, and `hub.add` takes each. An archive costs the time and the ro
 adapter in it, a second walk over a tree the time to look at its files.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.sources.on_model_hub import Found, discover
-    from loraweave.extensions.sources.trees import TreeReport, add_tree
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.on_model_hub": "Found discover", f"{__name__}.trees": "TreeReport add_tree"})
-
-__all__ = ["Found", "TreeReport", "add_tree", "discover"]
+_MODULES = {"on_model_hub": "Found discover", "trees": "TreeReport add_tree"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -4,20 +4,11 @@
 adapters; `fisher`, `regmean` and `least_squares` merge by what comes back. It needs no other package.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.statistics.collecting import collect_statistics, record_inputs
-    from loraweave.extensions.statistics.pooling import pool_statistics
-    from loraweave.extensions.statistics.saved import LayerStatistics, Statistics
-else:
-    _MODULES = {
-        "collecting": "collect_statistics record_inputs",
-        "pooling": "pool_statistics",
-        "saved": "LayerStatistics Statistics",
-    }
-    __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
-
-__all__ = ["LayerStatistics", "Statistics", "collect_statistics", "pool_statistics", "record_inputs"]
+_MODULES = {
+    "collecting": "collect_statistics record_inputs",
+    "pooling": "pool_statistics",
+    "saved": "LayerStatistics Statistics",
+}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -6,16 +6,7 @@ calls it. Some metrics, and data sets as tasks, need `loraweave[study]`, plots `
 `loraweave[harness]`.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.study.harness import evaluate_harness
-    from loraweave.extensions.study.results import Figure, StudyResults
-    from loraweave.extensions.study.running import study
-else:
-    _MODULES = {"harness": "evaluate_harness", "results": "Figure StudyResults", "running": "study"}
-    __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
-
-__all__ = ["Figure", "StudyResults", "evaluate_harness", "study"]
+_MODULES = {"harness": "evaluate_harness", "results": "Figure StudyResults", "running": "study"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -5,13 +5,7 @@
 of its tasks. Nothing is added to the registries.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.tour.demonstration import DemoTask, load_task, read_rows
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.demonstration": "DemoTask load_task read_rows"})
-
-__all__ = ["DemoTask", "load_task", "read_rows"]
+_MODULES = {"demonstration": "DemoTask load_task read_rows"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

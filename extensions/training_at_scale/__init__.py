@@ -4,15 +4,7 @@
 estimate that costs three forwards of two short rows. Workers are joblib's; it needs no other package.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.training_at_scale.groups import train_in_groups
-    from loraweave.extensions.training_at_scale.step_memory import EstimatedMemory, MemoryModel
-else:
-    _MODULES = {"groups": "train_in_groups", "step_memory": "EstimatedMemory MemoryModel"}
-    __getattr__ = lazy(__name__, {f"{__name__}.{module}": names for module, names in _MODULES.items()})
-
-__all__ = ["EstimatedMemory", "MemoryModel", "train_in_groups"]
+_MODULES = {"groups": "train_in_groups", "step_memory": "EstimatedMemory MemoryModel"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -5,14 +5,7 @@
 signature of their present content. Signatures need cryptography (`loraweave[sign]`) and read no weights.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.trust.checks.signed_by import signed_by
-    from loraweave.extensions.trust.signatures import sign
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.checks.signed_by": "signed_by", f"{__name__}.signatures": "sign"})
-
-__all__ = ["sign", "signed_by"]
+_MODULES = {"checks.signed_by": "signed_by", "signatures": "sign"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

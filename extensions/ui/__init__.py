@@ -4,13 +4,7 @@
 memory for a map of the hub, and the base model from when something is first tried on it.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.ui.app import make_ui, make_ui_server
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.app": "make_ui make_ui_server"})
-
-__all__ = ["make_ui", "make_ui_server"]
+_MODULES = {"app": "make_ui make_ui_server"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -5,13 +5,7 @@ in Python these are methods of a hub. `rebuild` reads every blob and every row o
 a new catalogue in its place, all or nothing. It costs the time to read all adapters; nothing is deleted.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.upkeep.from_blobs import rebuild
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.from_blobs": "rebuild"})
-
-__all__ = ["rebuild"]
+_MODULES = {"from_blobs": "rebuild"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

@@ -5,14 +5,7 @@ shell. It needs no other package, the base model unless its answers are already 
 each name.
 """
 
-from typing import TYPE_CHECKING
+from loraweave.extend import face
 
-from loraweave.extend import lazy
-
-if TYPE_CHECKING:
-    from loraweave.extensions.verify.answers import Finding, ServerReport
-    from loraweave.extensions.verify.verify import verify_server
-else:
-    __getattr__ = lazy(__name__, {f"{__name__}.verify": "verify_server", f"{__name__}.answers": "Finding ServerReport"})
-
-__all__ = ["Finding", "ServerReport", "verify_server"]
+_MODULES = {"answers": "Finding ServerReport", "verify": "verify_server"}
+__getattr__, __dir__, __all__ = face(__name__, _MODULES)

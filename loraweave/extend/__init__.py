@@ -25,7 +25,7 @@ _MODULES = {
     "hub.base": "fingerprint",
     "lowrank": "algebra",
     "lowrank.factorise": "factorise",
-    "registry": "brought get lazy nearest traits traits_of",
+    "registry": "brought face get nearest traits traits_of",
     "types": "DEFAULT_TEMPLATE",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

@@ -52,8 +52,8 @@ from loraweave.hub.base import fingerprint as fingerprint
 from loraweave.lowrank import algebra as algebra
 from loraweave.lowrank.factorise import factorise as factorise
 from loraweave.registry import brought as brought
+from loraweave.registry import face as face
 from loraweave.registry import get as get
-from loraweave.registry import lazy as lazy
 from loraweave.registry import nearest as nearest
 from loraweave.registry import traits as traits
 from loraweave.registry import traits_of as traits_of

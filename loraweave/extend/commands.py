@@ -9,4 +9,4 @@ _MODULES = {
     ),
     "cli._inputs": "load_model open_hub recorded_base require_dtype require_one_adapter",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

@@ -12,4 +12,4 @@ _MODULES = {
     ),
     "composer.formula.nodes": "Named Stored Sum leaves",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

@@ -13,4 +13,4 @@ _MODULES = {
     "hub.formats._reading": "is_adapter lora_files names_in",
     "hub.formats._safetensors": "FLOATS INTEGERS file_metadata read_tensors require_finite",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

@@ -28,4 +28,4 @@ _MODULES = {
     "hub.tables.vectors": "row_sha256",
     "retrieval.query": "KeySpace Query",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

@@ -19,4 +19,4 @@ _MODULES = {
     "composer.live.residents": "Lease",
     "composer.live.standing_in": "Handle StandIn claimed give_back",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

@@ -14,4 +14,4 @@ _MODULES = {
     "hub.adapter": "cosine",
     "hub.merge_report": "MergeReport by_number interference",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

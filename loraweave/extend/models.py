@@ -13,4 +13,4 @@ _MODULES = {
     "hub.base_reference": "BaseReference base_loader",
     "hub.gguf_base": "EMBEDDED GgufBase",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

@@ -14,4 +14,4 @@ _MODULES = {
         "ATTENTION FEED_FORWARD EvenRecipe ExpertShape Recipe Site TopKRecipe balance_term by_layer uniform"
     ),
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

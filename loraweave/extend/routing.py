@@ -21,4 +21,4 @@ _MODULES = {
     "routers.tokens._text": "TextRouter labelled_tasks read_prompts",
     "routers.tokens.logistic": "Logistic",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

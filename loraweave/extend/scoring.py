@@ -15,4 +15,4 @@ _MODULES = {
     "composer.model.scoring": "encode_pairs predict",
     "retrieval.fusion": "wilson",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

@@ -9,4 +9,4 @@ _MODULES = {
     "serving.limits": "Limits Refusal refusal_of",
     "serving.scheduler": "Admission Metrics too_busy",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

@@ -19,4 +19,4 @@ _MODULES = {
     "composer.train.shared": "SharedTraining StepMemory",
     "composer.train.state": "JobReport JobSize PlannedJob SharedReport TrainedAdapters load_adapter save_adapter",
 }
-__getattr__, __dir__, __all__ = face(__name__, _MODULES)
+__getattr__, __dir__, __all__ = face(__name__, _MODULES, "loraweave")

@@ -1,0 +1,1 @@
+from loraweave.extensions.accelerators.fixed_shapes import batch_invariant as batch_invariant

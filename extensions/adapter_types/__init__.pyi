@@ -1,0 +1,1 @@
+from loraweave.extensions.adapter_types.formats.compeft import Compeft as Compeft

@@ -1,0 +1,1 @@
+from loraweave.extensions.cluster.replicas import replicated as replicated

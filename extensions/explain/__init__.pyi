@@ -1,0 +1,10 @@
+from loraweave.extensions.explain.costs import Cost as Cost
+from loraweave.extensions.explain.costs import LayerCost as LayerCost
+from loraweave.extensions.explain.costs import cost as cost
+from loraweave.extensions.explain.curves import plot_search as plot_search
+from loraweave.extensions.explain.curves import plot_searches as plot_searches
+from loraweave.extensions.explain.curves import plot_training as plot_training
+from loraweave.extensions.explain.explanation import Explanation as Explanation
+from loraweave.extensions.explain.reading import explain as explain
+from loraweave.extensions.explain.used import Load as Load
+from loraweave.extensions.explain.used import loads as loads

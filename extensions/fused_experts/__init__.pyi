@@ -1,0 +1,1 @@
+from loraweave.extensions.fused_experts.running import watched as watched

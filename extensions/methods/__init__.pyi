@@ -1,0 +1,11 @@
+from loraweave.extensions.methods.arithmetic import add as add
+from loraweave.extensions.methods.arithmetic import analogy as analogy
+from loraweave.extensions.methods.arithmetic import compeft as compeft
+from loraweave.extensions.methods.arithmetic import ema as ema
+from loraweave.extensions.methods.arithmetic import genknowsub as genknowsub
+from loraweave.extensions.methods.arithmetic import negate as negate
+from loraweave.extensions.methods.arithmetic import scale as scale
+from loraweave.extensions.methods.arithmetic import subtract as subtract
+from loraweave.extensions.methods.arithmetic import subtract_general as subtract_general
+from loraweave.extensions.methods.arithmetic import twin_merging as twin_merging
+from loraweave.extensions.methods.arithmetic import unlearn as unlearn

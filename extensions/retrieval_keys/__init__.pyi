@@ -1,0 +1,1 @@
+from loraweave.extensions.retrieval_keys.training import train_encoder as train_encoder

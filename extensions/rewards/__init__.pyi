@@ -1,0 +1,10 @@
+from loraweave.extensions.rewards.posterior import laplace as laplace
+from loraweave.extensions.rewards.reward_heads import Rewards as Rewards
+from loraweave.extensions.rewards.reward_heads import rewards as rewards
+from loraweave.extensions.rewards.reward_heads import train_reward_heads as train_reward_heads
+from loraweave.extensions.rewards.reward_mixture import RewardMixture as RewardMixture
+from loraweave.extensions.rewards.reward_mixture import expert_rewards as expert_rewards
+from loraweave.extensions.rewards.reward_mixture import train_reward_experts as train_reward_experts
+from loraweave.extensions.rewards.reward_mixture import train_reward_mixture as train_reward_mixture
+from loraweave.extensions.rewards.routed_rewards import RoutedRewards as RoutedRewards
+from loraweave.extensions.rewards.routed_rewards import train_routed_rewards as train_routed_rewards

@@ -1,0 +1,3 @@
+from loraweave.extensions.training_at_scale.groups import train_in_groups as train_in_groups
+from loraweave.extensions.training_at_scale.step_memory import EstimatedMemory as EstimatedMemory
+from loraweave.extensions.training_at_scale.step_memory import MemoryModel as MemoryModel

@@ -1,0 +1,1 @@
+from loraweave.extensions.upkeep.from_blobs import rebuild as rebuild
