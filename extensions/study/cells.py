@@ -62,16 +62,12 @@ class Answers:
 
 def cells(study: Study, hub: Hub) -> list[Cell]:
     """Return all cells in the order in which they run: all tasks and methods for one seed, then the next seed."""
-    listed = [
-        (shots, seed, task, method)
+    return [
+        Cell(task, method, shots, seed, _key(study, hub, task, method, shots, seed))
         for shots in study.shots
         for seed in study.seeds
         for task in study.tasks
         for method in study.methods
-    ]
-    return [
-        Cell(task, method, shots, seed, _key(study, hub, task, method, shots, seed))
-        for shots, seed, task, method in listed
         if method.applies(task.oracle)
     ]
 

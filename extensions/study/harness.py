@@ -81,12 +81,8 @@ def evaluate_harness(
         raise UnknownName(
             f"lm_eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them, and include_path adds a folder"
         )
-    arguments = {
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "task_manager": manager,
-        "tasks": manager.match_tasks(list(tasks)),
-    }
+    settings |= {"num_fewshot": num_fewshot, "limit": limit, "task_manager": manager}
+    settings["tasks"] = manager.match_tasks(list(tasks))
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     mixing: AbstractContextManager[Any] = nullcontext()
     averages = isinstance(what, Composition) and bool(what.members)
@@ -102,7 +98,7 @@ def evaluate_harness(
         # lm_eval asks for nothing but what a plain model has
         kind = _averaging(HFLM, what) if averages else HFLM
         language_model = kind(pretrained=model, tokenizer=tokenizer, batch_size=rows)
-        scores: dict[str, Any] = simple_evaluate(model=language_model, **arguments, **seeds, **settings)
+        scores: dict[str, Any] = simple_evaluate(model=language_model, **seeds, **settings)
     return scores
 
 

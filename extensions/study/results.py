@@ -7,7 +7,7 @@ answers are right. Other values, and all differences, have that of bootstrap dra
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -125,25 +125,19 @@ class StudyResults:
         columns = ["method", *tasks, f"less {self.study.reference}", "seconds"]
         rows = []
         for method in self.study.methods:
-            first = figures.get((tasks[0], method.name)) if tasks else None
-            cells = [interval(figures.get((task, method.name)), shown) for task in tasks]
-            rows.append([method.name, *cells, difference(first, shown), "-" if first is None else f"{first.seconds:.1f}"])
+            row = [figures.get((task, method.name)) for task in tasks]
+            cells = ["-" if one is None else _with_bounds((one.value, one.low, one.high), shown) for one in row]
+            less = seconds = "-"
+            if row and (first := row[0]) is not None:
+                seconds = f"{first.seconds:.1f}"
+                if not np.isnan(first.difference):
+                    less = _with_bounds((first.difference, first.difference_low, first.difference_high), shown, sign="+")
+            rows.append([method.name, *cells, less, seconds])
         return columns, rows
 
 
-def interval(figure: Figure | None, metric: Metric) -> str:
-    """Return "value [low, high]", or "-" without a figure."""
-    return "-" if figure is None else _with_bounds((figure.value, figure.low, figure.high), metric)
-
-
-def difference(figure: Figure | None, metric: Metric) -> str:
-    """Return the difference from the reference as "+value [low, high]", or "-" if there is none."""
-    if figure is None or np.isnan(figure.difference):
-        return "-"
-    return _with_bounds((figure.difference, figure.difference_low, figure.difference_high), metric, sign="+")
-
-
 def _with_bounds(numbers: Sequence[float], metric: Metric, sign: str = "") -> str:
+    """Return "value [low, high]"."""
     scale, digits = (100, 1) if metric.percent else (1, 3)
     value, low, high = (f"{scale * number:{sign}.{digits}f}" for number in numbers)
     return f"{value} [{low}, {high}]"
@@ -177,42 +171,21 @@ def _figures(study: Study, shots: int, metric: Metric, answers: Mapping[Cell, An
     figures = []
     for method in study.methods:
         having = [name for name in sizes if (name, method.name) in draws]
-        for name in having:
-            spent = by_seed[name, method.name]
-            both = [draws[name, method.name], draws.get((name, study.reference))]
-            figures.append(_figure(study, shots, metric, name, method.name, both, len(spent), sizes[name], spent.values()))
         # means over different tasks cannot be compared
-        if having and len(having) == len(tasks):
-            of_method = [cell_answers for cell, cell_answers in answers.items() if cell.method == method]
-            over_tasks = Draws.mean([draws[name, method.name] for name in having])
-            known = [draws[name, study.reference] for name in having if (name, study.reference) in draws]
-            both = [over_tasks, Draws.mean(known) if len(known) == len(having) else None]
-            num_seeds = min(len(by_seed[name, method.name]) for name in having)
-            figures.append(_figure(study, shots, metric, ALL, method.name, both, num_seeds, sum(sizes.values()), of_method))
+        whole = [(ALL, having)] if having and len(having) == len(tasks) else []
+        for row, of_row in [*((name, [name]) for name in having), *whole]:
+            drawn = Draws.mean([draws[name, method.name] for name in of_row])
+            reference = [draws[name, study.reference] for name in of_row if (name, study.reference) in draws]
+            less_R = np.full(len(drawn.values_R), np.nan)
+            if len(reference) == len(of_row) and method.name != study.reference:
+                less_R = drawn.values_R - Draws.mean(reference).values_R
+            spent = [by_seed[name, method.name] for name in of_row]
+            numbers = min(map(len, spent)), sum(sizes[name] for name in of_row)
+            times = [(cell.seconds, cell.cpu_seconds) for of_task in spent for cell in of_task.values()]
+            bounds = (*drawn.summed(), *Draws(less_R, None, False).summed())
+            means = np.mean(times, axis=0).tolist()
+            figures.append(Figure(shots, metric.name, row, method.name, *bounds, *numbers, *means))
     return figures
-
-
-def _figure(
-    study: Study,
-    shots: int,
-    metric: Metric,
-    task: str,
-    method: str,
-    draws: Sequence[Draws | None],
-    num_seeds: int,
-    num_items: int,
-    spent: Iterable[Answers],
-) -> Figure:
-    drawn, reference = draws
-    assert drawn is not None
-    nothing = np.full(len(drawn.values_R), np.nan)
-    less_R = nothing if reference is None or method == study.reference else drawn.values_R - reference.values_R
-    less = Draws(less_R, None, False)
-    times = [(answers.seconds, answers.cpu_seconds) for answers in spent]
-    seconds, cpu_seconds = (float(np.mean(part)) for part in zip(*times, strict=True))
-    return Figure(
-        shots, metric.name, task, method, *drawn.summed(), *less.summed(), num_seeds, num_items, seconds, cpu_seconds
-    )
 
 
 def _draws(task: StudyTask, metric: Metric, answers: Mapping[int, Answers], seeds: Sequence[int]) -> Draws:

@@ -110,7 +110,7 @@ def _answer(load: Callable[[], tuple[Any, Any]], read: Study, hub: Hub, call: st
         cell.task.drawn(cell.shots, cell.seed),
         cell.task.oracle,
         cell.seed,
-        _limits(read),
+        read.limits,
         lambda name: _rows_of(read, name),
         read.allow_licenses,
         _fitted(call),
@@ -119,10 +119,6 @@ def _answer(load: Callable[[], tuple[Any, Any]], read: Study, hub: Hub, call: st
     composition = made(cell.method, case)
     spent = time.perf_counter() - started, time.process_time() - cpu_started
     return answered(cell, read, composition, spent)
-
-
-def _limits(read: Study) -> dict[str, Any]:
-    return {"k": read.k, "budget": read.budget, "seconds": read.seconds}
 
 
 def _rows_of(read: Study, name: str) -> Task:
@@ -147,7 +143,7 @@ def _check(read: Study, hub: Hub) -> None:
         problems: list[Exception] = []
         for task in read.tasks:
             try:
-                method.check(hub, task.drawn(read.shots[0], read.seeds[0]), _limits(read))
+                method.check(hub, task.drawn(read.shots[0], read.seeds[0]), read.limits)
             except Exception as error:
                 problems.append(error)
         if len(problems) == len(read.tasks):

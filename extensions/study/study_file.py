@@ -68,6 +68,11 @@ class Study:
     out: Path = field(default=Path("study"))
 
     @property
+    def limits(self) -> dict[str, Any]:
+        """The arguments of compose() that bound a search."""
+        return {"k": self.k, "budget": self.budget, "seconds": self.seconds}
+
+    @property
     def used_metrics(self) -> list[Metric]:
         """The metrics of all tasks, each once, in the order in which tasks name them."""
         return list({metric.name: metric for task in self.tasks for metric in task.metrics}.values())
@@ -119,8 +124,8 @@ class _Reader:
             (settings[key],) = self._wholes(key, number, 1)
         # compose() checks both
         settings["budget"], settings["seconds"] = said.get("budget", 40), said.get("seconds")
-        settings["stop"] = tuple(self._texts("stop")) if "stop" in said else None
-        settings["normalise"] = tuple(self._texts("normalise")) if "normalise" in said else None
+        for key in ("stop", "normalise"):
+            settings[key] = tuple(self._texts(key)) if key in said else None
         settings["allow_licenses"] = said.get("allow_licenses", False)
         if not isinstance(settings["allow_licenses"], bool):
             raise self._wrong(f"has allow_licenses {settings['allow_licenses']!r:.40}; it is true or false")
