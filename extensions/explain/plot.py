@@ -70,7 +70,10 @@ def draw(figures: TokenFigures) -> Any:
     strip = _Strip(figures)
     rows = _Rows(figures, shown)
     maps = _layer_maps(figures.layers, figures.by_layer_LE.T[shown])
-    maps.append(_token_map(figures.tokens, figures.by_token_TE.T[shown]))
+    named = len(figures.tokens) <= MAX_NAMED
+    names = [token.strip(" ") or "␣" for token in figures.tokens if named]
+    axis = "token" if named else "position of the token"
+    maps.append(_Map(figures.by_token_TE.T[shown], names, axis, "weight by token, mean over layers", 1))
     top = 2 * (ROW_INCHES * max(len(shown), 4) + 1.05)
     bottom = strip.num_lines * LINE_INCHES + 0.45
     figure = blank_figure("plots need matplotlib", figsize=(INCHES, top + bottom), layout="constrained", dpi=150)
@@ -87,32 +90,16 @@ def _layer_maps(layers: tuple[str, ...], w_EL: Tensor) -> list[_Map]:
         prefix = common_prefix(layers)
         names = [layer.removeprefix(prefix) for layer in layers]
         return [_Map(w_EL, names, f"layer of {prefix[:-1]}" if prefix else "layer", "weight by layer, mean over tokens", 1)]
-    whole = _average_groups(w_EL, [block for block, _ in blocks])
-    kinds = _average_groups(w_EL, [kind for _, kind in blocks])
+    whole, kinds = (group_places(groups) for groups in zip(*blocks, strict=True))
     prefix = common_prefix(tuple(whole))
-    axis = f"block of {prefix[:-1]}" if prefix else "block"
+    names = [name.removeprefix(prefix) for name in whole]
+    axis = f"block of {prefix[:-1]} (mean of its layers)" if prefix else "block (mean of its layers)"
+    by_block = names, axis, "weight by block, mean over tokens", max(len(whole), 10)
+    by_kind = last_parts(list(kinds)), "kind of layer", "by kind, mean over blocks", max(len(kinds), len(whole) // 3)
     return [
-        _Map(
-            torch.stack(list(whole.values()), dim=1),
-            [name.removeprefix(prefix) for name in whole],
-            f"{axis} (mean of its layers)",
-            "weight by block, mean over tokens",
-            max(len(whole), 10),
-        ),
-        _Map(
-            torch.stack(list(kinds.values()), dim=1),
-            last_parts(list(kinds)),
-            "kind of layer",
-            "by kind, mean over blocks",
-            max(len(kinds), len(whole) // 3),
-        ),
+        _Map(torch.stack([w_EL[:, members].nanmean(dim=1) for members in groups.values()], dim=1), *labels)
+        for groups, labels in ((whole, by_block), (kinds, by_kind))
     ]
-
-
-def _token_map(tokens: tuple[str, ...], w_ET: Tensor) -> _Map:
-    names = [token.strip(" ") or "␣" for token in tokens]
-    axis = "token" if len(tokens) <= MAX_NAMED else "position of the token"
-    return _Map(w_ET, names if len(tokens) <= MAX_NAMED else [], axis, "weight by token, mean over layers", 1)
 
 
 class _Rows:
@@ -121,7 +108,10 @@ class _Rows:
     def __init__(self, figures: TokenFigures, shown: Tensor) -> None:
         self.glyphs = Glyphs([*figures.experts, *figures.layers, *figures.tokens])
         self._places = shown.tolist()
-        self._names = [self._name(figures, at) for at in self._places]
+        self._names = [self.glyphs.show(figures.experts[at], NAME_WIDTH) for at in self._places]
+        for row, at in enumerate(self._places):
+            if (effect := figures.effects.get(figures.experts[at])) is not None:
+                self._names[row] += f"  {effect:+.3f}"
         self._colours = [figures.colours.get(at) for at in self._places]
         self._title = "expert"
         if len(self._places) < len(figures.experts):
@@ -129,13 +119,6 @@ class _Rows:
             self._title = f"expert (the {len(shown)} with {share:.0%} of the weight, of {len(figures.experts):,})"
         if figures.effects:
             self._title += ", rise of the loss without it"
-
-    def _name(self, figures: TokenFigures, at: int) -> str:
-        shown, effect = (
-            self.glyphs.show(figures.experts[at], NAME_WIDTH),
-            figures.effects.get(figures.experts[at]),
-        )
-        return shown if effect is None else f"{shown}  {effect:+.3f}"
 
     def name(self, axes: Any) -> None:
         """Write the experts' names, numbers and colours beside the axes."""
@@ -241,11 +224,6 @@ class _Strip:
             box = (max(width(text), 1) * COLUMN_INCHES, 0.15)
             axes.add_patch(Rectangle((x, y), *box, facecolor=colour, edgecolor="white", linewidth=0.6))
             axes.text(x, y + 0.08, text, fontsize=STRIP_POINTS, va="center", parse_math=False, family=self._glyphs.families)
-
-
-def _average_groups(w_EL: Tensor, groups: list[str]) -> dict[str, Tensor]:
-    """Return {group: w_E}, the mean weights over a group's layers; `groups` has the group of each of the L layers."""
-    return {group: w_EL[:, members].nanmean(dim=1) for group, members in group_places(groups).items()}
 
 
 FAMILIES = {"sans": "DejaVu Sans", "mono": "DejaVu Sans Mono"}

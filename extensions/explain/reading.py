@@ -29,7 +29,10 @@ def explain(engine: Composer | Composition, text: Question, mixture: Any = None,
     Raises CompositionError without a tokenizer, ScopeError for a mixture of several rows or a composition whose parts answer
     apart, AlreadyActive while fused.
     """
-    prompt = _read_one(text)
+    try:
+        prompt = read_prompt(text, 0)
+    except CompositionError as error:
+        raise CompositionError(f"explain() takes one text or conversation at a time: {error}") from error
     if isinstance(engine, Composition):
         if mixture is not None:
             raise CompositionError("a composition has its mixture: explain another one with its engine, composition.engine")
@@ -68,13 +71,6 @@ def _explain_composition(composition: Composition, prompt: Prompt, max_new_token
     rows = [means if by_layer is None else by_layer.get(layer, {}) for layer in merged.layers]
     weights_LE = torch.tensor([[float(row.get(name, 0.0)) for name in means] for row in rows])
     return replace(merged, experts=tuple(means), w_TLE=merged.w_TLE * weights_LE)
-
-
-def _read_one(text: Any) -> Prompt:
-    try:
-        return read_prompt(text, 0)
-    except CompositionError as error:
-        raise CompositionError(f"explain() takes one text or conversation at a time: {error}") from error
 
 
 # the replacement character, which part of a character decodes to
