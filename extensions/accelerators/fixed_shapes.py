@@ -18,7 +18,8 @@ which vLLM has for GPUs.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +165,8 @@ def fixed_attention(
     allowed_BQK = _allowed(attn_mask, is_causal, num_rows, num_queries, key.shape[2])
     exact = torch.promote_types(query.dtype, torch.float32)
     places_BK, allowed_BQK = _own_keys(allowed_BQK)
-    key_BHKD, value_BHKD = (_gather(states.to(exact), places_BK) for states in (key, value))
+    places = torch.arange(num_rows)[:, None], places_BK
+    key_BHKD, value_BHKD = (states.to(exact).transpose(1, 2)[places].transpose(1, 2) for states in (key, value))
     scaled = query.to(exact) * (size**-0.5 if scale is None else scale)
     queries = pad(scaled, (0, 0, 0, -num_queries % TILE))
     allowed_BQK = pad(allowed_BQK, (0, 0, 0, -num_queries % TILE))
@@ -221,20 +223,14 @@ def _by_vectors(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _fixed_matmul(left: Tensor, right: Tensor) -> Tensor:
     """Return left @ right if the inner dimension is 1, so that nothing is summed; else raise ScopeError."""
-    if left.ndim > 1 and right.ndim > 1 and left.shape[-1] == 1:
-        return left * right
-    raise _refusal("torch.matmul")
+    if left.ndim < 2 or right.ndim < 2 or left.shape[-1] != 1:
+        _refuse("torch.matmul")
+    return left * right
 
 
-def _refused(name: str) -> Callable[..., Any]:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise _refusal(name)
-
-    return refuse
-
-
-def _refusal(name: str) -> ScopeError:
-    return ScopeError(
+def _refuse(name: str, /, *args: Any, **kwargs: Any) -> NoReturn:
+    """Raise ScopeError for a call of the function of this name."""
+    raise ScopeError(
         f"the model calls {name}, whose sums depend on the batch: within batch_invariant() products must be those of "
         "torch.nn.Linear, and attention must be 'sdpa'"
     )
@@ -253,7 +249,7 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
         for name in names.split()
     },
     **{
-        getattr(place, name): _refused(f"{shown}.{name}")
+        getattr(place, name): partial(_refuse, f"{shown}.{name}")
         for place, shown, names in (
             (torch, "torch", "bmm baddbmm addbmm mm mv addmv dot vdot inner tensordot einsum chain_matmul cdist"),
             (torch, "torch", "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d lstm gru"),
@@ -310,8 +306,3 @@ def _own_keys(allowed_BQK: Tensor) -> tuple[Tensor, Tensor]:
     own_BK = torch.arange(size) < counts_B[:, None]
     among_BQK = allowed_BQK.gather(2, places_BK[:, None].expand(-1, allowed_BQK.shape[1], -1))
     return places_BK, among_BQK & own_BK[:, None]
-
-
-def _gather(states_BHKD: Tensor, places_BK: Tensor) -> Tensor:
-    rows_B1 = torch.arange(len(places_BK))[:, None]
-    return states_BHKD.transpose(1, 2)[rows_B1, places_BK].transpose(1, 2)

@@ -166,12 +166,9 @@ class Arena(LiveHook):
         """
         with self._lock:
             self._slots.pop(expert, None)
-            if not any(slot.num_users for slot in self._slots.values()) and 2 * self._num_rows < self._capacity:
+            used, sizes = (sum(getattr(slot, name) for slot in self._slots.values()) for name in ("num_users", "size"))
+            if not used and 2 * sizes < self._capacity:
                 self._clear()
-
-    @property
-    def _num_rows(self) -> int:
-        return sum(slot.size for slot in self._slots.values())
 
     def kernel(
         self, prepared: Board, layer: TargetLayer, device: torch.device, dtype: torch.dtype, *, one: bool
@@ -259,8 +256,7 @@ class Arena(LiveHook):
         written = _spread(rank_GE[:, expert_N], start_E[expert_N], w_ME[used_ME], count_GM, width)
         key = (self._moves, self._capacity), len(w_ME), width, profiles
         if free := self._free.get(key):
-            kept = free.pop()
-            board = replace(kept, slots=slots)
+            board = replace(free.pop(), slots=slots)
         else:
             devices = {table.a_CI.device for table in self._tables.values()}
             flats = {device: torch.empty(written.shape, dtype=torch.int32, device=device) for device in devices}
