@@ -131,20 +131,48 @@ class Results:
         return np.concatenate([right_WSN.mean(axis=(1, 2))[None], drawn_WR.T])
 
 
+# the bases that the unseen tasks were measured on, and the files of data that hold the answers
+BASES = {"SmolLM2-135M": "unseen", "Qwen2.5-Coder-0.5B": "unseen-qwen2.5-coder-0.5b"}
+
+
 def tables() -> dict[str, Table]:
     """Those of TABLES.md."""
-    return report(answers("unseen"), "unseen") | report(answers("left_out"), "left out")
+    reports = [report(answers(file), "unseen" if file == "unseen" else f"unseen, {base}") for base, file in BASES.items()]
+    return reports[0] | reports[1] | report(answers("left_out"), "left out") | {"unseen, bases": _bases()}
+
+
+def _bases() -> Table:
+    """Right answers of each way on each base, and what is known of the hub's part, on the tasks and seeds that all have."""
+    by_base = {base: Results(answers(file), 5, relations("unseen"), labelled("unseen")) for base, file in BASES.items()}
+    *_, last = by_base.values()
+    ways = [way for way in [*WAYS, "auto+noise"] if all(way in results.ways for results in by_base.values())]
+    tasks = last.tasks(["base", "auto", "auto+noise"])
+    table = Table(f"{len(tasks)} unseen tasks on each base", ("way", *by_base))
+    for way in ways:
+        table.add(way, *(_of_tasks(results, way, tasks) for results in by_base.values()))
+    for label, ways_of in {
+        "auto less noise": ("auto+noise", "auto"),
+        "auto less lora_examples": ("lora_examples", "auto"),
+    }.items():
+        drawn = [[np.diff(results.draws_RW(task, ways_of))[:, 0] for task in tasks] for results in by_base.values()]
+        table.add(label, *(interval(np.mean(differences, axis=0), 3) for differences in drawn))
+    return table
+
+
+def _of_tasks(results: Results, way: str, tasks: Sequence[str]) -> str:
+    known = results.tasks([way])
+    return _mean_cell(results, {task: results.draws_RW(task, [way])[:, 0] for task in tasks if task in known}, way, tasks)
 
 
 def relations(name: str) -> dict[str, str]:
     """The "unseen" tasks and how they relate to the pool, or the pool's own, "left out" in turn, and their kind."""
-    group, key = ("unseen", "relation") if name == "unseen" else ("pool", "category")
+    group, key = ("unseen", "relation") if name.startswith("unseen") else ("pool", "category")
     return {task: entry[key] for task, entry in Run().entries(group, there=False).items()}
 
 
 def labelled(name: str) -> set[str]:
     """The "unseen" tasks, or the pool's own, whose answers are labels."""
-    entries = Run().entries("unseen" if name == "unseen" else "pool", there=False)
+    entries = Run().entries("unseen" if name.startswith("unseen") else "pool", there=False)
     return {task for task, entry in entries.items() if entry["labels"]}
 
 
