@@ -53,10 +53,6 @@ def mix(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     return output
 
 
-def _mixed(layer: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return _mixed_by(layer, x, y)[0]
-
-
 def _mixed_for_backward(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the layer's output, and the number of the activation that the backward pass needs (0: none was active)."""
     with torch.no_grad():
@@ -80,10 +76,6 @@ def _mixed_by(layer: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
     if target is None or mixing is None:
         return y, None
     return mixing.apply(target.layer, x, y).contiguous(), mixing
-
-
-def _mixed_shape(layer: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
 def _mixed_backward(
@@ -115,16 +107,6 @@ def _mixed_backward(
     return grads.get("x", _zeros(x)), grads["y"], grads.get("bias", no_bias)
 
 
-def _mixed_backward_shapes(
-    grad: Tensor, layer: Tensor, mixing: Tensor, x: Tensor, y: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(y, memory_format=torch.contiguous_format),
-        grad.new_empty(0) if bias is None else torch.empty_like(bias),
-    )
-
-
 def _zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x, memory_format=torch.contiguous_format)
 
@@ -153,17 +135,22 @@ def _define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..
 
 
 _LIBRARY = torch.library.Library("loraweave", "DEF")  # type: ignore[no-untyped-call]
-_define("mixed", "(Tensor layer, Tensor x, Tensor y) -> Tensor", _mixed, _mixed_shape)
+_define(
+    "mixed",
+    "(Tensor layer, Tensor x, Tensor y) -> Tensor",
+    lambda layer, x, y: _mixed_by(layer, x, y)[0],
+    lambda layer, x, y: _zeros(y),
+)
 _define(
     "mixed_for_backward",
     "(Tensor layer, Tensor x, Tensor y, Tensor? bias) -> (Tensor, Tensor)",
     _mixed_for_backward,
-    lambda layer, x, y, bias: (_mixed_shape(layer, x, y), torch.empty_like(layer)),
+    lambda layer, x, y, bias: (_zeros(y), torch.empty_like(layer)),
 )
 _define(
     "mixed_backward",
     "(Tensor grad, Tensor layer, Tensor mixing, Tensor x, Tensor y, Tensor? bias) -> (Tensor, Tensor, Tensor)",
     _mixed_backward,
-    _mixed_backward_shapes,
+    lambda grad, layer, mixing, x, y, bias: (_zeros(x), _zeros(y), grad.new_empty(0) if bias is None else _zeros(bias)),
 )
 torch.library.register_autograd("loraweave::mixed_for_backward", _gradients, setup_context=_save, lib=_LIBRARY)
