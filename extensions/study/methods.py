@@ -258,7 +258,9 @@ def made(method: Method, case: Case) -> Composition:
         case "base" | "in_context":
             return _of(None, method.method, case)
         case "lora":
-            return _of_adapter(_trained(method, case), case)
+            settings = {**LORA, "batch_size": min(8, len(case.task.examples)), **method.options}
+            tasks, how = {case.name: case.task}, {**settings, "seed": case.seed, "progress": False}
+            return _of_adapter(train_adapters(case.model, case.tokenizer, tasks, **how)[case.name], case)
         case "oracle":
             assert case.oracle is not None
             return _of_adapter(case.hub[case.oracle], case)
@@ -350,12 +352,6 @@ def _weights(method: Method, experts: Sequence[str]) -> list[float] | None:
     raise WeightingError(
         f"weights of method {method.name!r} are {weights!r:.60}, for {len(experts)} adapters: {', '.join(experts)}"
     )
-
-
-def _trained(method: Method, case: Case) -> Adapter:
-    task = {case.name: case.task}
-    settings = {**LORA, "batch_size": min(8, len(case.task.examples)), **method.options}
-    return train_adapters(case.model, case.tokenizer, task, **settings, seed=case.seed, progress=False)[case.name]
 
 
 def _ensemble(method: Method, case: Case) -> Composition:

@@ -44,7 +44,7 @@ def metric_of(name: str, normalise: Sequence[str] | None, functions: Mapping[str
         return Metric(name, partial(_each, functions[name], clean), _mean, percent=False)
     match name:
         case "exact_match" | "accuracy":
-            return Metric(name, partial(_each, _is_accepted, clean), _mean)
+            return Metric(name, partial(_each, lambda answer, targets: answer in targets, clean), _mean)
         case "f1":
             squad = partial(_normalised, steps=tuple(STEPS)) if normalise is None else clean
             return Metric(name, partial(_each, _token_f1, squad), _mean)
@@ -83,10 +83,6 @@ def _each(
 
 def _mean(sums_K: np.ndarray) -> np.ndarray:
     return np.asarray(sums_K[..., 0] / sums_K[..., -1])
-
-
-def _is_accepted(answer: str, targets: Sequence[str]) -> float:
-    return float(answer in targets)
 
 
 def _token_f1(answer: str, targets: Sequence[str]) -> float:

@@ -83,9 +83,7 @@ def draw(results: StudyResults, folder: Path) -> str:
     """
     metric = results.study.used_metrics[0]
     figures = [figure for figure in results.figures if figure.metric == metric.name]
-    tasks = list(
-        dict.fromkeys([*(figure.task for figure in figures if figure.task == ALL), *(figure.task for figure in figures)])
-    )
+    tasks = sorted(dict.fromkeys(figure.task for figure in figures), key=lambda task: task != ALL)
     if len(tasks) == 2:
         tasks = tasks[1:]
     methods = [method.name for method in results.study.methods]
@@ -123,12 +121,9 @@ def _draw_panel(panel: Any, figures: Sequence[Figure], methods: Sequence[str], s
     for place, method in enumerate(methods):
         shown = [figure for figure in figures if figure.method == method]
         values = [scale * figure.value for figure in shown]
-        reach = [
-            [scale * (figure.value - figure.low) for figure in shown],
-            [scale * (figure.high - figure.value) for figure in shown],
-        ]
         # a percentile of few items can lie on the other side of the value
-        reach = [[max(0.0, number) for number in side] for side in reach]
+        below = [max(0.0, scale * (figure.value - figure.low)) for figure in shown]
+        reach = below, [max(0.0, scale * (figure.high - figure.value)) for figure in shown]
         if len(shots) > 1:
             panel.errorbar(
                 [figure.shots for figure in shown], values, yerr=reach, label=method, marker="o", markersize=3, linewidth=1
@@ -265,15 +260,12 @@ def _best(columns: Sequence[str], rows: Sequence[Sequence[str]], *, lower: bool)
     return best
 
 
-TEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-}
+NAMED = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+TEX = str.maketrans({**{character: f"\\{character}" for character in "&%$#_{}"}, **NAMED})
 
 
 def _tex(text: str) -> str:
-    return "".join(TEX.get(character, character) for character in text)
+    return text.translate(TEX)
 
 
 def _answers(results: StudyResults) -> str:
