@@ -392,10 +392,8 @@ def _wanted(factors: Factors, pair: Pair) -> Tensor:
 
 def kept_share(factors: Factors, carried: Factors, pair: Pair, seen: Seen, way: Way, *, ridge: float | None = None) -> float:
     """Return the predicted share, 0 to 1, of one layer's effect that is kept; 1 for an update of zero."""
-    return _left(factors, carried, pair, seen) if way == "restore" else _regressed(factors, carried, seen, ridge)
-
-
-def _left(factors: Factors, carried: Factors, pair: Pair, seen: Seen) -> float:
+    if way != "restore":
+        return _regressed(factors, carried, seen, ridge)
     update_OI = factors.b_OR.double() @ factors.a_RI.double()
     rest_OI = _wanted(factors, pair) - carried.b_OR.double() @ carried.a_RI.double()
     gram_II = seen[0].oo[HELD_OUT].cpu()
@@ -403,16 +401,11 @@ def _left(factors: Factors, carried: Factors, pair: Pair, seen: Seen) -> float:
     return max(0.0, 1 - left / whole) if whole else 1.0
 
 
-def reading_ridge(seen: Seen) -> float:
-    """Return the ridge for the regression y_old ~ K y_new on the held-out samples, chosen by `choose_ridge`."""
-    _, y = seen
-    return choose_ridge(y.nn, y.no.mT, y.oo, HELD_OUT)
-
-
 def _regressed(factors: Factors, carried: Factors, seen: Seen, ridge: float | None) -> float:
     x, y = seen
     b_OR, a_RI, new_b_OR, new_a_RI = (part.to(x.oo) for update in (factors, carried) for part in (update.b_OR, update.a_RI))
-    gram_NN, cross_ON = drawn(y.nn[HELD_OUT], y.no[HELD_OUT].T, ridge or reading_ridge(seen))
+    ridge = ridge or choose_ridge(y.nn, y.no.mT, y.oo, HELD_OUT)
+    gram_NN, cross_ON = drawn(y.nn[HELD_OUT], y.no[HELD_OUT].T, ridge)
     old, new = (a_RI, b_OR), (new_a_RI, cross_ON @ torch.linalg.solve(gram_NN, new_b_OR))
     terms = ((old, x.oo, old), (new, x.no, old), (new, x.nn, new))
     size, shared, new_size = (

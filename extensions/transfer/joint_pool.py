@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -164,8 +164,7 @@ class JointPool:
             raise WeightingError(f"the pool has an adapter {name!r} already: give another name")
         sizes = {layer: (basis.u_OR.shape[0], basis.v_RI.shape[1]) for layer, basis in self.clusters[0].items()}
         _require_plain(name, adapter, sizes)
-        identity = replace(adapter.base, id=self.base_model, revision=None, fingerprint=self.fingerprint)
-        require_same_base(f"adapter {name!r}", adapter.base, identity)
+        require_same_base(f"adapter {name!r}", adapter.base, replace(adapter.base, **self._base))
         member = self._member(adapter, range(len(self.clusters)))
         if not member.error <= max_error:
             raise WeightingError(
@@ -222,11 +221,12 @@ class JointPool:
             raise WeightingError("a mixture has a weight, which is a finite number, for each name, and at least one row")
         used = sorted({self._known(name).cluster for row in rows for name in row})
         base = base_key(model)
-        require_same_base(
-            "the joint pool", replace(base, id=self.base_model, revision=None, fingerprint=self.fingerprint), base
-        )
+        require_same_base("the joint pool", replace(base, **self._base), base)
         modules = dict(model.named_modules())
-        layers = {name: self._layer(modules, name) for name in self.clusters[0]}
+        layers = {
+            name: target_layer(modules, name, Factors(basis.v_RI, basis.u_OR), "of the joint pool")
+            for name, basis in self.clusters[0].items()
+        }
         hooks = {name: self._hook(name, layer, rows, used) for name, layer in layers.items() if used}
         with claimed([model, *(layer.module for layer in layers.values())]), ExitStack() as stack:
             for name, hook in hooks.items():
@@ -299,6 +299,11 @@ class JointPool:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise AdapterCorrupt(f"{folder}: no intact joint pool ({type(error).__name__}: {error})") from error
 
+    @property
+    def _base(self) -> dict[str, Any]:
+        """The fields of a `BaseKey` by which the pool knows its base."""
+        return {"id": self.base_model, "revision": None, "fingerprint": self.fingerprint}
+
     def _known(self, name: str) -> Member:
         if name not in self.members:
             raise unknown_expert(name, self.members)
@@ -315,12 +320,13 @@ class JointPool:
             members.append(Member(number, middles, math.sqrt(lost / size) if size else 0.0, adapter.num_values))
         return min(members, key=lambda member: member.error)
 
-    def _layer(self, modules: Mapping[str, nn.Module], name: str) -> TargetLayer:
-        basis = self.clusters[0][name]
-        return target_layer(modules, name, Factors(basis.v_RI, basis.u_OR), "of the joint pool")
+    def _hook(
+        self, name: str, layer: TargetLayer, rows: Sequence[Mapping[str, float]], used: Sequence[int]
+    ) -> Callable[..., Tensor]:
+        """Return a layer's hook, which adds ((x V^T) M^T) U^T: two large products in its dtype, the small one in fp32.
 
-    def _hook(self, name: str, layer: TargetLayer, rows: Sequence[Mapping[str, float]], used: Sequence[int]) -> _JointHook:
-        """Make a layer's hook: U and V of the clusters in use side by side, each row's middles as blocks on a diagonal."""
+        U and V are those of the clusters in use side by side, M has each row's middles as blocks on a diagonal.
+        """
         weight = layer.parameter("weight")
         device = torch.device("cpu") if weight is None else weight.device
         bases = [self.clusters[number][name] for number in used]
@@ -331,33 +337,30 @@ class JointPool:
                 member = self.members[expert]
                 at = slice(*starts[used.index(member.cluster) :][:2])
                 row[at, at] += value * as_matrix(member.middles[name])
-        u_OR, v_RI = torch.cat([basis.u_OR for basis in bases], dim=1), torch.cat([basis.v_RI for basis in bases])
-        return _JointHook(name, *(tensor.to(device) for tensor in (v_RI, middles_BRR.mT.contiguous(), u_OR)))
+        u_OR = torch.cat([basis.u_OR for basis in bases], dim=1).to(device)
+        v_RI = torch.cat([basis.v_RI for basis in bases]).to(device)
+        turned_BRR = middles_BRR.mT.contiguous().to(device)
 
+        def add(module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            nonlocal u_OR, v_RI
+            x = given[0]
+            if v_RI.dtype != y.dtype:
+                v_RI, u_OR = v_RI.to(y.dtype), u_OR.to(y.dtype)
+            hidden = functional.linear(x, v_RI)
+            if len(rows) == 1:
+                hidden = hidden.float() @ turned_BRR[0]
+            else:
+                copies, rest = divmod(x.shape[0], len(rows))
+                if rest or not copies or x.ndim < 2:
+                    raise ScopeError(
+                        f"the mixture has {len(rows)} rows, but layer {name!r} is given {tuple(x.shape)}: "
+                        "give one mixture for all rows, or as many rows as the batch"
+                    )
+                row_BRR = turned_BRR if copies == 1 else turned_BRR.repeat_interleave(copies, dim=0)
+                hidden = (by_row(hidden).float() @ row_BRR).view(*x.shape[:-1], -1)
+            return y + functional.linear(hidden.to(y.dtype), u_OR)
 
-class _JointHook:
-    """A forward hook that adds ((x V^T) M^T) U^T: two large products in the layer's dtype, the small one in fp32."""
-
-    def __init__(self, name: str, v_RI: Tensor, middles_BRR: Tensor, u_OR: Tensor) -> None:
-        self._name, self._v_RI, self._middles_BRR, self._u_OR = name, v_RI, middles_BRR, u_OR
-
-    def __call__(self, module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        x = given[0]
-        if self._v_RI.dtype != y.dtype:
-            self._v_RI, self._u_OR = self._v_RI.to(y.dtype), self._u_OR.to(y.dtype)
-        hidden = functional.linear(x, self._v_RI)
-        if len(self._middles_BRR) == 1:
-            hidden = hidden.float() @ self._middles_BRR[0]
-        else:
-            copies, rest = divmod(x.shape[0], len(self._middles_BRR))
-            if rest or not copies or x.ndim < 2:
-                raise ScopeError(
-                    f"the mixture has {len(self._middles_BRR)} rows, but layer {self._name!r} is given {tuple(x.shape)}: "
-                    "give one mixture for all rows, or as many rows as the batch"
-                )
-            middles_BRR = self._middles_BRR if copies == 1 else self._middles_BRR.repeat_interleave(copies, dim=0)
-            hidden = (by_row(hidden).float() @ middles_BRR).view(*x.shape[:-1], -1)
-        return y + functional.linear(hidden.to(y.dtype), self._u_OR)
+        return add
 
 
 def _sizes(adapter: Adapter) -> dict[str, tuple[int, int]]:

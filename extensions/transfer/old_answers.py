@@ -70,18 +70,13 @@ def answers(
             call = generation_call(model, tokenizer, part, None, settings)
             said = call.new_tokens(call.output(model))[:, first:].tolist()
             read = zip(call.arguments["input_ids"], call.arguments["attention_mask"].bool(), strict=True)
-            rows = [
-                EncodedRow(tuple(ids_T[mask_T].tolist()), _ended(tokens, ends))
-                for (ids_T, mask_T), tokens in zip(read, said, strict=True)
-            ]
+            rows = []
+            for (ids_T, mask_T), tokens in zip(read, said, strict=True):
+                # after the first end token is the batch's padding
+                length = next((place for place, token in enumerate(tokens, start=1) if token in ends), len(tokens))
+                rows.append(EncodedRow(tuple(ids_T[mask_T].tolist()), tuple(tokens[:length])))
             answered += taught_by(model, tokenizer, rows) if taught else rows
     return answered
-
-
-def _ended(tokens: Sequence[int], ends: set[int]) -> tuple[int, ...]:
-    """Return the tokens up to and including the first end token; later ones are padding of the batch."""
-    length = next((place for place, token in enumerate(tokens, start=1) if token in ends), len(tokens))
-    return tuple(tokens[:length])
 
 
 def agreement(tokenizer: Any, one: Sequence[EncodedRow], other: Sequence[EncodedRow]) -> float:

@@ -70,8 +70,16 @@ def distil_prompt(
             f"there is nothing to distil: of {len(prompts)} inputs, the first is asked alike by teacher and student; give "
             "the teacher an instruction, demonstrations or a system, and inputs to answer"
         )
-    answers = _answers(model, tokenizer, teacher, prompts, max_new_tokens, n_jobs, progress)
-    rows = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer.strip()]
+    # in batches of inputs of like length, which are the same for any number of workers
+    lengths = [len(ids) for ids in prompt_ids(tokenizer, [teacher.prompt(text) for text in prompts])]
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    parts = in_chunks(order, BATCH_SIZE)
+    pieces = {f"{number} of {len(parts)}": [prompts[place] for place in part] for number, part in enumerate(parts, start=1)}
+    work = partial(_answered, base_loader(model, tokenizer, n_jobs), teacher, max_new_tokens)
+    with progress_bar(progress) as bar:
+        answers_by_piece = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="answering", bar=bar)))
+    answers = dict(zip(order, (answer for name in pieces for answer in answers_by_piece[name]), strict=True))
+    rows = [(prompt, answers[place]) for place, prompt in enumerate(prompts) if answers[place].strip()]
     if not rows:
         raise InvalidTask(
             f"the model answers none of the {len(prompts)} inputs under the teacher's prompt: "
@@ -91,27 +99,6 @@ def distil_prompt(
     )[name]
     said = teacher.instruction or teacher.system or "demonstrations"
     return replace(made, card={**made.card, "description": f"Answers as under the prompt: {said}"})
-
-
-def _answers(
-    model: Any,
-    tokenizer: Any,
-    teacher: Task,
-    asked: Sequence[Prompt],
-    max_new_tokens: int,
-    n_jobs: int | None,
-    progress: bool,
-) -> list[str]:
-    """Return the base's answers, generated in batches of inputs of like length, and the same for any number of workers."""
-    lengths = [len(ids) for ids in prompt_ids(tokenizer, [teacher.prompt(text) for text in asked])]
-    order = sorted(range(len(asked)), key=lengths.__getitem__)
-    parts = in_chunks(order, BATCH_SIZE)
-    pieces = {f"{number} of {len(parts)}": [asked[place] for place in part] for number, part in enumerate(parts, start=1)}
-    work = partial(_answered, base_loader(model, tokenizer, n_jobs), teacher, max_new_tokens)
-    with progress_bar(progress) as bar:
-        answers_by_piece = require_all(dict(spread(work, pieces, n_jobs=n_jobs, label="answering", bar=bar)))
-    answers = dict(zip(order, (answer for name in pieces for answer in answers_by_piece[name]), strict=True))
-    return [answers[place] for place in range(len(asked))]
 
 
 def _answered(
