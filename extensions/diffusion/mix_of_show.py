@@ -62,15 +62,19 @@ def regions(pipe: Any, given: Sequence[tuple[str, Box | Tensor]], *, negative_pr
             f"regions are for {', '.join(sorted(PIPELINES))}, whose UNet looks at text in attentions of its own, not for a "
             f"{type(pipe).__name__}"
         )
-    unet, places = pipe.unet, [where for _, where in given]
-    for where in places:
+    unet = pipe.unet
+    for _, where in given:
         _check(where)
     attentions = [module for name, module in unet.named_modules() if name.endswith("attn2") and hasattr(module, "processor")]
     if any(isinstance(attention.processor, _Regional) for attention in attentions):
         raise CompositionError("the pipeline has regions already: leave them first, and give all regions at once")
+    # guidance leads away from the negative prompt, or ""
+    encoded = {"device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    marked = []
     with torch.no_grad():
-        texts = [_text(pipe, prompt, negative_prompt) for prompt, _ in given]
-    marked = [_Region(where, negative, positive) for where, (positive, negative) in zip(places, texts, strict=True)]
+        for prompt, where in given:
+            positive, negative = pipe.encode_prompt(prompt=prompt, negative_prompt=negative_prompt, **encoded)[:2]
+            marked.append(_Region(where, negative, positive))
     size: list[int] = []
 
     def saw(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,15 +91,6 @@ def regions(pipe: Any, given: Sequence[tuple[str, Box | Tensor]], *, negative_pr
         handle.remove()
         for attention, processor in zip(attentions, processors, strict=True):
             attention.processor = processor
-
-
-def _text(pipe: Any, prompt: str, negative: str | None) -> tuple[Tensor, Tensor]:
-    """Return the embeddings of the negative prompt or "", which guidance leads away from, and of the prompt."""
-    device = pipe._execution_device
-    made = pipe.encode_prompt(
-        prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=negative
-    )
-    return made[0], made[1]
 
 
 class _Regional:
@@ -134,9 +129,8 @@ class _Regional:
         masks = torch.zeros(len(self._found), height, width)
         for mask_HW, region in zip(masks, self._found, strict=True):
             if isinstance(region.where, Tensor):
-                mask_HW[:] = functional.interpolate(region.where[None, None].float(), (height, width), mode="nearest-exact")[
-                    0, 0
-                ]
+                mask_11HW = region.where[None, None].float()
+                mask_HW[:] = functional.interpolate(mask_11HW, (height, width), mode="nearest-exact")[0, 0]
             else:
                 top, left, bottom, right = region.where
                 rows = slice(math.ceil(top * height), math.floor(bottom * height))
