@@ -221,7 +221,11 @@ class Catalogue:
             child, relative = ahead.pop(0)
             generation = relatives[child]["generation"] + 1
             relatives[child]["method"] = entry(relative.card.get("recipe"), "method", str) or ""
-            for parent in _parents(relative) if generation < MAX_GENERATIONS else ():
+            # a card is whatever somebody wrote into it
+            parents = entry(relative.card.get("recipe"), "parents", (list, tuple)) or ()
+            for parent in parents if generation < MAX_GENERATIONS else ():
+                if not isinstance(parent, Mapping):
+                    continue
                 if len(relatives) >= MAX_RELATIVES:
                     return relatives
                 name, weight = entry(parent, "name", str) or "", entry(parent, "weight", (int, float))
@@ -283,9 +287,3 @@ def grid(values: Mapping[str, float]) -> dict[str, Any]:
     blocks = sorted({block for block, _ in cells}, key=by_number)
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     return {"blocks": blocks, "kinds": kinds, "values": [[cells.get((block, kind)) for block in blocks] for kind in kinds]}
-
-
-def _parents(record: Record) -> list[Mapping[str, Any]]:
-    # a card is whatever somebody wrote into it
-    parents = entry(record.card.get("recipe"), "parents", (list, tuple)) or ()
-    return [parent for parent in parents if isinstance(parent, Mapping)]

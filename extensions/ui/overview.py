@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,13 +129,9 @@ class Snapshot:
 
     def named(self, text: str, count: int) -> list[str]:
         """List the first `count` names that contain the text, whatever its case."""
-        wanted, names = text.casefold(), []
-        for entry in self.entries.values():
-            if wanted in entry.name.casefold():
-                names.append(entry.name)
-                if len(names) == count:
-                    break
-        return names
+        wanted = text.casefold()
+        names = (entry.name for entry in self.entries.values() if wanted in entry.name.casefold())
+        return list(islice(names, count))
 
     def points(self) -> dict[str, Any]:
         """Return what a browser draws: little-endian arrays in base64, x and y from 0 to 65535, and the colours' names."""
@@ -145,13 +142,10 @@ class Snapshot:
         entries = [self.entries[seq] for seq in shown]
         known = list(self.licenses)[:MAX_CLUSTERS]
         license_of = {license: number for number, license in enumerate(known)}
-        columns = {
-            "seq": np.array(shown, "<u4"),
-            "x": np.array([entry.x for entry in entries], "<u2"),
-            "y": np.array([entry.y for entry in entries], "<u2"),
-            "cluster": np.array([entry.cluster for entry in entries], "u1"),
-            "license": np.array([license_of.get(entry.license, len(known)) for entry in entries], "u1"),
-        }
+        kinds = {"x": "<u2", "y": "<u2", "cluster": "u1"}
+        columns = {"seq": np.array(shown, "<u4")}
+        columns |= {name: np.array([getattr(entry, name) for entry in entries], kind) for name, kind in kinds.items()}
+        columns["license"] = np.array([license_of.get(entry.license, len(known)) for entry in entries], "u1")
         return {
             "generation": self.generation,
             "count": len(shown),
@@ -231,15 +225,16 @@ class Overview:
         generation, self.error = self._hub.generation, ""
         try:
             if len(self._hub):
-                if self._snapshot is None:
-                    self._sketch()
+                if self._snapshot is None and len(self._hub) <= MAX_SKETCHED:
+                    first = self._hub.changes(embedder_of("sentence").id).page
+                    # a first map, unless most have a stored embedding already
+                    if 2 * sum(change.vector is not None for change in first) <= len(first):
+                        self._put(sketched(self._hub))
                 self.require_search()
                 # the first search makes and stores missing embeddings
                 self._hub.search("an adapter", k=1)
             old = self._snapshot
-            made = followed(self._hub, Snapshot() if old is None or old.is_sketch else old)
-            with self._lock:
-                self._snapshot = made
+            self._put(followed(self._hub, Snapshot() if old is None or old.is_sketch else old))
         except Exception as error:
             # after close(), the hub may be closed while the thread reads it
             if not self._closed and not isinstance(error, LoraweaveError):
@@ -249,12 +244,7 @@ class Overview:
             with self._lock:
                 self._thread = None
 
-    def _sketch(self) -> None:
-        """Make the first map of a hub of up to MAX_SKETCHED adapters, unless most have a stored embedding already."""
-        first = self._hub.changes(embedder_of("sentence").id).page
-        if len(self._hub) > MAX_SKETCHED or 2 * sum(change.vector is not None for change in first) > len(first):
-            return
-        made = sketched(self._hub)
+    def _put(self, made: Snapshot) -> None:
         with self._lock:
             self._snapshot = made
 
@@ -306,11 +296,10 @@ def _placed(plane: Plane | None, vectors: Mapping[int, Array]) -> tuple[Plane | 
 
 
 def _entries(records: Mapping[int, Record], places: Mapping[int, tuple[int, int, int]]) -> dict[int, Entry]:
-    entries = {}
-    for seq, record in records.items():
-        fields = record.name, record.license, record.rank, record.size_bytes, record.created
-        entries[seq] = Entry(*fields, *places.get(seq, NOWHERE))
-    return entries
+    return {
+        seq: Entry(one.name, one.license, one.rank, one.size_bytes, one.created, *places.get(seq, NOWHERE))
+        for seq, one in records.items()
+    }
 
 
 def in_order(snapshot: Snapshot | None, seqs: Collection[int], key: str, descending: bool) -> list[int]:
