@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -195,9 +196,5 @@ def _cache_of(known: Sequence[tuple[int, Kept | None]], width: int) -> DynamicCa
 
 def _common(kept: Sequence[int], ids: Sequence[int]) -> int:
     """Return how many leading tokens both sequences share, leaving out the last of `ids`."""
-    count = 0
-    for one, other in zip(kept, ids[:-1], strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
+    pairs = zip(kept, ids[:-1], strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -293,12 +293,9 @@ class TreeJournal:
 
 def stamp(source: Path, options: Mapping[str, Any]) -> str:
     """Return a digest of names, sizes and times of a source's own files, of the options, and of loraweave's version."""
-    seen: list[tuple[str, int, int]] = []
     entries = [source] if source.is_file() else sorted(source.iterdir())
-    for entry in entries:
-        status = entry.stat() if entry.exists() else entry.lstat()
-        if not entry.is_dir():
-            seen.append((entry.name, status.st_size, status.st_mtime_ns))
+    files = ((entry.name, entry.stat() if entry.exists() else entry.lstat()) for entry in entries if not entry.is_dir())
+    seen = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
     return text_digest(repr((version("loraweave"), sorted(options.items()), seen)))[:32]
 
 
