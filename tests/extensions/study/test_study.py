@@ -221,6 +221,16 @@ def test_all_files_say_the_same_and_names_are_only_ever_text(run):
     assert "<svg" in (results.folder / "plot.svg").read_text()
 
 
+def test_seconds_of_a_mean_are_those_of_the_tasks_that_have_its_metric(run, said):
+    tasks = [said["tasks"], {"file": said["tasks"], "name": "other", "instruction": "turn", "metrics": ["f1"]}]
+    method = {"name": "mine", "formula": "a"}
+    first, *_ = run(methods=[method], tasks=tasks).folder.glob("cells/*.json")
+    first.write_text(json.dumps({**json.loads(first.read_text()), "seconds": 9.0}))
+    seconds = {(figure.metric, figure.task): figure.seconds for figure in run(methods=[method], tasks=tasks).figures}
+    assert seconds["exact_match", "mean"] == seconds["exact_match", "swap"]
+    assert seconds["f1", "mean"] == seconds["f1", "other"]
+
+
 def test_the_page_says_when_its_answers_were_measured(run):
     results = run(methods=["base", {"name": "mine", "formula": "a"}])
     first, *others = results.folder.glob("cells/*.json")
