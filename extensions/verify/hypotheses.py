@@ -2,12 +2,10 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-
-from torch import Tensor
 
 from loraweave import Adapter, Factors
 from loraweave.extend.formats import entry
@@ -121,8 +119,8 @@ def _damaged(asked: Adapter, config: Any) -> Iterator[tuple[str, Layers]]:
     """Yield (verdict, damaged layers) for each way in which engines are known to load an adapter wrongly."""
     layers = asked.layers
     yield from _in_other_blocks(layers)
-    for order, permute in (("as for a GGUF of llama's", _interleaved), ("as if taken from a GGUF", _parted)):
-        if (turned := _turned(layers, config, permute)) is not None:
+    for order, interleaved in (("as for a GGUF of llama's", True), ("as if taken from a GGUF", False)):
+        if (turned := _turned(layers, config, interleaved)) is not None:
             yield f"rows of q_proj and k_proj permuted {order}", turned
     for left, right in EXCHANGED:
         if (exchanged := _exchanged(layers, left, right)) is not None:
@@ -157,34 +155,27 @@ def _in_other_blocks(layers: Layers) -> Iterator[tuple[str, Layers]]:
     )
     for verdict, order in orders:
         source = dict(zip(blocks, order, strict=True))
-        moved = {layer: _with_block(layer, source) for layer in layers}
+        moved = {
+            layer: layer if (block := _block(layer)) is None else _BLOCK.sub(str(source[block]), layer, count=1)
+            for layer in layers
+        }
         fits = all(name in layers and _shape(layers[name]) == _shape(layers[layer]) for layer, name in moved.items())
         if fits and order != blocks:
             yield verdict, {layer: layers[name] for layer, name in moved.items()}
 
 
-def _with_block(layer: str, source: Mapping[int, int]) -> str:
-    block = _block(layer)
-    return layer if block is None else _BLOCK.sub(str(source[block]), layer, count=1)
-
-
-def _turned(layers: Layers, config: Any, permute: Callable[[Tensor, int], Tensor]) -> Layers | None:
+def _turned(layers: Layers, config: Any, interleaved: bool) -> Layers | None:
+    """Return the layers with the halves of q's and k's heads interleaved, so that rotary pairs are adjacent, or parted."""
     width = head_size(config)
     concerned = [layer for layer in layers if _site(layer) in ("q_proj", "k_proj")]
     if not concerned or not width or any(layers[layer].b_OR.shape[0] % width for layer in concerned):
         return None
-    turned = {layer: replace(layers[layer], b_OR=permute(layers[layer].b_OR, width)) for layer in concerned}
-    return {**layers, **turned}
-
-
-def _interleaved(b_OR: Tensor, width: int) -> Tensor:
-    """Return b with the two halves of each head of `width` rows interleaved, so that rotary pairs stand side by side."""
-    return b_OR.reshape(-1, 2, width // 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
-
-
-def _parted(b_OR: Tensor, width: int) -> Tensor:
-    """Return b with the rotary pairs of each head split into two halves, the inverse of `_interleaved`."""
-    return b_OR.reshape(-1, width // 2, 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
+    sides, turned = (2, width // 2) if interleaved else (width // 2, 2), dict(layers)
+    for layer in concerned:
+        b_OR = layers[layer].b_OR
+        b_OR = b_OR.reshape(-1, *sides, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
+        turned[layer] = replace(layers[layer], b_OR=b_OR)
+    return turned
 
 
 def _exchanged(layers: Layers, left: str, right: str) -> Layers | None:

@@ -29,7 +29,6 @@ from loraweave import (
     load_base,
 )
 from loraweave.extend import cache_folder, fingerprint, require_whole, tracked
-from loraweave.extend.composing import Named
 from loraweave.extend.models import EMBEDDED
 from loraweave.extensions.verify.answers import AS_ASKED, Answer, Finding, ServerReport, distance
 from loraweave.extensions.verify.asked import Asked, asked_of, base_name_of, base_of, formula_of
@@ -351,11 +350,13 @@ class Culprits:
         others = [*served, *(self._of_hub(of, known) if of is not None else ())]
         if expected is None:
             return [BASE, *(Hypothesis(f"got {name}", ((adapter, 1.0),)) for name, adapter in others)]
-        older = self._older(next(iter(asked.parts)), known) if list(asked.parts.values()) == [1.0] else ()
+        if list(asked.parts.values()) == [1.0]:
+            (leaf,) = asked.parts
+            records = [record for record in self._hub.history(leaf.name) if record.hash not in known]
+            older = [(f"{leaf.name}@{old.version}", self._hub.get(leaf.name, version=old.version)) for old in records]
+            return possible(expected, others, older, config=self._references.config)
         parts = [(self._hub.get(leaf.name, version=leaf.version), weight) for leaf, weight in asked.parts.items()]
-        return possible(
-            expected, others, older, parts if list(asked.parts.values()) != [1.0] else (), self._references.config
-        )
+        return possible(expected, others, parts=parts, config=self._references.config)
 
     def _of_hub(self, of: Adapter, known: set[str]) -> Iterator[tuple[str, Adapter]]:
         """Yield (name, adapter) of the hub's adapters for the same base whose content hash is not in `known`."""
@@ -367,8 +368,3 @@ class Culprits:
                     known.add(record.hash)
                     left -= 1
                     yield record.name, adapter
-
-    def _older(self, leaf: Named, known: set[str]) -> Iterator[tuple[str, Adapter]]:
-        for record in self._hub.history(leaf.name):
-            if record.hash not in known:
-                yield f"{leaf.name}@{record.version}", self._hub.get(leaf.name, version=record.version)
