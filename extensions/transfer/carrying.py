@@ -401,11 +401,16 @@ def kept_share(factors: Factors, carried: Factors, pair: Pair, seen: Seen, way: 
     return max(0.0, 1 - left / whole) if whole else 1.0
 
 
+def reading_ridge(seen: Seen) -> float:
+    """Return the ridge for the regression y_old ~ K y_new on the held-out samples, chosen by `choose_ridge`."""
+    _, y = seen
+    return choose_ridge(y.nn, y.no.mT, y.oo, HELD_OUT)
+
+
 def _regressed(factors: Factors, carried: Factors, seen: Seen, ridge: float | None) -> float:
     x, y = seen
     b_OR, a_RI, new_b_OR, new_a_RI = (part.to(x.oo) for update in (factors, carried) for part in (update.b_OR, update.a_RI))
-    ridge = ridge or choose_ridge(y.nn, y.no.mT, y.oo, HELD_OUT)
-    gram_NN, cross_ON = drawn(y.nn[HELD_OUT], y.no[HELD_OUT].T, ridge)
+    gram_NN, cross_ON = drawn(y.nn[HELD_OUT], y.no[HELD_OUT].T, ridge or reading_ridge(seen))
     old, new = (a_RI, b_OR), (new_a_RI, cross_ON @ torch.linalg.solve(gram_NN, new_b_OR))
     terms = ((old, x.oo, old), (new, x.no, old), (new, x.nn, new))
     size, shared, new_size = (
