@@ -31,7 +31,7 @@ from benchmarks._models import ALL, base_model, in_peft, random_adapter, random_
 from benchmarks._run import Run, Table, best_of, console, status_bytes
 from benchmarks._timing import Gate, Way, compare, require
 from loraweave import registry
-from loraweave.common.compute import side_by_side
+from loraweave.common.process import side_by_side
 from loraweave.lowrank.algebra import compress, compress_sum
 from loraweave.lowrank.factorise import factorise
 from loraweave.types import Factors

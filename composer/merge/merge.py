@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from loraweave.common.checks import is_list
-from loraweave.common.compute import side_by_side
 from loraweave.common.display import tracked
+from loraweave.common.process import side_by_side
 from loraweave.composer.merge.method_call import (
     AdapterStatistics,
     Method,

@@ -1,4 +1,4 @@
-"""Fast arithmetic on small arrays: a thread for each piece of work, and libraries compiled from C files.
+"""Fast arithmetic on small arrays by libraries compiled from C files.
 
 A library is compiled for this processor at first use and kept in the cache folder; callers load it once a process. Any C
 compiler does (`CC`, else cc, gcc or clang), in about a second; without one, or with LORAWEAVE_NATIVE=0, callers compute the
@@ -14,20 +14,13 @@ import platform
 import re
 import shutil
 import subprocess
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import scipy.linalg  # noqa: F401  its BLAS must be loaded to be found
 import torch
 
 from loraweave.common.files import cache_folder, whole_file
-from loraweave.common.process import one_blas_thread
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 # no -ffast-math: a library linked with it changes how the whole thread rounds
 FLAGS = ("-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
@@ -37,30 +30,6 @@ _logger = logging.getLogger(__name__)
 
 # the number of modes, such as tracing, that record torch's operations: they would not see a call of a compiled library
 is_watched = torch._C._len_torch_dispatch_stack
-
-
-def side_by_side(
-    function: Callable[[Item], Result], items: Iterable[Item], *, worth: Callable[[Item], bool] = lambda item: True
-) -> Iterator[Result]:
-    """Yield `function(item)` for every item, in order, computed on as many threads as torch uses.
-
-    Items are drawn while threads compute, at most two more than there are threads. If `worth(item)` is False, the caller's
-    thread computes. BLAS has one thread meanwhile. An error is raised in place of its result, after running calls ended.
-    """
-    threads = torch.get_num_threads()
-    waiting: deque[Future[Result]] = deque()
-    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            if threads > 1 and worth(item):
-                waiting.append(pool.submit(function, item))
-            else:
-                while waiting:
-                    yield waiting.popleft().result()
-                yield function(item)
-            while waiting and (len(waiting) > threads or waiting[0].done()):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def library(source: Path, functions: Mapping[str, tuple[Any, Sequence[Any]]], *, brief: bool) -> ctypes.CDLL | None:

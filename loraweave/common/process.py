@@ -1,11 +1,13 @@
-"""State of the process: garbage collection, locks across forks, context variables, its launch and free memory."""
+"""State of the process: garbage collection, locks across forks, threads, context variables, its launch and free memory."""
 
 import ctypes
 import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -50,6 +52,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
 
+T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 _blas_lock = threading.Lock()
 # one entry for each open block of `one_blas_thread`: the limit that the first block set, None for every other block
 _blas_limits: list[Any] = []
@@ -87,7 +93,30 @@ def one_blas_thread(wanted: bool = True) -> Iterator[int]:
                 limit.restore_original_limits()
 
 
-T = TypeVar("T")
+def side_by_side(
+    function: Callable[[Item], Result], items: Iterable[Item], *, worth: Callable[[Item], bool] = lambda item: True
+) -> Iterator[Result]:
+    """Yield `function(item)` for every item, in order, computed on as many threads as torch uses.
+
+    Items are drawn while threads compute, at most two more than there are threads. If `worth(item)` is False, the caller's
+    thread computes. BLAS has one thread meanwhile. An error is raised in place of its result, after running calls ended.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    waiting: deque[Future[Result]] = deque()
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            if threads > 1 and worth(item):
+                waiting.append(pool.submit(function, item))
+            else:
+                while waiting:
+                    yield waiting.popleft().result()
+                yield function(item)
+            while waiting and (len(waiting) > threads or waiting[0].done()):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @contextmanager

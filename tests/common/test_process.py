@@ -8,8 +8,7 @@ import scipy.linalg  # noqa: F401  its BLAS must be loaded to be counted
 import torch
 from threadpoolctl import ThreadpoolController
 
-from loraweave.common.compute import side_by_side
-from loraweave.common.process import one_blas_thread, paused_collector
+from loraweave.common.process import one_blas_thread, paused_collector, side_by_side
 
 
 def failing(seen):

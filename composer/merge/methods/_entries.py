@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraweave.common import compute
-from loraweave.common.compute import side_by_side
+from loraweave.common.process import side_by_side
 from loraweave.composer.merge.method_call import DenseUpdate, Experts, Term, Weights, terms
 
 # entries of a block: small enough for the cache with a handful of experts, large enough that calls cost nothing

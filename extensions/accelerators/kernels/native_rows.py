@@ -215,8 +215,11 @@ class NativeRows(RowKernel):
         """Return the table that native.c reads for `tokens` tokens a mixture, made once for each number of tokens."""
         if tokens in self._tables:
             return self._tables[tokens]
-        uses = sorted((first, count, row, w) for row, entry in enumerate(self.entries) for first, count, w in entry)
-        firsts, counts, numbers_of_rows, weights_of_rows = zip(*uses, strict=True) if uses else ((),) * 4
+        uses: list[tuple[int, int, int, float]] = []
+        for row, entry in enumerate(self.entries):
+            for first, count, weight in entry:
+                uses.append((first, count, row, weight))
+        firsts, counts, numbers_of_rows, weights_of_rows = zip(*sorted(uses), strict=True) if uses else ((),) * 4
         ranks, ends = dict(zip(firsts, counts, strict=True)), accumulate(Counter(firsts).values(), initial=0)
         numbers, weights = torch.tensor([*ranks.values(), *ends, *numbers_of_rows]), torch.tensor(weights_of_rows)
         outputs, num_ranks = self.b_DO.shape[1], sum(counts)
