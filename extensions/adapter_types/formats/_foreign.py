@@ -36,6 +36,7 @@ from loraweave.extend.formats import (
     words,
 )
 from loraweave.extend.models import BaseLayer, base_layer
+from loraweave.extensions.adapter_types.formats._placing import GIVE_MODEL
 from loraweave.extensions.adapter_types.peft_heads import take_heads
 
 ROOT = "base_model."
@@ -104,8 +105,7 @@ class StoredLayer:
         """The base model's layer. Raises AdapterUnsupported, asking for model=, if no model was given."""
         if self.known_base is None:
             raise AdapterUnsupported(
-                f"{self.where}: the file alone does not determine the update, which depends on the base layer; give the "
-                "base model: Adapter.from_pretrained(..., model=model)"
+                f"{self.where}: the file alone does not determine the update, which depends on the base layer; {GIVE_MODEL}"
             )
         return self.known_base
 

@@ -5,6 +5,7 @@
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -31,8 +32,18 @@ def expand(names: str) -> list[str]:
     return expanded
 
 
+def _renamed(names: Mapping[str, str], prefix: str) -> list[Rule]:
+    """Return the rules from each name in a file to its path below `prefix`; both stand for as many, in one order."""
+    pairs = (pair for both in names.items() for pair in zip(*map(expand, both), strict=True))
+    return [Rule(source, (f"{prefix}.{target}",)) for source, target in pairs]
+
+
 def _same(names: str, prefix: str) -> list[Rule]:
-    return [Rule(name, (f"{prefix}.{name}",)) for name in expand(names)]
+    return _renamed({names: names}, prefix)
+
+
+def _fused(source: str, targets: str, shares: tuple[int, ...] = (1, 1, 1)) -> Rule:
+    return Rule(source, tuple(f"transformer.{target}" for target in expand(targets)), shares)
 
 
 _TRANSFORMER = "transformer_blocks.#.{attn1,attn2}.{to_q,to_k,to_v,to_out.0} transformer_blocks.#.ff.net.{0.proj,2}"
@@ -50,41 +61,26 @@ UNET = [
 
 def _original_unet() -> list[Rule]:
     """Return the rules for the U-Net authors' names: blocks in one sequence, two a level going down, three going up."""
-    rules = {
-        "input_blocks.0.0": "conv_in",
-        "out.2": "conv_out",
-        "middle_block.0": "mid_block.resnets.0",
-        "middle_block.1": "mid_block.attentions.0",
-        "middle_block.2": "mid_block.resnets.1",
+    layers = {
+        "{input_blocks.0.0,out.2}": "{conv_in,conv_out}",
+        "{time_embed,label_emb.0}.{0,2}": "{time,add}_embedding.linear_{1,2}",
     }
-    rules |= {f"time_embed.{2 * n}": f"time_embedding.linear_{n + 1}" for n in range(2)}
-    rules |= {f"label_emb.0.{2 * n}": f"add_embedding.linear_{n + 1}" for n in range(2)}
+    resnets = {"middle_block.{0,2}": "mid_block.resnets.{0,1}"}
+    attentions = {"middle_block.1": "mid_block.attentions.0"}
     for level in range(4):
-        for place in range(2):
-            rules[f"input_blocks.{3 * level + place + 1}.0"] = f"down_blocks.{level}.resnets.{place}"
-            rules[f"input_blocks.{3 * level + place + 1}.1"] = f"down_blocks.{level}.attentions.{place}"
-        rules[f"input_blocks.{3 * level + 3}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
-        for place in range(3):
-            rules[f"output_blocks.{3 * level + place}.0"] = f"up_blocks.{level}.resnets.{place}"
-            rules[f"output_blocks.{3 * level + place}.1"] = f"up_blocks.{level}.attentions.{place}"
+        layers[f"input_blocks.{3 * level + 3}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
         # after a level without attention the upsampler stands one place earlier
         for place in (1, 2):
-            rules[f"output_blocks.{3 * level + 2}.{place}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
-    inner = {
-        "resnets": {
-            "in_layers.2": "conv1",
-            "emb_layers.1": "time_emb_proj",
-            "out_layers.3": "conv2",
-            "skip_connection": "conv_shortcut",
-        },
-        "attentions": {name: name for name in _ATTENTION},
-    }
-    expanded = []
-    for source, target in rules.items():
-        parts = next((parts for kind, parts in inner.items() if f".{kind}." in target), {"": ""})
-        for part, other in parts.items():
-            expanded.append(Rule(f"{source}.{part}".rstrip("."), (f"unet.{target}.{other}".rstrip("."),)))
-    return expanded
+            layers[f"output_blocks.{3 * level + 2}.{place}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+        down = {f"input_blocks.{3 * level + place + 1}": (f"down_blocks.{level}", place) for place in range(2)}
+        up = {f"output_blocks.{3 * level + place}": (f"up_blocks.{level}", place) for place in range(3)}
+        for source, (target, place) in (down | up).items():
+            resnets[f"{source}.0"] = f"{target}.resnets.{place}"
+            attentions[f"{source}.1"] = f"{target}.attentions.{place}"
+    inner = "{in_layers.2,emb_layers.1,out_layers.3,skip_connection}", "{conv1,time_emb_proj,conv2,conv_shortcut}"
+    layers |= {f"{source}.{inner[0]}": f"{target}.{inner[1]}" for source, target in resnets.items()}
+    layers |= {f"{source}.{name}": f"{target}.{name}" for source, target in attentions.items() for name in _ATTENTION}
+    return _renamed(layers, "unet")
 
 
 ORIGINAL_UNET = _original_unet()
@@ -100,75 +96,48 @@ FLUX = _same(
 
 
 FINAL_MODULATION = Rule("final_layer.adaLN_modulation.1", ("transformer.norm_out.linear",), turned=True)
+_QKV = "transformer_blocks.#.attn.to_{q,k,v}"
 
+# FLUX.1 as its authors name it: q, k and v in one projection, in single blocks with the MLP, four times as wide
+ORIGINAL_FLUX = [
+    *_renamed(
+        {
+            "double_blocks.#.{img,txt}_attn.proj": "transformer_blocks.#.attn.{to_out.0,to_add_out}",
+            "double_blocks.#.{img,txt}_mlp.{0,2}": "transformer_blocks.#.{ff,ff_context}.net.{0.proj,2}",
+            "double_blocks.#.{img,txt}_mod.lin": "transformer_blocks.#.{norm1,norm1_context}.linear",
+            "single_blocks.#.{linear2,modulation.lin}": "single_transformer_blocks.#.{proj_out,norm.linear}",
+            "{img_in,txt_in,final_layer.linear}": "{x_embedder,context_embedder,proj_out}",
+            "{time,vector,guidance}_in.{in,out}_layer": "time_text_embed.{timestep,text,guidance}_embedder.linear_{1,2}",
+        },
+        "transformer",
+    ),
+    _fused("double_blocks.#.img_attn.qkv", _QKV),
+    _fused("double_blocks.#.txt_attn.qkv", "transformer_blocks.#.attn.add_{q,k,v}_proj"),
+    _fused("single_blocks.#.linear1", f"single_{_QKV} single_transformer_blocks.#.proj_mlp", (1, 1, 1, 4)),
+    FINAL_MODULATION,
+]
 
-def _original_flux() -> list[Rule]:
-    """Return the rules for FLUX.1's authors' names: q, k and v in one projection, in single blocks with the MLP."""
-    double, single = "transformer.transformer_blocks.#", "transformer.single_transformer_blocks.#"
-    one_to_one = {
-        "double_blocks.#.img_attn.proj": f"{double}.attn.to_out.0",
-        "double_blocks.#.txt_attn.proj": f"{double}.attn.to_add_out",
-        "double_blocks.#.img_mlp.0": f"{double}.ff.net.0.proj",
-        "double_blocks.#.img_mlp.2": f"{double}.ff.net.2",
-        "double_blocks.#.txt_mlp.0": f"{double}.ff_context.net.0.proj",
-        "double_blocks.#.txt_mlp.2": f"{double}.ff_context.net.2",
-        "double_blocks.#.img_mod.lin": f"{double}.norm1.linear",
-        "double_blocks.#.txt_mod.lin": f"{double}.norm1_context.linear",
-        "single_blocks.#.linear2": f"{single}.proj_out",
-        "single_blocks.#.modulation.lin": f"{single}.norm.linear",
-        "img_in": "transformer.x_embedder",
-        "txt_in": "transformer.context_embedder",
-        "final_layer.linear": "transformer.proj_out",
-    }
-    for module, other in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items():
-        for place, name in enumerate(("in_layer", "out_layer"), 1):
-            one_to_one[f"{module}_in.{name}"] = f"transformer.time_text_embed.{other}_embedder.linear_{place}"
-    fused = {
-        "double_blocks.#.img_attn.qkv": [f"{double}.attn.to_{part}" for part in "qkv"],
-        "double_blocks.#.txt_attn.qkv": [f"{double}.attn.add_{part}_proj" for part in "qkv"],
-    }
-    mlp = [*(f"{single}.attn.to_{part}" for part in "qkv"), f"{single}.proj_mlp"]
-    return [
-        *(Rule(source, (target,)) for source, target in one_to_one.items()),
-        *(Rule(source, tuple(targets), (1, 1, 1)) for source, targets in fused.items()),
-        # the MLP of a block is four times as wide as its attention
-        Rule("single_blocks.#.linear1", tuple(mlp), (1, 1, 1, 4)),
-        FINAL_MODULATION,
-    ]
-
-
-ORIGINAL_FLUX = _original_flux()
-
-
-def _original_sd3() -> list[Rule]:
-    """Return the rules for Stable Diffusion 3's authors' names: x_block is a block's image, context_block its text."""
-    block = "transformer.transformer_blocks.#"
-    rules = [
-        Rule("context_embedder", ("transformer.context_embedder",)),
-        Rule("x_embedder.proj", ("transformer.pos_embed.proj",)),
-        Rule("final_layer.linear", ("transformer.proj_out",)),
-        FINAL_MODULATION,
-        # the last block's text has only these two
-        Rule("joint_blocks.#.context_block.adaLN_modulation.1", (f"{block}.norm1_context.linear",), turned=True),
-        Rule("joint_blocks.#.context_block.attn.qkv", tuple(f"{block}.attn.add_{part}_proj" for part in "qkv"), (1, 1, 1)),
-        Rule("joint_blocks.#.context_block.attn.proj", (f"{block}.attn.to_add_out",)),
-        Rule("joint_blocks.#.x_block.adaLN_modulation.1", (f"{block}.norm1.linear",)),
-    ]
-    for attention in ("attn", "attn2"):
-        source = f"joint_blocks.#.x_block.{attention}"
-        rules.append(Rule(f"{source}.qkv", tuple(f"{block}.{attention}.to_{part}" for part in "qkv"), (1, 1, 1)))
-        rules.append(Rule(f"{source}.proj", (f"{block}.{attention}.to_out.0",)))
-    for module, other in {"x_block": "ff", "context_block": "ff_context"}.items():
-        rules.append(Rule(f"joint_blocks.#.{module}.mlp.fc1", (f"{block}.{other}.net.0.proj",)))
-        rules.append(Rule(f"joint_blocks.#.{module}.mlp.fc2", (f"{block}.{other}.net.2",)))
-    for module, other in {"t": "timestep", "y": "text"}.items():
-        for place in (1, 2):
-            target = f"transformer.time_text_embed.{other}_embedder.linear_{place}"
-            rules.append(Rule(f"{module}_embedder.mlp.{2 * place - 2}", (target,)))
-    return rules
-
-
-ORIGINAL_SD3 = _original_sd3()
+# Stable Diffusion 3 as its authors name it: x_block is a block's image, context_block its text
+_TEXT = "joint_blocks.#.context_block"
+ORIGINAL_SD3 = [
+    *_renamed(
+        {
+            "{context_embedder,x_embedder.proj,final_layer.linear}": "{context_embedder,pos_embed.proj,proj_out}",
+            f"{_TEXT}.attn.proj": "transformer_blocks.#.attn.to_add_out",
+            "joint_blocks.#.x_block.{attn,attn2}.proj": "transformer_blocks.#.{attn,attn2}.to_out.0",
+            "joint_blocks.#.x_block.adaLN_modulation.1": "transformer_blocks.#.norm1.linear",
+            "joint_blocks.#.{x,context}_block.mlp.{fc1,fc2}": "transformer_blocks.#.{ff,ff_context}.net.{0.proj,2}",
+            "{t,y}_embedder.mlp.{0,2}": "time_text_embed.{timestep,text}_embedder.linear_{1,2}",
+        },
+        "transformer",
+    ),
+    FINAL_MODULATION,
+    # the last block's text has only these two
+    Rule(f"{_TEXT}.adaLN_modulation.1", ("transformer.transformer_blocks.#.norm1_context.linear",), turned=True),
+    _fused(f"{_TEXT}.attn.qkv", "transformer_blocks.#.attn.add_{q,k,v}_proj"),
+    _fused("joint_blocks.#.x_block.attn.qkv", _QKV),
+    _fused("joint_blocks.#.x_block.attn2.qkv", "transformer_blocks.#.attn2.to_{q,k,v}"),
+]
 
 _CLIP = (
     "text_model.encoder.layers.#.self_attn.{q_proj,k_proj,v_proj,out_proj} text_model.encoder.layers.#.mlp.{fc1,fc2} "

@@ -31,7 +31,7 @@ from loraweave.extend.formats import (
 )
 from loraweave.extend.models import BaseLayer
 from loraweave.extensions.adapter_types.formats._foreign import ForeignFormat, Reader, StoredLayer, plain_factors
-from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement, divide
+from loraweave.extensions.adapter_types.formats._placing import GIVE_MODEL, BaseNames, Placement, divide
 from loraweave.extensions.adapter_types.formats.loha import loha
 from loraweave.extensions.adapter_types.formats.lokr import lokr
 from loraweave.extensions.adapter_types.pickles import is_pickle, read_pickle
@@ -256,6 +256,5 @@ def _require_linear(layer: str, base: BaseLayer | None, where: str) -> None:
     last = layer.rsplit(".", 1)[-1]
     if base is None and layer.startswith("unet.") and (last.startswith("conv") or last in ("proj_in", "proj_out")):
         raise AdapterUnsupported(
-            f"{where}: LoHa and LoKr do not say whether {layer!r} is a convolution, nor of which kernel; give the base "
-            "model: Adapter.from_pretrained(..., model=model)"
+            f"{where}: LoHa and LoKr do not say whether {layer!r} is a convolution, nor of which kernel; {GIVE_MODEL}"
         )

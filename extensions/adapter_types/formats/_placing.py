@@ -12,6 +12,9 @@ from loraweave import AdapterUnsupported, Factors, LayerMismatch
 from loraweave.extend.models import BaseLayer, as_base_layer, head_size, missing_layer
 from loraweave.extensions.adapter_types.formats._known_modules import Rule
 
+WITH_MODEL = "Adapter.from_pretrained(..., model=model)"
+# how an error ends if names or shapes in a file do not say enough
+GIVE_MODEL = f"give the base model: {WITH_MODEL}"
 # the pipeline's name for a part of it, and a step that transformers has removed from CLIP's paths
 _OPTIONAL = re.compile(r"^(?:unet|transformer|text_encoder|text_encoder_2|text_encoder_3)\.|(?:(?<=\.)|^)text_model\.")
 
@@ -44,7 +47,7 @@ class Rules:
         for pattern, rule in self._by_form.get(_form(flat), ()):
             hit = pattern.fullmatch(flat)
             if hit is not None:
-                targets = tuple(_fill(target, hit.groups()) for target in rule.targets)
+                targets = tuple(target.replace("#", "{}").format(*hit.groups()) for target in rule.targets)
                 placement = Placement(targets, rule.shares, turned=rule.turned)
                 placements += [] if placement in placements else [placement]
         return placements
@@ -88,7 +91,7 @@ def only(placements: Sequence[Placement], name: str, where: str, *, model_given:
     """Return the only placement of the module `name`. Raises AdapterUnsupported if there is none or more than one."""
     if len(placements) == 1:
         return placements[0]
-    ways = "" if model_given else "; give the base model, whose names decide: Adapter.from_pretrained(..., model=model)"
+    ways = "" if model_given else f"; give the base model, whose names decide: {WITH_MODEL}"
     if not placements:
         raise AdapterUnsupported(f"{where}: {name!r} is not a module of an architecture whose names are known here{ways}")
     listed = " or ".join(repr(" + ".join(placement.targets)) for placement in placements[:3])
@@ -116,8 +119,7 @@ def divide(factors: Factors, placement: Placement, name: str, where: str) -> lis
 def _used(factors: Factors) -> Factors:
     # files that join several updates into one have zeros outside the blocks
     used_R = factors.b_OR.any(dim=0)
-    if bool(used_R.all()) or not bool(used_R.any()):
-        return factors
+    used_R = used_R if bool(used_R.any()) else ~used_R
     return replace(factors, a_RI=factors.a_RI[used_R].contiguous(), b_OR=factors.b_OR[:, used_R].contiguous())
 
 
@@ -130,11 +132,6 @@ def turned(factors: Factors) -> Factors:
 
 def _form(name: str) -> str:
     return "_".join("#" if piece.isdigit() else piece for piece in re.split(r"[._]", name))
-
-
-def _fill(target: str, numbers: Sequence[str]) -> str:
-    remaining = iter(numbers)
-    return re.sub("#", lambda _: next(remaining), target)
 
 
 def _shorten(target: str) -> list[str]:

@@ -13,6 +13,7 @@ from loraweave.extend import fingerprint, get
 from loraweave.extend.formats import AdapterConfig, Bound, Contents, cut_update, entry, parse_lora
 from loraweave.extend.models import base_layer
 from loraweave.extensions.adapter_types.formats._foreign import PeftReader, plain_factors, require_plain_activation
+from loraweave.extensions.adapter_types.formats._placing import GIVE_MODEL
 
 INITS = ("pissa", "olora", "milora")
 
@@ -42,7 +43,7 @@ class BaseChange(PeftReader):
         if model is None:
             raise AdapterUnsupported(
                 f"{source}: init_lora_weights={init!r} changed the base model's weights in training, so the update of the "
-                "original ones depends on them; give the base model: Adapter.from_pretrained(..., model=model)"
+                f"original ones depends on them; {GIVE_MODEL}"
             )
         contents: Contents = get("formats", "peft").read(
             source, assumed={"init_lora_weights": True}, allow_pickle=allow_pickle

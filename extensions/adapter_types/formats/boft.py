@@ -40,11 +40,6 @@ def _order(num_in: int, block: int, level: int) -> Tensor:
 
     In each group of 2^level blocks of `block` inputs, the half blocks of even index come first, then those of odd index.
     """
-    halves = 2 ** (level + 1)
-    sorted_halves = [*range(0, halves, 2), *range(1, halves, 2)]
-    half = block // 2
     if level == 0:
         return torch.arange(num_in)
-    group = torch.cat([torch.arange(place * half, (place + 1) * half) for place in sorted_halves])
-    starts = torch.arange(0, num_in, block * 2**level)
-    return (starts[:, None] + group[None, :]).flatten()
+    return torch.arange(num_in).view(-1, 2**level, 2, block // 2).transpose(1, 2).flatten()

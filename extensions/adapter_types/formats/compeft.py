@@ -38,9 +38,12 @@ class Compeft:
         """
         folder = Path(folder)
         description = read_json(folder, DESCRIPTION)
-        tensors = {key: _to_stored(dtype, tensor) for key, dtype, tensor in read_tensors(folder, [WEIGHTS], integers=True)}
-        for key, tensor in tensors.items():
+        tensors: dict[str, Tensor] = {}
+        for key, dtype, tensor in read_tensors(folder, [WEIGHTS], integers=True):
+            if dtype not in ("U8", "F32"):
+                raise AdapterCorrupt(f"{WEIGHTS} has a tensor of dtype {dtype}, and this form has U8 and F32 only")
             require_finite(tensor, str(folder), repr(key))
+            tensors[key] = tensor.to(torch.uint8) if dtype == "U8" else tensor
         try:
             if description["version"] != FORMAT_VERSION:
                 raise ValueError(f"its version is {description['version']!r:.60}, not {FORMAT_VERSION}")
@@ -82,12 +85,6 @@ class Compeft:
             for name, data in files.items():
                 (new / name).write_bytes(data)
         return folder
-
-
-def _to_stored(dtype: str, tensor: Tensor) -> Tensor:
-    if dtype not in ("U8", "F32"):
-        raise AdapterCorrupt(f"{WEIGHTS} has a tensor of dtype {dtype}, and this form has U8 and F32 only")
-    return tensor.to(torch.uint8) if dtype == "U8" else tensor
 
 
 def _check(layer: str, factors: Factors) -> None:

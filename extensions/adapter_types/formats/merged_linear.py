@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from loraweave import AdapterCorrupt, AdapterUnsupported, Factors
 from loraweave.extend.formats import AdapterConfig, entry
@@ -32,7 +31,10 @@ class MergedLinear(LoraVariant):
                 f"{layer.where}: A has shape {tuple(a_RI.shape)} and B {tuple(b_ORk.shape)}, which are not the factors of "
                 f"{sum(used)} parts of rank {rank}"
             )
-        b_OR = _spread(block_diagonal(b_PR, rows // b_PR.shape[1], layer.where), used)
+        b_UPR = block_diagonal(b_PR, rows // b_PR.shape[1], layer.where).reshape(sum(used), -1, rows)
+        b_OR = b_UPR.new_zeros(len(used), *b_UPR.shape[1:])
+        b_OR[torch.tensor(used)] = b_UPR
+        b_OR = b_OR.flatten(0, 1)
         return plain_factors(a_RI, b_OR * (cls.settings(layer.config).alpha / rank))
 
     @classmethod
@@ -51,10 +53,3 @@ def _parts_in_use(config: AdapterConfig) -> list[bool]:
     if not any(used) or any(type(part) is not bool for part in used):
         raise AdapterCorrupt(f"{config.folder}: enable_lora is not a list of truth values with one true")
     return used
-
-
-def _spread(b_PR: Tensor, used: list[bool]) -> Tensor:
-    """Return B for the whole projection: the rows of the parts in use where `used` is True, zeros where it is False."""
-    chunks = iter(b_PR.chunk(sum(used)))
-    size = b_PR.shape[0] // sum(used)
-    return torch.cat([next(chunks) if part else b_PR.new_zeros(size, b_PR.shape[1]) for part in used])

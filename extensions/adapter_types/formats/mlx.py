@@ -9,7 +9,7 @@ from torch import Tensor
 from loraweave import AdapterCorrupt, AdapterUnsupported
 from loraweave.extend.formats import AdapterConfig, entry, present
 from loraweave.extensions.adapter_types.formats._lora_file import LoraFile, Parts
-from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement
+from loraweave.extensions.adapter_types.formats._placing import GIVE_MODEL, BaseNames, Placement
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 _SUFFIXES = {".lora_a": "down", ".lora_b": "up"}
@@ -47,10 +47,7 @@ class Mlx(LoraFile):
     @classmethod
     def place(cls, module: str, base: BaseNames | None, where: str) -> Placement:
         if base is None and any(part in module.rsplit(".", 1)[-1] for part in _EMBEDDINGS):
-            raise AdapterUnsupported(
-                f"{where}: the file does not say whether {module!r} is an embedding; give the base model: "
-                "Adapter.from_pretrained(..., model=model)"
-            )
+            raise AdapterUnsupported(f"{where}: the file does not say whether {module!r} is an embedding; {GIVE_MODEL}")
         return Placement((module,))
 
     @classmethod

@@ -15,20 +15,15 @@ def road(layer: StoredLayer) -> Dense:
     if num_out % group or group % 2:
         raise AdapterCorrupt(f"{layer.where}: groups of {group} do not divide its {num_out} outputs into pairs")
     own_O, other_O = _coefficients(layer, num_out, group)
-    weight_OI, bias_O = layer.base.weight_OI, layer.base.bias_O
-    bias_O1 = None if bias_O is None else bias_O[:, None]
-    changes = [
-        None if rows is None else (own_O - 1)[:, None] * rows + other_O[:, None] * _partners(rows, group)
-        for rows in (weight_OI, bias_O1)
-    ]
-    assert changes[0] is not None
-    return Dense(changes[0], None if changes[1] is None else changes[1][:, 0])
 
+    def change(rows: Tensor) -> Tensor:
+        # a quarter turn: the halves (x, y) of each group become (-y, x)
+        halves = rows.reshape(-1, 2, group // 2, rows.shape[1])
+        partners = torch.stack([-halves[:, 1], halves[:, 0]], dim=1).reshape(rows.shape)
+        return (own_O - 1)[:, None] * rows + other_O[:, None] * partners
 
-def _partners(rows: Tensor, group: int) -> Tensor:
-    """Return the rows after a quarter turn: the halves (x, y) of each group of `group` rows become (-y, x)."""
-    halves = rows.reshape(-1, 2, group // 2, rows.shape[1])
-    return torch.stack([-halves[:, 1], halves[:, 0]], dim=1).reshape(rows.shape)
+    bias_O = layer.base.bias_O
+    return Dense(change(layer.base.weight_OI), None if bias_O is None else change(bias_O[:, None])[:, 0])
 
 
 def _coefficients(layer: StoredLayer, num_out: int, group: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import torch
 
 from loraweave import AdapterUnsupported, Factors
 from loraweave.extensions.adapter_types.formats._foreign import StoredLayer, peft_type, plain_factors
+from loraweave.extensions.adapter_types.formats._placing import GIVE_MODEL
 
 
 @peft_type(
@@ -32,7 +33,7 @@ def _group(layer: StoredLayer) -> int:
     if layer.position is None:
         raise AdapterUnsupported(
             f"{layer.where}: which of the {len(layer.shared)} trained vectors belongs to it follows from the order of the "
-            "base model's modules; give the base model: Adapter.from_pretrained(..., model=model)"
+            f"base model's modules; {GIVE_MODEL}"
         )
     groups = max(1, round(layer.num_layers * (1.0 - layer.config.number("weight_tying", 0.0))))
     return min(layer.position // max(1, layer.num_layers // groups), groups - 1)

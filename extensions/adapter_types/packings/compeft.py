@@ -43,7 +43,8 @@ def encode(signs: Signs) -> Bytes:
     inverted = 2 * int(np.count_nonzero(nonzero)) > len(signs)
     places = np.flatnonzero(~nonzero if inverted else nonzero)
     gaps = np.diff(places, prepend=-1) - 1
-    k = _parameter(gaps)
+    # the shortest Rice code has k + 1 bits for each gap, and 1 for each 2^k of its length
+    k = int(np.argmin([len(gaps) * (k + 1) + int((gaps >> k).sum()) for k in range(MAX_PARAMETER + 1)]))
     quotients = gaps >> k
     unary = np.zeros(int(quotients.sum()) + len(gaps), np.uint8)
     unary[np.cumsum(quotients + 1) - 1] = 1
@@ -137,11 +138,8 @@ def unpack(packed: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]]) -> l
     sizes = [int(np.prod(shape, dtype=object)) for shape in shapes]
     values = torch.from_numpy(decode(signs.numpy(), sum(sizes))).float()
     numbers = scales.tolist() * (1 if len(scales) == len(shapes) else len(shapes))
-    tensors = []
-    parts = torch.split(values, sizes)
-    for part, shape, c in zip(parts, shapes, numbers, strict=True):
-        tensors.append(torch.where(part == 0, 0.0, part * c).reshape(shape))
-    return tensors
+    parts = zip(torch.split(values, sizes), shapes, numbers, strict=True)
+    return [torch.where(part == 0, 0.0, part * c).reshape(shape) for part, shape, c in parts]
 
 
 class Compeft:
@@ -150,12 +148,6 @@ class Compeft:
     names = ("signs", "scales")
     pack = staticmethod(pack)
     unpack = staticmethod(unpack)
-
-
-def _parameter(gaps: np.ndarray[tuple[int], np.dtype[np.int64]]) -> int:
-    """Return the k with the shortest Rice code of the gaps: k + 1 bits for each gap, and 1 for each 2^k of its length."""
-    sizes = [len(gaps) * (k + 1) + int((gaps >> k).sum()) for k in range(MAX_PARAMETER + 1)]
-    return int(np.argmin(sizes))
 
 
 def _bit_parts(stream: Bytes, counts: Sequence[int]) -> list[Bytes]:
