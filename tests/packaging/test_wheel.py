@@ -60,7 +60,7 @@ def test_the_wheel_has_every_source_file_under_loraweave_and_no_other_package(wh
         expected |= {
             f"loraweave/{path.relative_to(ROOT).as_posix()}"
             for path in (ROOT / room).rglob("*.[cp]*")
-            if path.suffix in (".c", ".py")
+            if path.suffix in (".c", ".py", ".pyi")
         }
         expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob("page_files/*")}
     names = zipfile.ZipFile(wheel).namelist()
