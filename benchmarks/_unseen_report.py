@@ -137,13 +137,19 @@ BASES = {"SmolLM2-135M": "unseen", "Qwen2.5-Coder-0.5B": "unseen-qwen2.5-coder-0
 
 def tables() -> dict[str, Table]:
     """Those of TABLES.md."""
-    reports = [report(answers(file), "unseen" if file == "unseen" else f"unseen, {base}") for base, file in BASES.items()]
-    return reports[0] | reports[1] | report(answers("left_out"), "left out") | {"unseen, bases": _bases()}
+    measured = {base: answers(file) for base, file in BASES.items()}
+    first, second = measured
+    return (
+        report(measured[first], "unseen")
+        | report(measured[second], f"unseen, {second}")
+        | report(answers("left_out"), "left out")
+        | {"unseen, bases": _bases(measured)}
+    )
 
 
-def _bases() -> Table:
-    """Right answers of each way on each base, and what is known of the hub's part, on the tasks and seeds that all have."""
-    by_base = {base: Results(answers(file), 5, relations("unseen"), labelled("unseen")) for base, file in BASES.items()}
+def _bases(measured: Mapping[str, Mapping[Key, Measured]]) -> Table:
+    """Right answers of each way on each base, and what the hub adds, on the tasks that the last base has."""
+    by_base = {base: Results(of_base, 5, relations("unseen"), labelled("unseen")) for base, of_base in measured.items()}
     *_, last = by_base.values()
     ways = [way for way in [*WAYS, "auto+noise"] if all(way in results.ways for results in by_base.values())]
     tasks = last.tasks(["base", "auto", "auto+noise"])

@@ -26,7 +26,6 @@ from typer.main import get_group
 from loraweave import registry
 from loraweave.common.names import printable
 from loraweave.errors import BaseModelUnverified, FormulaError, LoraweaveError, PluginFailed
-from loraweave.registry import nearest
 from loraweave.types import Record
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ def _wrong_usage_as_a_line() -> Iterator[None]:
             text = text.replace(theirs, ours)
         if hasattr(error, "possibilities"):
             known = [option for parameter in error.ctx.command.params for option in parameter.opts]
-            text = f"there is no option {error.option_name}{nearest(error.option_name, known)}"
+            text = f"there is no option {error.option_name}{registry.nearest(error.option_name, known)}"
         elif value is not None:
             name = value.opts[0] if value.param_type_name == "option" else value.metavar
             text = f"{name} {text or 'is missing'}" if not text or text.startswith("must") else f"{name}: {text}"

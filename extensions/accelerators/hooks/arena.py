@@ -166,8 +166,8 @@ class Arena(LiveHook):
         """
         with self._lock:
             self._slots.pop(expert, None)
-            used, sizes = (sum(getattr(slot, name) for slot in self._slots.values()) for name in ("num_users", "size"))
-            if not used and 2 * sizes < self._capacity:
+            num_rows = sum(slot.size for slot in self._slots.values())
+            if not any(slot.num_users for slot in self._slots.values()) and 2 * num_rows < self._capacity:
                 self._clear()
 
     def kernel(

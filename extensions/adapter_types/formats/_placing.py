@@ -119,7 +119,8 @@ def divide(factors: Factors, placement: Placement, name: str, where: str) -> lis
 def _used(factors: Factors) -> Factors:
     # files that join several updates into one have zeros outside the blocks
     used_R = factors.b_OR.any(dim=0)
-    used_R = used_R if bool(used_R.any()) else ~used_R
+    if bool(used_R.all()) or not bool(used_R.any()):
+        return factors
     return replace(factors, a_RI=factors.a_RI[used_R].contiguous(), b_OR=factors.b_OR[:, used_R].contiguous())
 
 

@@ -10,7 +10,7 @@ from loraweave.extend.formats import parse_json, parse_lora
 from loraweave.extend.models import PIPELINE_PARTS
 from loraweave.extensions.adapter_types.formats._foreign import require_plain_activation
 from loraweave.extensions.adapter_types.formats._lora_file import LoraFile, Parts, rank_of
-from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement
+from loraweave.extensions.adapter_types.formats._placing import WITH_MODEL, BaseNames, Placement
 
 # ComfyUI's prefix for any denoiser, followed by that model's own names
 _ANY_MODEL = "diffusion_model."
@@ -69,7 +69,7 @@ class Diffusers(LoraFile):
         if not _component(module):
             raise AdapterUnsupported(
                 f"{where}: {module!r} begins with no part of a pipeline ({', '.join(PIPELINE_PARTS)}), so which model it "
-                "belongs to is not said; give that model: Adapter.from_pretrained(..., model=model)"
+                f"belongs to is not said; give that model: {WITH_MODEL}"
             )
         return Placement((module,))
 

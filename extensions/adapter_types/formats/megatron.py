@@ -11,7 +11,7 @@ from loraweave import AdapterCorrupt, AdapterUnsupported
 from loraweave.extend import is_number
 from loraweave.extend.formats import entry, present, read_bytes
 from loraweave.extensions.adapter_types.formats._lora_file import LoraFile, Parts, rank_of
-from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement
+from loraweave.extensions.adapter_types.formats._placing import WITH_MODEL, BaseNames, Placement
 
 # a module below its layer, as each generation of the software names it: the base's modules that it updates, in B's order
 _ATTENTION, _MLP = "self_attn", "mlp"
@@ -77,7 +77,7 @@ class Megatron(LoraFile):
         if base is None:
             raise AdapterUnsupported(
                 f"{where}: Megatron's names and fused projections are not those of the base, whose modules and sizes "
-                "decide; give the base model as transformers has it: Adapter.from_pretrained(..., model=model)"
+                f"decide; give the base model as transformers has it: {WITH_MODEL}"
             )
         paths = tuple(_path(f"layers.{hit[1]}.{target}", base, where) for target in targets)
         return _place_groups(paths, base, where) if targets == _FUSED_QKV else Placement(paths, (1,) * len(paths))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraweave import AdapterCorrupt, AdapterUnsupported
 from loraweave.extensions.adapter_types.formats._lora_file import LoraFile
-from loraweave.extensions.adapter_types.formats._placing import BaseNames, Placement
+from loraweave.extensions.adapter_types.formats._placing import WITH_MODEL, BaseNames, Placement
 
 _NAME = re.compile(r"w_([ab])_(\d{3,4})")
 # the layers of segment_anything, and of transformers' SamModel
@@ -40,7 +40,7 @@ class Sam(LoraFile):
         if base is None:
             raise AdapterUnsupported(
                 f"{where}: the tensors w_a_000 and so on name no layer; give the Segment Anything model that they are for: "
-                "Adapter.from_pretrained(..., model=model)"
+                f"{WITH_MODEL}"
             )
         paths = {int(hit[1]): path for path in base.layers if (hit := _QKV.fullmatch(path))}
         if len(paths) != int(blocks):
