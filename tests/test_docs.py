@@ -217,6 +217,7 @@ def test_the_python_of_the_readme_is_short_and_has_its_answers():
     ("written", "text", "current"),
     [
         ("loss 0.51, 3 s", "loss 0.52, 8 s", True),
+        ("0.61 GB estimated, 0.54 GB measured", "0.66 GB estimated", True),
         ("loss 0.51", "loss 0.71", False),
         ("an answer", "another answer", False),
         ("12 hits", "13 hits", False),
