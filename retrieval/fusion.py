@@ -52,16 +52,18 @@ class Fusion:
             return np.full(len(next(iter(parts.values()))), np.nan)
         if self.kind == "logistic":
             logits_N = standardise(useful) @ np.array([self.weights.get(name, 0.0) for name in useful]) + self.intercept
-            return _mask_unknown(useful, 0.5 * (1.0 + np.tanh(0.5 * logits_N)))
-        defaults = _MEAN_WEIGHTS if self.kind == "mean" else {}
-        weights_K = np.array([self.weights.get(name, defaults.get(name, 1.0)) for name in useful])
-        if not weights_K.sum() > 0:
-            raise RetrievalError(
-                f"the weights of {', '.join(useful)} sum to {weights_K.sum():g}; they must be above 0 in all"
-            )
-        shape = _ranks if self.kind == "reciprocal_rank" else _fill
-        columns_NK = np.stack([shape(scores_N) for scores_N in useful.values()], axis=1)
-        return _mask_unknown(useful, columns_NK @ weights_K / weights_K.sum())
+            fused_N = 0.5 * (1.0 + np.tanh(0.5 * logits_N))
+        else:
+            defaults = _MEAN_WEIGHTS if self.kind == "mean" else {}
+            weights_K = np.array([self.weights.get(name, defaults.get(name, 1.0)) for name in useful])
+            if not weights_K.sum() > 0:
+                raise RetrievalError(
+                    f"the weights of {', '.join(useful)} sum to {weights_K.sum():g}; they must be above 0 in all"
+                )
+            shape = _ranks if self.kind == "reciprocal_rank" else _fill
+            columns_NK = np.stack([shape(scores_N) for scores_N in useful.values()], axis=1)
+            fused_N = columns_NK @ weights_K / weights_K.sum()
+        return np.where(np.isnan(list(useful.values())).all(axis=0), np.nan, fused_N)
 
     @classmethod
     def fit(cls, searches: Iterable[tuple[Mapping[str, np.ndarray], int]]) -> Fusion:
@@ -101,12 +103,6 @@ class Fusion:
         if not np.isfinite([*weights.values(), fusion.intercept]).all():
             raise RetrievalError(f"{path} holds weights that are not finite: {weights}")
         return fusion
-
-
-def _mask_unknown(parts: Mapping[str, np.ndarray], fused_N: np.ndarray) -> np.ndarray:
-    """Return the fused scores, with NaN for adapters that every key scores NaN."""
-    silent_N = np.all([np.isnan(scores_N) for scores_N in parts.values()], axis=0)
-    return np.where(silent_N, np.nan, fused_N)
 
 
 def standardise(parts: Mapping[str, np.ndarray]) -> np.ndarray:

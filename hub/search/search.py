@@ -214,11 +214,12 @@ class SearchIndex:
     def _filter(self, snapshot: _Snapshot, query_QD: np.ndarray, k: int, filters: Filters) -> list[list[Hit]]:
         # the nearest few mostly suffice for a filter that many pass, and spare the long list of all that pass. For a key of
         # a base model the list is always made, which warns of namesakes
-        num_tried = 0 if filters.key is not None else 4 * k + _NUM_TRIED
-        tried = self._hits(snapshot, snapshot.keys.search(query_QD, num_tried))
-        passing = [[hit for hit in hits if filters.passes(hit.record)][:k] for hits in tried]
-        if num_tried >= len(snapshot.keys) or all(len(hits) == k for hits in passing):
-            return passing
+        if filters.key is None:
+            num_tried = 4 * k + _NUM_TRIED
+            tried = self._hits(snapshot, snapshot.keys.search(query_QD, num_tried))
+            passing = [[hit for hit in hits if filters.passes(hit.record)][:k] for hits in tried]
+            if num_tried >= len(snapshot.keys) or all(len(hits) == k for hits in passing):
+                return passing
         seqs = self.hub.seqs(filters)
         return self._hits(snapshot, snapshot.keys.search(query_QD, k, np.array(seqs, np.int64)))
 
@@ -232,14 +233,11 @@ class SearchIndex:
             snapshot.records.update(known)
         # indexes report six decimals in fp32; rounding gives Python floats their short form back. An adapter removed since
         # the snapshot has no record any more
-        return [
-            [
-                Hit(known[seq], round(score, 6), key_D)
-                for score, seq, key_D in zip(one.scores_K.tolist(), one.seqs_K.tolist(), one.keys_KD, strict=True)
-                if seq in known
-            ]
-            for one in found
-        ]
+        query_hits = []
+        for one in found:
+            rows = zip(one.scores_K.tolist(), one.seqs_K.tolist(), one.keys_KD, strict=True)
+            query_hits.append([Hit(known[seq], round(score, 6), key_D) for score, seq, key_D in rows if seq in known])
+        return query_hits
 
     def _update(self) -> _Snapshot:
         snapshot = self._snapshot
