@@ -123,9 +123,10 @@ class FlatParameters:
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.vectors: list[Tensor] = []
-        for dtype in dict.fromkeys([parameter.dtype for parameter in parameters]):
-            self.vectors.append(_gathered([parameter for parameter in parameters if parameter.dtype == dtype]))
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in parameters:
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        self.vectors: list[Tensor] = list(map(_gathered, by_dtype.values()))
 
     def zero_grad(self) -> None:
         """Set the gradients to zero in place."""
@@ -135,7 +136,7 @@ class FlatParameters:
 
 
 def _gathered(parameters: Sequence[Tensor]) -> Tensor:
-    vector = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    vector = torch.empty(sum(map(Tensor.numel, parameters)), dtype=parameters[0].dtype, device=parameters[0].device)
     vector.grad = torch.zeros_like(vector)
     start = 0
     with torch.no_grad():

@@ -62,9 +62,12 @@ class Kind(ABC):
 
     def __init__(self, task: Task, labels: Sequence[str] | None = None) -> None:
         self.labels = tuple(labels or ())
-        example_targets = [target for _, target in task.examples]
-        self.targets = [self.labels or (target,) for target in example_targets]
-        self.right = [texts.index(target) for texts, target in zip(self.targets, example_targets, strict=True)]
+        self.targets: list[tuple[str, ...]] = []
+        self.right: list[int] = []
+        for _, target in task.examples:
+            texts = self.labels or (target,)
+            self.targets.append(texts)
+            self.right.append(texts.index(target))
         self.needs = frozenset({LOSS})
         self.hit_needs = frozenset({LOSS if self.labels else MISS})
 
