@@ -23,7 +23,7 @@ from loraweave import registry
 from loraweave.common import compute
 
 # (files, functions)
-LIMITS = {"merge": (12, 90), "live, cold": (14, 66), "live, warm": (6, 13), "compose": (87, 1090), "serve": (54, 550)}
+LIMITS = {"merge": (12, 90), "live, cold": (14, 66), "live, warm": (6, 13), "compose": (87, 1078), "serve": (54, 550)}
 
 
 class Journey:

@@ -208,7 +208,7 @@ def search_programs(
     Raises InvalidTask where no adapter has a description, and what `fitting_hits` raises.
     """
     first, later, left_out = _steps(retriever, tokenizer, task, k, model)
-    pool = retriever.hub.pool(list(dict.fromkeys(step.name for step in [*first, *later] if step.name is not None)))
+    pool = retriever.hub.pool([step.name for step in later if step.name is not None])
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
     with closing(engine), progress_bar(progress) as bar:
         shown = bar.add_task("asking adapters", total=None)
@@ -290,7 +290,7 @@ class ProgramSearch:
         self._measure([(step,) for step in dict.fromkeys([*self.first, *self.later])], len(self.task.examples))
         for length in range(2, max_steps + 1):
             whole = self._whole()
-            if any(all(reading.hit for reading in self.readings[path]) for path in whole):
+            if any(all(map(attrgetter("hit"), self.readings[path])) for path in whole):
                 return
             if length > 2 and len(self._chosen()) < length - 1:
                 return
@@ -321,7 +321,7 @@ class ProgramSearch:
         """Return the best program, a longer one only if it gains more than `gain`; () if no loss is finite."""
         by_length: dict[int, Order] = {}
         # among equal losses, programs with the base come last, and then the earlier comes first
-        for path in sorted(self._whole(), key=lambda path: (self._losses[path], any(step.name is None for step in path))):
+        for path in sorted(self._whole(), key=lambda path: (self._losses[path], None in map(attrgetter("name"), path))):
             by_length.setdefault(len(path), path)
         chosen: Order = ()
         for _, path in sorted(by_length.items()):
